@@ -1,0 +1,25 @@
+"""Mixtral in 4 bits, experts included, with LoRA on attention, router and every expert."""
+
+import logging
+
+# bitsandbytes warns at import that an optional inference kernel of a hub is missing; nothing here would use it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# ruff: noqa: E402  # the imports come after the line that keeps them quiet
+from .activation_checkpointing import set_activation_checkpointing
+from .adapters import MixtralPeftModel
+from .inventory import bytes_in_memory, count_parameters, planned_quantised_bytes
+from .loading import base_identity, build_mixtral, load_mixtral
+from .mixtral import MixtralForCausalLM
+
+__all__ = [
+    "MixtralForCausalLM",
+    "MixtralPeftModel",
+    "base_identity",
+    "build_mixtral",
+    "bytes_in_memory",
+    "count_parameters",
+    "load_mixtral",
+    "planned_quantised_bytes",
+    "set_activation_checkpointing",
+]

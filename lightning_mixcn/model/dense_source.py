@@ -1,0 +1,211 @@
+"""A dense Llama- or Mistral-architecture model as the source of an upcycling: its config, tensors and tokenizer."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .hub import local_folder
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedConfig
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+_COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """What an upcycling reads.
+
+    Attributes:
+        name: What the person gave, for messages.
+        config: A LlamaConfig or MistralConfig.
+        shapes: Name → shape of each tensor, in the order of the layers: exactly those of the architecture.
+        dtype: The dtype of the feed-forward weights.
+        read: Name → tensor, a private copy.
+        save_tokenizer: Writes the tokenizer's files into a folder.
+    """
+
+    name: str
+    config: "PreTrainedConfig"
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    read: Callable[[str], Tensor]
+    save_tokenizer: Callable[[Path], None]
+
+
+def open_dense(src: str | Path) -> DenseSource:
+    """Open a folder, hub id or ``.gguf`` file, and refuse what a Mixtral cannot express.
+
+    Args:
+        src: A Hugging Face folder or hub id of a dense Llama or Mistral model in float weights, or a GGUF file of one.
+
+    Returns:
+        The source; a GGUF's weights are in memory in float32, a folder's are on the disk.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or it lacks its config or weights.
+        ValueError: another architecture, biases, quantised weights, missing or unexpected tensors, or a broken file.
+        ModuleNotFoundError: a GGUF was given, and the package ``gguf`` is not installed.
+    """
+    path = Path(src).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        from .gguf_source import open_gguf
+
+        return open_gguf(path)
+    folder = local_folder(src)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{str(src)!r} is a folder of GGUF files. Give one of the files, e.g. {str(ggufs[0])!r}")
+    return _open_folder(str(src), folder)
+
+
+def _open_folder(name: str, folder: Path) -> DenseSource:
+    checkpoint = Checkpoint(folder)
+    config = dense_config(name, checkpoint.config)
+    found = {tensor: checkpoint.shape(tensor) for tensor in checkpoint.names()}
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        # transformers ties two stored matrices only where they are equal, and so does the Mixtral made of them.
+        same = torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight"))
+        config.tie_word_embeddings = same
+        if same:
+            del found["lm_head.weight"]
+    shapes = check_tensors(name, config, found)
+    for tensor in shapes:
+        if checkpoint.dtype(tensor) not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"`src={name}`: tensor {tensor!r} has dtype {checkpoint.dtype(tensor)}, expected float32, float16 or "
+                "bfloat16. Give an unquantised model"
+            )
+    return DenseSource(
+        name=name,
+        config=config,
+        shapes=shapes,
+        dtype=checkpoint.dtype("model.layers.0.mlp.gate_proj.weight"),
+        read=checkpoint.read,
+        save_tokenizer=lambda out: _copy_tokenizer(folder, out),
+    )
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    for file in _COPIED_FILES:
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, out / file)
+
+
+def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
+    """Turn the content of a config.json into a LlamaConfig or MistralConfig, or refuse it.
+
+    Args:
+        name: What the person gave, for messages.
+        raw: The content.
+
+    Returns:
+        The config, with rope parameters in transformers 5's form whatever wrote them.
+
+    Raises:
+        ValueError: Mixtral cannot express it; the message says what and why.
+    """
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+
+    model_type = raw.get("model_type")
+    if model_type not in ARCHITECTURES:
+        moe = "; a mixture of experts cannot be upcycled again" if "expert" in " ".join(raw) else ""
+        raise ValueError(
+            f"`src={name}` has model_type {model_type!r}, expected a dense model of type llama or mistral{moe}. "
+            "Give a Llama- or Mistral-architecture model"
+        )
+    refused = {
+        "architectures": raw.get("architectures") not in (None, [ARCHITECTURES[model_type]]),
+        "attention_bias": raw.get("attention_bias"),
+        "mlp_bias": raw.get("mlp_bias"),
+        "quantization_config": raw.get("quantization_config"),
+        "layer_types": len(set(raw.get("layer_types") or ())) > 1,
+        "hidden_act": raw.get("hidden_act", "silu") not in ACT2FN,
+    }
+    for key in (key for key, present in refused.items() if present):
+        raise ValueError(
+            f"`src={name}` has {key}={raw[key]!r} in its config, which a Mixtral cannot express. "
+            f"Give a plain, unquantised {ARCHITECTURES[model_type]}"
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**raw)
+    except Exception as error:  # transformers raises its own kinds for what does not validate
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`src={name}`: transformers refuses its config.json ({reason}). Mend that file") from error
+    return config
+
+
+def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of a dense Llama or Mistral, in the order of the layers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, inner),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def check_tensors(
+    name: str, config: "PreTrainedConfig", found: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Compare the tensors found with those of the architecture, and return the latter.
+
+    Args:
+        name: What the person gave, for messages.
+        config: The dense model's.
+        found: Name → shape of what is there; old folders' ``rotary_emb.inv_freq`` is recomputed and so ignored.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or has no place in a Mixtral (a bias, for instance).
+    """
+    expected = expected_shapes(config)
+    for tensor, shape in expected.items():
+        if tensor not in found:
+            raise ValueError(f"`src={name}`: tensor {tensor!r} is missing. Copy or download the model again")
+        if found[tensor] != shape:
+            raise ValueError(
+                f"`src={name}`: tensor {tensor!r} has shape {list(found[tensor])}, its config says {list(shape)}. "
+                "Check that config.json belongs to these weights"
+            )
+    for tensor in found:
+        if tensor not in expected and not tensor.endswith("rotary_emb.inv_freq"):
+            raise ValueError(
+                f"`src={name}`: tensor {tensor!r} has no place in a Mixtral (which has no biases and no layers but "
+                f"attention and experts). Give a plain {ARCHITECTURES[config.model_type]}"
+            )
+    return expected

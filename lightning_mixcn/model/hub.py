@@ -1,0 +1,53 @@
+"""From what a person names — a folder or a hub id — to a folder on this machine."""
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+# Never pickles. `consolidated.*` is Mistral's own second copy of the weights.
+_ALLOWED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+_IGNORED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl"]
+
+
+def local_folder(path: str | Path) -> Path:
+    """Resolve a checkpoint's name to a folder, downloading it from the hub only if it looks like ``owner/name``.
+
+    Args:
+        path: A folder, or a hub id. Of a hub model only safetensors, JSON and tokenizer files are fetched.
+
+    Returns:
+        The folder (for a hub id: in huggingface_hub's cache).
+
+    Raises:
+        FileNotFoundError: no such folder, and no such hub model or no way to reach it.
+        NotADirectoryError: it is a file.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{str(path)!r} is a file, expected a folder with config.json and *.safetensors")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise FileNotFoundError(
+            f"{str(path)!r} is not there. Give a folder with config.json and *.safetensors, or a hub id owner/name"
+        )
+    return _from_hub(str(path))
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES))
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(
+            f"{hub_id!r} is neither a folder nor a hub model that can be read ({type(error).__name__}). "
+            "Check the name, log in with `hf auth login` if the model is gated, or give a local folder"
+        ) from error
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{hub_id!r} is not a folder, and not in the local hub cache, and the hub cannot be reached "
+            f"({type(error).__name__}). Give a local folder"
+        ) from error

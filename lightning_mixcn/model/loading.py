@@ -1,0 +1,231 @@
+"""Making a model: from a checkpoint folder, or with random weights.
+
+A checkpoint is read and quantised piece by piece, so the host never holds more than the 4-bit model and one piece.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import MixtralConfig
+
+from .adapters import MixtralPeftModel, attach_lora, load_adapter
+from .checkpoint import Checkpoint
+from .frozen_linear import FrozenLinear
+from .inventory import verify_quantised
+from .layout import Entry, entries, stored_entries
+from .mixtral import MixtralForCausalLM, meta_model, move_to_device
+from .nf4 import SUPERBLOCK
+from .weights import NF4Weight
+
+# Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
+CHUNK = 2048 * SUPERBLOCK
+QUANTIZATION_METHOD = "mixcn_nf4"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_mixtral(
+    path: str | Path,
+    *,
+    quantization: str = "nf4",
+    lora: LoraConfig | None = None,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+    train_embeddings: bool = False,
+    seed: int = 0,
+    adapter: str | Path | None = None,
+) -> MixtralForCausalLM | MixtralPeftModel:
+    """Load a Mixtral, its experts quantised on the way.
+
+    Args:
+        path: Hugging Face folder (safetensors, per-expert or fused names), 4-bit folder of `mixcn quantize`, or hub id.
+        quantization: ``nf4``: attention projections and experts in 4 bits, double quantised; embeddings, head, norms
+            and router stay in ``dtype``. ``none``: everything in ``dtype``.
+        lora: PEFT's configuration, or ``None`` for the bare base.
+        dtype: Compute dtype. LoRA masters and trained embeddings are float32 whatever it is.
+        device: Where to; ``None`` is the CPU.
+        train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
+        seed: Of LoRA's random start.
+        adapter: PEFT adapter folder to continue from; needs ``lora`` with its rank and targets.
+
+    Returns:
+        A `transformers.MixtralForCausalLM`, or the `peft.PeftModel` around it; only adapters (and embeddings) train.
+
+    Raises:
+        FileNotFoundError: no folder or no weights.
+        ValueError: a broken or unsuitable checkpoint, or an option that does not fit.
+        RuntimeError: the loaded model is not what was planned.
+    """
+    checkpoint = Checkpoint(path)
+    config = mixtral_config(checkpoint)
+    stored_nf4 = is_quantised(checkpoint)
+    if stored_nf4 and quantization != "nf4":
+        raise ValueError(
+            f"`quantization={quantization!r}`, but {checkpoint.path} holds 4-bit weights. Use nf4, or the original"
+        )
+    model = meta_model(config, quantization, torch_dtype(dtype))
+    todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
+    for entry in todo:  # every name and shape is checked before anything is allocated
+        check_entry(entry, checkpoint)
+    move_to_device(model, torch.device(device or "cpu"))
+    for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2):
+        fill(entry, checkpoint)
+    return _finish(model, config, quantization, lora, train_embeddings, seed, adapter, str(path))
+
+
+def build_mixtral(
+    config: MixtralConfig,
+    *,
+    quantization: str = "nf4",
+    lora: LoraConfig | None = None,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+    train_embeddings: bool = False,
+    seed: int = 0,
+) -> MixtralForCausalLM | MixtralPeftModel:
+    """The same model with random weights, normal with ``config.initializer_range``; on ``meta`` without any.
+
+    Args:
+        config: Sizes.
+        quantization: As in `load_mixtral`.
+        lora: As in `load_mixtral`.
+        dtype: As in `load_mixtral`.
+        device: As in `load_mixtral`; ``meta`` allocates nothing.
+        train_embeddings: As in `load_mixtral`.
+        seed: Of the random weights and of LoRA's start.
+    """
+    model, device = meta_model(config, quantization, torch_dtype(dtype)), torch.device(device or "cpu")
+    if device.type != "meta":
+        move_to_device(model, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _randomise(model, config.initializer_range)
+    return _finish(model, config, quantization, lora, train_embeddings, seed, None, "")
+
+
+def _finish(
+    model: MixtralForCausalLM,
+    config: MixtralConfig,
+    quantization: str,
+    lora: LoraConfig | None,
+    train_embeddings: bool,
+    seed: int,
+    adapter: str | Path | None,
+    name: str,
+) -> MixtralForCausalLM | MixtralPeftModel:
+    if quantization == "nf4":
+        verify_quantised(model, config)
+    model.name_or_path = name
+    if train_embeddings:
+        _train_embeddings(model)
+    if lora is None:
+        if adapter is not None:
+            raise ValueError(
+                f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
+            )
+        return model
+    wrapped = attach_lora(model, lora, seed)
+    if adapter is not None:
+        load_adapter(wrapped, adapter)
+    return wrapped
+
+
+def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
+    """The checkpoint's configuration; refuses other architectures."""
+    if (kind := checkpoint.config.get("model_type")) != "mixtral":
+        raise ValueError(
+            f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
+            "one with `mixcn upcycle`"
+        )
+    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return MixtralConfig.from_dict(settings)
+
+
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    """Whether the folder was written by `mixcn quantize`; refuses other quantised formats."""
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, QUANTIZATION_METHOD):
+        raise ValueError(
+            f"{checkpoint.path} is quantised with {method!r}. Give the unquantised model, or one of `mixcn quantize`"
+        )
+    return method == QUANTIZATION_METHOD
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``bfloat16``, ``float16`` or ``float32`` as torch's."""
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"`dtype={dtype!r}` is not known. Expected one of {', '.join(_DTYPES)}")
+    return found
+
+
+def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
+    """Every part is there and its size is what the module needs."""
+    held = 0
+    for name, index, rows in ((part.name, part.index, part.rows) for part in entry.segments):
+        if name not in checkpoint:
+            raise ValueError(
+                f"{checkpoint.path} lacks the tensor {name}. Download it again; is config.json of this model?"
+            )
+        shape = checkpoint.shape(name)
+        shape = shape if index is None else shape[1:]
+        held += prod(shape if rows is None else (rows[1] - rows[0], *shape[1:]))
+    if held != prod(entry.shape):
+        found = [checkpoint.shape(part.name) for part in entry.segments]
+        raise ValueError(
+            f"{checkpoint.path}: {entry.segments[0].name} has the wrong shape {found[0]} for {entry.name}, which needs "
+            f"{tuple(entry.shape)}. Is config.json of this model?"
+        )
+
+
+def fill(entry: Entry, checkpoint: Checkpoint) -> None:
+    """Read one entry piece by piece into its module, quantising where the module is quantised."""
+    for start, values in pieces(entry, checkpoint):
+        if entry.attribute is None:
+            entry.storage.write(start, values)
+        else:
+            entry.parameter.detach().view(-1)[start : start + values.numel()].copy_(values)
+
+
+def pieces(entry: Entry, checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
+    """``(first element, flat values)`` of an entry, at most `CHUNK` elements each; refuses NaN and infinity."""
+    numel = prod(entry.shape)
+    for start in range(0, numel, CHUNK):
+        values = checkpoint.read_segments(entry.segments, start, min(start + CHUNK, numel))
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise ValueError(
+                f"{checkpoint.path}: {entry.segments[0].name} holds NaN or infinite values. Download it again"
+            )
+        yield start, values
+
+
+def _randomise(model: nn.Module, std: float) -> None:
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            numel = prod(module.storage.shape)
+            for start in range(0, numel, CHUNK):
+                module.storage.write(start, torch.randn(min(CHUNK, numel - start)) * std)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter) and not isinstance(module, NF4Weight):
+            nn.init.ones_(module.weight)  # type: ignore[arg-type]  # a norm's
+
+
+def _train_embeddings(model: MixtralForCausalLM) -> None:
+    """Make embedding and head float32 masters that train; a tied pair stays one parameter."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    embedding.weight = nn.Parameter(embedding.weight.detach().float())
+    head.weight = embedding.weight if model.config.tie_word_embeddings else nn.Parameter(head.weight.detach().float())
+
+
+def base_identity(path: str | Path) -> dict[str, str]:
+    """What identifies a base in a run's checkpoint: its path as given and a hash of its content.
+
+    The hash covers the configuration, every tensor's name, shape and type, and a sample of the content, so it takes
+    seconds for any size.
+    """
+    return {"path": str(path), "sha256": Checkpoint(path).identity()}

@@ -1,0 +1,89 @@
+"""NF4 quantisation, local to superblocks of 16,384 elements, on bitsandbytes' kernels.
+
+The format is QLoRA's (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): blocks of 64 elements share one absolute
+maximum, and the maxima are themselves quantised to 8 bits. Here that second level never looks outside its superblock,
+so any range of superblocks can be quantised, stored, sharded and decoded without the rest of the tensor.
+
+Legend: N = superblocks, 64 elements a block, 256 blocks a superblock.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+BLOCK = 64
+BLOCKS_PER_SUPERBLOCK = 256
+SUPERBLOCK = BLOCK * BLOCKS_PER_SUPERBLOCK
+_ops = torch.ops.bitsandbytes
+
+
+class NF4Tensors(NamedTuple):
+    """The four tensors that hold ``N`` superblocks.
+
+    Args:
+        codes: ``[N, 8192]`` uint8, two NF4 codes a byte, the earlier element in the high half.
+        scales: ``[N, 256]`` uint8, each block's absolute maximum less the offset, in bitsandbytes' 8-bit dynamic code.
+        super_scale: ``[N]`` float32, what ``scales`` is multiplied with.
+        super_offset: ``[N]`` float32, what is added to it.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    super_scale: Tensor
+    super_offset: Tensor
+
+
+def superblocks(numel: int) -> int:
+    """How many superblocks hold ``numel`` elements (the last one padded)."""
+    return -(-numel // SUPERBLOCK)
+
+
+@cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    code: Tensor = bnb.create_dynamic_map()  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
+    return code.to(device)
+
+
+def quantize(values: Tensor) -> NF4Tensors:
+    """Quantise a flat run of elements that begins at a superblock's first element.
+
+    Args:
+        values: ``[n]`` float32, float16 or bfloat16. If ``n`` is no multiple of 16,384, the last superblock is padded
+            with zeros, which take no part in its second-level statistics.
+
+    Returns:
+        The superblocks, on the device of ``values``. A slice of whole superblocks gives the slice of the result.
+    """
+    num_superblocks, padding = superblocks(values.numel()), -values.numel() % SUPERBLOCK
+    if padding:
+        values = torch.cat([values, values.new_zeros(padding)])
+    codes, absmax = _ops.quantize_4bit(values.contiguous(), BLOCK, "nf4", torch.uint8)
+    absmax_NB = absmax.float().view(num_superblocks, BLOCKS_PER_SUPERBLOCK)
+    offset_N = absmax_NB.mean(dim=1)
+    if empty_blocks := padding // BLOCK:
+        offset_N[-1] = absmax_NB[-1, :-empty_blocks].mean()
+        absmax_NB[-1, -empty_blocks:] = offset_N[-1]
+    centred = (absmax_NB - offset_N[:, None]).flatten()
+    scales, super_scale = _ops.quantize_blockwise(centred, _dynamic_code(values.device), BLOCKS_PER_SUPERBLOCK)
+    return NF4Tensors(
+        codes.view(num_superblocks, SUPERBLOCK // 2), scales.view(num_superblocks, -1), super_scale.float(), offset_N
+    )
+
+
+def dequantize(packed: NF4Tensors, dtype: torch.dtype) -> Tensor:
+    """Decode superblocks.
+
+    Returns:
+        ``[N * 16384]`` in ``dtype`` (float32, float16 or bfloat16), padding included.
+    """
+    num_superblocks = packed.codes.shape[0]
+    code = _dynamic_code(packed.codes.device)
+    absmax = _ops.dequantize_blockwise(packed.scales, packed.super_scale, code, BLOCKS_PER_SUPERBLOCK, torch.float32)
+    absmax = (absmax.view(num_superblocks, -1) + packed.super_offset[:, None]).flatten()
+    # The CPU kernel runs its threads over rows: one superblock a row.
+    shape = (num_superblocks, SUPERBLOCK)
+    values: Tensor = _ops.dequantize_4bit(packed.codes.flatten(), absmax, BLOCK, "nf4", shape, dtype)
+    return values.flatten()

@@ -1,0 +1,182 @@
+"""One safetensors file, read and written without mapping it into memory.
+
+A mapped file's pages count in a process's resident memory for as long as the map lives, so reading a 5.8 GB file slice
+by slice through a map ends with 5.8 GB resident. Here bytes go with ``read`` straight into the tensor that is returned:
+the peak is that tensor. The format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of the format that torch can hold and this project reads and writes."""
+
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: ``offset`` is its first byte from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class SafetensorsFile:
+    """The header of one safetensors file, and reads of element ranges from it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, or its header cannot be read or holds a dtype that is not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the header."""
+        self.path = path
+        self.entries = _read_header(path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read elements ``[start, stop)`` of the flattened tensor ``name``; returns a private 1-D tensor."""
+        entry = self.entries[name]
+        stop = entry.numel if stop is None else stop
+        target = torch.empty(stop - start, dtype=entry.dtype)
+        self.read_into(target, name, start)
+        return target
+
+    def read_into(self, target: Tensor, name: str, start: int) -> None:
+        """Fill ``target`` (1-D, contiguous, the tensor's dtype) from element ``start`` of the flattened tensor."""
+        entry = self.entries[name]
+        assert target.dtype == entry.dtype
+        assert 0 <= start <= start + target.numel() <= entry.numel
+        if target.numel() == 0:
+            return
+        buffer = target.view(torch.uint8).numpy().data
+        filled = 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + start * entry.dtype.itemsize)
+            while filled < len(buffer):  # one read gives at most 2 GiB on Linux
+                count = file.readinto(buffer[filled:])
+                if not count:
+                    raise ValueError(
+                        f"{str(self.path)!r} ended while tensor {name!r} was read: it became shorter than its header "
+                        "says. Copy or download the file again"
+                    )
+                filled += count
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not there. Copy or download the checkpoint again")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if 8 + length <= size else b""
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        spans = {name: tuple(value["data_offsets"]) for name, value in header.items()}
+        end = 8 + length + max((stop for _, stop in spans.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{str(path)!r} ({size:,} bytes) has no readable safetensors header: it is truncated or another format. "
+            "Copy or download the file again"
+        ) from None
+    if size < end:
+        raise ValueError(
+            f"{str(path)!r} is truncated: its header promises {end:,} bytes, the file has {size:,}. "
+            "Copy or download the file again"
+        )
+    _check_by_library(path)
+    entries = {}
+    for name, value in header.items():
+        if value["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{str(path)!r}: tensor {name!r} has dtype {value['dtype']}, expected one of {', '.join(DTYPES)}. "
+                "Save the checkpoint in one of these"
+            )
+        entries[name] = Entry(DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + spans[name][0])
+    return entries
+
+
+def _check_by_library(path: Path) -> None:
+    """Let the library judge what it knows best: overlapping or missing ranges, shapes that do not fit them."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} has a broken safetensors header ({error}). Copy or download the file again"
+        ) from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write contiguous CPU tensors as one safetensors file, byte for byte what ``safetensors.torch.save_file`` writes.
+
+    Unlike that function it accepts tensors that share memory (identical experts), each written in full. The data is
+    flushed to the disk before returning.
+
+    Args:
+        path: The file to make; it must not exist.
+        tensors: Name to tensor.
+    """
+    # The library's order: the widest dtypes first, so that every tensor is aligned, then by name.
+    ordered = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in ordered:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("xb") as file:
+        file.write(len(raw).to_bytes(8, "little"))
+        file.write(raw)
+        for name in ordered:
+            if tensors[name].numel():
+                file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# How the library orders dtypes (its enumeration `Dtype`, from the narrowest).
+_RANK = {
+    DTYPES[code]: rank
+    for rank, code in enumerate(
+        ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64"]
+    )
+}

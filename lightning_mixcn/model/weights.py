@@ -1,0 +1,99 @@
+"""Storage of frozen weights: a stack of matrices in 4 bits, or dense.
+
+Both classes are plain ``nn.Module``s with plain frozen parameters, so state_dict, safetensors, FSDP and DCP see nothing
+special, and both answer the same three calls: ``matrix`` to use, ``write`` to fill, ``flat`` to read back.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from . import nf4
+
+
+class NF4Weight(nn.Module):
+    """A stack of ``[G, out, in]`` matrices in NF4 with double quantisation, flattened and cut into superblocks.
+
+    Args:
+        shape: ``(G, out, in)``: G matrices (the experts of a layer, or 1).
+        device: Where the (uninitialised) tensors are made; ``meta`` works.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    super_scale: Tensor
+    super_offset: Tensor
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        count = nf4.superblocks(prod(shape))
+        layout = {
+            "codes": ((count, nf4.SUPERBLOCK // 2), torch.uint8),
+            "scales": ((count, nf4.BLOCKS_PER_SUPERBLOCK), torch.uint8),
+            "super_scale": ((count,), torch.float32),
+            "super_offset": ((count,), torch.float32),
+        }
+        for name, (size, dtype) in layout.items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+            )
+
+    def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Matrix ``index``, ``[out, in]`` in ``dtype``, decoded anew at each call and not kept."""
+        numel = self.shape[1] * self.shape[2]
+        start = index * numel
+        first, last = start // nf4.SUPERBLOCK, nf4.superblocks(start + numel)
+        offset = start - first * nf4.SUPERBLOCK
+        values = nf4.dequantize(self._rows(first, last), dtype)
+        return values[offset : offset + numel].view(self.shape[1], self.shape[2])
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Quantise ``values`` (flat) into the superblocks from element ``start``, a multiple of 16,384, on."""
+        assert start % nf4.SUPERBLOCK == 0, f"write starts inside a superblock: {start}"
+        first = start // nf4.SUPERBLOCK
+        packed = nf4.quantize(values.to(self.codes.device))
+        rows = self._rows(first, first + packed.codes.shape[0])
+        for target, source in zip(rows, packed, strict=True):
+            target.copy_(source)
+
+    def flat(self, dtype: torch.dtype) -> Tensor:
+        """All elements, ``[G * out * in]`` in ``dtype``."""
+        return nf4.dequantize(self._rows(0, self.codes.shape[0]), dtype)[: prod(self.shape)]
+
+    def _rows(self, first: int, last: int) -> nf4.NF4Tensors:
+        tensors = (self.codes, self.scales, self.super_scale, self.super_offset)
+        return nf4.NF4Tensors(*(tensor.detach()[first:last] for tensor in tensors))
+
+
+class DenseWeight(nn.Module):
+    """The same stack of matrices, not quantised.
+
+    Args:
+        shape: ``(G, out, in)``.
+        dtype: Floating point type of the parameter ``values``.
+        device: Where the (uninitialised) tensor is made; ``meta`` works.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.values = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+    def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Matrix ``index``, ``[out, in]`` in ``dtype``."""
+        return self.values.detach()[index].to(dtype)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Copy ``values`` (flat) in from element ``start`` on."""
+        self.values.detach().view(-1)[start : start + values.numel()].copy_(values)
+
+    def flat(self, dtype: torch.dtype) -> Tensor:
+        """All elements, ``[G * out * in]`` in ``dtype``."""
+        return self.values.detach().flatten().to(dtype)
+
+
+Weight = NF4Weight | DenseWeight

@@ -1,0 +1,52 @@
+"""Models that the tests of this folder share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_mixcn.model import nf4
+from lightning_mixcn.testing import save_tiny_mixtral
+
+STORIES = Path(__file__).parents[2].parent / "shared/data/models/stories260K-mixtral-4e"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral, written by stock transformers."""
+    return save_tiny_mixtral(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session", params=["tiny", "stories"])
+def base(request: pytest.FixtureRequest, tiny: Path) -> Path:
+    """The random model, and where it is at hand a real pretrained one of 757,000 parameters."""
+    if request.param == "tiny":
+        return tiny
+    if not STORIES.is_dir():
+        pytest.skip("the pretrained fixture stories260K-mixtral-4e lies outside the project and is not here")
+    return STORIES
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Two rows of 40 tokens that every fixture's vocabulary has."""
+    return torch.randint(3, 258, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def bitsandbytes_roundtrip() -> Callable[[Tensor, torch.dtype], Tensor]:
+    """Quantise and dequantise with bitsandbytes alone."""
+    return roundtrip
+
+
+def roundtrip(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each superblock through bitsandbytes' public functions, which know nothing of superblocks."""
+    parts = []
+    for part in values.split(nf4.SUPERBLOCK):
+        padded = torch.nn.functional.pad(part, (0, -len(part) % nf4.BLOCK)).to(dtype)
+        packed, state = bnb.quantize_4bit(padded, blocksize=64, compress_statistics=True, quant_type="nf4")
+        parts.append(bnb.dequantize_4bit(packed, state).flatten()[: len(part)])
+    return torch.cat(parts)

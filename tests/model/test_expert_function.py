@@ -1,0 +1,152 @@
+"""The expert block against dense float64 autograd with W + BA written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mixcn.model.expert_function import Dropout, ExpertBlock, ExpertWeights, padded_rows, route_rows
+from lightning_mixcn.model.weights import DenseWeight, NF4Weight, Weight
+
+HIDDEN, INTERMEDIATE, RANK = 32, 48, 4
+Names = tuple[str, ...]
+NAMES: Names = ("x", "routing weight", "a_gate_up", "b_gate", "b_up", "a_down", "b_down")
+
+
+def make_weights(experts: int, quantization: str, dtype: torch.dtype) -> ExpertWeights:
+    def weight(*shape: int) -> Weight:
+        made: Weight = NF4Weight(shape) if quantization == "nf4" else DenseWeight(shape, dtype)  # type: ignore[arg-type]  # three sizes
+        made.write(0, torch.randn(shape).flatten() * 0.2)
+        return made
+
+    return ExpertWeights(
+        weight(experts, INTERMEDIATE, HIDDEN),
+        weight(experts, INTERMEDIATE, HIDDEN),
+        weight(experts, HIDDEN, INTERMEDIATE),
+    )
+
+
+def make_inputs(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> list[Tensor]:
+    shapes = [
+        (tokens, HIDDEN), (tokens, top_k), (experts, 2 * RANK, HIDDEN), (experts, INTERMEDIATE, RANK),
+        (experts, INTERMEDIATE, RANK), (experts, RANK, INTERMEDIATE), (experts, HIDDEN, RANK),
+    ]  # fmt: skip
+    inputs = [torch.randn(shape) * (1.0 if number == 0 else 0.3) for number, shape in enumerate(shapes)]
+    inputs[1] = inputs[1].softmax(dim=1)
+    return [value.to(torch.float32 if number == 1 else dtype).requires_grad_() for number, value in enumerate(inputs)]
+
+
+def reference(
+    inputs: list[Tensor], index: Tensor, weights: ExpertWeights, dropout: Dropout, padded: bool = False
+) -> Tensor:
+    """Σₖ weight·down(silu(gate x)·up x), one dense expert at a time, in the dtype of the inputs."""
+    x, routing, a_gate_up, b_gate, b_up, a_down, b_down = inputs
+    dtype, y = x.dtype, torch.zeros_like(x)
+    routed = {
+        expert: slice(rows.start, rows.stop) for expert, rows in route_rows(index, len(a_gate_up), padded).experts()
+    }
+    mask_x = dropout.mask(x.shape, 0, x)
+    for expert, rows in routed.items():
+        token, choice = torch.where(index == expert)
+        dropped = x[token] if mask_x is None else x[token] * mask_x[token]
+        a_gate, a_up = a_gate_up[expert].split(RANK)
+        gate = (
+            x[token] @ weights.gate.matrix(expert, torch.float32).to(dtype).t()
+            + dropped @ (b_gate[expert] @ a_gate).t()
+        )
+        up = x[token] @ weights.up.matrix(expert, torch.float32).to(dtype).t() + dropped @ (b_up[expert] @ a_up).t()
+        h = F.silu(gate) * up
+        mask_h = dropout.mask((rows.stop - rows.start, INTERMEDIATE), 1 + expert, h)
+        h_dropped = h if mask_h is None else h * mask_h[: len(token)]
+        down = weights.down.matrix(expert, torch.float32).to(dtype)
+        out = h @ down.t() + h_dropped @ (b_down[expert] @ a_down[expert]).t()
+        y = y.index_add(0, token, routing[token, choice, None] * out)
+    return y
+
+
+def chosen(kind: str, tokens: int, experts: int, top_k: int) -> Tensor:
+    if kind == "one expert":
+        return torch.zeros(tokens, 1, dtype=torch.int64)
+    if kind == "empty experts":
+        return torch.rand(tokens, experts - 2).topk(top_k).indices
+    return torch.rand(tokens, experts).topk(top_k).indices
+
+
+CASES = [
+    ("random", 50, 4, 2), ("random", 33, 8, 8), ("random", 20, 4, 1), ("one token", 1, 4, 2),
+    ("empty experts", 40, 6, 2), ("one expert", 37, 4, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("kind", "tokens", "experts", "top_k"), CASES)
+def test_gradients_equal_dense_float64(
+    kind: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    probability: float,
+    quantization: str,
+) -> None:
+    torch.manual_seed(tokens)
+    weights, inputs = make_weights(experts, quantization, dtype), make_inputs(tokens, experts, top_k, dtype)
+    index, dropout = chosen(kind, tokens, experts, top_k), Dropout(probability, seed=7)
+    upstream = torch.randn(tokens, HIDDEN)
+    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, dropout, *inputs[2:])  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    y.backward(upstream.to(dtype))
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    expected = reference(exact, index, weights, dropout, padded=dtype == torch.bfloat16)
+    expected.backward(upstream.to(dtype).double())
+    assert relative_error(y, expected) <= tolerance, "output"
+    for name, value, truth in zip(NAMES, inputs, exact, strict=True):
+        assert value.grad is not None
+        assert truth.grad is not None
+        assert relative_error(value.grad, truth.grad) <= tolerance, name
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.detach().double() - truth.detach()).norm() / truth.detach().norm().clamp_min(1e-12))
+
+
+def test_a_projection_without_adapter() -> None:
+    torch.manual_seed(0)
+    weights, inputs = make_weights(4, "none", torch.float32), make_inputs(9, 4, 2, torch.float32)
+    index = chosen("random", 9, 4, 2)
+    only_up = (inputs[2].detach()[:, RANK:].clone().requires_grad_(), None, inputs[4], None, None)
+    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, Dropout(), *only_up)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    y.sum().backward()
+    with torch.no_grad():
+        padded = [inputs[0], inputs[1], torch.cat([torch.zeros(4, RANK, HIDDEN), only_up[0]], 1)]  # type: ignore[list-item]  # a tensor
+        padded += [torch.zeros_like(inputs[3]), inputs[4], torch.zeros_like(inputs[5]), torch.zeros_like(inputs[6])]
+        torch.testing.assert_close(y, reference(padded, index, weights, Dropout()))
+    assert only_up[0] is not None
+    assert only_up[0].grad is not None
+
+
+def test_masks_depend_on_the_seed_only() -> None:
+    like = torch.zeros(1)
+    one, again, other = (Dropout(0.5, seed).mask((64, 8), 0, like) for seed in (1, 1, 2))
+    assert one is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert set(one.unique().tolist()) == {0.0, 2.0}
+
+
+def test_few_row_counts() -> None:
+    assert [padded_rows(rows) for rows in (0, 1, 2, 3, 5, 17, 31, 32, 33, 500)] == [0, 1, 2, 4, 8, 32, 32, 32, 64, 512]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_routing_places_every_choice_once(padded: bool) -> None:
+    index = torch.rand(50, 5).topk(2).indices
+    routing = route_rows(index, 5, padded)
+    for expert, rows in routing.experts():
+        token, choice = torch.where(index == expert)
+        assert torch.equal(routing.row[token, choice], torch.arange(rows.start, rows.start + len(token)))
+        assert torch.equal(routing.token[rows][: len(token)], token)

@@ -1,0 +1,77 @@
+"""The model against stock transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lightning_mixcn.model import load_mixtral
+
+
+@pytest.fixture
+def stock(base: Path) -> transformers.MixtralForCausalLM:
+    """The same folder, loaded by transformers."""
+    return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_logits_are_transformers_bit_for_bit(base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor) -> None:
+    model = load_mixtral(base, quantization="none", dtype="float32")
+    assert isinstance(model, transformers.MixtralForCausalLM)
+    assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_loss_auxiliary_loss_and_nll_equal_transformers(
+    base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor
+) -> None:
+    model = load_mixtral(base, quantization="none", dtype="float32")
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    ours = model(input_ids=ids, labels=labels, output_router_logits=True)
+    theirs = stock(input_ids=ids, labels=labels, output_router_logits=True)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.aux_loss, theirs.aux_loss, rtol=1e-6, atol=1e-6)
+    expected = torch.nn.functional.cross_entropy(theirs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(ours.nll[:, 1:], expected, rtol=1e-5, atol=1e-5)
+    assert ours.logits is None
+
+
+def test_padding_takes_no_part_in_the_auxiliary_loss(
+    base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor
+) -> None:
+    model = load_mixtral(base, quantization="none", dtype="float32")
+    documents = torch.zeros_like(ids)
+    documents[1, 20:] = -1
+    ours = model(input_ids=ids, labels=ids, document_ids=documents, output_router_logits=True)
+    logits = stock.model(input_ids=ids, output_router_logits=True).router_logits
+    kept = tuple(layer[(documents >= 0).flatten()] for layer in logits)
+    config = stock.config
+    expected = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func(
+        kept, config.num_local_experts, config.num_experts_per_tok
+    )
+    torch.testing.assert_close(ours.aux_loss, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_documents_in_a_row_do_not_see_each_other(base: Path, attention: str, ids: Tensor) -> None:
+    model = load_mixtral(base, quantization="none", dtype="float32")
+    model.set_attn_implementation(attention)
+    first, second = ids[:1, :17], ids[1:, :23]
+    positions = torch.cat([torch.arange(17), torch.arange(23)])[None]
+    packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions).logits
+    torch.testing.assert_close(packed[:, 17:], model(input_ids=second).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[:, :17], model(input_ids=first).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_generation_equals_transformers(base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor) -> None:
+    model = load_mixtral(base, quantization="none", dtype="float32")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(model.generate(ids[:1, :9], **options), stock.generate(ids[:1, :9], **options))
+
+
+def test_saving_the_frozen_base_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mixcn quantize"):
+        load_mixtral(tiny).save_pretrained(tmp_path / "out")
