@@ -1,8 +1,8 @@
 """Attaching LoRA through PEFT, and reading and writing adapters in the per-expert layout.
 
 In memory the paper's names ``w1 w3 w2 gate`` are ``gate_proj up_proj down_proj gate.linear``: PEFT rewrites the former
-for every model whose config says ``mixtral``. On disk they are the paper's again, one pair of factors an expert, which is
-what stock PEFT, vLLM and llama.cpp read.
+for every model whose config says ``mixtral``. On disk they are the paper's again, one pair of factors an expert, which
+is what stock PEFT, vLLM and llama.cpp read.
 """
 
 import copy

@@ -18,6 +18,9 @@ _TENSOR = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
 )
 
+# GGUF's name → transformers'
+_SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
 
 def open_gguf(path: Path) -> DenseSource:
     """Dequantise a GGUF file into float32 on the CPU. See `open_dense` for what it raises."""
@@ -27,7 +30,7 @@ def open_gguf(path: Path) -> DenseSource:
         raise ModuleNotFoundError(
             f"`src={path}` is a GGUF file, which takes the package gguf to read: pip install 'lightning_mixcn[demo]'"
         )
-    _check_content(path)
+    special_ids = _check_content(path)
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(  # typed as the model alone
@@ -48,12 +51,16 @@ def open_gguf(path: Path) -> DenseSource:
         shapes=check_tensors(str(path), config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}),
         dtype=torch.float32,
         read=tensors.__getitem__,
-        save_tokenizer=lambda out: _save_tokenizer(path, out),
+        save_tokenizer=lambda out: _save_tokenizer(path, special_ids, out),
     )
 
 
-def _check_content(path: Path) -> None:
-    """Refuse what transformers would misread: other architectures, experts, biases, scaled rope."""
+def _check_content(path: Path) -> dict[str, int]:
+    """Refuse what transformers would misread: other architectures, experts, biases, scaled rope.
+
+    Returns:
+        transformers' name → id of each special token that the file declares.
+    """
     from gguf import GGUFReader
 
     with path.open("rb") as file:
@@ -61,7 +68,7 @@ def _check_content(path: Path) -> None:
             raise ValueError(f"`src={path}` is not a GGUF file (it does not begin with GGUF). Download it again")
     try:
         reader = GGUFReader(path)
-        fields: dict[str, Any] = {key: field for key, field in reader.fields.items() if not key.startswith("tokenizer")}
+        fields: dict[str, Any] = dict(reader.fields)
         names = [tensor.name for tensor in reader.tensors]
     except (ValueError, IndexError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -77,12 +84,17 @@ def _check_content(path: Path) -> None:
             f"`src={path}` holds {unknown[0]}, which transformers does not read from a GGUF of this architecture or a "
             "Mixtral cannot express. Give the model's Hugging Face folder, if it is a plain Llama or Mistral"
         )
+    keys = {name: f"tokenizer.ggml.{key}_token_id" for key, name in _SPECIAL_TOKENS.items()}
+    return {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
 
 
-def _save_tokenizer(path: Path, out: Path) -> None:
+def _save_tokenizer(path: Path, special_ids: dict[str, int], out: Path) -> None:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for name, token_id in special_ids.items():  # transformers 5.17 takes the first control token for all of them
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.save_pretrained(out)
     # Only this class takes tokenizer.json as it is: others rebuild parts of it.
     file = out / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -13,6 +13,7 @@ from transformers import MixtralConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from . import attention
 from .experts import Experts, Router
 from .frozen_linear import FrozenLinear
 from .head import IGNORED, Embedding, Head
@@ -61,7 +62,10 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
             kwargs.setdefault("use_cache", False)
         if labels is None:
             return super().forward(input_ids, output_router_logits=output_router_logits, **kwargs)
+        assert input_ids is not None, "labels go with input_ids"
         kwargs.pop("return_dict", None)
+        if self.config._attn_implementation == attention.NAME and kwargs.get("attention_mask") is None:
+            kwargs |= self._document_attention(input_ids, kwargs.get("position_ids"))
         with_router = self.config.output_router_logits if output_router_logits is None else output_router_logits
         hidden = self.model(input_ids, output_router_logits=with_router, **(kwargs | {"use_cache": False}))
         nll = self.lm_head(hidden.last_hidden_state, labels)
@@ -74,6 +78,15 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
             )
             loss = loss + self.config.router_aux_loss_coef * auxiliary
         return CausalLMOutput(loss=loss, nll=nll, aux_loss=auxiliary, router_logits=hidden.router_logits)
+
+    def _document_attention(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+        """Spans instead of a mask, unless a sliding window is shorter than the row."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if self.config.sliding_window is not None and self.config.sliding_window < input_ids.shape[1]:
+            return {}
+        spans = attention.document_spans(position_ids.expand_as(input_ids))
+        return {"document_spans": spans, "attention_mask": attention.no_mask(input_ids.device)}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: these weights are not in transformers' layout."""
@@ -97,6 +110,7 @@ def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> 
         raise ValueError(f"config.hidden_act={config.hidden_act!r} is not supported. Mixtral's experts use 'silu'")
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
+        model.set_attn_implementation(attention.NAME)
         cast(nn.Module, model).to(dtype)
         for layer in model.model.layers:
             _replace_layer(layer, config, quantization, dtype)

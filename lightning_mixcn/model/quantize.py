@@ -1,6 +1,5 @@
 """`mixcn quantize`: a Hugging Face Mixtral to a 4-bit folder that loads without quantising again."""
 
-
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm

@@ -96,7 +96,7 @@ def test_gradients_equal_dense_float64(
     weights, inputs = make_weights(experts, quantization, dtype), make_inputs(tokens, experts, top_k, dtype)
     index, dropout = chosen(kind, tokens, experts, top_k), Dropout(probability, seed=7)
     upstream = torch.randn(tokens, HIDDEN)
-    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, dropout, *inputs[2:])  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, dropout, *inputs[2:])
     y.backward(upstream.to(dtype))
     exact = [value.detach().double().requires_grad_() for value in inputs]
     expected = reference(exact, index, weights, dropout, padded=dtype == torch.bfloat16)
@@ -116,15 +116,14 @@ def test_a_projection_without_adapter() -> None:
     torch.manual_seed(0)
     weights, inputs = make_weights(4, "none", torch.float32), make_inputs(9, 4, 2, torch.float32)
     index = chosen("random", 9, 4, 2)
-    only_up = (inputs[2].detach()[:, RANK:].clone().requires_grad_(), None, inputs[4], None, None)
-    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, Dropout(), *only_up)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    a_up = inputs[2].detach()[:, RANK:].clone().requires_grad_()
+    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, Dropout(), a_up, None, inputs[4], None, None)
     y.sum().backward()
     with torch.no_grad():
-        padded = [inputs[0], inputs[1], torch.cat([torch.zeros(4, RANK, HIDDEN), only_up[0]], 1)]  # type: ignore[list-item]  # a tensor
+        padded = [inputs[0], inputs[1], torch.cat([torch.zeros_like(a_up), a_up], 1)]
         padded += [torch.zeros_like(inputs[3]), inputs[4], torch.zeros_like(inputs[5]), torch.zeros_like(inputs[6])]
         torch.testing.assert_close(y, reference(padded, index, weights, Dropout()))
-    assert only_up[0] is not None
-    assert only_up[0].grad is not None
+    assert a_up.grad is not None
 
 
 def test_masks_depend_on_the_seed_only() -> None:

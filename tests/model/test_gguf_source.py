@@ -52,7 +52,7 @@ def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config)
 
 
 def gguf_name(name: str) -> str:
@@ -82,13 +82,13 @@ def add_tokenizer(writer: Any) -> None:
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
     writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
 
 
 def write_gguf(
     path: Path, model: LlamaForCausalLM, architecture: str = "llama", q8: bool = False, edit: Edit | None = None
 ) -> Path:
-    config = model.config
-    assert config.rope_parameters is not None
+    config: Any = model.config  # its optional fields are set
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -150,8 +150,8 @@ def test_upcycled_logits_are_the_dense_models(tmp_path: Path, q8: bool) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), q8=q8)
     upcycle(path, tmp_path / "moe", num_experts=4)
     input_ids = torch.randint(0, 260, (2, 24), generator=torch.Generator().manual_seed(1))
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
-    moe = MixtralForCausalLM.from_pretrained(tmp_path / "moe").eval()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    moe = MixtralForCausalLM.from_pretrained(tmp_path / "moe")
     with torch.no_grad():
         expected = dense(input_ids).logits if q8 else tiny_llama()(input_ids).logits
         assert (moe(input_ids).logits - expected).abs().max() < 1e-4

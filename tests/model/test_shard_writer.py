@@ -112,7 +112,7 @@ def test_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
 def test_folder_that_is_not_empty_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match="not empty. Delete it or choose another output"):
+    with pytest.raises(FileExistsError, match=r"not empty\. Delete it or choose another output"):
         ShardWriter(tmp_path / "out", CONFIG)
     with pytest.raises(FileExistsError, match="is a file"):
         ShardWriter(tmp_path / "out" / "mine.txt", CONFIG)
@@ -160,7 +160,9 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shard_writer, "write_safetensors", full)
-    with pytest.raises(OSError, match="no space to write '.*out': No space left on device. Free some space") as caught:
+    with pytest.raises(
+        OSError, match=r"no space to write '.*out': No space left on device\. Free some space"
+    ) as caught:
         write(tmp_path / "out", numbered(5), max_shard_bytes=80)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == []
@@ -170,7 +172,7 @@ def test_disk_that_will_not_hold_it_is_refused_first(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     with ShardWriter(tmp_path / "out", CONFIG) as writer:
         writer.require_free_bytes(1)
-        with pytest.raises(OSError, match="GB are needed, .* GB are free"):
+        with pytest.raises(OSError, match=r"GB are needed, .* GB are free"):
             writer.require_free_bytes(2 * free + 10**12)
 
 

@@ -1,0 +1,97 @@
+"""Attention within documents, without a mask of ``[S, S]``.
+
+transformers isolates the documents of a row with a dense mask; on the CPU that costs the products of the whole square
+and torch's slow masked path. Here every document is one causal call, so work and memory follow its own length.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "document_sdpa"
+# Rows that have a document at (start, stop).
+Spans = dict[tuple[int, int], list[int]]
+
+
+def document_spans(position_ids: Tensor) -> Spans:
+    """Where the documents of a batch lie: a document begins wherever positions do not go on by one.
+
+    Args:
+        position_ids: ``[B, S]`` int64; read on the host, once a forward pass.
+
+    Returns:
+        For each ``(start, stop)`` the rows that have a document there.
+    """
+    rows, length = position_ids.shape
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    spans: Spans = defaultdict(list)
+    for row, row_starts in enumerate(starts.cpu()):
+        bounds = [*row_starts.nonzero().flatten().tolist(), length]
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            spans[start, stop].append(row)
+    assert sum(len(found) * (stop - start) for (start, stop), found in spans.items()) == rows * length
+    return spans
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    document_spans: Spans | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls.
+
+    Args:
+        module: Mixtral's attention.
+        query: ``[B, heads, S, head size]``.
+        key: ``[B, key-value heads, S, head size]``.
+        value: As ``key``.
+        attention_mask: Used only without ``document_spans``.
+        document_spans: From `document_spans`; ``None`` (generation, say) is transformers' own SDPA.
+        scaling: Factor of the products.
+        dropout: Probability.
+        kwargs: What else transformers passes.
+
+    Returns:
+        ``[B, S, heads, head size]``, and no weights.
+    """
+    if document_spans is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return output, None
+    batch, heads, length, size = query.shape
+    output = query.new_empty(batch, length, heads, size)
+    pieces = []
+    for (start, stop), rows in document_spans.items():
+        index: Any = slice(None) if len(rows) == batch else rows
+        q, k, v = (states[index, :, start:stop] for states in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        if len(document_spans) == 1:
+            return attended.transpose(1, 2), None
+        pieces.append((index, start, stop, attended.transpose(1, 2)))
+    for index, start, stop, attended in pieces:
+        output[index, start:stop] = attended
+    return output, None
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """What tells transformers not to build a mask: it takes any 4-D tensor for one that is ready."""
+    return torch.empty(0, 0, 0, 0, device=device)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, document_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -1,0 +1,67 @@
+"""Host memory while a checkpoint of Mixtral-8x7B's width is loaded; a fresh process, so that its peak is its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig
+
+from lightning_mixcn.model.shard_writer import ShardWriter
+
+CONFIG = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+MEASURE = """
+import json, resource, sys
+from lightning_mixcn.model import bytes_in_memory, load_mixtral, planned_quantised_bytes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_mixtral(sys.argv[1])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+figures = bytes_in_memory(model) | {"peak": 1024 * (peak - before), "planned": planned_quantised_bytes(model.config)}
+print(json.dumps(figures))
+"""
+
+
+def write_random_checkpoint(folder: Path) -> None:
+    """5.8 GB of safetensors, made a matrix at a time; one random matrix serves all experts."""
+    config = MixtralConfig(**CONFIG)
+    hidden, intermediate, key_value = config.hidden_size, config.intermediate_size, 1024
+    noise = torch.randn(intermediate * hidden, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return noise[: rows * columns].view(rows, columns)
+
+    with ShardWriter(folder, CONFIG) as writer:
+        writer.add("model.embed_tokens.weight", matrix(config.vocab_size // 4, hidden).repeat(4, 1))
+        for layer in range(config.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            for name, rows in (("q_proj", hidden), ("k_proj", key_value), ("v_proj", key_value), ("o_proj", hidden)):
+                writer.add(f"{prefix}.self_attn.{name}.weight", matrix(rows, hidden))
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                writer.add(f"{prefix}.{norm}.weight", torch.ones(hidden, dtype=torch.bfloat16))
+            writer.add(f"{prefix}.block_sparse_moe.gate.weight", matrix(8, hidden))
+            for expert in range(config.num_local_experts):
+                experts = f"{prefix}.block_sparse_moe.experts.{expert}"
+                writer.add(f"{experts}.w1.weight", matrix(intermediate, hidden))
+                writer.add(f"{experts}.w2.weight", matrix(hidden, intermediate))
+                writer.add(f"{experts}.w3.weight", matrix(intermediate, hidden))
+        writer.add("model.norm.weight", torch.ones(hidden, dtype=torch.bfloat16))
+        writer.add("lm_head.weight", matrix(config.vocab_size // 4, hidden).repeat(4, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_peak_is_the_four_bit_model_and_one_and_a_half_gigabytes(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "base")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "base")], capture_output=True, text=True, check=True
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["peak"] <= figures["quantised"] + figures["dense"] + 1.5e9
+    assert abs(figures["quantised"] / figures["planned"] - 1) < 0.02
