@@ -70,7 +70,7 @@ def padded_rows(rows: int) -> int:
 
     oneDNN builds a kernel for each new row count, which costs more than the product; few counts keep its cache warm.
     """
-    return 1 << (rows - 1).bit_length() if 0 < rows < 32 else -(-rows // 32) * 32
+    return 1 << (rows - 1).bit_length() if 0 < rows < 32 else -(-rows // 128) * 128
 
 
 @dataclass

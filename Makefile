@@ -1,0 +1,42 @@
+# `make` alone says what there is.
+PYTHON ?= python3
+# More options for pip, e.g. an index with CPU builds of torch.
+PIP_FLAGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-full lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## set up .venv with the pinned versions (minutes the first time)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: venv  ## adapt a real base to Chinese in 4 bits; results in runs/demo
+	$(BIN)/python -m lightning_mixcn.demo
+
+test: lint  ## every quick check (what CI runs)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-full: lint  ## every check, slow ones too; those of a GPU where there is one
+	$(BIN)/python -m pytest
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv  ## every measurement in benchmarks/
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## remove what was built and cached; runs/ and .venv stay
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find lightning_mixcn callbacks configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,23 @@
+"""What a callback of this package runs in."""
+
+from lightning.pytorch import Callback, LightningModule
+
+from lightning_mixcn.modules import CausalLMModule
+
+
+def causal_lm(callback: Callback, module: LightningModule) -> CausalLMModule:
+    """The module, if it is one that the callback can work with.
+
+    Args:
+        callback: Who asks.
+        module: The LightningModule that is trained or evaluated.
+
+    Raises:
+        ValueError: it is none of this package's, nor a subclass of one.
+    """
+    if not isinstance(module, CausalLMModule):
+        raise ValueError(
+            f"{type(callback).__name__} works with a CausalLMModule, but `model` is {type(module).__name__}. "
+            "Subclass CausalLMModule, or leave the callback out"
+        )
+    return module

@@ -1,0 +1,133 @@
+"""The command ``mixcn``: what needs no torch is answered here, the rest is imported when a subcommand runs."""
+
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# Each with the line that `mixcn --help` shows.
+COMMANDS = {
+    "fit": "train from a YAML configuration; --ckpt_path last resumes",
+    "validate": "likelihood of every source's held-out documents, into validate.json",
+    "test": "likelihood of every test source, into test.json",
+    "predict": "nats, bytes and tokens of every document, into predictions.jsonl",
+    "upcycle": "make a Mixtral of a dense Llama or Mistral model",
+    "quantize": "write a 4-bit model folder, which loads without quantising again",
+}
+_COMPLETION = "--print_completion"
+_TRACEBACK = "MIXCN_TRACEBACK"
+
+
+class UsageError(Exception):
+    """A command line or a configuration that cannot be used; the message is one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mixcn``.
+
+    Args:
+        argv: Arguments without the program's name; those of the process where it is ``None``.
+
+    Returns:
+        Exit code: 0, or 2 where what the user gave cannot be used, which one line on stderr explains.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from lightning_mixcn import __version__
+
+        print(f"mixcn {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS and not arguments[0].startswith(_COMPLETION):
+        return _report(f"unknown subcommand {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}; see mixcn --help")
+    try:
+        _run(arguments)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
+            raise
+        hint = "" if isinstance(error, UsageError) else f" ({_TRACEBACK}=1 shows the traceback)"
+        return _report(message + hint)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    """Import what a subcommand needs and run it."""
+    from lightning_mixcn.allocator import keep_freed_memory
+
+    keep_freed_memory()  # before torch allocates
+    # A `class_path` may name a module in the folder one works in; last, so that it hides nothing.
+    sys.path.append(os.getcwd())
+    # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if arguments[0] in ("upcycle", "quantize"):
+        from lightning_mixcn.function_cli import run_function
+
+        run_function(arguments[0], arguments[1:])
+    else:
+        from lightning_mixcn.trainer_cli import run_trainer
+
+        run_trainer(arguments)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mixcn SUBCOMMAND …",
+            "",
+            "Adapt Mixtral-style mixture-of-experts models to another language, in 4 bits, on few GPUs.",
+            "",
+            *lines,
+            "",
+            "mixcn SUBCOMMAND --help lists a subcommand's options; mixcn --version the version.",
+            f"mixcn {_COMPLETION}=shtab-bash (or -zsh, -tcsh) prints a script for your shell's completion.",
+        ]
+    )
+
+
+def _report(message: str) -> int:
+    print(f"mixcn: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _explained(error: Exception) -> str | None:
+    """The message for the user, where the error is the user's to mend: else the traceback is worth more."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if not isinstance(error, ValueError | OSError | FloatingPointError) or error.__traceback__ is None:
+        return None
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    module = str(innermost.f_globals.get("__name__", ""))
+    if module.partition(".")[0] == __package__:
+        return str(error)
+    if module.partition(".")[0] == "jsonargparse" and isinstance(error.__cause__, Exception):
+        return _explained(error.__cause__)  # it wraps what the constructor of a class says
+    return _from_loader_worker(error) if module == "torch._utils" else None
+
+
+def _from_loader_worker(error: Exception) -> str | None:
+    """The message of an error that a data loader's worker process met, if it was raised in this package.
+
+    torch hands it over as text: "Caught ValueError in DataLoader worker process 0.", the traceback, the message.
+    """
+    here = Path(__file__).parent
+    files = re.findall(r'^  File "(.+)", line \d+', str(error), flags=re.MULTILINE)
+    messages = re.split(rf"^{type(error).__name__}: ", str(error), flags=re.MULTILINE)
+    if not files or len(messages) < 2 or not Path(files[-1]).resolve().is_relative_to(here.resolve()):
+        return None
+    return messages[-1]
+
+
+def __getattr__(name: str) -> Callable[..., object]:
+    """`MixcnCLI` is imported when it is first asked for (PEP 562), since it needs torch."""
+    if name != "MixcnCLI":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_mixcn.trainer_cli import MixcnCLI
+
+    return MixcnCLI

@@ -1,0 +1,5 @@
+"""LightningDataModules: text to batches, with exact resume."""
+
+from lightning_mixcn.data.pretrain import PretrainDataModule
+
+__all__ = ["PretrainDataModule"]

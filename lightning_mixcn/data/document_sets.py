@@ -1,0 +1,122 @@
+"""The training, validation, test and prediction documents of a run, read when they are first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_mixcn.text import DocumentSet, Source, all_documents, parse_sources, read_corpus, split_by_hash
+
+STAGES = ("train", "val", "test", "predict")
+
+
+class DocumentSets:
+    """The documents of each stage, one set a source.
+
+    Validation and test documents are held out of the training sources by a hash of their text, unless sources of
+    their own are given.
+
+    Args:
+        sources: Training sources.
+        held_out: Sources of the stages `val` and `test`, and the share held out of `sources` where they are empty.
+        predict_sources: Sources of the stage `predict`.
+
+    Raises:
+        ValueError: A source has a bad field, two have one name, or the shares leave nothing for training.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        held_out: dict[str, tuple[Sequence[Source], float]],
+        predict_sources: Sequence[Source],
+    ) -> None:
+        """Check the arguments; nothing is read yet."""
+        given = {"sources": sources, "predict_sources": predict_sources}
+        given |= {f"{stage}_sources": stage_sources for stage, (stage_sources, _) in held_out.items()}
+        self._sources = {argument: parse_sources(entries, argument) for argument, entries in given.items()}
+        shares = {f"{stage}_fraction": share for stage, (_, share) in held_out.items()}
+        if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+            got = " and ".join(f"`{name}={share}`" for name, share in shares.items())
+            raise ValueError(f"{got}: expected shares of at least 0 that leave something for training, e.g. 0.005")
+        self._fractions = {stage: 0.0 if own else share for stage, (own, share) in held_out.items()}
+        self._sets: dict[str, list[DocumentSet]] = {}
+
+    def names(self, stage: str) -> list[str]:
+        """List the sources of a stage, in the order in which `source_ids` counts them.
+
+        Raises:
+            ValueError: There is no such stage.
+        """
+        if stage not in STAGES:
+            raise ValueError(f"`stage={stage!r}`: expected one of {', '.join(STAGES)}")
+        return [source.name for source in self._sources.get(f"{stage}_sources") or self._sources["sources"]]
+
+    def describe(self) -> dict[str, int]:
+        """Count documents and UTF-8 bytes of each set read, as ``<stage>/<source>/documents`` and ``bytes``."""
+        counts: dict[str, int] = {}
+        for stage, parts in self._sets.items():
+            for part in parts:
+                counts[f"{stage}/{part.name}/documents"] = len(part)
+                counts[f"{stage}/{part.name}/bytes"] = part.num_bytes
+        return counts
+
+    def read(self, stage: str, *, required: bool = True) -> list[DocumentSet]:
+        """Get the documents of a stage, reading files at the first time.
+
+        Args:
+            stage: `train`, `val`, `test` or `predict`.
+            required: Whether it is an error to have no such set (by no sources and a share of 0).
+
+        Returns:
+            One set a source, each with at least one document; empty if there is no set and none is required.
+
+        Raises:
+            FileNotFoundError: A path matches no file.
+            ValueError: A file is damaged, or a source has no document for the stage.
+        """
+        if stage not in self._sets:
+            if self._sources.get(f"{stage}_sources"):
+                self._sets[stage] = self._read_own(stage)
+            elif stage == "predict":
+                raise ValueError("`predict_sources` is empty. Give the sources whose documents are to be scored")
+            elif stage == "train" or self._fractions[stage] > 0:
+                self._split(stage)
+            elif required:
+                raise ValueError(
+                    f"There is no {stage} set: `{stage}_sources` is empty and `{stage}_fraction` is 0. Give one of them"
+                )
+            else:
+                return []
+        for documents in self._sets[stage]:
+            self._require_documents(stage, documents)
+        return self._sets[stage]
+
+    def _read_own(self, stage: str) -> list[DocumentSet]:
+        argument = f"{stage}_sources"
+        corpora = (read_corpus(source, f"{argument}[{i}]") for i, source in enumerate(self._sources[argument]))
+        return [all_documents(corpus) for corpus in corpora]
+
+    def _split(self, wanted: str) -> None:
+        """Read `sources` and hold documents out of them."""
+        sources = self._sources["sources"]
+        if not sources:
+            instead = "" if wanted == "train" else f", or `{wanted}_sources`"
+            raise ValueError(f"`sources` is empty. Give at least one, e.g. {{name: zh, path: data/zh}}{instead}")
+        stages = [*(stage for stage, share in self._fractions.items() if share > 0), "train"]
+        shares = [self._fractions[stage] for stage in stages[:-1]]
+        splits = [split_by_hash(read_corpus(source, f"sources[{i}]"), shares) for i, source in enumerate(sources)]
+        self._sets |= {stage: list(parts) for stage, parts in zip(stages, zip(*splits, strict=True), strict=True)}
+
+    def _require_documents(self, stage: str, documents: DocumentSet) -> None:
+        if len(documents):
+            return
+        total = f"({len(documents.corpus)} in all)"
+        if stage == "train":
+            raise ValueError(
+                f"No document of source {documents.name!r} {total} is left for training. "
+                "Lower `val_fraction` and `test_fraction`, or give `val_sources` and `test_sources`"
+            )
+        raise ValueError(
+            f"`{stage}_fraction={self._fractions[stage]}` holds out no document of source {documents.name!r} {total}. "
+            f"Raise it, give `{stage}_sources`, or set it to 0 for no {stage} set"
+        )

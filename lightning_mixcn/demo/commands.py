@@ -1,0 +1,59 @@
+"""Run ``mixcn`` as a person would, in a process of its own, and see how long it took and how much memory."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# ``ru_maxrss`` is in kibibytes on Linux and in bytes on macOS (getrusage(2) of both).
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a command took.
+
+    Args:
+        seconds: Wall time, starting Python included.
+        peak_rss_bytes: Largest resident memory of the process or of one of its own children.
+    """
+
+    seconds: float
+    peak_rss_bytes: int
+
+
+class CommandFailed(RuntimeError):  # noqa: N818  # reads as what happened
+    """A command ended with an error, which it has printed itself."""
+
+
+def run_mixcn(arguments: Sequence[str]) -> Usage:
+    """Run ``mixcn`` with these arguments; what it prints goes to the terminal.
+
+    Raises:
+        CommandFailed: the exit code is not 0.
+    """
+    return run([sys.executable, "-m", "lightning_mixcn", *arguments], shown=shlex.join(["mixcn", *arguments]))
+
+
+def run(command: Sequence[str], shown: str) -> Usage:
+    """Run a command, show it first, and measure it.
+
+    Args:
+        command: Program and arguments.
+        shown: What to print for it.
+
+    Raises:
+        CommandFailed: the exit code is not 0.
+    """
+    print(f"$ {shown}", flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    # Not `process.wait`: only wait4 says what this one child used.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise CommandFailed(f"`{shown}` ended with exit code {process.returncode}; the reason is above.")
+    return Usage(time.perf_counter() - start, usage.ru_maxrss * MAXRSS_UNIT)

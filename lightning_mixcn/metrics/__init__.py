@@ -1,0 +1,6 @@
+"""Sums and counts that become numbers with a unit. Nothing here knows a model, a file or a trainer."""
+
+from .documents import DocumentScores, score_documents
+from .likelihood import Likelihood, SourceLikelihood, scored_positions
+
+__all__ = ["DocumentScores", "Likelihood", "SourceLikelihood", "score_documents", "scored_positions"]

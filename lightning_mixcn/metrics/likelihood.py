@@ -1,0 +1,121 @@
+"""Likelihood of each source: nats per token, and bits per byte to compare across vocabularies.
+
+Legend: B rows, S positions of a row.
+"""
+
+import math
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+IGNORED = -100
+
+
+class Likelihood(TypedDict):
+    """What is reported of one source."""
+
+    nll_nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+def scored_positions(labels_BS: Tensor) -> Tensor:
+    """Where a token is predicted: it has a label, and a row before it.
+
+    Args:
+        labels_BS: ``[B, S]`` int64, aligned with the input ids, −100 ignored.
+
+    Returns:
+        ``[B, S]`` bool.
+    """
+    scored_BS = labels_BS != IGNORED
+    scored_BS[:, 0] = False
+    return scored_BS
+
+
+def per_position(source_ids: Tensor, like_BS: Tensor) -> Tensor:
+    """Source of each position ``[B, S]``, from ``[B]`` (one a row) or ``[B, S]``."""
+    return source_ids if source_ids.ndim == 2 else source_ids[:, None].expand_as(like_BS)
+
+
+class SourceLikelihood(Metric):
+    """Likelihood per source, summed in float64 and int64 over batches and ranks, then divided once.
+
+    torchmetrics' own Perplexity counts in float32, which stops at 2²⁴ tokens.
+
+    Args:
+        num_sources: Number of sources; they are numbered from 0.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    nats: Tensor
+    text_nats: Tensor
+    tokens: Tensor
+    text_bytes: Tensor
+
+    def __init__(self, num_sources: int) -> None:
+        """Make empty sums."""
+        super().__init__()
+        if num_sources < 1:
+            raise ValueError(f"`num_sources={num_sources}`: expected at least one source")
+        self.num_sources = num_sources
+        for name in ("nats", "text_nats"):
+            self.add_state(name, torch.zeros(num_sources, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("tokens", "text_bytes"):
+            self.add_state(name, torch.zeros(num_sources, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, labels: Tensor, source_ids: Tensor, label_bytes: Tensor, text_mask: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            nll: ``[B, S]`` float, nats of each label, 0 where there is none.
+            labels: ``[B, S]`` int64, −100 ignored.
+            source_ids: ``[B]`` or ``[B, S]`` integers, −1 in padding.
+            label_bytes: ``[B, S]`` integers, UTF-8 bytes of text each label stands for.
+            text_mask: ``[B, S]`` bool, true where the label is text and not, e.g., the end of a document.
+
+        Raises:
+            ValueError: a labelled token belongs to none of the sources.
+        """
+        scored_BS = scored_positions(labels)
+        source_BS = per_position(source_ids, labels)
+        known_BS = (source_BS >= 0) & (source_BS < self.num_sources)
+        if bool((scored_BS & ~known_BS).any()):
+            strange = sorted(set(source_BS[scored_BS & ~known_BS].tolist()))
+            raise ValueError(
+                f"`source_ids` holds {strange} at labelled tokens; expected 0 to {self.num_sources - 1}. "
+                "Give tokens without a source the label -100"
+            )
+        # A loop over few sources, since CUDA's scatter_add of floats is not deterministic.
+        for source in range(self.num_sources):
+            of_source_BS = scored_BS & (source_BS == source)
+            text_BS = of_source_BS & text_mask
+            self.nats[source] += torch.where(of_source_BS, nll.detach(), 0.0).sum(dtype=torch.float64)
+            self.text_nats[source] += torch.where(text_BS, nll.detach(), 0.0).sum(dtype=torch.float64)
+            self.tokens[source] += of_source_BS.sum()
+            self.text_bytes[source] += torch.where(text_BS, label_bytes, 0).sum(dtype=torch.int64)
+
+    def compute(self) -> dict[int, Likelihood]:
+        """Results of every source that had tokens, by its number.
+
+        Returns:
+            ``nll_nats_per_token`` over all labels, ends of documents included; ``bits_per_byte`` over text alone (NaN
+            where no label stands for a byte); ``tokens`` labels; ``bytes`` of text.
+        """
+        results: dict[int, Likelihood] = {}
+        sums = (self.nats, self.text_nats, self.tokens, self.text_bytes)
+        columns = zip(*(state.tolist() for state in sums), strict=True)
+        for source, (nats, text_nats, tokens, text_bytes) in enumerate(columns):
+            if tokens:
+                results[source] = {
+                    "nll_nats_per_token": nats / tokens,
+                    "bits_per_byte": text_nats / math.log(2) / text_bytes if text_bytes else math.nan,
+                    "tokens": tokens,
+                    "bytes": text_bytes,
+                }
+        return results

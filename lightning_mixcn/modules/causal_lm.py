@@ -1,0 +1,293 @@
+"""Batch → loss → log, for a Mixtral of which adapters (and perhaps embeddings) train.
+
+To change what is minimised, subclass and override `compute_loss`, which gives a sum and a count. Accumulation, ranks,
+logging and checkpoints stay right, because division happens once, in the end.
+"""
+
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
+
+from lightning_mixcn.metrics import DocumentScores, Likelihood, score_documents, scored_positions
+from lightning_mixcn.model import base_identity, load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model.mixtral import CausalLMOutput
+
+from .accumulation import Contribution, GradientWindow, micro_batch_scale, rescale_gradients
+from .dropout_seed import seed_micro_batch
+from .evaluation import SourceEvaluation
+from .hyperparameters import make_plain
+from .run_checks import check_finite_step, check_precision, check_vocabulary
+from .saved_state import BASE_KEY, adapter_folder, check_same_base, check_trainable_state, trainable_names
+from .schedule import WarmupCosine, scheduled
+from .step_clock import StepClock
+
+Batch = dict[str, Tensor]
+
+
+class CausalLMModule(LightningModule):
+    """Next-token training of a Mixtral whose base is frozen, in 4 bits where wanted; the class to subclass.
+
+    Args:
+        base: Hugging Face folder, 4-bit folder of `mixcn quantize`, or hub id.
+        quantization: ``nf4`` holds attention projections and experts in 4 bits; ``none`` holds them in ``dtype``.
+        dtype: Compute dtype; LoRA masters and trained embeddings are float32 whatever it is.
+        tokenizer: Folder of the tokenizer; null is the base's. The command line gives it to the data, too.
+        lora: PEFT's LoraConfig, with the paper's target names; null trains no adapter.
+        train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully, as the paper does.
+        adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer.
+        router_aux_loss_coef: Weight of the auxiliary load-balancing loss; 0.02 as in Mixtral's configuration.
+        activation_checkpointing: ``none`` keeps activations, ``selective`` recomputes attention, ``full`` whole layers.
+        optimizer: Made from the parameters that train.
+        lr_scheduler: Made from the optimizer and stepped once an optimizer step.
+        seed: Of LoRA's random start, and of dropout.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        quantization: Literal["nf4", "none"] = "nf4",
+        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        tokenizer: str | None = None,
+        lora: LoraConfig | None = None,
+        train_embeddings: bool = False,
+        adapter: str | None = None,
+        router_aux_loss_coef: float = 0.02,
+        activation_checkpointing: Literal["none", "selective", "full"] = "selective",
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable = WarmupCosine,
+        seed: int = 0,
+    ) -> None:
+        """Keep the arguments; the model is made in `configure_model`."""
+        super().__init__()
+        self.save_hyperparameters()
+        make_plain(self)
+        self.base, self.quantization, self.dtype_name = base, quantization, dtype
+        self.tokenizer_path = tokenizer or base
+        self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.activation_checkpointing = activation_checkpointing
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.seed = seed
+        self.strict_loading = False  # a checkpoint holds what trains; `load_state_dict` checks that all of it is there
+        self.model: nn.Module | None = None
+        self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
+        self.steps_trained = 0  # of the checkpoint that was loaded
+        self._window, self._clock = GradientWindow(), StepClock()
+
+    # ---- what subclasses override ----
+
+    def build_model(self) -> nn.Module:
+        """Make the model on torch's default device, which is the trainer's while it sets up.
+
+        Returns:
+            A Mixtral as `lightning_mixcn.load_mixtral` gives it.
+        """
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # what is not placed explicitly, such as pieces of the checkpoint, stays on the host
+            return load_mixtral(
+                self.base,
+                quantization=self.quantization,
+                lora=self.lora,
+                dtype=self.dtype_name,
+                device=device,
+                train_embeddings=self.train_embeddings,
+                seed=self.seed,
+                adapter=adapter_folder(self.adapter),
+            )
+
+    def forward(self, batch: Batch) -> CausalLMOutput:
+        """Run the model on a batch.
+
+        Args:
+            batch: ``[B, S]``: ``input_ids``, ``labels``, ``position_ids``, and ``document_ids`` (−1 is padding).
+
+        Returns:
+            ``nll`` float32 ``[B, S]``, the loss of each label in nats; ``aux_loss``, a scalar, while training.
+        """
+        assert self.model is not None
+        # The model computes in its own dtype: under `bf16-mixed` torch would lower the float32 parts of the loss, too.
+        with torch.autocast(self.device.type, enabled=False):
+            output: CausalLMOutput = self.model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                labels=batch["labels"],
+                document_ids=batch["document_ids"],
+                output_router_logits=self.training,
+                use_cache=False,
+            )
+        return output
+
+    def compute_loss(self, batch: Batch, output: CausalLMOutput) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch as a sum and what to divide it by, *before* any division.
+
+        Args:
+            batch: The micro-batch.
+            output: What `forward` gave.
+
+        Returns:
+            The sum, a differentiable float32 scalar, and the count, a scalar. Both are added up over micro-batches and
+            ranks; the optimizer minimises sum / count. The auxiliary loss comes on top.
+        """
+        assert output.nll is not None
+        return output.nll.sum(), scored_positions(batch["labels"]).sum()
+
+    # ---- training ----
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that would cast LoRA's masters and the quantisation scales."""
+        check_precision(self.trainer.precision)
+
+    def configure_model(self) -> None:
+        """Build the model once, on the trainer's device, in training mode."""
+        if self.model is None:
+            self.model = self.build_model()
+            set_activation_checkpointing(self.model, self.activation_checkpointing)
+            self.model.train()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimizer over what trains, and its schedule. Raises: ValueError if nothing trains or `max_steps` is -1."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError(
+                "Nothing trains: `lora` is null and `train_embeddings` is false. "
+                "Set model.init_args.lora, e.g. {r: 64, lora_alpha: 128, target_modules: all-linear}"
+            )
+        optimizer = self.make_optimizer(parameters)
+        return scheduled(optimizer, self.make_lr_scheduler(optimizer), self.trainer.max_steps)
+
+    def on_fit_start(self) -> None:
+        """Check that the data's tokenizer fits the model."""
+        check_vocabulary(self.trainer, self.model)
+
+    def on_train_start(self) -> None:
+        """Start the clock of the first step."""
+        self._clock.start()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw dropout's random numbers as every run with this seed does at this place."""
+        seed_micro_batch(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sum of the loss over the micro-batch, scaled so that accumulation is exact; see `accumulation`."""
+        output = self(batch)
+        loss, count = self.compute_loss(batch, output)
+        labels = scored_positions(batch["labels"]).sum()
+        auxiliary = output.aux_loss * labels
+        minimised = loss + self.router_aux_loss_coef * (output.aux_loss * count)
+        positions = (batch["document_ids"] >= 0).sum()
+        self._window.add(Contribution(minimised, count, output.nll.sum(), auxiliary, labels, positions))
+        scaled: Tensor = minimised * micro_batch_scale(self.trainer.accumulate_grad_batches)
+        return scaled
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide by the step's count, before clipping. Raises: FloatingPointError, ValueError; nothing is updated."""
+        step, totals = self.trainer.global_step, self._window.close(self.trainer.strategy)
+        count = float(totals.count)
+        check_finite_step(step, "loss", float(totals.minimised), self.trainer)
+        if count <= 0:
+            raise ValueError(
+                f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)"
+            )
+        trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        norm = rescale_gradients(trainable, count, self.trainer.world_size)
+        check_finite_step(step, "gradient norm", float(norm), self.trainer)
+        labels = totals.labels.clamp_min(1)
+        self._positions_of_step = float(totals.positions)
+        self.log("train/nll_nats_per_token", totals.nats / labels, prog_bar=True)
+        self.log("train/loss", totals.minimised / count)
+        self.log("train/auxiliary_loss", totals.auxiliary / labels)
+        self.log("train/gradient_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update, and read the clock before callbacks write checkpoints or samples."""
+        super().optimizer_step(*args, **kwargs)
+        self._clock.stop()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log throughput where a step ended, and start the next one's clock."""
+        if (seconds := self._clock.seconds) is not None:
+            self.log("throughput/tokens_per_second", self._positions_of_step / seconds, prog_bar=True)
+            self._clock.start()
+
+    # ---- evaluation ----
+
+    def on_validation_start(self) -> None:
+        """Start the sums of one pass; inside training it is not training time."""
+        self._clock.pause()
+        self._start_evaluation("val")
+
+    def on_validation_end(self) -> None:
+        """Go on with the step's clock."""
+        self._clock.resume()
+
+    def on_test_start(self) -> None:
+        """Start the sums of one pass."""
+        self._start_evaluation("test")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add an evaluation batch to the sums."""
+        self._evaluation.update(self(batch).nll, batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add an evaluation batch to the sums."""
+        self._evaluation.update(self(batch).nll, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log each source's likelihood."""
+        self._finish_evaluation()
+
+    def on_test_epoch_end(self) -> None:
+        """Log each source's likelihood."""
+        self._finish_evaluation()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> DocumentScores:
+        """Sums of each document in the batch; a document that goes on in another batch has more of them."""
+        return score_documents(self(batch).nll, batch)
+
+    def _start_evaluation(self, stage: str) -> None:
+        check_vocabulary(self.trainer, self.model)
+        self._evaluation = SourceEvaluation(stage, self.trainer, self.device)
+
+    def _finish_evaluation(self) -> None:
+        results = self._evaluation.finish()
+        if not self.trainer.sanity_checking:
+            self.source_likelihoods[self._evaluation.stage] = results
+        # Already over all ranks; `sync_dist` only keeps Lightning from asking.
+        self.log_dict(self._evaluation.tags(results), sync_dist=True, batch_size=1)
+
+    # ---- checkpoints ----
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch's has overloads
+        """Only what trains; the base is named by its identity, see `on_save_checkpoint`."""
+        trainable, prefix = trainable_names(self), kwargs.get("prefix", "")
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.removeprefix(prefix) not in trainable]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
+        """Load what trains. Raises: ValueError if it is not exactly what trains here."""
+        check_trainable_state(self, state_dict)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the base's path and a hash of its content."""
+        checkpoint[BASE_KEY] = self._base_identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the base before anything is loaded. Raises: ValueError if it is another one."""
+        check_same_base(checkpoint.get(BASE_KEY), self._base_identity)
+        self.steps_trained = int(checkpoint["global_step"])
+
+    @cached_property
+    def _base_identity(self) -> dict[str, str]:
+        return base_identity(self.base)

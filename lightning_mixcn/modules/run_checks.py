@@ -1,0 +1,88 @@
+"""What a run must satisfy before and while it trains; each error says the remedy."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+# Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that changes what the model itself decides.
+
+    Args:
+        precision: Lightning's name of it, `trainer.precision`.
+
+    Raises:
+        ValueError: anything but ``32-true`` (and ``bf16-mixed``, which changes nothing here).
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"`trainer.precision={precision!r}` would cast LoRA's float32 masters and the quantisation scales, or "
+            "scale the loss for nothing. Set `trainer.precision: 32-true`; the compute dtype is `model.init_args.dtype`"
+        )
+
+
+def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
+    """Refuse a tokenizer with more pieces than the model has embeddings.
+
+    Args:
+        trainer: Lightning's; data without a `tokenizer` is not checked.
+        model: A transformers model or the PeftModel around it.
+
+    Raises:
+        ValueError: the tokenizer is too large.
+    """
+    tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+    if tokenizer is None or model is None:
+        return
+    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a method of transformers' models
+    if tokenizer.vocab_size > embeddings:
+        raise ValueError(
+            f"`tokenizer`: {tokenizer.path} has {tokenizer.vocab_size} pieces, but the model has {embeddings} "
+            "embeddings. Give the base's own tokenizer (`model.init_args.tokenizer: null`), or a larger base"
+        )
+
+
+def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
+    """Stop before the update when a number is not finite.
+
+    Args:
+        step: Optimizer steps done, which is the number of the present one from 0.
+        what: What is not finite.
+        value: Its value.
+        trainer: Lightning's.
+
+    Raises:
+        FloatingPointError: says the step, the last checkpoint and what to do.
+    """
+    if math.isfinite(value):
+        return
+    saved = [callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.best_model_path]
+    resume = f"Resume from the last checkpoint, {saved[-1]}," if saved else "There is no checkpoint yet: start again"
+    raise FloatingPointError(
+        f"The {what} of optimizer step {step} (from 0) is {value}; nothing was updated in this step. {resume} "
+        "with a lower learning rate or `trainer.gradient_clip_val: 1.0`, or look for broken text in the "
+        "data (`data.init_args.sources`)"
+    )
+
+
+def source_names(trainer: Any, stage: str) -> list[str]:
+    """Names of the sources that are evaluated, in the order of `source_ids`.
+
+    Args:
+        trainer: Lightning's, with a data module.
+        stage: ``val``, ``test`` or ``predict``.
+
+    Raises:
+        ValueError: the data module does not name its sources.
+    """
+    names = getattr(trainer.datamodule, "source_names", None)
+    if names is None:
+        raise ValueError(
+            f"{type(trainer.datamodule).__name__} has no `source_names(stage)`, which names the sources that "
+            "`source_ids` counts. Use PretrainDataModule, or give your data module this method"
+        )
+    return list(names(stage))

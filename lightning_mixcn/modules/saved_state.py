@@ -1,0 +1,68 @@
+"""What a checkpoint holds of a model: what trains, and which base it belongs to."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+BASE_KEY = "mixcn_base"
+
+
+def trainable_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that train; a tied pair has one."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint holds every parameter that trains here, and nothing else.
+
+    Args:
+        module: The LightningModule, its model built.
+        state: A checkpoint's ``state_dict``.
+
+    Raises:
+        ValueError: a parameter is missing, left over, or of another shape.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    remedy = "Give `lora` and `train_embeddings` as they were in the run that wrote the checkpoint"
+    if missing := sorted(trainable.keys() - state.keys()):
+        raise ValueError(f"The checkpoint lacks {_some(missing)}, which train here. {remedy}")
+    if extra := sorted(state.keys() - trainable.keys()):
+        raise ValueError(f"The checkpoint holds {_some(extra)}, which do not train here. {remedy}")
+    for name, parameter in trainable.items():
+        if state[name].shape != parameter.shape:
+            shapes = f"{tuple(state[name].shape)} in the checkpoint and {tuple(parameter.shape)} here"
+            raise ValueError(f"{name} has the shape {shapes}. {remedy}")
+
+
+def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any]) -> None:
+    """Check that a checkpoint belongs to the base that is loaded; its folder may have moved.
+
+    Args:
+        saved: ``{"path", "sha256"}`` from the checkpoint.
+        present: The same of the base in use.
+
+    Raises:
+        ValueError: another base, or a checkpoint that names none.
+    """
+    if saved is None:
+        raise ValueError("The checkpoint names no base model: it was not written by lightning_mixcn. Give one that was")
+    if saved["sha256"] != present["sha256"]:
+        raise ValueError(
+            f"The checkpoint was trained on the base {saved['path']} (sha256 {saved['sha256'][:12]}…), but `base` is "
+            f"{present['path']} (sha256 {present['sha256'][:12]}…). Set `model.init_args.base` to the former; to start "
+            "anew from its adapter on this base, give `model.init_args.adapter` instead of `--ckpt_path`"
+        )
+
+
+def adapter_folder(adapter: str | None) -> str | None:
+    """The PEFT folder to continue from: the given one, or the one that `AdapterCheckpoint` wrote in a run folder."""
+    inside = Path(adapter, "adapter") if adapter else None
+    return str(inside) if inside is not None and inside.is_dir() else adapter
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{rest}"

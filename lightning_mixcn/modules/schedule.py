@@ -1,0 +1,110 @@
+"""Learning rate: linear warm-up, then a cosine, both by fraction of the run."""
+
+import math
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+# The length of the run belongs to the configuration, so that a resumed run may be made longer.
+_CONFIGURED = ("total_steps", "warmup_fraction", "final_fraction")
+
+
+class WarmupCosine(LRScheduler):
+    """Linear warm-up to the optimizer's learning rate, then half a cosine down.
+
+    Step s of N (counted from 0, W of them warm-up) has the learning rate times (s + 1) / (W + 1) while s < W, and after
+    it times f + (1 − f) · (1 + cos(π · (s − W) / (N − W))) / 2. Neither the first nor the last step is at zero.
+
+    Args:
+        optimizer: Whose learning rates are scheduled; each group's own ``lr`` is its peak.
+        warmup_fraction: Fraction of all steps spent on warm-up, in [0, 1); 0.05 as in the Chinese-Mixtral paper.
+        final_fraction: Learning rate at the end as a fraction of the peak, in [0, 1]; 0.1, since a rate near zero
+            learns nothing from the text it still costs.
+        total_steps: Optimizer steps of the run. The module gives ``trainer.max_steps`` where this is null.
+
+    Raises:
+        ValueError: a fraction outside its range, or ``total_steps`` below one.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_fraction: float = 0.05,
+        final_fraction: float = 0.1,
+        total_steps: int | None = None,
+    ) -> None:
+        """Set the learning rates of the first step."""
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"`warmup_fraction={warmup_fraction}`: expected 0 <= fraction < 1, e.g. 0.05 for 5 %")
+        if not 0 <= final_fraction <= 1:
+            raise ValueError(f"`final_fraction={final_fraction}`: expected 0 <= fraction <= 1, e.g. 0.1")
+        self.warmup_fraction = warmup_fraction
+        self.final_fraction = final_fraction
+        self.total_steps: int | None = None
+        super().__init__(optimizer)
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Fix the length of the run and set the learning rates of its present step.
+
+        Args:
+            total_steps: Optimizer steps, at least one.
+
+        Raises:
+            ValueError: ``total_steps`` is below one, which is what an unlimited run (``max_steps: -1``) has.
+        """
+        if total_steps < 1:
+            raise ValueError(
+                f"`trainer.max_steps={total_steps}`: WarmupCosine needs the number of optimizer steps. "
+                "Set `trainer.max_steps`, or `total_steps` of the scheduler"
+            )
+        self.total_steps = total_steps
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def factor(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 0) as a fraction of the peak; constant after the last step."""
+        assert self.total_steps is not None
+        warmup = round(self.warmup_fraction * self.total_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Learning rate of each parameter group for the present step.
+
+        Raises:
+            ValueError: stepped before the length of the run was known.
+        """
+        if self.total_steps is None:
+            if self.last_epoch > 0:
+                raise ValueError("`total_steps` of WarmupCosine is not set. Pass it, or call `set_total_steps` first")
+            return list(self.base_lrs)
+        return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress, without what the configuration says."""
+        return {key: value for key, value in super().state_dict().items() if key not in _CONFIGURED}
+
+
+def scheduled(optimizer: Optimizer, scheduler: LRSchedulerTypeUnion, max_steps: int) -> OptimizerLRScheduler:
+    """What Lightning's `configure_optimizers` returns.
+
+    Args:
+        optimizer: The optimizer.
+        scheduler: Its schedule, stepped once an optimizer step; one that watches a value, once an epoch.
+        max_steps: `trainer.max_steps`, the length of a `WarmupCosine` that was given none. Not the trainer's
+            `estimated_stepping_batches`: reading that makes Lightning drop the data loader's state (its issue 20550).
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+    if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+        scheduler.set_total_steps(max_steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,70 @@
+"""A Mixtral of some thousand parameters, with a tokenizer, in a folder like a real one's."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import MixtralConfig, PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+
+
+def tiny_mixtral_config(**changes: Any) -> MixtralConfig:
+    """Sizes of the tiny model: two layers, four experts, two a token, width 32, a vocabulary of bytes.
+
+    Args:
+        changes: Settings of `transformers.MixtralConfig` to change.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        # A width of 32 needs more than the usual 0.02 for outputs, and routing, that are not all alike.
+        "initializer_range": 0.1,
+    }
+    return MixtralConfig(**(settings | changes))
+
+
+def save_tiny_mixtral(path: str | Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny random Mixtral as stock transformers does, and a tokenizer of single bytes beside it.
+
+    Args:
+        path: Folder, made if need be.
+        seed: Of the random weights.
+        changes: Settings of `transformers.MixtralConfig` to change.
+
+    Returns:
+        The folder, as `load_mixtral` and `load_tokenizer` take it.
+    """
+    folder = Path(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MixtralForCausalLM(tiny_mixtral_config(**changes))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every UTF-8 byte is a token; ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])
+    specials = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **specials
+    )

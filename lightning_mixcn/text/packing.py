@@ -1,0 +1,209 @@
+"""Rows of `sequence_length` tokens, made of segments of documents that do not see each other.
+
+Every document becomes ``BOS text EOS``. A document that does not fit is cut at the end of the row and goes on in a
+later one; EOS stands at its true end only. In rows for evaluation a continuation begins with the last token of the
+row before, so that every token but BOS is predicted once.
+"""
+
+# B = rows, S = sequence length
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lightning_mixcn.text.corpus import DocumentSet
+    from lightning_mixcn.text.tokenizer import TextTokenizer
+
+IGNORED_LABEL = -100
+PACKINGS = ("documents",)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one document inside one row.
+
+    Args:
+        tokens: Token ids ``[n]``, int32.
+        source: Index of the document's source.
+    """
+
+    tokens: NDArray[np.int32]
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSegment(Segment):
+    """A segment of a row for evaluation.
+
+    Args:
+        document: Index of the document in the evaluation set.
+        label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
+        is_text: Whether each token ``[n]`` is text, not BOS or EOS; bool.
+    """
+
+    document: int
+    label_bytes: NDArray[np.int32]
+    is_text: NDArray[np.bool_]
+
+    def part(self, start: int, stop: int) -> ScoredSegment:
+        """Cut out tokens ``[start, stop)``."""
+        cut = slice(start, stop)
+        return ScoredSegment(self.tokens[cut], self.source, self.document, self.label_bytes[cut], self.is_text[cut])
+
+
+AnySegment = TypeVar("AnySegment", bound=Segment)
+Row = tuple[Segment, ...]
+ScoredRow = tuple[ScoredSegment, ...]
+
+
+def encode_document(tokenizer: TextTokenizer, text: str) -> NDArray[np.int32]:
+    """Encode a text as ``BOS text EOS``.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The document.
+
+    Returns:
+        Token ids ``[tokens + 2]``, int32.
+    """
+    (ids,) = tokenizer.encode_batch([text])
+    return np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=np.int32)
+
+
+def fill_row(next_segment: Callable[[int], AnySegment | None], sequence_length: int) -> tuple[AnySegment, ...]:
+    """Put segments behind each other until the row is full or nothing is left.
+
+    Args:
+        next_segment: Gives the next segment of at most that many tokens, or None when nothing is left (or fits).
+        sequence_length: Tokens of a row.
+
+    Returns:
+        The segments; they are shorter together than `sequence_length` only if `next_segment` gave None.
+    """
+    segments: list[AnySegment] = []
+    space = sequence_length
+    while space > 0 and (segment := next_segment(space)) is not None:
+        segments.append(segment)
+        space -= len(segment.tokens)
+    return tuple(segments)
+
+
+def evaluation_rows(
+    documents: DocumentSet, tokenizer: TextTokenizer, sequence_length: int, *, source: int = 0, first_document: int = 0
+) -> Iterator[ScoredRow]:
+    """Pack every document of a set once, with one token of overlap where a document goes on in the next row.
+
+    Args:
+        documents: The documents, packed in their order.
+        tokenizer: The tokenizer.
+        sequence_length: Tokens of a row, at least 2.
+        source: Index of the source, for `source_ids`.
+        first_document: Index of the first document in the evaluation set.
+
+    Yields:
+        Rows of at most `sequence_length` tokens.
+    """
+    pending = _scored_documents(documents, tokenizer, source, first_document)
+    current = next(pending, None)
+    position = 0
+
+    def next_segment(space: int) -> ScoredSegment | None:
+        nonlocal current, position
+        if current is None or space < 2:  # one token alone would have nothing to predict
+            return None
+        stop = min(position + space, len(current.tokens))
+        segment = current.part(position, stop)
+        if stop == len(current.tokens):
+            current, position = next(pending, None), 0
+        else:
+            position = stop - 1
+        return segment
+
+    while current is not None:
+        yield fill_row(next_segment, sequence_length)
+
+
+def _scored_documents(
+    documents: DocumentSet, tokenizer: TextTokenizer, source: int, first_document: int, batch: int = 64
+) -> Iterator[ScoredSegment]:
+    for start in range(0, len(documents), batch):
+        indices = range(start, min(start + batch, len(documents)))
+        encoded = tokenizer.encode_batch_with_bytes([documents.text(index) for index in indices])
+        for index, (ids, widths) in zip(indices, encoded, strict=True):
+            tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
+            is_text = np.ones(len(tokens), dtype=np.bool_)
+            is_text[[0, -1]] = False
+            label_bytes = np.pad(widths, 1)
+            yield ScoredSegment(tokens, source, first_document + index, label_bytes, is_text)
+
+
+def collate_rows(rows: Sequence[Iterable[Segment]], sequence_length: int, padding_id: int) -> dict[str, NDArray[Any]]:
+    """Lay rows out as the arrays of a batch.
+
+    The label of the first token of a segment is ignored: nothing in the row predicts it. Padding has label -100 and
+    -1 in `document_ids` and `source_ids`; its positions begin at 0 again, so that it attends to no document.
+
+    Args:
+        rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
+        sequence_length: S.
+        padding_id: Token id under the padding.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` int64, ``document_ids`` int32 and ``source_ids`` int16, ``[B, S]``.
+    """
+    shape = (len(rows), sequence_length)
+    batch: dict[str, NDArray[Any]] = {
+        "input_ids": np.full(shape, padding_id, dtype=np.int64),
+        "labels": np.full(shape, IGNORED_LABEL, dtype=np.int64),
+        "document_ids": np.full(shape, -1, dtype=np.int32),
+        "position_ids": np.empty(shape, dtype=np.int64),
+        "source_ids": np.full(shape, -1, dtype=np.int16),
+    }
+    for index, row in enumerate(rows):
+        stop = 0
+        for number, segment in enumerate(row):
+            start, stop = stop, stop + len(segment.tokens)
+            batch["input_ids"][index, start:stop] = segment.tokens
+            batch["labels"][index, start + 1 : stop] = segment.tokens[1:]
+            batch["document_ids"][index, start:stop] = number
+            batch["position_ids"][index, start:stop] = np.arange(stop - start)
+            batch["source_ids"][index, start:stop] = segment.source
+        batch["position_ids"][index, stop:] = np.arange(sequence_length - stop)
+    return batch
+
+
+def collate_evaluation_rows(
+    rows: Sequence[ScoredRow], sequence_length: int, padding_id: int
+) -> dict[str, NDArray[Any]]:
+    """Lay rows for evaluation out as the arrays of a batch.
+
+    Args:
+        rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
+        sequence_length: S.
+        padding_id: Token id under the padding.
+
+    Returns:
+        The arrays of `collate_rows`, and ``label_bytes`` int32 (bytes of text credited to each label; a document's
+        sum to its UTF-8 bytes), ``text_mask`` bool (the label is text: not EOS, not ignored) and ``document_index``
+        int64 (in the evaluation set, -1 on padding), all ``[B, S]``.
+    """
+    batch = collate_rows(rows, sequence_length, padding_id)
+    shape = (len(rows), sequence_length)
+    batch["label_bytes"] = np.zeros(shape, dtype=np.int32)
+    batch["text_mask"] = np.zeros(shape, dtype=np.bool_)
+    batch["document_index"] = np.full(shape, -1, dtype=np.int64)
+    for index, row in enumerate(rows):
+        stop = 0
+        for segment in row:
+            start, stop = stop, stop + len(segment.tokens)
+            batch["label_bytes"][index, start + 1 : stop] = segment.label_bytes[1:]
+            batch["text_mask"][index, start + 1 : stop] = segment.is_text[1:]
+            batch["document_index"][index, start:stop] = segment.document
+    return batch

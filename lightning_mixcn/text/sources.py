@@ -1,0 +1,194 @@
+"""Where text comes from: named, weighted sources of files, listed in a fixed order."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+TextFormat = Literal["jsonl", "text", "parquet"]
+DocumentUnit = Literal["file", "line", "blank-line"]
+
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_FORMAT_OF_SUFFIX: dict[str, TextFormat] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".parquet": "parquet",
+}
+
+
+# The annotations of this class are resolved by jsonargparse for the YAML, hence plain builtins.
+@dataclass(frozen=True)
+class Source:
+    """A named set of text files.
+
+    Args:
+        name: Short name, unique in its list; it appears in TensorBoard tags such as `val/<name>/bits_per_byte`.
+        path: A file, a folder (searched recursively for known suffixes), a glob with `*` and `**`, or a list of these.
+        weight: Share of the training tokens relative to the other sources' weights.
+        format: Format of the files; null tells it from each file's suffix, before `.gz`, `.zst`, `.bz2` or `.xz`.
+        text_key: JSONL key or parquet column that holds a document's text.
+        document_unit: What one document is in a text file: the whole file, a line, or a block between blank lines.
+        max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
+    """
+
+    name: str
+    path: str | list[str]
+    weight: float = 1.0
+    format: TextFormat | None = None
+    text_key: str = "text"
+    document_unit: DocumentUnit = "file"
+    max_epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Args:
+        path: The file.
+        format: Its format, given or told from the suffix.
+        text_key: JSONL key or parquet column of the text.
+        document_unit: What one document is in a text file.
+    """
+
+    path: Path
+    format: TextFormat
+    text_key: str
+    document_unit: DocumentUnit
+
+
+def parse_sources(entries: Sequence[Source | Mapping[str, Any]], argument: str = "sources") -> tuple[Source, ...]:
+    """Check sources and turn dictionaries, as a YAML has them, into `Source`s.
+
+    Args:
+        entries: Sources, or mappings with the fields of `Source`.
+        argument: Name of the argument they came from, for errors.
+
+    Returns:
+        The sources in the same order.
+
+    Raises:
+        ValueError: An unknown or missing field, a duplicate name, or a value out of range.
+    """
+    sources = tuple(_parse(entry, f"{argument}[{index}]") for index, entry in enumerate(entries))
+    first: dict[str, int] = {}
+    for index, source in enumerate(sources):
+        if (other := first.setdefault(source.name, index)) != index:
+            raise ValueError(
+                f"`{argument}[{index}].name={source.name!r}` is already the name of `{argument}[{other}]`. "
+                "Give each source a name of its own, or one source a list of paths."
+            )
+    return sources
+
+
+def _parse(entry: Source | Mapping[str, Any], place: str) -> Source:
+    if not isinstance(entry, Source):
+        known = [field.name for field in fields(Source)]
+        if unknown := [key for key in entry if key not in known]:
+            raise ValueError(f"`{place}` has the unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
+        if missing := [key for key in ("name", "path") if key not in entry]:
+            raise ValueError(f"`{place}` has no `{missing[0]}`. Give at least name and path")
+        entry = Source(**entry)
+    _check(entry, place)
+    return entry
+
+
+def _check(source: Source, place: str) -> None:
+    formats, units = get_args(TextFormat), get_args(DocumentUnit)
+    name, path, weight, epochs = source.name, source.path, source.weight, source.max_epochs
+    named = isinstance(name, str) and bool(name) and "/" not in name
+    paths = [path] if isinstance(path, str) else path
+    located = isinstance(paths, list) and bool(paths) and all(isinstance(part, str) and part for part in paths)
+    weighted = isinstance(weight, (int, float)) and 0 < weight < math.inf
+    expectations = {
+        "name": (named, "a name without a slash (it is part of TensorBoard tags)"),
+        "path": (located, "a file, a folder, a glob, or a list of these"),
+        "weight": (weighted, "a positive number; remove the source to leave it out"),
+        "format": (source.format in (None, *formats), f"null or one of {', '.join(formats)}"),
+        "text_key": (isinstance(source.text_key, str) and bool(source.text_key), "the key or column of the text"),
+        "document_unit": (source.document_unit in units, f"one of {', '.join(units)}"),
+        "max_epochs": (epochs is None or (isinstance(epochs, int) and epochs >= 1), "null (for ever) or at least 1"),
+    }
+    for field, (holds, expected) in expectations.items():
+        if not holds:
+            raise ValueError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
+
+
+def list_files(source: Source, place: str = "sources[0]") -> list[SourceFile]:
+    """List the files of a source: each pattern's matches sorted by path, each file once.
+
+    Args:
+        source: The source.
+        place: How the configuration names it, for errors.
+
+    Returns:
+        At least one file.
+
+    Raises:
+        FileNotFoundError: A path matches no file.
+        ValueError: A path is an URL, or a file's format is neither given nor told by its suffix.
+    """
+    patterns = [source.path] if isinstance(source.path, str) else source.path
+    found = [path for pattern in patterns for path in _match(pattern, source, place)]
+    files = [
+        SourceFile(path, source.format or _format_of(path, place), source.text_key, source.document_unit)
+        for path in dict.fromkeys(found)
+    ]
+    if source.document_unit != "file" and not any(file.format == "text" for file in files):
+        raise ValueError(
+            f"`{place}.document_unit={source.document_unit!r}` says what a document is in a text file, but no file of "
+            "this source is text. Remove it, or set `format: text`"
+        )
+    return files
+
+
+def _match(pattern: str, source: Source, place: str) -> list[Path]:
+    if "://" in pattern:
+        raise ValueError(f"`{place}.path={pattern!r}` is an URL. Give local files; download remote ones first")
+    expanded = Path(pattern).expanduser()
+    if expanded.is_file():
+        return [expanded]
+    if expanded.is_dir():
+        files = sorted(file for file in expanded.rglob("*") if _belongs(file, source, expanded))
+        if not files:
+            raise FileNotFoundError(
+                f"`{place}.path={pattern!r}` is a folder without any {' '.join(_FORMAT_OF_SUFFIX)} file "
+                f"(nor one with {' '.join(COMPRESSIONS)} behind). Give a glob and `format` for other suffixes"
+            )
+        return files
+    files = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True) if Path(match).is_file())
+    if not files:
+        raise FileNotFoundError(
+            f"`{place}.path={pattern!r}` matches no file. Give a file, a folder or a glob, e.g. data/zh/*.jsonl.gz"
+        )
+    return files
+
+
+def _belongs(file: Path, source: Source, folder: Path) -> bool:
+    """Whether a file found in a folder is text of the source: known suffix, the source's format, nothing hidden."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    told = _FORMAT_OF_SUFFIX.get(_data_suffix(file))
+    return not hidden and file.is_file() and told is not None and source.format in (None, told)
+
+
+def _format_of(file: Path, place: str) -> TextFormat:
+    told = _FORMAT_OF_SUFFIX.get(_data_suffix(file))
+    if told is None:
+        raise ValueError(
+            f"The format of `{file}` cannot be told from its suffix. Set `{place}.format` to one of "
+            f"{', '.join(get_args(TextFormat))}"
+        )
+    return told
+
+
+def _data_suffix(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""

@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_mixcn.data.document_sets import DocumentSets
+from lightning_mixcn.text import Source
+
+
+def sets(sources: list[Source], val: Any = ((), 0.1), test: Any = ((), 0.1), predict: Any = ()) -> DocumentSets:
+    return DocumentSets(sources, {"val": val, "test": test}, predict)
+
+
+def texts(documents: DocumentSets, stage: str) -> list[set[str]]:
+    return [{part.text(index) for index in range(len(part))} for part in documents.read(stage)]
+
+
+def test_held_out_documents_are_nowhere_else(sources: list[Source]) -> None:
+    documents = sets(sources)
+    for train, val, test, count in zip(
+        *(texts(documents, stage) for stage in ("train", "val", "test")), [200, 100], strict=True
+    ):
+        assert not train & val
+        assert not train & test
+        assert not val & test
+        assert len(train | val | test) == count
+        assert min(len(val), len(test)) > 3
+
+
+def test_own_sources_leave_the_training_text_whole(sources: list[Source]) -> None:
+    documents = sets(sources[:1], val=(sources[1:], 0.1), test=((), 0.0))
+    assert [len(part) for part in documents.read("train")] == [200]
+    assert [len(part) for part in documents.read("val")] == [100]
+    assert documents.names("val") == ["en"]
+    assert documents.names("train") == documents.names("test") == ["zh"]
+
+
+def test_describe_counts_what_was_read(sources: list[Source]) -> None:
+    documents = sets(sources, predict=sources[1:])
+    assert documents.describe() == {}
+    documents.read("predict")
+    size = sum(len(json.loads(line)["text"].encode()) for line in Path(str(sources[1].path)).read_text().splitlines())
+    assert documents.describe() == {"predict/en/documents": 100, "predict/en/bytes": size}
+
+
+def test_no_set_that_is_not_required(sources: list[Source]) -> None:
+    documents = sets(sources, val=((), 0.0))
+    assert documents.read("val", required=False) == []
+    with pytest.raises(ValueError, match=r"There is no val set: `val_sources` is empty and `val_fraction` is 0"):
+        documents.read("val")
+
+
+def test_no_sources() -> None:
+    with pytest.raises(ValueError, match=r"`sources` is empty. Give at least one, e.g. {name: zh, path: data/zh}$"):
+        sets([]).read("train")
+    with pytest.raises(ValueError, match=r"`sources` is empty. .*, or `test_sources`"):
+        sets([]).read("test")
+    with pytest.raises(ValueError, match=r"`predict_sources` is empty"):
+        sets([]).read("predict")
+
+
+def test_empty_sides(sources: list[Source], tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("one document")
+    single = [Source("novel", str(tmp_path / "x.txt"))]
+    held_out = (
+        r"`val_fraction=0.001` holds out no document of source 'novel' \(1 in all\). Raise it, give `val_sources`"
+    )
+    with pytest.raises(ValueError, match=held_out):
+        sets(single, val=((), 0.001)).read("val", required=False)
+    with pytest.raises(ValueError, match=r"No document of source 'novel' \(1 in all\) is left for training. Lower"):
+        sets(single, val=((), 0.999), test=((), 0.0)).read("train")
+
+
+@pytest.mark.parametrize(("val", "test"), [(-0.1, 0.0), (0.0, -0.1), (0.5, 0.5), (1.0, 0.0)])
+def test_impossible_shares(val: float, test: float, sources: list[Source]) -> None:
+    with pytest.raises(ValueError, match=r"`val_fraction=.*` and `test_fraction=.*`: expected shares of at least 0"):
+        sets(sources, val=((), val), test=((), test))
+
+
+def test_unknown_stage(sources: list[Source]) -> None:
+    with pytest.raises(ValueError, match=r"`stage='validate'`: expected one of train, val, test, predict"):
+        sets(sources).names("validate")
+
+
+def test_places_name_their_argument(sources: list[Source]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"`predict_sources\[1\].path='no.jsonl'` matches no file"):
+        sets(sources, predict=[sources[0], Source("x", "no.jsonl")]).read("predict")
+    with pytest.raises(ValueError, match=r"`val_sources\[0\].weight=-1`"):
+        sets(sources, val=([Source("x", "y", weight=-1)], 0.0))

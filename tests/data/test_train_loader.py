@@ -1,0 +1,149 @@
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_mixcn.data.train_loader import Schedule, TrainLoader
+from lightning_mixcn.text import Source, StreamPlan, all_documents, collate_rows, load_tokenizer, read_corpus
+
+pytestmark = [
+    # The tests ask for more workers than small machines have cores.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    # From Python 3.12 on, of any fork beside a thread; torch's loader forks on purpose.
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def plan(sources: list[Source], tokenizer_folder: str) -> StreamPlan:
+    documents = [all_documents(read_corpus(source)) for source in sources]
+    return StreamPlan(documents, load_tokenizer(tokenizer_folder), sequence_length=32, num_streams=6, seed=7)
+
+
+@pytest.fixture(scope="module")
+def rows(plan: StreamPlan) -> list[dict[str, Any]]:
+    """The first rows of the run, straight from the contract: row k is row k // N of stream k % N."""
+    streams = plan.open(range(plan.num_streams))
+    made = [streams[row % plan.num_streams].next_row() for row in range(160)]
+    return [collate_rows([row], plan.sequence_length, plan.tokenizer.eos_id) for row in made]
+
+
+def batches(plan: StreamPlan, schedule: Schedule, workers: int, count: int, **options: Any) -> list[dict[str, Tensor]]:
+    loader = TrainLoader(plan, lambda: schedule, workers, **options)
+    try:
+        return list(islice(loader, count))
+    finally:
+        loader.close()
+
+
+def global_order(of_ranks: list[list[dict[str, Tensor]]], name: str) -> Tensor:
+    """Rows of all ranks: micro-batch by micro-batch, rank-major within each."""
+    return torch.cat([batch[name] for step in zip(*of_ranks, strict=True) for batch in step])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("micro_batch_size", "first_row"), [(1, 0), (3, 0), (4, 37)])
+def test_rows_are_the_contract_s(
+    ranks: int, workers: int, micro_batch_size: int, first_row: int, plan: StreamPlan, rows: list[dict[str, Any]]
+) -> None:
+    count = 100 // (ranks * micro_batch_size)
+    found = [batches(plan, Schedule(micro_batch_size, ranks, rank, first_row), workers, count) for rank in range(ranks)]
+    expected = rows[first_row : first_row + count * ranks * micro_batch_size]
+    for name in ("input_ids", "labels", "document_ids", "position_ids", "source_ids"):
+        ours = global_order(found, name)
+        theirs = np.concatenate([row[name] for row in expected])
+        assert ours.dtype == torch.from_numpy(theirs).dtype
+        assert np.array_equal(ours.numpy(), theirs)
+
+
+def test_spawned_workers_give_the_same(plan: StreamPlan) -> None:
+    """A spawned worker gets pickles, as every worker does where there is no fork."""
+    schedule = Schedule(4, 1, 0, 0)
+    spawned = batches(plan, schedule, 1, 6, start_method="spawn")
+    for ours, theirs in zip(spawned, batches(plan, schedule, 0, 6), strict=True):
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+def test_a_worker_makes_its_own_streams_only(plan: StreamPlan) -> None:
+    assert Schedule(1, 2, 0, 0).streams(6) == [0, 2, 4]
+    assert Schedule(2, 3, 1, 0).streams(6) == [2, 3]
+    assert Schedule(2, 3, 1, 5).streams(6) == [1, 2]
+    assert Schedule(4, 1, 0, 0).streams(6) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_iter_goes_on_without_starting_again(workers: int, plan: StreamPlan) -> None:
+    given = 0
+
+    def schedule() -> Schedule:
+        return Schedule(2, 1, 0, given * 2)
+
+    loader = TrainLoader(plan, schedule, workers)
+    first = iter(loader)
+    expected = batches(plan, Schedule(2, 1, 0, 0), 0, 9)
+    seen = list(islice(first, 4))
+    given = 4
+    assert iter(loader) is first  # the workers stand there
+    seen += islice(loader, 3)
+    given = 6  # the last one was fetched ahead and not used
+    assert iter(loader) is not first
+    seen[6:] = islice(loader, 3)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(seen, expected, strict=True))
+    assert loader.batches_given == 10
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sources_that_end(workers: int, ranks: int, sources: list[Source], tokenizer_folder: str) -> None:
+    parts = [all_documents(read_corpus(replace(source, max_epochs=1))) for source in sources]
+    plan = StreamPlan(parts, load_tokenizer(tokenizer_folder), sequence_length=32, num_streams=4, seed=0)
+    streams = plan.open(range(4))
+    expected = []
+    while not all(stream.exhausted for stream in streams.values()):
+        expected += [stream.next_row() for stream in streams.values()]
+    ended: list[int] = []
+    found = []
+    for rank in range(ranks):
+        end = partial(ended.append, rank)
+        found.append(batches(plan, Schedule(2, ranks, rank, 0), workers, 1000, on_end=end))
+    assert ended == list(range(ranks))
+    # Each rank stops by itself here: without a common decision some stop a batch early, with only padding left.
+    longest = max(map(len, found))
+    for of_rank in found:
+        of_rank += [{"labels": torch.full((2, 32), -100)}] * (longest - len(of_rank))
+    ours = global_order(found, "labels").numpy()
+    theirs = collate_rows(expected, 32, 2)["labels"]
+    assert np.array_equal(ours[: len(theirs)], theirs[: len(ours)])
+    assert (ours[len(theirs) :] == -100).all()
+    assert (theirs[len(ours) :] == -100).all()
+
+
+def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], tokenizer_folder: str) -> None:
+    parts = [all_documents(read_corpus(replace(sources[1], max_epochs=1)))]
+    plan = StreamPlan(parts, load_tokenizer(tokenizer_folder), sequence_length=4096, num_streams=2, seed=0)
+    asked: list[bool] = []
+
+    def agree(decision: bool) -> bool:
+        asked.append(decision)
+        return len(asked) == 6
+
+    found = batches(plan, Schedule(2, 1, 0, 0), 0, 10, all_ranks_agree=agree)
+    assert asked == [False, True, True, True, True, True]
+    assert len(found) == 5
+    assert all((batch["labels"] == -100).all() for batch in found[1:])
+
+
+def test_lightning_takes_the_loader_for_resumable(plan: StreamPlan) -> None:
+    states: list[dict[str, Any]] = []
+    keep: Callable[[dict[str, Any]], None] = states.append
+    loader = TrainLoader(plan, lambda: Schedule(1, 1, 0, 0), 0, state_dict=lambda: {"rows": 3}, load_state_dict=keep)
+    loader.load_state_dict(loader.state_dict())
+    assert states == [{"rows": 3}]

@@ -1,0 +1,120 @@
+"""The command: what it answers at once, and how it explains errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lightning_mixcn
+from lightning_mixcn import cli
+
+
+def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, what in cli.COMMANDS.items():
+        assert name in text
+        assert what in text
+
+
+def test_no_arguments_is_no_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: mixcn" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mixcn {lightning_mixcn.__version__}\n"
+
+
+def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "mixcn: error: unknown subcommand 'train'. Expected one of fit, validate, test, predict, upcycle, quantize; "
+        "see mixcn --help\n"
+    )
+
+
+def raising(error: Exception, module: str) -> Callable[[list[str]], None]:
+    """A function of ``module`` that raises ``error``."""
+    namespace = {"__name__": module, "error": error}
+    exec("def run(arguments):\n    raise error", namespace)
+    run: Callable[[list[str]], None] = namespace["run"]  # type: ignore[assignment]  # defined by the line above
+    return run
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad\n  value"), FileNotFoundError("bad value"), FloatingPointError("bad value")]
+)
+def test_our_errors_are_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_run", raising(error, "lightning_mixcn.data.anything"))
+    assert cli.main(["fit"]) == 2
+    assert capsys.readouterr().err == "mixcn: error: bad value (MIXCN_TRACEBACK=1 shows the traceback)\n"
+
+
+def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXCN_TRACEBACK", "1")
+    monkeypatch.setattr(cli, "_run", raising(ValueError("bad"), "lightning_mixcn.data.anything"))
+    with pytest.raises(ValueError, match="bad"):
+        cli.main(["fit"])
+
+
+@pytest.mark.parametrize(
+    ("error", "module"), [(ValueError("bad"), "torch.nn"), (RuntimeError("bad"), "lightning_mixcn.model.nf4")]
+)
+def test_other_errors_keep_their_traceback(error: Exception, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run", raising(error, module))
+    with pytest.raises(type(error), match="bad"):
+        cli.main(["fit"])
+
+
+def test_errors_of_constructors_are_taken_out_of_jsonargparse_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrapped(arguments: list[str]) -> None:
+        try:
+            raising(ValueError("`sequence_length=0`"), "lightning_mixcn.data.pretrain")(arguments)
+        except ValueError as cause:
+            error = ValueError("Does not validate against any of the Union subtypes")
+            error.__cause__ = cause
+            raising(error, "jsonargparse._typehints")(arguments)
+
+    monkeypatch.setattr(cli, "_run", wrapped)
+    assert cli.main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("mixcn: error: `sequence_length=0` (MIXCN")
+
+
+WORKER_ERROR = """Caught ValueError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "/usr/lib/torch/utils/data/_utils/worker.py", line 349, in _worker_loop
+    data = fetcher.fetch(index)
+  File "{file}", line 12, in read
+    raise ValueError(f"x")
+ValueError: data/zh.jsonl, line 3: not JSON
+"""
+
+
+def test_errors_of_loader_workers_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(cli.__file__).parent / "text" / "corpus.py"
+    monkeypatch.setattr(cli, "_run", raising(ValueError(WORKER_ERROR.format(file=file)), "torch._utils"))
+    assert cli.main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("mixcn: error: data/zh.jsonl, line 3: not JSON (")
+
+
+def test_other_errors_of_loader_workers_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ValueError(WORKER_ERROR.format(file="/opt/elsewhere/data.py"))
+    monkeypatch.setattr(cli, "_run", raising(error, "torch._utils"))
+    with pytest.raises(ValueError, match="Original Traceback"):
+        cli.main(["fit"])
+
+
+def test_the_class_is_found_here() -> None:
+    from lightning_mixcn.trainer_cli import MixcnCLI
+
+    assert cli.MixcnCLI is MixcnCLI
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        cli.Nothing  # noqa: B018  # asking is the test

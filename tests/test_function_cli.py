@@ -1,0 +1,48 @@
+"""Subcommands that are one function: arguments, help and errors, and a whole quantise."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_mixcn.cli import main
+from lightning_mixcn.model import load_mixtral
+
+
+def test_quantize(tmp_path: Path, tiny_base: Path) -> None:
+    assert main(["quantize", str(tiny_base), str(tmp_path / "small"), "--dtype=float32"]) == 0
+    assert load_mixtral(tmp_path / "small", dtype="float32").config.num_local_experts == 4
+
+
+def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["upcycle", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: mixcn upcycle" in text
+    assert "--num_experts" in text
+    assert "Number of experts" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["upcycle"], "the following arguments are required: src, out; see mixcn upcycle --help"),
+        (["quantize", "a", "b", "--bits=3"], "--bits"),
+        (["upcycle", "a", "b", "--num_experts=many"], "num_experts"),
+        (["quantize", "nowhere", "b"], "nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mixcn: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,114 @@
+"""What is installed is what is in the tree."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKS = ("callbacks", "configs")
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def packages_in_tree() -> set[str]:
+    inside = {path.parent for path in (ROOT / "lightning_mixcn").rglob("__init__.py")}
+    names = {".".join(path.relative_to(ROOT).parts) for path in inside}
+    # rglob does not follow links in every version of Python.
+    return names | {f"lightning_mixcn.{name}" for name in LINKS if (ROOT / name / "__init__.py").is_file()}
+
+
+def test_packages_are_those_of_the_tree() -> None:
+    assert set(pyproject()["tool"]["setuptools"]["packages"]) == packages_in_tree()
+
+
+def test_every_python_folder_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "lightning_mixcn").rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_top_level_folders_are_linked_into_the_package(name: str) -> None:
+    link = ROOT / "lightning_mixcn" / name
+    assert link.is_symlink()
+    assert str(link.readlink()) == f"../{name}"
+    assert pyproject()["tool"]["setuptools"]["package-dir"][f"lightning_mixcn.{name}"] == name
+
+
+def test_tests_have_no_init() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_constraints_pin_names_and_versions_only() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert pins
+    assert not [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)]
+
+
+def test_constraints_pin_every_dependency() -> None:
+    project = pyproject()["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    wanted += project["optional-dependencies"]["dev"]
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower()
+    pinned = {line.partition("==")[0] for line in text.splitlines()}
+    assert not [name for name in wanted if re.split(r"[\[<>=]", name)[0].lower() not in pinned]
+
+
+def test_version_is_the_installed_one() -> None:
+    import lightning_mixcn
+
+    try:
+        installed = version("lightning-mixcn")
+    except PackageNotFoundError:
+        pytest.skip("the package is not installed; `make venv` does")
+    assert lightning_mixcn.__version__ == installed
+
+
+def copy_of_tree(target: Path) -> None:
+    """Copy what belongs to the project, links as links."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for source in (ROOT / name for name in files.split("\0") if name):
+        if source.exists():
+            copy = target / source.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy, follow_symlinks=False)
+
+
+def build(hook: str, tree: Path, out: Path) -> Path:
+    """Call a hook of the build backend, without isolation and so without a package index: dev has setuptools."""
+    program = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+    out.mkdir()
+    subprocess.run([sys.executable, "-c", program, hook, str(out)], cwd=tree, check=True, capture_output=True)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.mark.slow
+def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files belong to the project is unknown")
+    copy_of_tree(tmp_path / "tree")
+    archive = build("build_sdist", tmp_path / "tree", tmp_path / "sdist")
+    with tarfile.open(archive) as members:
+        members.extractall(tmp_path, filter="data")
+    wheel = build("build_wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as files:
+        came = files.namelist()
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_mixcn").rglob("*.py")}
+    expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for name in LINKS for path in (ROOT / name).rglob("*.py")}
+    expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    expected.add("lightning_mixcn/py.typed")
+    assert len(came) == len(set(came))
+    assert {name for name in came if ".dist-info/" not in name} == expected

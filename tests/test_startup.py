@@ -1,0 +1,36 @@
+"""What a person waits for at the prompt: help needs none of the heavy libraries."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "lightning", "peft", "bitsandbytes", "pyarrow", "numpy")
+
+PROGRAM = """
+import runpy, sys
+sys.argv = ["mixcn", *sys.argv[1:]]
+try:
+    runpy.run_module("lightning_mixcn", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    code = end.code or 0
+print("\\nLOADED", code, *sorted(name for name in sys.modules if "." not in name))
+"""
+
+
+def loaded_after(*arguments: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    _, code, *names = done.stdout.splitlines()[-1].split()
+    assert code == "0", done.stderr
+    return set(names)
+
+
+@pytest.mark.parametrize("arguments", [["--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    assert not loaded_after(*arguments) & set(HEAVY)
+
+
+def test_package_loads_nothing_heavy() -> None:
+    program = "import sys, lightning_mixcn; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & set(HEAVY)

@@ -1,0 +1,286 @@
+"""``mixcn fit`` and the like on a tiny model, from a YAML file as a user writes it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
+    EventAccumulator,
+)
+
+from lightning_mixcn.cli import main
+
+pytestmark = [
+    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def write_source(path: Path, sentence: str, documents: int = 40) -> Path:
+    lines = (json.dumps({"text": sentence * (1 + number % 4) + str(number)}) for number in range(documents))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A configuration; paths are relative to the folder that the test runs in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    write_source(tmp_path / "zh.jsonl", "今天天气很好。")
+    write_source(tmp_path / "en.jsonl", "The weather is fine. ")
+    content: dict[str, Any] = yaml.safe_load(CONFIG)
+    content["model"]["init_args"]["base"] = str(tiny_base)
+    return content
+
+
+CONFIG = """
+model:
+  class_path: PretrainModule
+  init_args:
+    dtype: float32
+    lora:
+      {r: 4, lora_alpha: 8, lora_dropout: 0.05, target_modules: [q_proj, k_proj, v_proj, o_proj, gate, w1, w2, w3]}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
+    lr_scheduler: {class_path: WarmupCosine, init_args: {warmup_fraction: 0.25}}
+data:
+  class_path: PretrainDataModule
+  init_args:
+    sources: [{name: zh, path: zh.jsonl, weight: 0.9}, {name: en, path: en.jsonl, weight: 0.1}]
+    test_sources: [{name: zh, path: zh.jsonl}]
+    predict_sources: [{name: en, path: en.jsonl}]
+    sequence_length: 48
+    micro_batch_size: 2
+    num_streams: 4
+    num_workers: 0
+    val_fraction: 0.2
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  accumulate_grad_batches: 2
+  val_check_interval: 4
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - {class_path: SampleText, init_args: {prompts: [今天], max_new_tokens: 3}}
+    - {class_path: StepCheckpoint, init_args: {every_n_steps: 2}}
+"""
+
+
+def run(config: dict[str, Any], command: str = "fit", *options: str) -> int:
+    Path("tiny.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    return main([command, "--config", "tiny.yaml", *options])
+
+
+def test_a_run_from_training_to_prediction(config: dict[str, Any]) -> None:
+    root = Path("runs/tiny")  # the default: the configuration's name
+    assert run(config) == 0
+    assert {"adapter", "checkpoints", "config.yaml", "samples.jsonl", "tensorboard"} == {p.name for p in root.iterdir()}
+    assert (root / "checkpoints" / "last.ckpt").resolve().name == "step=00000004.ckpt"
+    assert (root / "adapter" / "adapter_model.safetensors").is_file()
+    saved = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["trainer"]["default_root_dir"] == str(root)
+    assert saved["model"]["init_args"]["lora"]["init_args"]["r"] == 4
+
+    assert run(config, "validate", "--ckpt_path", "last") == 0
+    report = json.loads((root / "validate.json").read_text(encoding="utf-8"))
+    assert set(report["sources"]) == {"zh", "en"}
+    assert report["steps_trained"] == 4
+    assert report["checkpoint"].endswith("step=00000004.ckpt")
+
+    assert run(config, "test", "--ckpt_path", "last") == 0
+    report = json.loads((root / "test.json").read_text(encoding="utf-8"))
+    texts = [json.loads(line)["text"] for line in Path("zh.jsonl").read_text(encoding="utf-8").splitlines()]
+    # Bytes of every text, and every byte is a token, as is each end.
+    assert report["sources"]["zh"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert report["sources"]["zh"]["tokens"] == report["sources"]["zh"]["bytes"] + len(texts)
+
+    assert run(config, "predict", "--ckpt_path", "last") == 0
+    lines = [json.loads(line) for line in (root / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in Path("en.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["source"], line["index"], line["bytes"]) for line in lines] == [
+        ("en", index, len(text.encode())) for index, text in enumerate(texts)
+    ]
+    assert (root / "config.predict.yaml").is_file()
+
+
+def test_what_tensorboard_shows(config: dict[str, Any]) -> None:
+    assert run(config) == 0
+    events = EventAccumulator("runs/tiny/tensorboard").Reload()
+    expected = {
+        "lr-AdamW",
+        "throughput/tokens_per_second",
+        "train/auxiliary_loss",
+        "train/gradient_norm",
+        "train/loss",
+        "train/nll_nats_per_token",
+        "val/en/bits_per_byte",
+        "val/en/nll_nats_per_token",
+        "val/zh/bits_per_byte",
+        "val/zh/nll_nats_per_token",
+    }
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+    # One step of warm-up of four, then a cosine to a tenth.
+    rates = {event.step: event.value for event in events.Scalars("lr-AdamW")}
+    assert [rates[0], rates[1]] == pytest.approx([0.0005, 0.001])
+    assert {"config/text_summary", "samples/0/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: dict[str, Any]) -> None:
+    """As after a kill between the checkpoints of steps 2 and 4."""
+    config["trainer"]["limit_val_batches"] = 0
+    assert run(config) == 0
+    folder = Path("runs/tiny/checkpoints")
+    whole = torch.load(folder / "last.ckpt", weights_only=True)
+    (folder / "step=00000004.ckpt").unlink()
+    (folder / "last.ckpt").unlink()
+    (folder / "last.ckpt").symlink_to("step=00000002.ckpt")
+    assert run(config, "fit", "--ckpt_path=last") == 0
+    resumed = torch.load(folder / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 4
+    assert all(torch.equal(value, whole["state_dict"][name]) for name, value in resumed["state_dict"].items())
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=00000002.ckpt", "step=00000004.ckpt"]
+
+
+def test_the_saved_configuration_runs(config: dict[str, Any]) -> None:
+    config["trainer"]["max_steps"] = 1
+    assert run(config) == 0
+    Path("runs/tiny").rename("runs/before")
+    assert main(["fit", "--config", "runs/before/config.yaml"]) == 0
+    ends = [torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("before", "tiny")]
+    assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
+
+
+def change(config: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.init_args.bsae", "x", "Option 'bsae' is not accepted"),
+        ("model.init_args.lora.rank", 4, "Option 'rank' is not accepted"),
+        ("model.class_path", "PretrainModul", "model: there is no class 'PretrainModul'"),
+        ("model.init_args.quantization", "int8", "int8"),
+        ("data.init_args.sequence_lenght", 48, "Option 'sequence_lenght' is not accepted"),
+        ("trainer.max_step", 4, "trainer.max_step"),
+        ("modell", {"class_path": "PretrainModule"}, "modell"),
+        ("trainer.callbacks", [{"class_path": "SampleTexts"}], "there is no class 'SampleTexts'"),
+        ("model.init_args.base", "nowhere", "'nowhere' is not there. Give a folder"),
+        ("trainer.precision", "bf16-true", "Set `trainer.precision: 32-true`"),
+        ("model.init_args.lora.target_modules", ["fc1"], "'fc1', which matches nothing"),
+        ("data.init_args.sources", [{"name": "zh", "path": "none*.jsonl"}], "`sources[0].path='none*.jsonl'` matches"),
+        ("data.init_args.sequence_length", 0, "`sequence_length=0`"),
+        ("trainer.max_steps", -1, "`trainer.max_steps=-1`"),
+        ("model.init_args.optimizer.init_args.lr", 1e30, "of optimizer step 1 (from 0) is nan"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    path: str, value: Any, message: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(config, path, value)
+    assert run(config) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mixcn: error:")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not list(Path().glob("runs/tiny/checkpoints/*"))
+
+
+def test_nan_keeps_the_last_checkpoint(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config) == 0
+    before = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)
+    config["trainer"]["max_steps"] = 9
+    path = Path("runs/tiny/checkpoints/last.ckpt").resolve()
+    broken = torch.load(path, weights_only=True)
+    for group in broken["optimizer_states"][0]["param_groups"]:
+        group["lr"] = 1e30
+    torch.save(broken, path)
+    content = path.read_bytes()
+    assert run(config, "fit", "--ckpt_path=last") == 2
+    assert "is nan; nothing was updated in this step" in capsys.readouterr().err
+    assert Path("runs/tiny/checkpoints/last.ckpt").read_bytes() == content
+    assert before["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "message"),
+    [
+        ("validate", "last", "`--ckpt_path last`: there is no checkpoint in"),
+        ("fit", "nothing.ckpt", "`--ckpt_path nothing.ckpt` is not there"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there(
+    command: str, path: str, message: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(config, command, "--ckpt_path", path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_base_does_not_go_unnoticed(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightningCLI would take `base` from the checkpoint's hyper-parameters."""
+    from lightning_mixcn.testing import save_tiny_mixtral
+
+    config["trainer"]["max_steps"] = 1
+    assert run(config) == 0
+    config["model"]["init_args"]["base"] = str(save_tiny_mixtral(tmp_path / "other", seed=1))
+    assert run(config, "validate", "--ckpt_path", "runs/tiny/checkpoints/last.ckpt") == 2
+    assert "The checkpoint was trained on the base" in capsys.readouterr().err
+
+
+def test_the_configuration_s_own_callbacks_and_logger_stay(config: dict[str, Any]) -> None:
+    config["trainer"] |= {
+        "max_steps": 1,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "own"}},
+        "callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"filename": "mine", "every_n_train_steps": 1}}],
+    }
+    assert run(config) == 0
+    assert [path.name for path in Path("runs/tiny/checkpoints").iterdir()] == ["mine.ckpt"]
+    assert not Path("runs/tiny/tensorboard").exists()
+    assert list(Path("own").rglob("metrics.csv"))
+
+
+SUBCLASS = """
+import torch
+from lightning_mixcn import PretrainModule
+
+class WeightedSources(PretrainModule):
+    def __init__(self, first_source_weight: float = 3.0, **kwargs):
+        super().__init__(**kwargs)
+        self.first_source_weight = first_source_weight
+
+    def compute_loss(self, batch, output):
+        weight = torch.where(batch["source_ids"] == 0, self.first_source_weight, 1.0)
+        return (output.nll * weight).sum(), (weight * (batch["labels"] != -100)).sum()
+"""
+
+
+def test_a_subclass_in_the_folder_one_works_in(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("my_losses.py").write_text(SUBCLASS, encoding="utf-8")
+    config["trainer"]["max_steps"] = 1
+    config["model"]["class_path"] = "my_losses.WeightedSources"
+    config["model"]["init_args"]["first_source_weight"] = 2.0
+    assert run(config) == 0
+    saved = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["first_source_weight"] == 2.0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_every_subcommand(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="the completion script is shtab's")
+    with pytest.raises(SystemExit) as end:
+        main([f"--print_completion=shtab-{shell}"])
+    assert end.value.code == 0
+    script = capsys.readouterr().out
+    for word in ("fit", "predict", "upcycle", "quantize", "num_experts", "default_root_dir"):
+        assert word in script

@@ -1,0 +1,153 @@
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from lightning_mixcn.text.documents import iterate_documents
+from lightning_mixcn.text.sources import DocumentUnit, SourceFile, TextFormat
+
+TEXTS = ["first", "zweitens: ünïcode 中文 😀", "", "line\nbreak\r\n\u2028 and \x00 NUL"]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def read(
+    path: Path, format_: TextFormat = "jsonl", text_key: str = "text", unit: DocumentUnit = "file"
+) -> list[tuple[int, str]]:
+    return list(iterate_documents(SourceFile(path, format_, text_key, unit)))
+
+
+def lines_of(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_json_lines(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"x.jsonl{suffix}"
+    file.write_bytes(COMPRESS[suffix](lines_of(TEXTS)))
+    assert read(file) == list(enumerate(TEXTS, start=1))
+
+
+def test_concatenated_frames(tmp_path: Path) -> None:
+    for suffix in (".gz", ".zst"):
+        file = tmp_path / f"x.jsonl{suffix}"
+        file.write_bytes(b"".join(COMPRESS[suffix](lines_of([text])) for text in TEXTS))
+        assert [text for _, text in read(file)] == TEXTS
+
+
+def test_long_lines_over_many_chunks(tmp_path: Path) -> None:
+    texts = ["长" * 900_000, "short", "x" * 3_000_000]
+    (tmp_path / "x.jsonl").write_bytes(lines_of(texts))
+    assert [text for _, text in read(tmp_path / "x.jsonl")] == texts
+
+
+def test_blank_lines_are_no_records(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\n{"text": "a"}\r\n  \n{"text": "b"}')
+    assert read(tmp_path / "x.jsonl") == [(2, "a"), (4, "b")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', r"x.jsonl` line 3 is not JSON: .*Mend the line"),
+        (b'["a"]', r"line 3: expected a JSON object such as {\"text\": \"…\"}, got a list"),
+        (b'{"body": "a", "id": 1}', r"line 3 has no key 'text'. .*`text_key` to one of its keys: 'body', 'id'"),
+        (b"{}", r"line 3 has no key 'text'. .* its keys: none"),
+        (b'{"text": null}', r"line 3: expected a string under `text_key` 'text', got NoneType"),
+        (b'{"text": "\xff"}', r"line 3 is not UTF-8: byte 0xff at 10. Convert"),
+        (b'{"text": "\\ud83d"}', r"line 3: the text is not valid Unicode: surrogates not allowed"),
+        (b"[" * 100_000, r"line 3 is not JSON"),
+    ],
+    ids=["cut", "list", "key", "empty", "null", "utf8", "surrogate", "deep"],
+)
+def test_bad_line(line: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(lines_of(["a", "b"]) + line + b"\n" + lines_of(["c"]))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "x.jsonl")
+
+
+def test_other_key(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"zh": "一", "text": "x"}')
+    assert read(tmp_path / "x.jsonl", text_key="zh") == [(1, "一")]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
+def test_damaged_archive(suffix: str, damage: str, tmp_path: Path) -> None:
+    data = bytearray(COMPRESS[suffix](lines_of([f"{number} {number**7}" for number in range(2000)])))
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[len(data) // 2 : len(data) // 2 + 9] = bytes(9)
+    else:
+        data = bytearray(lines_of(TEXTS))
+    file = tmp_path / f"x.jsonl{suffix}"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.jsonl.*(is|damaged|cut off).*(Get it again|Mend|Convert)"):
+        read(file)
+
+
+def test_text_file_is_one_document(tmp_path: Path) -> None:
+    text = "a\r\n\r\nb\n 中\n"
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    assert read(tmp_path / "x.txt", "text") == [(1, text)]
+
+
+def test_text_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(" a\u2028a \r\n\n \nb\n中".encode())
+    assert read(tmp_path / "x.txt", "text", unit="line") == [(1, " a\u2028a "), (4, "b"), (5, "中")]
+
+
+def test_text_blocks(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("\n\na\nb\r\n \n\n  中\n".encode())
+    assert read(tmp_path / "x.txt", "text", unit="blank-line") == [(3, "a\nb"), (7, "  中")]
+
+
+@pytest.mark.parametrize("unit", ["file", "line", "blank-line"])
+def test_text_not_utf8(unit: DocumentUnit, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"a\n" + "中文".encode("gbk"))
+    with pytest.raises(ValueError, match=r"x.txt` line 2 is not UTF-8: byte 0xd6"):
+        read(tmp_path / "x.txt", "text", unit=unit)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_parquet(kind: pyarrow.DataType, tmp_path: Path) -> None:
+    table = pyarrow.table({"id": [1, 2, 3, 4], "zh": pyarrow.array(TEXTS, type=kind)})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    assert read(tmp_path / "x.parquet", "parquet", text_key="zh") == list(enumerate(TEXTS))
+
+
+def test_parquet_errors(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2], "zh": ["a", None]}), file)
+    with pytest.raises(ValueError, match=r"x.parquet` has no column 'text'. .*one of its columns: 'id', 'zh'"):
+        read(file, "parquet")
+    with pytest.raises(ValueError, match=r"x.parquet` row 1: expected a string in column 'zh', got NoneType"):
+        read(file, "parquet", text_key="zh")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"x.parquet` is not a readable parquet file"):
+        read(file, "parquet", text_key="zh")
+
+
+def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"\xff\xfe"], type=pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet` near row 0 is not UTF-8"):
+        read(tmp_path / "x.parquet", "parquet")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "x.jsonl")

@@ -1,0 +1,82 @@
+from collections.abc import Callable
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_mixcn.text import DocumentSet, ScoredRow, TextTokenizer, collate_evaluation_rows, collate_rows
+from lightning_mixcn.text.packing import Segment, evaluation_rows, fill_row
+
+Documents = Callable[[list[str]], DocumentSet]
+LISTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=40), min_size=1, max_size=8)
+
+
+def segment(*tokens: int, source: int = 0) -> Segment:
+    return Segment(np.asarray(tokens, dtype=np.int32), source)
+
+
+def rows_of(texts: list[str], tokenizer: TextTokenizer, documents: Documents, length: int) -> list[ScoredRow]:
+    return list(evaluation_rows(documents(texts), tokenizer, length, source=3, first_document=10))
+
+
+def test_batch_layout() -> None:
+    rows = [(segment(1, 7, 8, 2), segment(1, 9, source=1)), (segment(6, 2, source=1),), ()]
+    batch = collate_rows(rows, 7, padding_id=2)
+    assert {name: array.dtype.name for name, array in batch.items()} == {
+        "input_ids": "int64",
+        "labels": "int64",
+        "document_ids": "int32",
+        "position_ids": "int64",
+        "source_ids": "int16",
+    }
+    assert batch["input_ids"].tolist() == [[1, 7, 8, 2, 1, 9, 2], [6, 2, 2, 2, 2, 2, 2], [2] * 7]
+    assert batch["labels"].tolist() == [[-100, 7, 8, 2, -100, 9, -100], [-100, 2, *[-100] * 5], [-100] * 7]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1, 1, -1], [0, 0, *[-1] * 5], [-1] * 7]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4], list(range(7))]
+    assert batch["source_ids"].tolist() == [[0, 0, 0, 0, 1, 1, -1], [1, 1, *[-1] * 5], [-1] * 7]
+
+
+def test_a_row_is_filled_to_its_end() -> None:
+    tokens = iter(range(100))
+    row = fill_row(lambda space: segment(*(next(tokens) for _ in range(min(space, 3)))), 7)
+    assert [part.tokens.tolist() for part in row] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert fill_row(lambda space: None, 7) == ()
+
+
+def test_evaluation_continues_with_one_token_of_overlap(tokenizer: TextTokenizer, documents: Documents) -> None:
+    texts = ["the of and", "to in a is that for it"]
+    (first,), (second,) = tokenizer.encode_batch([texts[0]]), tokenizer.encode_batch([texts[1]])
+    assert (len(first), len(second)) == (3, 7)
+    batch = collate_evaluation_rows(rows_of(texts, tokenizer, documents, 8), 8, padding_id=2)
+    assert batch["input_ids"].tolist() == [[1, *first, 2, 1, *second[:2]], [*second[1:], 2, 2]]
+    assert batch["labels"][1].tolist() == [-100, *second[2:], 2, -100]
+    assert batch["text_mask"][1].tolist() == [False, *[True] * 5, False, False]
+    assert batch["label_bytes"][0].tolist() == [0, 3, 3, 4, 0, 0, 2, 3]
+    assert batch["label_bytes"][1].tolist() == [0, 2, 3, 5, 4, 3, 0, 0]
+    assert batch["document_index"].tolist() == [[10] * 5 + [11] * 3, [11] * 7 + [-1]]
+    assert batch["source_ids"].tolist() == [[3] * 8, [3] * 7 + [-1]]
+    dtypes = {name: batch[name].dtype.name for name in ("label_bytes", "text_mask", "document_index")}
+    assert dtypes == {"label_bytes": "int32", "text_mask": "bool", "document_index": "int64"}
+
+
+def test_a_single_token_is_left_to_padding(tokenizer: TextTokenizer, documents: Documents) -> None:
+    rows = rows_of(["the of", "the"], tokenizer, documents, 5)
+    assert [[len(part.tokens) for part in row] for row in rows] == [[4], [3]]
+
+
+@given(texts=LISTS, length=st.integers(2, 30))
+def test_every_token_is_scored_once(
+    texts: list[str], length: int, tokenizer: TextTokenizer, documents: Documents
+) -> None:
+    rows = rows_of(texts, tokenizer, documents, length)
+    batch = collate_evaluation_rows(rows, length, padding_id=2)
+    assert batch["input_ids"].shape == (len(rows), length)
+    for index, text in enumerate(texts, start=10):
+        of_document = batch["document_index"] == index
+        labels = batch["labels"][of_document]
+        (ids,) = tokenizer.encode_batch([text])
+        assert labels[labels != -100].tolist() == [*ids, 2]
+        assert batch["label_bytes"][of_document].sum() == len(text.encode())
+        assert batch["labels"][of_document & batch["text_mask"]].tolist() == ids
+    assert not batch["label_bytes"][batch["labels"] == -100].any()
+    assert (batch["labels"][batch["document_index"] == -1] == -100).all()

@@ -1,0 +1,107 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_mixcn.text import Source, parse_sources
+from lightning_mixcn.text.sources import list_files
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.txt", "deep/d.parquet", ".hidden/e.txt", "readme.md", "f.ndjson.zst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def names(source: Source, tree: Path) -> list[str]:
+    return [str(file.path.relative_to(tree)) for file in list_files(source)]
+
+
+def test_dictionaries_become_sources() -> None:
+    sources = parse_sources([{"name": "zh", "path": "x"}, Source("en", ["y", "z"], weight=0.5)])
+    assert sources == (Source("zh", "x", weight=1.0), Source("en", ["y", "z"], weight=0.5))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "zh"}, r"`val_sources\[0\]` has no `path`"),
+        ({"path": "x"}, r"`val_sources\[0\]` has no `name`"),
+        ({"name": "zh", "path": "x", "wieght": 1}, r"has the unknown key 'wieght'. Known keys: name, path, weight"),
+        ({"name": "zh", "path": "x", "weight": 0}, r"`val_sources\[0\].weight=0`: expected a positive number"),
+        ({"name": "zh", "path": "x", "weight": -0.5}, r"weight=-0.5`: expected a positive number"),
+        ({"name": "zh", "path": "x", "weight": float("nan")}, r"weight=nan`: expected a positive number"),
+        ({"name": "zh", "path": "x", "weight": "0.5"}, r"weight='0.5'`: expected a positive number"),
+        ({"name": "a/b", "path": "x"}, r"name='a/b'`: expected a name without a slash"),
+        ({"name": "", "path": "x"}, r"name=''`: expected a name"),
+        ({"name": "zh", "path": []}, r"path=\[\]`: expected a file, a folder, a glob"),
+        ({"name": "zh", "path": "x", "format": "csv"}, r"format='csv'`: expected null or one of jsonl, text, parquet"),
+        ({"name": "zh", "path": "x", "text_key": ""}, r"text_key=''`: expected the key or column"),
+        ({"name": "zh", "path": "x", "document_unit": "word"}, r"'word'`: expected one of file, line, blank-line"),
+        ({"name": "zh", "path": "x", "max_epochs": 0}, r"max_epochs=0`: expected null \(for ever\) or at least 1"),
+    ],
+)
+def test_bad_fields(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_sources([entry], "val_sources")
+
+
+def test_duplicate_names() -> None:
+    with pytest.raises(ValueError, match=r"`sources\[1\].name='zh'` is already the name of `sources\[0\]`"):
+        parse_sources([Source("zh", "x"), Source("zh", "y")])
+
+
+def test_a_folder_has_its_text_files_in_order(tree: Path) -> None:
+    files = list_files(Source("zh", str(tree)))
+    assert [(str(file.path.relative_to(tree)), file.format) for file in files] == [
+        ("a.jsonl.gz", "jsonl"),
+        ("b.jsonl", "jsonl"),
+        ("deep/c.txt", "text"),
+        ("deep/d.parquet", "parquet"),
+        ("f.ndjson.zst", "jsonl"),
+    ]
+
+
+def test_a_format_selects_in_a_folder(tree: Path) -> None:
+    assert names(Source("zh", str(tree), format="text"), tree) == ["deep/c.txt"]
+
+
+def test_globs_lists_and_doubles(tree: Path) -> None:
+    assert names(Source("zh", f"{tree}/*.jsonl*"), tree) == ["a.jsonl.gz", "b.jsonl"]
+    assert names(Source("zh", f"{tree}/**/*.txt"), tree) == ["deep/c.txt"]
+    both = [f"{tree}/deep/c.txt", f"{tree}/b.jsonl", f"{tree}/*.jsonl*"]
+    assert names(Source("zh", both), tree) == ["deep/c.txt", "b.jsonl", "a.jsonl.gz"]
+
+
+def test_a_stated_format_takes_any_suffix(tree: Path) -> None:
+    (file,) = list_files(Source("zh", f"{tree}/readme.md", format="text", document_unit="line"))
+    assert (file.format, file.document_unit) == ("text", "line")
+
+
+@pytest.mark.parametrize("pattern", ["nothing/*.jsonl", "nothing.jsonl"])
+def test_no_match(pattern: str, tmp_path: Path) -> None:
+    message = r"`sources\[0\].path='.*nothing.*jsonl'` matches no file. Give a file, a folder or a glob, e.g. data/zh/"
+    with pytest.raises(FileNotFoundError, match=message):
+        list_files(Source("zh", f"{tmp_path}/{pattern}"))
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"`val_sources\[2\].path=.* is a folder without any .jsonl"):
+        list_files(Source("zh", str(tmp_path)), "val_sources[2]")
+
+
+def test_unknown_suffix(tree: Path) -> None:
+    with pytest.raises(ValueError, match=r"readme.md` cannot be told from its suffix. Set `sources\[0\].format`"):
+        list_files(Source("zh", f"{tree}/readme.md"))
+
+
+def test_url() -> None:
+    with pytest.raises(ValueError, match=r"path='s3://b/x.jsonl'` is an URL"):
+        list_files(Source("zh", "s3://b/x.jsonl"))
+
+
+def test_document_unit_without_text_file(tree: Path) -> None:
+    with pytest.raises(ValueError, match=r"document_unit='line'` says what a document is in a text file"):
+        list_files(Source("zh", f"{tree}/b.jsonl", document_unit="line"))
