@@ -34,8 +34,8 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## every measurement in benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: venv  ## a training step beside stock transformers + PEFT, on the base that `make demo` makes (12 GB)
+	$(BIN)/python benchmarks/train_step.py --base .cache/demo/base
 
 clean:  ## remove what was built and cached; runs/ and .venv stay
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,6 +1,6 @@
 """Tokens per second of a training step: ours beside stock transformers + PEFT on bf16 experts, interleaved in one run.
 
-    python benchmarks/train_step.py --base .cache/demo/…/base --sequence_length 512 --micro_batch_size 2
+    python benchmarks/train_step.py --base .cache/demo/base --sequence_length 512 --micro_batch_size 1
 
 Both train the same LoRA (rank 16 on attention, router and every expert) of the same base on the same random tokens,
 loss with the auxiliary term, AdamW. Each step is timed from the forward pass to the optimizer's end.
@@ -37,7 +37,7 @@ def ours(base: str, rank: int) -> Any:
 
 
 def stock(base: str, rank: int) -> Any:
-    """transformers' bf16 experts; PEFT adapts them as parameters and materialises W + BA."""
+    """Experts of transformers in bf16; PEFT adapts them as parameters and materialises W + BA."""
     model = transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     return peft.get_peft_model(model, lora(rank)).train()
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="a Mixtral folder in bf16")
     parser.add_argument("--sequence_length", type=int, default=512, help="tokens a row")
-    parser.add_argument("--micro_batch_size", type=int, default=2, help="rows")
+    parser.add_argument("--micro_batch_size", type=int, default=1, help="rows")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each, after 2 untimed ones")
     parser.add_argument("--result", default="train_step", help="name of the JSON under benchmarks/results")
@@ -88,7 +88,8 @@ def main() -> None:
     rates = {name: record.spread([tokens / value for value in values]) for name, values in seconds.items()}
     ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
     for name, rate in rates.items():
-        print(f"{name:6} {rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f})  +{memory[name] / 1e9:.2f} GB")
+        measured = f"{rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f})"
+        print(f"{name:6} {measured}  +{memory[name] / 1e9:.2f} GB")
     print(f"ours / stock, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
     figures = {"settings": vars(options), "tokens_per_second": rates, "ratio": ratio, "resident_bytes_added": memory}
     print("written to", record.write(options.result, figures))

@@ -5,6 +5,7 @@ and torch's slow masked path. Here every document is one causal call, so work an
 """
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def document_spans(position_ids: Tensor) -> Spans:
     spans: Spans = defaultdict(list)
     for row, row_starts in enumerate(starts.cpu()):
         bounds = [*row_starts.nonzero().flatten().tolist(), length]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             spans[start, stop].append(row)
     assert sum(len(found) * (stop - start) for (start, stop), found in spans.items()) == rows * length
     return spans

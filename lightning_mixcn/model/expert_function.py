@@ -11,7 +11,7 @@ P = rows with each expert's share padded, n = rows of one expert.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +66,11 @@ class Dropout(NamedTuple):
 
 
 def padded_rows(rows: int) -> int:
-    """Rows of one expert on the CPU in 16 bits: a power of two up to 32, then the next multiple of 32.
+    """Rows of one expert on the CPU in 16 bits: a power of two up to 64, then the next multiple of 64.
 
     oneDNN builds a kernel for each new row count, which costs more than the product; few counts keep its cache warm.
     """
-    return 1 << (rows - 1).bit_length() if 0 < rows < 32 else -(-rows // 128) * 128
+    return 1 << (rows - 1).bit_length() if 0 < rows < 64 else -(-rows // 64) * 64
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Routing:
 
     def experts(self) -> Iterator[tuple[int, slice]]:
         """Each expert that has rows, with them."""
-        for expert, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+        for expert, (start, stop) in enumerate(pairwise(self.offsets)):
             if stop > start:
                 yield expert, slice(start, stop)
 

@@ -72,12 +72,18 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         loss = nll.sum() / (labels[:, 1:] != IGNORED).sum().clamp_min(1)
         auxiliary: Any = None
         if with_router:
-            mask = None if document_ids is None else document_ids >= 0
-            auxiliary = load_balancing_loss_func(
-                hidden.router_logits, self.config.num_local_experts, self.config.num_experts_per_tok, mask
-            )
+            auxiliary = self._auxiliary_loss(hidden.router_logits, document_ids)
             loss = loss + self.config.router_aux_loss_coef * auxiliary
         return CausalLMOutput(loss=loss, nll=nll, aux_loss=auxiliary, router_logits=hidden.router_logits)
+
+    def _auxiliary_loss(self, router_logits: Any, document_ids: Tensor | None) -> Any:
+        experts, top_k = self.config.num_local_experts, self.config.num_experts_per_tok
+        if document_ids is None:
+            return load_balancing_loss_func(router_logits, experts, top_k)
+        mask = document_ids >= 0
+        some = mask.any()
+        # A batch of padding alone, as the end of a finite source can give, has no balance: 0 instead of 0/0.
+        return some * load_balancing_loss_func(router_logits, experts, top_k, mask | ~some)
 
     def _document_attention(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
         """Spans instead of a mask, unless a sliding window is shorter than the row."""

@@ -1,7 +1,9 @@
 """The model against stock transformers."""
 
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,21 +13,20 @@ from lightning_mixcn.model import load_mixtral
 
 
 @pytest.fixture
-def stock(base: Path) -> transformers.MixtralForCausalLM:
+def stock(base: Path) -> Any:
     """The same folder, loaded by transformers."""
     return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
-def test_logits_are_transformers_bit_for_bit(base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor) -> None:
+def test_logits_are_those_of_transformers(base: Path, stock: Any, ids: Tensor) -> None:
     model = load_mixtral(base, quantization="none", dtype="float32")
     assert isinstance(model, transformers.MixtralForCausalLM)
-    assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+    # Bit for bit on one thread; MKL splits the fused and the single products differently over several.
+    torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
 
 
-def test_loss_auxiliary_loss_and_nll_equal_transformers(
-    base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor
-) -> None:
+def test_loss_auxiliary_loss_and_nll_equal_transformers(base: Path, stock: Any, ids: Tensor) -> None:
     model = load_mixtral(base, quantization="none", dtype="float32")
     labels = ids.clone()
     labels[0, 5:9] = -100
@@ -38,9 +39,7 @@ def test_loss_auxiliary_loss_and_nll_equal_transformers(
     assert ours.logits is None
 
 
-def test_padding_takes_no_part_in_the_auxiliary_loss(
-    base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor
-) -> None:
+def test_padding_takes_no_part_in_the_auxiliary_loss(base: Path, stock: Any, ids: Tensor) -> None:
     model = load_mixtral(base, quantization="none", dtype="float32")
     documents = torch.zeros_like(ids)
     documents[1, 20:] = -1
@@ -52,6 +51,15 @@ def test_padding_takes_no_part_in_the_auxiliary_loss(
         kept, config.num_local_experts, config.num_experts_per_tok
     )
     torch.testing.assert_close(ours.aux_loss, expected)
+
+
+def test_a_batch_of_padding_alone_has_no_auxiliary_loss(tiny: Path, ids: Tensor) -> None:
+    model = load_mixtral(tiny, quantization="none", dtype="float32", lora=peft.LoraConfig(target_modules=["gate"]))
+    nothing = torch.full_like(ids, -1)
+    out = model(input_ids=ids, labels=torch.full_like(ids, -100), document_ids=nothing, output_router_logits=True)
+    out.loss.backward()
+    assert out.loss == out.aux_loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 @torch.no_grad()
@@ -66,10 +74,11 @@ def test_documents_in_a_row_do_not_see_each_other(base: Path, attention: str, id
     torch.testing.assert_close(packed[:, :17], model(input_ids=first).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_greedy_generation_equals_transformers(base: Path, stock: transformers.MixtralForCausalLM, ids: Tensor) -> None:
-    model = load_mixtral(base, quantization="none", dtype="float32")
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
-    assert torch.equal(model.generate(ids[:1, :9], **options), stock.generate(ids[:1, :9], **options))
+def test_greedy_generation_equals_transformers(base: Path, stock: Any, ids: Tensor) -> None:
+    model: Any = load_mixtral(base, quantization="none", dtype="float32")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    ours, theirs = (generating.generate(ids[:1, :9], **options) for generating in (model, stock))
+    assert ours.tolist() == theirs.tolist()
 
 
 def test_saving_the_frozen_base_is_refused(tiny: Path, tmp_path: Path) -> None:

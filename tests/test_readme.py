@@ -1,0 +1,54 @@
+"""What the README shows is run as it stands there."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_mixcn.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+RUN = """
+model:
+  class_path: my_module.FocusedPretraining
+  init_args:
+    focus: 2.0
+    dtype: float32
+    lora: {r: 4, target_modules: all-linear}
+data:
+  class_path: PretrainDataModule
+  init_args:
+    sources: [{name: zh, path: zh.jsonl}]
+    sequence_length: 32
+    micro_batch_size: 2
+    num_workers: 0
+    val_fraction: 0.2
+trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false, num_sanity_val_steps: 0, limit_val_batches: 0}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_subclass_trains(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    shown = re.findall(r"```python\n(from lightning_mixcn import PretrainModule.*?)```", README.read_text(), re.DOTALL)
+    assert len(shown) == 1
+    assert sum(bool(line.strip()) for line in shown[0].splitlines()) <= 15
+    Path("my_module.py").write_text(shown[0])
+    lines = (json.dumps({"text": f"今天天气很好。{number}"}) for number in range(40))
+    Path("zh.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = yaml.safe_load(RUN)
+    run["model"]["init_args"]["base"] = str(tiny_base)
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    assert main(["fit", "--config", "run.yaml"]) == 0
+    assert "my_module.FocusedPretraining" in Path("runs/run/config.yaml").read_text()
+
+
+def test_every_local_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
+        assert (README.parent / target).exists(), target
