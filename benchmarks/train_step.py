@@ -10,6 +10,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -91,7 +92,8 @@ def main() -> None:
         measured = f"{rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f})"
         print(f"{name:6} {measured}  +{memory[name] / 1e9:.2f} GB")
     print(f"ours / stock, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
-    figures = {"settings": vars(options), "tokens_per_second": rates, "ratio": ratio, "resident_bytes_added": memory}
+    settings = vars(options) | {"base": Path(options.base).name}  # no path of a machine in a result
+    figures = {"settings": settings, "tokens_per_second": rates, "ratio": ratio, "resident_bytes_added": memory}
     print("written to", record.write(options.result, figures))
 
 
