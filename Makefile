@@ -35,7 +35,7 @@ lint: venv  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: venv  ## a training step beside stock transformers + PEFT, on the base that `make demo` makes (12 GB)
-	$(BIN)/python benchmarks/train_step.py --base .cache/demo/base
+	$(BIN)/python benchmarks/train_step.py --base .cache/demo/base --text .cache/demo/text/train/zh.jsonl
 
 clean:  ## remove what was built and cached; runs/ and .venv stay
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,15 +1,16 @@
 """The expert block as one autograd function: routed SwiGLU experts over frozen weights with split LoRA.
 
-Saved for backward: the block's input, the gate and up projections' results (``2·S·I``), the routing and the LoRA
-factors. Decoded again in backward: the frozen weights. Recomputed: SwiGLU, the gathered rows, the products with LoRA's
-A, and the dropout masks (from a seed). Never computed: a frozen weight's gradient, and the down projection's result in
-backward: the gradient of a routing weight is ⟨dh, h⟩, since the down projection is linear (SonicMoE, https://arxiv.org/abs/2512.14080).
+Saved for backward: the block's input, the gate and up projections' results (``2·S·I``), the products with LoRA's A
+(``3·S·R``), the routing and the LoRA factors. Decoded again in backward: the frozen weights. Recomputed: SwiGLU, the
+gathered rows, and the dropout masks (from a seed). Never computed: a frozen weight's gradient, and the down
+projection's result in backward: the gradient of a routing weight is ⟨dh, h⟩, since the down projection is linear
+(SonicMoE, https://arxiv.org/abs/2512.14080).
 
 Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, R LoRA rank, S = T·K routed rows,
 P = rows with each expert's share padded, n = rows of one expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -27,6 +28,18 @@ class ExpertWeights(NamedTuple):
     gate: Weight
     up: Weight
     down: Weight
+
+    def decoders(self, dtype: torch.dtype) -> "ExpertDecoders":
+        """What decodes them, expert by expert, in ``dtype``."""
+        return ExpertDecoders(*(weight.decoder(dtype) for weight in self))
+
+
+class ExpertDecoders(NamedTuple):
+    """Give an expert's matrix: gate and up ``[I, H]``, down ``[H, I]``."""
+
+    gate: Callable[[int], Tensor]
+    up: Callable[[int], Tensor]
+    down: Callable[[int], Tensor]
 
 
 class ExpertFactors(NamedTuple):
@@ -66,11 +79,11 @@ class Dropout(NamedTuple):
 
 
 def padded_rows(rows: int) -> int:
-    """Rows of one expert on the CPU in 16 bits: a power of two up to 64, then the next multiple of 64.
+    """Rows of one expert on the CPU in 16 bits: a power of two up to 32, then the next multiple of 32.
 
     oneDNN builds a kernel for each new row count, which costs more than the product; few counts keep its cache warm.
     """
-    return 1 << (rows - 1).bit_length() if 0 < rows < 64 else -(-rows // 64) * 64
+    return 1 << (rows - 1).bit_length() if 0 < rows < 32 else -(-rows // 32) * 32
 
 
 @dataclass
@@ -138,27 +151,33 @@ class ExpertBlock(torch.autograd.Function):
         gate_up_P2I = x.new_empty(len(routing.token), 2 * weights.gate.shape[1])
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
         y_PH = x.new_empty(len(routing.token), x.shape[1])
+        hidden_gate_up = None if lora.a_gate_up is None else x.new_empty(len(y_PH), lora.a_gate_up.shape[1])
+        hidden_down = None if lora.a_down is None else x.new_empty(len(y_PH), lora.a_down.shape[1])
         mask_TH = dropout.mask(x.shape, 0, x)
+        decoders = weights.decoders(x.dtype)
         for expert, rows in routing.experts():
             token = routing.token[rows]
             x_nH, gate, up = x[token], gate_PI[rows], up_PI[rows]
-            torch.mm(x_nH, weights.gate.matrix(expert, x.dtype).t(), out=gate)
-            torch.mm(x_nH, weights.up.matrix(expert, x.dtype).t(), out=up)
-            if lora.a_gate_up is not None:
-                _add_gate_up(gate, up, _times(x_nH, mask_TH, token) @ lora.a_gate_up[expert].t(), lora, expert)
+            torch.mm(x_nH, decoders.gate(expert).t(), out=gate)
+            torch.mm(x_nH, decoders.up(expert).t(), out=up)
+            if lora.a_gate_up is not None and hidden_gate_up is not None:
+                torch.mm(_times(x_nH, mask_TH, token), lora.a_gate_up[expert].t(), out=hidden_gate_up[rows])
+                _add_gate_up(gate, up, hidden_gate_up[rows], lora, expert)
             h_nI = F.silu(gate).mul_(up)
-            y = torch.mm(h_nI, weights.down.matrix(expert, x.dtype).t(), out=y_PH[rows])
-            if lora.a_down is not None and lora.b_down is not None:
+            y = torch.mm(h_nI, decoders.down(expert).t(), out=y_PH[rows])
+            if lora.a_down is not None and lora.b_down is not None and hidden_down is not None:
                 h_dropped = _times(h_nI, dropout.mask(h_nI.shape, 1 + expert, x))
-                y.addmm_(h_dropped @ lora.a_down[expert].t(), lora.b_down[expert].t())
-        ctx.save_for_backward(x, weight, gate_up_P2I, routing.token, routing.row, *factors)
+                hidden = torch.mm(h_dropped, lora.a_down[expert].t(), out=hidden_down[rows])
+                y.addmm_(hidden, lora.b_down[expert].t())
+        saved = (x, weight, gate_up_P2I, hidden_gate_up, hidden_down, routing.token, routing.row)
+        ctx.save_for_backward(*saved, *factors)
         ctx.offsets, ctx.weights, ctx.dropout = routing.offsets, weights, dropout
         return _sum_choices(y_PH, routing.row, weight, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, the routing weights and the LoRA factors."""
-        x, weight_TK, gate_up_P2I, token_P, row_TK, *factors = ctx.saved_tensors
+        x, weight_TK, gate_up_P2I, hidden_gate_up, hidden_down, token_P, row_TK, *factors = ctx.saved_tensors
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
         routing = Routing(token_P, row_TK, ctx.offsets)
         weight_P = weight_TK.new_zeros(len(token_P)).index_copy_(0, row_TK.flatten(), weight_TK.flatten()).to(x.dtype)
@@ -166,17 +185,19 @@ class ExpertBlock(torch.autograd.Function):
         dx_PH = x.new_empty(len(token_P), x.shape[1]) if ctx.needs_input_grad[0] else None
         lora = ExpertFactors(*factors)
         dlora = ExpertFactors(*(None if factor is None else torch.zeros_like(factor) for factor in factors))
-        step = _ExpertBackward(ctx.weights, ctx.dropout, lora, dlora, x, ctx.dropout.mask(x.shape, 0, x))
+        decoders, mask_TH = ctx.weights.decoders(x.dtype), ctx.dropout.mask(x.shape, 0, x)
+        step = _ExpertBackward(decoders, ctx.dropout, lora, dlora, x, mask_TH)
         for expert, rows in routing.experts():
             gate, up, token, weight = gate_PI[rows], up_PI[rows], token_P[rows], weight_P[rows, None]
             silu = F.silu(gate)
             h_nI = silu * up
-            dh = step.down(expert, h_nI, grad_TH[token], weight)
-            torch.linalg.vecdot(dh.float(), h_nI.float(), out=dweight_P[rows])
+            dh = step.down(expert, h_nI, None if hidden_down is None else hidden_down[rows], grad_TH[token], weight)
+            torch.sum(h_nI.mul_(dh), dim=1, dtype=torch.float32, out=dweight_P[rows])
             dh.mul_(weight)
             dup = silu.mul_(dh)
             dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-            step.gate_up(expert, dgate, dup, token, None if dx_PH is None else dx_PH[rows])
+            hidden = None if hidden_gate_up is None else hidden_gate_up[rows]
+            step.gate_up(expert, dgate, dup, hidden, token, None if dx_PH is None else dx_PH[rows])
         dx = None if dx_PH is None else _sum_choices(dx_PH, row_TK, None, x.dtype)
         return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *dlora
 
@@ -185,36 +206,43 @@ class ExpertBlock(torch.autograd.Function):
 class _ExpertBackward:
     """Backward of one expert's two stages; adds to ``dlora`` in place."""
 
-    weights: ExpertWeights
+    decoders: ExpertDecoders
     dropout: Dropout
     lora: ExpertFactors
     dlora: ExpertFactors
     x: Tensor
     mask: Tensor | None
 
-    def down(self, expert: int, h_nI: Tensor, grad_nH: Tensor, weight_n1: Tensor) -> Tensor:
+    def down(self, expert: int, h_nI: Tensor, hidden_nR: Tensor | None, grad_nH: Tensor, weight_n1: Tensor) -> Tensor:
         """The gradient of h before it is scaled by the routing weight, ``[n, I]``."""
-        dh: Tensor = grad_nH @ self.weights.down.matrix(expert, grad_nH.dtype)
+        dh: Tensor = grad_nH @ self.decoders.down(expert)
         a, b, da, db = self.lora.a_down, self.lora.b_down, self.dlora.a_down, self.dlora.b_down
-        if a is None or b is None or da is None or db is None:
+        if a is None or b is None or da is None or db is None or hidden_nR is None:
             return dh
         mask = self.dropout.mask(h_nI.shape, 1 + expert, h_nI)
         h_dropped = _times(h_nI, mask)
         through_b = grad_nH @ b[expert]
-        torch.mm(grad_nH.t(), (h_dropped @ a[expert].t()).mul_(weight_n1), out=db[expert])
+        torch.mm(grad_nH.t(), hidden_nR * weight_n1, out=db[expert])
         torch.mm((through_b * weight_n1).t(), h_dropped, out=da[expert])
         return dh.addmm_(through_b, a[expert]) if mask is None else dh.add_((through_b @ a[expert]).mul_(mask))
 
-    def gate_up(self, expert: int, dgate: Tensor, dup: Tensor, token: Tensor, dx_nH: Tensor | None) -> None:
+    def gate_up(
+        self,
+        expert: int,
+        dgate: Tensor,
+        dup: Tensor,
+        hidden_nR: Tensor | None,
+        token: Tensor,
+        dx_nH: Tensor | None,
+    ) -> None:
         """Write the gradient of the expert's input rows into ``dx_nH``."""
         if dx_nH is not None:
-            torch.mm(dgate, self.weights.gate.matrix(expert, dgate.dtype), out=dx_nH)
-            dx_nH.addmm_(dup, self.weights.up.matrix(expert, dgate.dtype))
+            torch.mm(dgate, self.decoders.gate(expert), out=dx_nH)
+            dx_nH.addmm_(dup, self.decoders.up(expert))
         a, da = self.lora.a_gate_up, self.dlora.a_gate_up
-        if a is None or da is None:
+        if a is None or da is None or hidden_nR is None:
             return
         x_nH = _times(self.x[token], self.mask, token)
-        hidden_nR = x_nH @ a[expert].t()
         through_b = torch.zeros_like(hidden_nR)
         column = 0
         for grad, b, db in ((dgate, self.lora.b_gate, self.dlora.b_gate), (dup, self.lora.b_up, self.dlora.b_up)):

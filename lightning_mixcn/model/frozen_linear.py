@@ -14,18 +14,18 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        return x @ weight.matrix(0, x.dtype).t()
+        return x @ weight.decoder(x.dtype)(0).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        return (grad @ ctx.weight.matrix(0, grad.dtype) if ctx.needs_input_grad[0] else None), None
+        return (grad @ ctx.weight.decoder(grad.dtype)(0) if ctx.needs_input_grad[0] else None), None
 
 
 class FrozenLinear(nn.Module):
     """``groups`` bias-free linear maps of one shape that are never trained (LoRA trains beside them).
 
     With one group it is called like ``nn.Linear``; stacks of experts (``groups = num_experts``) are used by the expert
-    block, which reads ``storage.matrix(expert, dtype)``.
+    block, which reads ``storage.decoder(dtype)``.
 
     Args:
         in_features: Width of the input.

@@ -25,16 +25,14 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, master_VH: Tensor, labels_N: Tensor) -> Tensor:
-        weight_VH = master_VH.to(hidden_NH.dtype)
-        nll_N = torch.zeros(len(labels_N), dtype=torch.float32, device=hidden_NH.device)
+        chunks = _Chunks(hidden_NH, master_VH, labels_N)
+        nll_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_NH.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         unit_NH = torch.empty_like(hidden_NH) if needs_hidden and not needs_weight else None
-        for rows in _chunks(hidden_NH, len(weight_VH)):
-            logits_CV, target_C1 = (hidden_NH[rows] @ weight_VH.t()).float(), labels_N[rows, None].clamp_min(0)
-            log_sum_C1 = logits_CV.logsumexp(1, keepdim=True)
-            nll_N[rows] = (log_sum_C1 - logits_CV.gather(1, target_C1)).squeeze(1)
+        for rows in chunks.rows:
+            nll_N[rows], sum_C1 = chunks.evaluate(rows)
             if unit_NH is not None:
-                unit_NH[rows] = _dlogits(logits_CV, log_sum_C1, target_C1).to(weight_VH.dtype) @ weight_VH
+                torch.mm(chunks.dlogits(rows, sum_C1), chunks.weight_VH, out=unit_NH[rows])
         if unit_NH is None:
             ctx.save_for_backward(hidden_NH, master_VH, labels_N)
         else:
@@ -47,27 +45,56 @@ class _TokenNLL(torch.autograd.Function):
             (unit_NH,) = ctx.saved_tensors
             return (unit_NH * grad_N[:, None]).to(unit_NH.dtype), None, None
         hidden_NH, master_VH, labels_N = ctx.saved_tensors
-        weight_VH = master_VH.to(hidden_NH.dtype)
+        chunks = _Chunks(hidden_NH, master_VH, labels_N)
         dhidden_NH = torch.empty_like(hidden_NH)
-        dweight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for rows in _chunks(hidden_NH, len(weight_VH)):
-            logits_CV, target_C1 = (hidden_NH[rows] @ weight_VH.t()).float(), labels_N[rows, None].clamp_min(0)
-            dlogits_CV = _dlogits(logits_CV, logits_CV.logsumexp(1, keepdim=True), target_C1)
-            dlogits_CV = dlogits_CV.mul_(grad_N[rows, None]).to(weight_VH.dtype)
-            dhidden_NH[rows] = dlogits_CV @ weight_VH
+        dweight_VH = torch.zeros_like(master_VH, dtype=torch.float32)
+        for rows in chunks.rows:
+            _, sum_C1 = chunks.evaluate(rows)
+            dlogits_CV = chunks.dlogits(rows, sum_C1, grad_N[rows, None])
+            torch.mm(dlogits_CV, chunks.weight_VH, out=dhidden_NH[rows])
             dweight_VH += dlogits_CV.t() @ hidden_NH[rows]
         return dhidden_NH, dweight_VH.to(master_VH.dtype), None
 
 
-def _chunks(hidden_NH: Tensor, vocabulary: int) -> list[slice]:
-    positions, size = len(hidden_NH), max(64, _CHUNK_LOGITS.get(hidden_NH.device.type, 2**24) // vocabulary)
-    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
+class _Chunks:
+    """The positions in chunks, and the two buffers ``[C, V]`` that every chunk's logits go through.
 
+    New tensors for each chunk would be new pages for each chunk, whose zeroing costs the CPU more than the softmax.
+    """
 
-def _dlogits(logits_CV: Tensor, log_sum_C1: Tensor, target_C1: Tensor) -> Tensor:
-    """Softmax minus one-hot, in place of the logits."""
-    probabilities = logits_CV.sub_(log_sum_C1).exp_()
-    return probabilities.scatter_add_(1, target_C1, torch.full_like(log_sum_C1, -1.0))
+    def __init__(self, hidden_NH: Tensor, master_VH: Tensor, labels_N: Tensor) -> None:
+        self.hidden_NH, self.weight_VH = hidden_NH, master_VH.to(hidden_NH.dtype)
+        self.target_N1 = labels_N[:, None].clamp_min(0)  # what is ignored is masked later
+        positions, vocabulary = len(hidden_NH), len(master_VH)
+        fit = _CHUNK_LOGITS.get(hidden_NH.device.type, 2**24) // vocabulary
+        size = max(64, fit // 64 * 64)
+        self.rows = [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
+        self.product_CV = hidden_NH.new_empty(min(size, positions), vocabulary)
+        in_float32 = hidden_NH.dtype == torch.float32
+        self.logits_CV = self.product_CV if in_float32 else torch.empty_like(self.product_CV, dtype=torch.float32)
+
+    def evaluate(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """float32 negative log-likelihoods ``[C]``, and the sums ``[C, 1]`` of the exponentials left in the buffer."""
+        product_CV, logits_CV = self._buffers(rows)
+        torch.mm(self.hidden_NH[rows], self.weight_VH.t(), out=product_CV)
+        logits_CV.copy_(product_CV)
+        logits_CV.sub_(logits_CV.amax(1, keepdim=True))
+        target_C1 = logits_CV.gather(1, self.target_N1[rows])
+        sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
+        return (sum_C1.log() - target_C1).squeeze(1), sum_C1
+
+    def dlogits(self, rows: slice, sum_C1: Tensor, grad_C1: Tensor | None = None) -> Tensor:
+        """After `evaluate`: softmax minus one-hot, times ``grad_C1``; ``[C, V]`` in the compute dtype."""
+        product_CV, exponentials_CV = self._buffers(rows)
+        probabilities_CV = exponentials_CV.div_(sum_C1)
+        probabilities_CV.scatter_add_(1, self.target_N1[rows], torch.full_like(sum_C1, -1.0))
+        if grad_C1 is not None:
+            probabilities_CV.mul_(grad_C1)
+        return product_CV.copy_(probabilities_CV)
+
+    def _buffers(self, rows: slice) -> tuple[Tensor, Tensor]:
+        count = rows.stop - rows.start
+        return self.product_CV[:count], self.logits_CV[:count]
 
 
 class Embedding(nn.Embedding):

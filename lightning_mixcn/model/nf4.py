@@ -79,11 +79,20 @@ def dequantize(packed: NF4Tensors, dtype: torch.dtype) -> Tensor:
     Returns:
         ``[N * 16384]`` in ``dtype`` (float32, float16 or bfloat16), padding included.
     """
-    num_superblocks = packed.codes.shape[0]
-    code = _dynamic_code(packed.codes.device)
-    absmax = _ops.dequantize_blockwise(packed.scales, packed.super_scale, code, BLOCKS_PER_SUPERBLOCK, torch.float32)
-    absmax = (absmax.view(num_superblocks, -1) + packed.super_offset[:, None]).flatten()
+    return dequantize_codes(packed.codes, dequantize_scales(packed), dtype)
+
+
+def dequantize_scales(packed: NF4Tensors) -> Tensor:
+    """The second level alone: the blocks' absolute maxima, ``[N, 256]`` float32."""
+    code = _dynamic_code(packed.scales.device)
+    centred = _ops.dequantize_blockwise(packed.scales, packed.super_scale, code, BLOCKS_PER_SUPERBLOCK, torch.float32)
+    absmax: Tensor = centred.view(len(packed.super_offset), -1).add_(packed.super_offset[:, None])
+    return absmax
+
+
+def dequantize_codes(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first level alone: ``codes [N, 8192]`` and ``absmax [N, 256]`` to ``[N * 16384]`` in ``dtype``."""
     # The CPU kernel runs its threads over rows: one superblock a row.
-    shape = (num_superblocks, SUPERBLOCK)
-    values: Tensor = _ops.dequantize_4bit(packed.codes.flatten(), absmax, BLOCK, "nf4", shape, dtype)
+    shape = (len(codes), SUPERBLOCK)
+    values: Tensor = _ops.dequantize_4bit(codes.flatten(), absmax.flatten(), BLOCK, "nf4", shape, dtype)
     return values.flatten()

@@ -51,14 +51,14 @@ def reference(
         dropped = x[token] if mask_x is None else x[token] * mask_x[token]
         a_gate, a_up = a_gate_up[expert].split(RANK)
         gate = (
-            x[token] @ weights.gate.matrix(expert, torch.float32).to(dtype).t()
+            x[token] @ weights.gate.decoder(torch.float32)(expert).to(dtype).t()
             + dropped @ (b_gate[expert] @ a_gate).t()
         )
-        up = x[token] @ weights.up.matrix(expert, torch.float32).to(dtype).t() + dropped @ (b_up[expert] @ a_up).t()
+        up = x[token] @ weights.up.decoder(torch.float32)(expert).to(dtype).t() + dropped @ (b_up[expert] @ a_up).t()
         h = F.silu(gate) * up
         mask_h = dropout.mask((rows.stop - rows.start, INTERMEDIATE), 1 + expert, h)
         h_dropped = h if mask_h is None else h * mask_h[: len(token)]
-        down = weights.down.matrix(expert, torch.float32).to(dtype)
+        down = weights.down.decoder(torch.float32)(expert).to(dtype)
         out = h @ down.t() + h_dropped @ (b_down[expert] @ a_down[expert]).t()
         y = y.index_add(0, token, routing[token, choice, None] * out)
     return y

@@ -17,7 +17,7 @@ def test_matrices_are_slices_of_the_flat_weight(shape: tuple[int, int, int]) -> 
     weight.write(0, values.flatten())
     flat = weight.flat(torch.float32).view(shape)
     for index in range(shape[0]):
-        assert torch.equal(weight.matrix(index, torch.float32), flat[index])
+        assert torch.equal(weight.decoder(torch.float32)(index), flat[index])
     assert (flat - values).norm() / values.norm() < 0.15
 
 
@@ -35,7 +35,7 @@ def test_dense_weight_keeps_its_values() -> None:
     values, weight = torch.randn(2, 5, 3), DenseWeight((2, 5, 3), torch.float32)
     weight.write(0, values.flatten()[:10])
     weight.write(10, values.flatten()[10:])
-    assert torch.equal(weight.matrix(1, torch.float32), values[1])
+    assert torch.equal(weight.decoder(torch.float32)(1), values[1])
     assert torch.equal(weight.flat(torch.float64), values.flatten().double())
 
 
