@@ -7,6 +7,7 @@ if __name__ != "lightning_mixcn.callbacks":
     )
 
 from .adapter_checkpoint import AdapterCheckpoint
+from .data_monitor import DataMonitor
 from .evaluation_report import EvaluationReport
 from .prediction_writer import PredictionWriter
 from .sample_text import SampleText
@@ -15,6 +16,7 @@ from .step_progress_bar import StepProgressBar
 
 __all__ = [
     "AdapterCheckpoint",
+    "DataMonitor",
     "EvaluationReport",
     "PredictionWriter",
     "SampleText",

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mixcn.callbacks import (
     AdapterCheckpoint,
+    DataMonitor,
     EvaluationReport,
     PredictionWriter,
     StepCheckpoint,
@@ -75,7 +76,8 @@ class MixcnCLI(LightningCLI):
     """LightningCLI that knows this project's modules by their short names and keeps a run in one folder.
 
     A run's folder is ``trainer.default_root_dir``, by default ``runs/<name of the first --config>``. Logger,
-    checkpoints, learning-rate monitor, progress bar and reports are added unless the configuration has its own.
+    checkpoints, monitors of learning rate and data, progress bar and reports are added unless the configuration has
+    its own.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -165,7 +167,8 @@ class MixcnCLI(LightningCLI):
             raise FileNotFoundError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
-        callbacks: list[Callback] = []
+        # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
+        callbacks: list[Callback] = [DataMonitor()]
         if settings.enable_checkpointing is not False:
             callbacks += [StepCheckpoint(), AdapterCheckpoint()]
         if settings.logger is not False and self.subcommand == "fit":

@@ -112,6 +112,11 @@ def test_what_tensorboard_shows(config: dict[str, Any]) -> None:
     assert run(config) == 0
     events = EventAccumulator("runs/tiny/tensorboard").Reload()
     expected = {
+        "data/en/tokens",
+        "data/padding_share",
+        "data/seconds_waiting",
+        "data/wait_share",
+        "data/zh/tokens",
         "lr-AdamW",
         "throughput/tokens_per_second",
         "train/auxiliary_loss",

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from lightning_mixcn.text import DocumentSet, Source, all_documents, parse_sources, read_corpus, split_by_hash
+from lightning_mixcn.text import (
+    BadRecordPolicy,
+    Corpus,
+    DocumentSet,
+    Source,
+    TrainingDocuments,
+    all_documents,
+    parse_sources,
+    read_corpus,
+    split_by_hash,
+)
 
 STAGES = ("train", "val", "test", "predict")
 
@@ -19,6 +29,7 @@ class DocumentSets:
         sources: Training sources.
         held_out: Sources of the stages `val` and `test`, and the share held out of `sources` where they are empty.
         predict_sources: Sources of the stage `predict`.
+        on_bad_record: `error` or `skip`.
 
     Raises:
         ValueError: A source has a bad field, two have one name, or the shares leave nothing for training.
@@ -29,6 +40,7 @@ class DocumentSets:
         sources: Sequence[Source],
         held_out: dict[str, tuple[Sequence[Source], float]],
         predict_sources: Sequence[Source],
+        on_bad_record: BadRecordPolicy = "error",
     ) -> None:
         """Check the arguments; nothing is read yet."""
         given = {"sources": sources, "predict_sources": predict_sources}
@@ -39,7 +51,9 @@ class DocumentSets:
             got = " and ".join(f"`{name}={share}`" for name, share in shares.items())
             raise ValueError(f"{got}: expected shares of at least 0 that leave something for training, e.g. 0.005")
         self._fractions = {stage: 0.0 if own else share for stage, (own, share) in held_out.items()}
+        self._on_bad_record = on_bad_record
         self._sets: dict[str, list[DocumentSet]] = {}
+        self._training: list[TrainingDocuments] = []
 
     def names(self, stage: str) -> list[str]:
         """List the sources of a stage, in the order in which `source_ids` counts them.
@@ -54,17 +68,38 @@ class DocumentSets:
     def describe(self) -> dict[str, int]:
         """Count documents and UTF-8 bytes of each set read, as ``<stage>/<source>/documents`` and ``bytes``."""
         counts: dict[str, int] = {}
-        for stage, parts in self._sets.items():
+        sets: dict[str, Sequence[DocumentSet | TrainingDocuments]] = {"train": self._training, **self._sets}
+        for stage, parts in sets.items():
             for part in parts:
                 counts[f"{stage}/{part.name}/documents"] = len(part)
                 counts[f"{stage}/{part.name}/bytes"] = part.num_bytes
         return counts
 
+    def read_training(self) -> list[TrainingDocuments]:
+        """Get the training documents, unpacking files at the first time.
+
+        Returns:
+            One set a source, each with at least one document.
+
+        Raises:
+            FileNotFoundError: A path matches no file.
+            ValueError: A file is damaged, or a source has no document for training.
+        """
+        if not self._training:
+            self._split("train")
+        for documents in self._training:
+            if not len(documents):
+                raise ValueError(
+                    f"No document of source {documents.name!r} ({len(documents.corpus)} in all) is left for training. "
+                    "Lower `val_fraction` and `test_fraction`, or give `val_sources` and `test_sources`"
+                )
+        return self._training
+
     def read(self, stage: str, *, required: bool = True) -> list[DocumentSet]:
-        """Get the documents of a stage, reading files at the first time.
+        """Get the documents of a stage to evaluate, unpacking files at the first time.
 
         Args:
-            stage: `train`, `val`, `test` or `predict`.
+            stage: `val`, `test` or `predict`.
             required: Whether it is an error to have no such set (by no sources and a share of 0).
 
         Returns:
@@ -76,10 +111,10 @@ class DocumentSets:
         """
         if stage not in self._sets:
             if self._sources.get(f"{stage}_sources"):
-                self._sets[stage] = self._read_own(stage)
+                self._sets[stage] = [all_documents(corpus) for corpus in self._corpora(f"{stage}_sources")]
             elif stage == "predict":
                 raise ValueError("`predict_sources` is empty. Give the sources whose documents are to be scored")
-            elif stage == "train" or self._fractions[stage] > 0:
+            elif self._fractions[stage] > 0:
                 self._split(stage)
             elif required:
                 raise ValueError(
@@ -91,32 +126,24 @@ class DocumentSets:
             self._require_documents(stage, documents)
         return self._sets[stage]
 
-    def _read_own(self, stage: str) -> list[DocumentSet]:
-        argument = f"{stage}_sources"
-        corpora = (read_corpus(source, f"{argument}[{i}]") for i, source in enumerate(self._sources[argument]))
-        return [all_documents(corpus) for corpus in corpora]
+    def _corpora(self, argument: str) -> Iterator[Corpus]:
+        for index, source in enumerate(self._sources[argument]):
+            yield read_corpus(source, f"{argument}[{index}]", on_bad_record=self._on_bad_record)
 
     def _split(self, wanted: str) -> None:
         """Read `sources` and hold documents out of them."""
-        sources = self._sources["sources"]
-        if not sources:
+        if not self._sources["sources"]:
             instead = "" if wanted == "train" else f", or `{wanted}_sources`"
             raise ValueError(f"`sources` is empty. Give at least one, e.g. {{name: zh, path: data/zh}}{instead}")
-        stages = [*(stage for stage, share in self._fractions.items() if share > 0), "train"]
-        shares = [self._fractions[stage] for stage in stages[:-1]]
-        splits = [split_by_hash(read_corpus(source, f"sources[{i}]"), shares) for i, source in enumerate(sources)]
-        self._sets |= {stage: list(parts) for stage, parts in zip(stages, zip(*splits, strict=True), strict=True)}
+        stages = [stage for stage, share in self._fractions.items() if share > 0]
+        shares = [self._fractions[stage] for stage in stages]
+        splits = [split_by_hash(corpus, shares) for corpus in self._corpora("sources")]
+        self._training = [training for _, training in splits]
+        self._sets |= {stage: [held_out[index] for held_out, _ in splits] for index, stage in enumerate(stages)}
 
     def _require_documents(self, stage: str, documents: DocumentSet) -> None:
-        if len(documents):
-            return
-        total = f"({len(documents.corpus)} in all)"
-        if stage == "train":
+        if not len(documents):
             raise ValueError(
-                f"No document of source {documents.name!r} {total} is left for training. "
-                "Lower `val_fraction` and `test_fraction`, or give `val_sources` and `test_sources`"
+                f"`{stage}_fraction={self._fractions[stage]}` holds out no document of source {documents.name!r} "
+                f"({len(documents.corpus)} in all). Raise it, give `{stage}_sources`, or set it to 0 for no {stage} set"
             )
-        raise ValueError(
-            f"`{stage}_fraction={self._fractions[stage]}` holds out no document of source {documents.name!r} {total}. "
-            f"Raise it, give `{stage}_sources`, or set it to 0 for no {stage} set"
-        )

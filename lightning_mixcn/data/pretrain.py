@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,7 +14,15 @@ from lightning_mixcn.data.document_sets import DocumentSets
 from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
 from lightning_mixcn.data.progress import RunProgress, order_of
 from lightning_mixcn.data.train_loader import Schedule, TrainLoader
-from lightning_mixcn.text import PACKINGS, DocumentOrigin, Source, StreamPlan, TextTokenizer, load_tokenizer
+from lightning_mixcn.text import (
+    PACKINGS,
+    BadRecordPolicy,
+    DocumentOrigin,
+    Source,
+    StreamPlan,
+    TextTokenizer,
+    load_tokenizer,
+)
 
 _SET_OF_STAGE = {"validate": "val", "test": "test", "predict": "predict"}
 
@@ -21,8 +30,8 @@ _SET_OF_STAGE = {"validate": "val", "test": "test", "predict": "predict"}
 class PretrainDataModule(LightningDataModule):
     """Packed rows of weighted text sources, the same rows a step for any number of ranks and loader workers.
 
-    The texts of all sources are held in memory, in every rank. A resumed run first makes the rows up to the checkpoint
-    again, without training on them.
+    Each file is unpacked once into a cache folder (``MIXCN_CACHE``, else the user's), as plain text with an index; rows
+    are tokenized while training goes on. A checkpoint holds where every stream stands, so resuming costs no replay.
 
     Args:
         sources: Where the training text is, and with which weights.
@@ -34,11 +43,13 @@ class PretrainDataModule(LightningDataModule):
         num_streams: Parallel streams the documents are dealt to; the order of rows depends on it. At best a multiple
             of ranks times `micro_batch_size`, so that no rank tokenizes for another.
         num_workers: Processes a rank that tokenize; 0 tokenizes in the training process.
-        packing: How documents share rows; `documents` cuts at the end of a row and isolates documents from each other.
+        packing: How documents share rows. `documents` cuts at the end of a row and isolates documents from each other,
+            `best_fit` cuts only documents longer than a row and pads a little, `concatenate` isolates nothing.
         seed: Seed of the order of documents; the held-out sets do not depend on it.
         val_fraction: Share of the documents held out for validation, chosen by a hash of their text; 0 holds out none.
         test_fraction: Share of the documents held out for testing, chosen likewise.
         max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
+        on_bad_record: What to do with a record that is no text: `error` names file and line, `skip` counts and goes on.
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
     """
 
@@ -57,12 +68,15 @@ class PretrainDataModule(LightningDataModule):
         val_fraction: float = 0.005,
         test_fraction: float = 0.0,
         max_eval_rows: int | None = 256,
+        on_bad_record: BadRecordPolicy = "error",
         tokenizer: str | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         super().__init__()
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
-        self._documents = DocumentSets(sources, held_out, predict_sources)
+        if on_bad_record not in ("error", "skip"):
+            raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected error or skip")
+        self._documents = DocumentSets(sources, held_out, predict_sources, on_bad_record)
         self.sequence_length = _at_least("sequence_length", sequence_length, 2, "each token is predicted from another")
         self.micro_batch_size = _at_least("micro_batch_size", micro_batch_size, 1, "rows of a batch on one rank")
         self.num_streams = _at_least("num_streams", num_streams, 1, "64 is a good number")
@@ -86,6 +100,15 @@ class PretrainDataModule(LightningDataModule):
             raise ValueError("The tokenizer is loaded by `setup`, which has not run. Call `setup` first")
         return self._tokenizer
 
+    def prepare_data(self) -> None:
+        """Unpack the sources that the stage needs, in one process of each machine."""
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        if stage in (None, TrainerFn.FITTING):
+            self._documents.read_training()
+            self._documents.read("val", required=False)
+        else:
+            self._documents.read(_SET_OF_STAGE[stage.value])
+
     def setup(self, stage: str | None = None) -> None:
         """Load the tokenizer, read the sources that the stage needs, and hold out documents.
 
@@ -103,10 +126,12 @@ class PretrainDataModule(LightningDataModule):
         if stage not in ("fit", None):
             self._documents.read(_SET_OF_STAGE[stage])
         elif self._plan is None:
-            documents = self._documents.read("train")
+            documents = self._documents.read_training()
             self._documents.read("val", required=False)
-            self._plan = StreamPlan(documents, self.tokenizer, self.sequence_length, self.num_streams, self.seed)
-            self._progress.set_order(order_of(self._plan, self.packing))
+            self._plan = StreamPlan(
+                documents, self.tokenizer, self.sequence_length, self.num_streams, self.seed, self.packing
+            )
+            self._progress.set_order(order_of(self._plan))
 
     def train_dataloader(self) -> TrainLoader:
         """Make the loader of training batches, which goes on behind the rows already trained on.
@@ -120,9 +145,8 @@ class PretrainDataModule(LightningDataModule):
             self._begin,
             self.num_workers,
             all_ranks_agree=self._all_ranks_agree,
+            on_batch=self._progress.hand_out,
             on_end=self._on_end,
-            state_dict=self.state_dict,
-            load_state_dict=self.load_state_dict,
         )
         return self._train_loader
 
@@ -178,9 +202,27 @@ class PretrainDataModule(LightningDataModule):
         """
         return self._documents.describe()
 
+    def epochs(self) -> dict[str, float]:
+        """How often each training source was read, such as ``{"zh": 0.25}``, by the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._progress.streams.values()
+        newest = max((state["position"] for state in streams), default=0)
+        current = [state["documents"] for state in streams if state["position"] >= newest - 1]
+        return {
+            part.name: sum(documents[index][0] for documents in current) / len(part.corpus) / max(1, len(current))
+            for index, part in enumerate(self._plan.documents)
+        }
+
+    def bad_records(self) -> int:
+        """Count the records of the training sources that were skipped."""
+        return sum(documents.corpus.bad_records for documents in self._documents.read_training())
+
     def state_dict(self) -> dict[str, Any]:
-        """Give the rows trained on by all ranks together, and what their order depends on; the same on every rank."""
-        return self._progress.state_dict()
+        """Give the rows trained on by all ranks together, where the streams stand, and what their order depends on.
+
+        Under several processes all must call it: each knows its own streams only.
+        """
+        return self._progress.state_dict(_of_all_ranks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the rows of a checkpoint, on any number of ranks and workers.
@@ -222,7 +264,7 @@ class PretrainDataModule(LightningDataModule):
             self._progress.begin(lambda: int(batches.total.processed), self.micro_batch_size * num_ranks)
         else:
             self._progress.begin(lambda: loader.batches_given, self.micro_batch_size * num_ranks)
-        return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows)
+        return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows, dict(self._progress.streams))
 
     def _all_ranks_agree(self, decision: bool) -> bool:
         return decision if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(decision, all=True)
@@ -231,6 +273,14 @@ class PretrainDataModule(LightningDataModule):
         rank_zero_info("The sources have been read `max_epochs` times: training ends.")
         if self.trainer is not None:
             self.trainer.should_stop = True
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 def _at_least(name: str, value: int, least: int, why: str) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning_mixcn.text import StreamPlan
+from lightning_mixcn.text import StreamPlan, StreamState
 
 Order = dict[str, str | int | float | None]
 
 
 class RunProgress:
-    """The rows that all ranks together have trained on, for checkpoints.
+    """The rows that all ranks together have trained on, and where the streams stand behind them, for checkpoints.
 
     Rows that loaders or Lightning have fetched ahead are not counted: batches are counted where they are consumed.
     """
@@ -22,22 +23,34 @@ class RunProgress:
         """Stand before the first row of a sequence that is not known yet."""
         self._order: Order | None = None
         self._saved_order: Mapping[str, Any] | None = None
-        self._stand_at(0)
+        self._stand_at(0, {})
 
     @property
     def rows(self) -> int:
         """Rows consumed since the beginning of the run."""
-        return self._rows_before + (self._count_batches() - self._batches_before) * self._rows_a_batch
+        return self._rows_before + self._batches() * self._rows_a_batch
+
+    @property
+    def streams(self) -> dict[int, StreamState]:
+        """Where the streams that this rank reads stand behind the rows consumed; others are where they were loaded."""
+        while self._ahead and self._ahead[0][0] <= self._batches():
+            self._streams |= self._ahead.popleft()[1]
+        return self._streams
 
     def begin(self, count_batches: Callable[[], int], rows_a_batch: int) -> None:
-        """Count from now on in batches.
+        """Count from now on in batches; what was handed out and not consumed will be made again.
 
         Args:
             count_batches: Gives the number of batches consumed, from any beginning; it only grows.
             rows_a_batch: Rows in the batches of all ranks together.
         """
-        self._rows_before = self.rows
+        self._stand_at(self.rows, self.streams)
         self._count_batches, self._batches_before, self._rows_a_batch = count_batches, count_batches(), rows_a_batch
+
+    def hand_out(self, states: dict[int, StreamState]) -> None:
+        """Note where streams stand behind the next batch of this rank."""
+        self._handed_out += 1
+        self._ahead.append((self._handed_out, states))
 
     def set_order(self, order: Order) -> None:
         """Say what the sequence of rows depends on.
@@ -48,9 +61,20 @@ class RunProgress:
         self._order = order
         self._require_saved_order()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Give rows and order, in plain values; nothing before `set_order`."""
-        return {} if self._order is None else {"rows": self.rows, "order": dict(self._order)}
+    def state_dict(self, of_all_ranks: Callable[[Any], Sequence[Any]] = lambda mine: [mine]) -> dict[str, Any]:
+        """Give rows, streams and order, in plain values; nothing before `set_order`.
+
+        Args:
+            of_all_ranks: Gathers an object of every rank.
+        """
+        if self._order is None:
+            return {}
+        streams: dict[int, StreamState] = {}
+        for of_rank in of_all_ranks(self.streams):
+            for stream, state in of_rank.items():
+                if stream not in streams or state["position"] > streams[stream]["position"]:
+                    streams[stream] = state
+        return {"rows": self.rows, "streams": dict(sorted(streams.items())), "order": dict(self._order)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand behind the rows of a saved state.
@@ -59,12 +83,16 @@ class RunProgress:
             ValueError: The sequence of rows is another; the message names what changed.
         """
         self._saved_order = state["order"]
-        self._stand_at(state["rows"])
+        self._stand_at(state["rows"], state["streams"])
         self._require_saved_order()
 
-    def _stand_at(self, rows: int) -> None:
+    def _stand_at(self, rows: int, streams: Mapping[int, StreamState]) -> None:
         self._rows_before, self._rows_a_batch, self._batches_before = rows, 0, 0
+        self._streams, self._ahead, self._handed_out = dict(streams), deque[tuple[int, dict[int, StreamState]]](), 0
         self._count_batches = int
+
+    def _batches(self) -> int:
+        return self._count_batches() - self._batches_before
 
     def _require_saved_order(self) -> None:
         """Compare as soon as both are known; evaluation alone may use other sources than the run did."""
@@ -72,18 +100,17 @@ class RunProgress:
             require_same_order(self._saved_order, self._order)
 
 
-def order_of(plan: StreamPlan, packing: str) -> Order:
+def order_of(plan: StreamPlan) -> Order:
     """Write down what the sequence of rows depends on, in plain values.
 
     Args:
         plan: Sources, tokenizer and settings.
-        packing: How documents are packed into rows.
 
     Returns:
         Values by name. Texts and tokenizer are given as digests, so that a moved file changes nothing.
     """
     order: Order = {
-        "packing": packing,
+        "packing": plan.packing,
         "sequence_length": plan.sequence_length,
         "num_streams": plan.num_streams,
         "seed": plan.seed,

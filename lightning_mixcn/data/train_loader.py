@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_mixcn.text import Row, RowStream, StreamPlan, collate_rows
+from lightning_mixcn.text import Row, RowStream, StreamPlan, StreamState, collate_rows
 
-# A worker's part of a batch: (place in the batch, row) of its rows, and whether all its streams are at their end.
-Share = tuple[list[tuple[int, Row]], bool]
+# A worker's part of a batch: (place in the batch, row) of its rows, the state of each stream behind them, and whether
+# all its streams are at their end.
+Share = tuple[list[tuple[int, Row]], dict[int, StreamState], bool]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Schedule:
         num_ranks: Number of ranks that read different rows.
         rank: This rank among them.
         first_row: Row of the run at which batch 0 of rank 0 begins.
+        states: Where streams stand, at that row or before; a stream without is at its beginning.
     """
 
     micro_batch_size: int
     num_ranks: int
     rank: int
     first_row: int
+    states: Mapping[int, StreamState] = field(default_factory=dict, compare=False)
 
     def rows(self, batch: int) -> range:
         """Rows of the run in batch `batch` of this rank."""
@@ -65,9 +68,8 @@ class TrainLoader:
         make_schedule: Called at each ``iter()``: where to go on.
         num_workers: Processes that tokenize; 0 tokenizes in the training process.
         all_ranks_agree: Whether all ranks pass True; called once a batch if the sources end.
+        on_batch: Called with the states of the streams behind each batch that is handed out.
         on_end: Called when the sources have ended.
-        state_dict: State for the checkpoint; Lightning takes a loader without it for one that cannot resume.
-        load_state_dict: Takes that state back.
         start_method: How worker processes start: `fork`, `spawn`, `forkserver`, or None for the platform's default.
     """
 
@@ -78,9 +80,8 @@ class TrainLoader:
         num_workers: int,
         *,
         all_ranks_agree: Callable[[bool], bool] = bool,
+        on_batch: Callable[[dict[int, StreamState]], None] = lambda states: None,
         on_end: Callable[[], None] = lambda: None,
-        state_dict: Callable[[], dict[str, Any]] = dict,
-        load_state_dict: Callable[[dict[str, Any]], None] = lambda state: None,
         start_method: str | None = None,
     ) -> None:
         """Keep the arguments; nothing starts before ``iter()``."""
@@ -88,10 +89,9 @@ class TrainLoader:
         self._make_schedule = make_schedule
         self._num_workers = num_workers
         self._all_ranks_agree = all_ranks_agree
+        self._on_batch = on_batch
         self._on_end = on_end
         self._start_method = start_method
-        self.state_dict = state_dict
-        self.load_state_dict = load_state_dict
         self._ends = all(documents.corpus.source.max_epochs is not None for documents in plan.documents)
         self.batches_given = 0
         self._running: Generator[dict[str, Tensor]] | None = None
@@ -108,6 +108,13 @@ class TrainLoader:
             self._running, self._running_next = self._batches(schedule), schedule
         return self._running
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module's state has it all. To Lightning a loader without a state is one that repeats."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+
     def close(self) -> None:
         """Stop the workers now: left to the garbage collector, they would outlive the loader."""
         if self._running is not None:
@@ -118,16 +125,18 @@ class TrainLoader:
         shares = self._shares(schedule)
         for batch in itertools.count(1):
             received = [next(shares) for _ in range(max(1, self._num_workers))]
-            if self._ends and self._all_ranks_agree(all(ended for _, ended in received)):
+            if self._ends and self._all_ranks_agree(all(ended for _, _, ended in received)):
                 self._on_end()
                 return
-            rows = dict(place_and_row for share, _ in received for place_and_row in share)
+            rows = dict(place_and_row for share, _, _ in received for place_and_row in share)
             arrays = collate_rows(
                 [rows[place] for place in range(schedule.micro_batch_size)],
                 self._plan.sequence_length,
                 self._plan.tokenizer.eos_id,
+                isolated=self._plan.packing != "concatenate",
             )
             self.batches_given += 1
+            self._on_batch({stream: state for _, states, _ in received for stream, state in states.items()})
             self._running_next = schedule.behind(batch)
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -156,13 +165,14 @@ class _Shares(IterableDataset[Share]):
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         num_streams = self._plan.num_streams
-        streams = self._plan.open(self._schedule.streams(num_streams)[number::count])
+        streams = self._plan.open(self._schedule.streams(num_streams)[number::count], self._schedule.states)
         batch = 0
         while True:
             ended = all(stream.exhausted for stream in streams.values())
             rows = enumerate(self._schedule.rows(batch))
             mine = [(place, row) for place, row in rows if row % num_streams in streams]
-            yield [(place, _row_at(streams[row % num_streams], row // num_streams)) for place, row in mine], ended
+            made = [(place, _row_at(streams[row % num_streams], row // num_streams)) for place, row in mine]
+            yield made, {row % num_streams: streams[row % num_streams].state() for _, row in mine}, ended
             batch += 1
 
 

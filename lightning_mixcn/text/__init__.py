@@ -1,13 +1,7 @@
 """Strings to token ids, label masks and packed rows, without torch.distributed and without Lightning."""
 
-from lightning_mixcn.text.corpus import (
-    Corpus,
-    DocumentOrigin,
-    DocumentSet,
-    all_documents,
-    read_corpus,
-    split_by_hash,
-)
+from lightning_mixcn.text.corpus import Corpus, DocumentOrigin, read_corpus
+from lightning_mixcn.text.document_set import DocumentSet, TrainingDocuments, all_documents, split_by_hash
 from lightning_mixcn.text.packing import (
     IGNORED_LABEL,
     PACKINGS,
@@ -18,12 +12,14 @@ from lightning_mixcn.text.packing import (
     evaluation_rows,
 )
 from lightning_mixcn.text.sources import Source, parse_sources
-from lightning_mixcn.text.streams import RowStream, StreamPlan
+from lightning_mixcn.text.stores import BadRecordPolicy
+from lightning_mixcn.text.streams import RowStream, StreamPlan, StreamState
 from lightning_mixcn.text.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED_LABEL",
     "PACKINGS",
+    "BadRecordPolicy",
     "Corpus",
     "DocumentOrigin",
     "DocumentSet",
@@ -32,7 +28,9 @@ __all__ = [
     "ScoredRow",
     "Source",
     "StreamPlan",
+    "StreamState",
     "TextTokenizer",
+    "TrainingDocuments",
     "all_documents",
     "collate_evaluation_rows",
     "collate_rows",

@@ -1,25 +1,32 @@
-"""All documents of a source in memory, and their division into training, validation and test sets.
+"""All documents of a source, unpacked once into a cache folder and read from there through mapped memory.
 
-In this version the texts of every source are held in memory, in every process, as one compact Arrow string array (the
-UTF-8 bytes and eight bytes a document); forked loader workers share it.
+A process holds some hundred bytes a file and nothing a document: the system keeps what is read of the mapped files as
+long as there is room, once for all processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Sequence
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from lightning_mixcn.text.documents import iterate_documents
 from lightning_mixcn.text.sources import Source, list_files
+from lightning_mixcn.text.stores import BadRecordPolicy, TextStore
+from lightning_mixcn.text.unpacking_processes import is_first_rank, unpack_all
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_BLOCK_DOCUMENTS = 1 << 20
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,12 @@ class DocumentOrigin:
 
     Args:
         source: Name of its source.
-        file: Its file.
-        record: Line where it begins, counted from 1; for parquet the row, counted from 0.
+        file: Its file; a string if it is an URL.
+        record: Line where it begins, counted from 1; for parquet and Arrow the row, counted from 0.
     """
 
     source: str
-    file: Path
+    file: Path | str
     record: int
 
 
@@ -41,141 +48,116 @@ class DocumentOrigin:
 class Corpus:
     """The documents of one source, in the order of its files.
 
+    Pickled, it is no more than its arguments: another process maps the same stores when it reads them.
+
     Args:
         source: The source.
-        texts: `pyarrow.LargeStringArray` ``[documents]``.
-        digests: Hash of each text ``[documents]``, uint64.
-        files: The files read.
-        file_of: Index into `files` of each document ``[documents]``, int32.
-        record_of: Line or row of each document in its file ``[documents]``, int64.
+        stores: Unpacked documents of each file.
     """
 
     source: Source
-    texts: Any
-    digests: NDArray[np.uint64]
-    files: tuple[Path, ...]
-    file_of: NDArray[np.int32]
-    record_of: NDArray[np.int64]
+    stores: tuple[TextStore, ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Index of the first document of each store, and the number of all documents ``[stores + 1]``."""
+        return list(accumulate(map(len, self.stores), initial=0))
 
     def __len__(self) -> int:
         """Count the documents."""
-        return len(self.digests)
+        return self._starts[-1]
+
+    def text(self, index: int) -> str:
+        """Get the text of document `index`."""
+        store, row = self._locate(index)
+        return store.maps().text(row)
+
+    def num_bytes_of(self, index: int) -> int:
+        """Get the UTF-8 bytes of document `index`."""
+        store, row = self._locate(index)
+        offsets = store.maps().offsets
+        return int(offsets[row + 1] - offsets[row])
+
+    def digest(self, index: int) -> int:
+        """Get the hash of the text of document `index`, of 64 bits."""
+        store, row = self._locate(index)
+        return int(store.maps().digests[row])
+
+    def digest_blocks(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """Read the hashes of all texts.
+
+        Yields:
+            Index of the first document of a block, and the hashes ``[block]``, uint64, of at most a million documents.
+        """
+        for start, store in zip(self._starts, self.stores, strict=False):
+            for row in range(0, len(store), _BLOCK_DOCUMENTS):
+                yield start + row, store.maps().digests[row : row + _BLOCK_DOCUMENTS]
 
     def origin(self, index: int) -> DocumentOrigin:
         """Tell where document `index` was read."""
-        return DocumentOrigin(self.source.name, self.files[self.file_of[index]], int(self.record_of[index]))
-
-
-@dataclass(frozen=True)
-class DocumentSet:
-    """Some documents of a corpus, in a fixed order.
-
-    Args:
-        corpus: All documents of the source.
-        indices: int64 positions in the corpus.
-    """
-
-    corpus: Corpus
-    indices: NDArray[np.int64]
+        store, row = self._locate(index)
+        return DocumentOrigin(self.source.name, store.file, int(store.maps().records[row]))
 
     @property
-    def name(self) -> str:
-        """Name of the source."""
-        return self.corpus.source.name
-
-    def __len__(self) -> int:
-        """Count the documents."""
-        return len(self.indices)
-
-    def text(self, index: int) -> str:
-        """Get the text of document `index` of this set."""
-        return str(self.corpus.texts[int(self.indices[index])].as_py())
-
-    def origin(self, index: int) -> DocumentOrigin:
-        """Tell where document `index` of this set was read."""
-        return self.corpus.origin(int(self.indices[index]))
+    def total_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return sum(store.counts.num_bytes for store in self.stores)
 
     @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the set's texts."""
-        ends = np.frombuffer(self.corpus.texts.buffers()[1], dtype=np.int64)[: len(self.corpus) + 1]
-        return int(np.diff(ends)[self.indices].sum())
+    def bad_records(self) -> int:
+        """Records that were left out because they were bad."""
+        return sum(store.counts.bad_records for store in self.stores)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the texts in their order."""
-        return hashlib.blake2b(self.corpus.digests[self.indices].tobytes(), digest_size=16).hexdigest()
+        """Hex digest of the texts in their order, file by file."""
+        parts = "".join(store.counts.fingerprint for store in self.stores if len(store))
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+    def _locate(self, index: int) -> tuple[TextStore, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"`index={index}`: source {self.source.name!r} has {len(self)} documents, counted from 0")
+        position = bisect_right(self._starts, index) - 1
+        return self.stores[position], int(index) - self._starts[position]
 
 
-def read_corpus(source: Source, place: str = "sources[0]") -> Corpus:
-    """Read all documents of a source into memory.
+def read_corpus(source: Source, place: str = "sources[0]", *, on_bad_record: BadRecordPolicy = "error") -> Corpus:
+    """Open the documents of a source; files that are not in the cache folder yet are unpacked there.
+
+    The cache folder is `$MIXCN_CACHE`, or `lightning_mixcn` in `$XDG_CACHE_HOME` or `~/.cache`, and takes the size of
+    the texts unpacked. Memory stays small, whatever the size of the files: only one record is held at a time.
 
     Args:
         source: The source.
         place: How the configuration names it, for errors.
+        on_bad_record: `error` to stop at a record that is malformed, or has no valid text; `skip` to leave it out, and
+            the rest of a damaged file too, with a warning.
 
     Returns:
         The documents.
 
     Raises:
         FileNotFoundError: A path matches no file.
+        OSError: A file cannot be read, or the cache folder cannot be written.
         ValueError: A file is damaged, or the files have no document at all.
     """
-    import pyarrow
-
-    files = list_files(source, place)
-    data, ends = bytearray(), [0]
-    digests, file_of, record_of = list[int](), list[int](), list[int]()
-    for position, file in enumerate(files):
-        for record, text in iterate_documents(file):
-            encoded = text.encode("utf-8")
-            data += encoded
-            ends.append(len(data))
-            digests.append(_digest(encoded))
-            file_of.append(position)
-            record_of.append(record)
-    if not digests:
-        raise ValueError(
-            f"`{place}.path={source.path!r}`: the {len(files)} files have no document. Give files with text"
-        )
-    offsets = pyarrow.py_buffer(np.asarray(ends, dtype=np.int64))
-    return Corpus(
-        source=source,
-        texts=pyarrow.LargeStringArray.from_buffers(len(digests), offsets, pyarrow.py_buffer(bytes(data))),
-        digests=np.asarray(digests, dtype=np.uint64),
-        files=tuple(file.path for file in files),
-        file_of=np.asarray(file_of, dtype=np.int32),
-        record_of=np.asarray(record_of, dtype=np.int64),
-    )
+    if on_bad_record not in get_args(BadRecordPolicy):
+        raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected one of {', '.join(get_args(BadRecordPolicy))}")
+    stores = unpack_all(list_files(source, place), on_bad_record, source.name)
+    corpus = Corpus(source, tuple(stores))
+    if not len(corpus):
+        places = [place for store in stores for place in store.counts.bad_places]
+        bad = f" but {corpus.bad_records} bad records, the first: {places[0]}" if places else ". Give files with text"
+        raise ValueError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{bad}")
+    if is_first_rank():
+        _warn_of_bad_records(corpus)
+    return corpus
 
 
-def split_by_hash(corpus: Corpus, fractions: Sequence[float]) -> list[DocumentSet]:
-    """Divide documents into held-out sets and the rest by a hash of their text.
-
-    The division depends on the texts alone: not on seeds, files or their order. Equal texts, even of different
-    sources, come to the same side, as long as the fractions are the same.
-
-    Args:
-        corpus: The documents.
-        fractions: Expected share of each held-out set; they sum to less than 1.
-
-    Returns:
-        One set a fraction, ordered by hash, and last the rest, in the order of the corpus.
-    """
-    shares = corpus.digests / 2.0**64
-    edges = np.cumsum([0.0, *fractions])
-    by_hash = np.argsort(corpus.digests, kind="stable")
-    held_out = [
-        DocumentSet(corpus, by_hash[(shares[by_hash] >= low) & (shares[by_hash] < high)])
-        for low, high in itertools.pairwise(edges)
-    ]
-    return [*held_out, DocumentSet(corpus, np.flatnonzero(shares >= edges[-1]))]
-
-
-def all_documents(corpus: Corpus) -> DocumentSet:
-    """Take every document, in the order of the corpus."""
-    return DocumentSet(corpus, np.arange(len(corpus), dtype=np.int64))
-
-
-def _digest(encoded: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8, person=b"mixcn-split").digest(), "little")
+def _warn_of_bad_records(corpus: Corpus) -> None:
+    for store in corpus.stores:
+        if store.counts.bad_records:
+            _logger.warning(
+                "`%s`: %d bad records were left out, %d documents are kept. The first: %s",
+                store.file, store.counts.bad_records, len(store), store.counts.bad_places[0],
+            )  # fmt: skip

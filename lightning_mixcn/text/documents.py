@@ -1,194 +1,164 @@
-"""Documents of one file: JSON Lines, plain text or parquet, compressed or not; damage is named, never repaired."""
+"""Documents of one file: JSON Lines, text, parquet or Arrow, compressed or not; damage is named, never repaired."""
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterator
 
+from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, ignore_progress, read_chunks, split_lines
 from lightning_mixcn.text.sources import SourceFile
+from lightning_mixcn.text.tables import iterate_rows
 
-_CHUNK_BYTES = 1 << 20
+OnBadRecord = Callable[[ValueError], None]
+
+_JSON_SPACE = " \t\r\n"
+_decoder = json.JSONDecoder()
 
 
-def iterate_documents(file: SourceFile) -> Iterator[tuple[int, str]]:
+def refuse(error: ValueError) -> None:
+    """Raise the error of a bad record."""
+    raise error
+
+
+def iterate_documents(
+    file: SourceFile, on_bad_record: OnBadRecord = refuse, on_read: OnRead = ignore_progress
+) -> Iterator[tuple[int, bytes]]:
     """Read the documents of a file in their order.
 
     Args:
         file: The file, its format and where the text is in it.
+        on_bad_record: Called with the error of a record that is malformed or has no text, and of a damaged file; if
+            it returns, the record, or the rest of the file, is left out.
+        on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
 
     Yields:
-        Record and text of each document. The record is the line where the document begins, counted from 1, or for
-        parquet the row, counted from 0.
+        Record and UTF-8 of each document. The record is the line where the document begins, counted from 1, or for
+        parquet and Arrow the row, counted from 0.
 
     Raises:
-        ValueError: The file is damaged, a record is malformed or has no text; the message names file and line or row.
+        ValueError: The file lacks the column of the text, or what `on_bad_record` raises: by default any damage, in a
+            message that names file and line or row.
     """
+    records = _records(file, on_bad_record, on_read)
+    unit = "row" if file.format in ("parquet", "arrow") else "line"
+    try:
+        for record, encoded in records:
+            if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
+                on_bad_record(ValueError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
+            else:
+                yield record, encoded
+    except DamagedFileError as error:
+        on_bad_record(error)
+
+
+def _records(file: SourceFile, on_bad_record: OnBadRecord, on_read: OnRead) -> Iterator[tuple[int, bytes]]:
+    if file.format in ("parquet", "arrow"):
+        return iterate_rows(file, on_bad_record, on_read)
+    chunks = read_chunks(file.path, on_read)
     if file.format == "jsonl":
-        yield from _json_lines(file)
-    elif file.format == "parquet":
-        yield from _parquet_rows(file)
-    elif file.document_unit == "file":
-        yield 1, _decode(b"".join(_chunks(file.path)), f"`{file.path}`", count_lines=True)
-    elif file.document_unit == "line":
-        yield from ((number, text) for number, text in _text_lines(file.path) if text.strip())
-    else:
-        yield from _blocks(file.path)
+        return _json_lines(split_lines(chunks), file, on_bad_record)
+    if file.document_unit == "file":
+        return _whole(chunks, file, on_bad_record)
+    if file.document_unit == "line":
+        return _text_lines(split_lines(chunks), file, on_bad_record)
+    return _blocks(split_lines(chunks), file, on_bad_record)
 
 
-def _json_lines(file: SourceFile) -> Iterator[tuple[int, str]]:
-    for number, line in _lines(file.path):
-        place = f"`{file.path}` line {number}"
-        text = _decode(line, place)
-        if not text.strip():
-            continue
+def _json_lines(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+) -> Iterator[tuple[int, bytes]]:
+    text_key = file.text_key
+    for number, line in lines:
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON: {error}. Mend the line, or remove it") from error
-        yield number, _text_of(record, file.text_key, place)
+            # What json.loads does, in half the time; of bytes it would let surrogates pass.
+            line_text = line.decode().strip(_JSON_SPACE)
+            record, end = _decoder.raw_decode(line_text)
+            encoded: bytes | None = record[text_key].encode() if end == len(line_text) else None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            encoded = None
+        if encoded is not None:
+            yield number, encoded
+        elif flaw := _json_flaw(line, text_key, f"`{file.path}` line {number}"):
+            on_bad_record(flaw)
 
 
-def _text_of(record: Any, text_key: str, place: str) -> str:
-    """Get the text of a JSON record, which must be an object whose `text_key` is a string of valid Unicode."""
+def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
+    """Tell why a line has no text, None if it is blank. A line must be an object whose `text_key` is valid Unicode."""
+    if isinstance(text := _decode(line, place), ValueError):
+        return text
+    if not text.strip():
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"{place} is not JSON: {error}. Mend the line, or remove it")
     if not isinstance(record, dict):
-        raise ValueError(
+        return ValueError(
             f'{place}: expected a JSON object such as {{"{text_key}": "…"}}, got a {type(record).__name__}'
         )
     if text_key not in record:
         keys = ", ".join(repr(key) for key in record) or "none"
-        raise ValueError(f"{place} has no key {text_key!r}. Set the source's `text_key` to one of its keys: {keys}")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: expected a string under `text_key` {text_key!r}, got {type(text).__name__}. "
+        return ValueError(f"{place} has no key {text_key!r}. Set the source's `text_key` to one of its keys: {keys}")
+    if not isinstance(record[text_key], str):
+        return ValueError(
+            f"{place}: expected a string under `text_key` {text_key!r}, got {type(record[text_key]).__name__}. "
             "Mend the line, or remove it"
         )
     try:
-        text.encode("utf-8")
+        record[text_key].encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
-        raise ValueError(
-            f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the line"
-        ) from error
-    return text
+        return ValueError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the line")
+    raise AssertionError(f"{place} has no flaw")
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines as text, without their line ends."""
-    for number, line in _lines(path):
-        yield number, _decode(line, f"`{path}` line {number}").removesuffix("\n").removesuffix("\r")
+def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
+    data = b"".join(chunks)
+    text = _decode(data, f"`{file.path}`", count_lines=True)
+    if isinstance(text, ValueError):
+        on_bad_record(text)
+    else:
+        yield 1, data
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, str]]:
-    """Runs of lines between blank lines, joined by newlines."""
-    begin, block = 0, list[str]()
-    for number, text in _text_lines(path):
-        if text.strip():
+def _text_lines(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, without their line ends."""
+    for number, line in lines:
+        text = _decode(line, f"`{file.path}` line {number}")
+        if isinstance(text, ValueError):
+            on_bad_record(text)
+        elif text and not text.isspace():
+            yield number, line.removesuffix(b"\r")
+
+
+def _blocks(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+) -> Iterator[tuple[int, bytes]]:
+    """Runs of lines between blank lines, joined by newlines; a run with a bad line is one bad record."""
+    begin, block, is_bad = 0, list[bytes](), False
+    for number, line in lines:
+        text = _decode(line, f"`{file.path}` line {number}")
+        if isinstance(text, ValueError) or (text and not text.isspace()):
             begin = begin if block else number
-            block.append(text)
+            block.append(line.removesuffix(b"\r"))
+            if isinstance(text, ValueError) and not is_bad:
+                is_bad = True
+                on_bad_record(text)
         elif block:
-            yield begin, "\n".join(block)
-            block = []
-    if block:
-        yield begin, "\n".join(block)
+            if not is_bad:
+                yield begin, b"\n".join(block)
+            block, is_bad = [], False
+    if block and not is_bad:
+        yield begin, b"\n".join(block)
 
 
-def _parquet_rows(file: SourceFile) -> Iterator[tuple[int, str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    row = 0
+def _decode(data: bytes, place: str, *, count_lines: bool = False) -> str | ValueError:
     try:
-        with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if file.text_key not in names:
-                raise ValueError(
-                    f"`{file.path}` has no column {file.text_key!r}. Set the source's `text_key` to one of its "
-                    f"columns: {', '.join(map(repr, names))}"
-                )
-            for batch in table.iter_batches(batch_size=1024, columns=[file.text_key]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise ValueError(
-                            f"`{file.path}` row {row}: expected a string in column {file.text_key!r}, "
-                            f"got {type(text).__name__}. Mend or remove the row"
-                        )
-                    yield row, text
-                    row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"`{file.path}` is not a readable parquet file (row {row}): {error}. Get it again") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{file.path}` near row {row} is not UTF-8: {error}. Convert the file to UTF-8") from error
-
-
-def _decode(data: bytes, place: str, *, count_lines: bool = False) -> str:
-    try:
-        return data.decode("utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
         newlines = data.count(b"\n", 0, error.start)
         line = f" line {newlines + 1}" if count_lines else ""
-        raise ValueError(
+        return ValueError(
             f"{place}{line} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}. Convert the file to UTF-8"
-        ) from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, counted from 1, and bytes of each line; a line ends with a newline only."""
-    number, rest = 0, list[bytes]()
-    for chunk in _chunks(path):
-        *complete, last = chunk.split(b"\n")
-        for line in complete:
-            number += 1
-            yield number, b"".join([*rest, line, b"\n"])
-            rest = []
-        rest.append(last)
-    if tail := b"".join(rest):
-        yield number + 1, tail
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed contents by about a megabyte."""
-    suffix = path.suffix.lower()
-    try:
-        with path.open("rb") as raw:
-            if suffix == ".zst":
-                yield from _zstandard_chunks(raw, path)
-                return
-            openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-            data: IO[bytes] = openers[suffix](raw) if suffix in openers else raw
-            while chunk := data.read(_CHUNK_BYTES):
-                yield chunk
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"`{path}` is damaged or cut off: {error}. Get it again") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise  # the file system's, such as a missing permission
-        raise ValueError(f"`{path}` is damaged: {error}. Get it again") from error
-
-
-def _zstandard_chunks(raw: io.BufferedReader, path: Path) -> Iterator[bytes]:
-    """Decompress all frames; zstandard's own reader takes a cut file for a complete one."""
-    import zstandard
-
-    factory = zstandard.ZstdDecompressor()
-    frame, fresh = factory.decompressobj(), True
-    try:
-        while data := raw.read(_CHUNK_BYTES // 8):
-            while data:
-                if frame.eof:
-                    frame = factory.decompressobj()
-                chunk = frame.decompress(data)
-                fresh = False
-                data = frame.unused_data if frame.eof else b""
-                if chunk:
-                    yield chunk
-    except zstandard.ZstdError as error:
-        raise ValueError(f"`{path}` is damaged: {error}. Get it again") from error
-    if not fresh and not frame.eof:
-        raise ValueError(f"`{path}` is cut off: its last zstandard frame is not complete. Get it again")
+        )

@@ -1,7 +1,15 @@
-"""Rows of `sequence_length` tokens, made of segments of documents that do not see each other.
+"""Rows of `sequence_length` tokens, made of segments of documents.
 
-Every document becomes ``BOS text EOS``. A document that does not fit is cut at the end of the row and goes on in a
-later one; EOS stands at its true end only. In rows for evaluation a continuation begins with the last token of the
+Every document becomes ``BOS text EOS``. Three packings, none of which loses a token:
+
+* ``documents``: rows are filled to the last token; a document that does not fit is cut at the end of the row and goes
+  on in a later one. Documents do not see each other.
+* ``best_fit``: only documents longer than a row are cut; the pieces are put where they fit best, and what stays free is
+  padded (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830).
+* ``concatenate``: rows as in ``documents``, but documents see what stands before them in the row, as in most
+  pre-training before isolation became cheap.
+
+EOS stands at a document's true end only. In rows for evaluation a continuation begins with the last token of the
 row before, so that every token but BOS is predicted once.
 """
 
@@ -18,11 +26,11 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lightning_mixcn.text.corpus import DocumentSet
+    from lightning_mixcn.text.document_set import DocumentSet
     from lightning_mixcn.text.tokenizer import TextTokenizer
 
 IGNORED_LABEL = -100
-PACKINGS = ("documents",)
+PACKINGS = ("documents", "best_fit", "concatenate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +40,15 @@ class Segment:
     Args:
         tokens: Token ids ``[n]``, int32.
         source: Index of the document's source.
+        document: Number of the document: in training counted through all epochs of its source, in evaluation its index
+            in the evaluation set.
+        offset: Tokens of the document before this segment; not 0 in a continuation.
     """
 
     tokens: NDArray[np.int32]
     source: int
+    document: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +56,18 @@ class ScoredSegment(Segment):
     """A segment of a row for evaluation.
 
     Args:
-        document: Index of the document in the evaluation set.
         label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
         is_text: Whether each token ``[n]`` is text, not BOS or EOS; bool.
     """
 
-    document: int
     label_bytes: NDArray[np.int32]
     is_text: NDArray[np.bool_]
 
     def part(self, start: int, stop: int) -> ScoredSegment:
         """Cut out tokens ``[start, stop)``."""
         cut = slice(start, stop)
-        return ScoredSegment(self.tokens[cut], self.source, self.document, self.label_bytes[cut], self.is_text[cut])
+        labels = self.label_bytes[cut], self.is_text[cut]
+        return ScoredSegment(self.tokens[cut], self.source, self.document, self.offset + start, *labels)
 
 
 AnySegment = TypeVar("AnySegment", bound=Segment)
@@ -74,7 +86,9 @@ def encode_document(tokenizer: TextTokenizer, text: str) -> NDArray[np.int32]:
         Token ids ``[tokens + 2]``, int32.
     """
     (ids,) = tokenizer.encode_batch([text])
-    return np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=np.int32)
+    tokens = np.empty(len(ids) + 2, dtype=np.int32)
+    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+    return tokens
 
 
 def fill_row(next_segment: Callable[[int], AnySegment | None], sequence_length: int) -> tuple[AnySegment, ...]:
@@ -141,10 +155,12 @@ def _scored_documents(
             is_text = np.ones(len(tokens), dtype=np.bool_)
             is_text[[0, -1]] = False
             label_bytes = np.pad(widths, 1)
-            yield ScoredSegment(tokens, source, first_document + index, label_bytes, is_text)
+            yield ScoredSegment(tokens, source, first_document + index, 0, label_bytes, is_text)
 
 
-def collate_rows(rows: Sequence[Iterable[Segment]], sequence_length: int, padding_id: int) -> dict[str, NDArray[Any]]:
+def collate_rows(
+    rows: Sequence[Iterable[Segment]], sequence_length: int, padding_id: int, *, isolated: bool = True
+) -> dict[str, NDArray[Any]]:
     """Lay rows out as the arrays of a batch.
 
     The label of the first token of a segment is ignored: nothing in the row predicts it. Padding has label -100 and
@@ -154,9 +170,12 @@ def collate_rows(rows: Sequence[Iterable[Segment]], sequence_length: int, paddin
         rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
         sequence_length: S.
         padding_id: Token id under the padding.
+        isolated: Whether positions begin at 0 with each segment, which isolates it; else they run through the row, and
+            only the row's first label is ignored.
 
     Returns:
-        ``input_ids``, ``labels``, ``position_ids`` int64, ``document_ids`` int32 and ``source_ids`` int16, ``[B, S]``.
+        ``input_ids``, ``labels``, ``position_ids`` int64, ``document_ids`` int32, ``source_ids`` int16 and
+        ``continuation_mask`` bool (the token's document began in an earlier row), ``[B, S]``.
     """
     shape = (len(rows), sequence_length)
     batch: dict[str, NDArray[Any]] = {
@@ -165,16 +184,20 @@ def collate_rows(rows: Sequence[Iterable[Segment]], sequence_length: int, paddin
         "document_ids": np.full(shape, -1, dtype=np.int32),
         "position_ids": np.empty(shape, dtype=np.int64),
         "source_ids": np.full(shape, -1, dtype=np.int16),
+        "continuation_mask": np.zeros(shape, dtype=np.bool_),
     }
     for index, row in enumerate(rows):
         stop = 0
         for number, segment in enumerate(row):
             start, stop = stop, stop + len(segment.tokens)
+            seen_from = start if isolated else 0
+            first_label = max(start, seen_from + 1)
             batch["input_ids"][index, start:stop] = segment.tokens
-            batch["labels"][index, start + 1 : stop] = segment.tokens[1:]
+            batch["labels"][index, first_label:stop] = segment.tokens[first_label - start :]
             batch["document_ids"][index, start:stop] = number
-            batch["position_ids"][index, start:stop] = np.arange(stop - start)
+            batch["position_ids"][index, start:stop] = np.arange(start - seen_from, stop - seen_from)
             batch["source_ids"][index, start:stop] = segment.source
+            batch["continuation_mask"][index, start:stop] = segment.offset > 0
         batch["position_ids"][index, stop:] = np.arange(sequence_length - stop)
     return batch
 

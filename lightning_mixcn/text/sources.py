@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-TextFormat = Literal["jsonl", "text", "parquet"]
+from lightning_mixcn.text.files import is_url, match_urls
+
+TextFormat = Literal["jsonl", "text", "parquet", "arrow"]
 DocumentUnit = Literal["file", "line", "blank-line"]
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -19,6 +21,8 @@ _FORMAT_OF_SUFFIX: dict[str, TextFormat] = {
     ".txt": "text",
     ".text": "text",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
 
 
@@ -29,10 +33,11 @@ class Source:
 
     Args:
         name: Short name, unique in its list; it appears in TensorBoard tags such as `val/<name>/bits_per_byte`.
-        path: A file, a folder (searched recursively for known suffixes), a glob with `*` and `**`, or a list of these.
+        path: A file, a folder (searched recursively for known suffixes), a glob with `*` and `**`, one of these as an
+            URL that fsspec has a driver for, such as `s3://bucket/zh/*.jsonl.gz`, or a list of these.
         weight: Share of the training tokens relative to the other sources' weights.
         format: Format of the files; null tells it from each file's suffix, before `.gz`, `.zst`, `.bz2` or `.xz`.
-        text_key: JSONL key or parquet column that holds a document's text.
+        text_key: JSONL key, or parquet or Arrow column, that holds a document's text.
         document_unit: What one document is in a text file: the whole file, a line, or a block between blank lines.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
     """
@@ -51,13 +56,13 @@ class SourceFile:
     """One file of a source.
 
     Args:
-        path: The file.
+        path: The file; a string if it is an URL.
         format: Its format, given or told from the suffix.
-        text_key: JSONL key or parquet column of the text.
+        text_key: JSONL key, or parquet or Arrow column, of the text.
         document_unit: What one document is in a text file.
     """
 
-    path: Path
+    path: Path | str
     format: TextFormat
     text_key: str
     document_unit: DocumentUnit
@@ -132,7 +137,7 @@ def list_files(source: Source, place: str = "sources[0]") -> list[SourceFile]:
 
     Raises:
         FileNotFoundError: A path matches no file.
-        ValueError: A path is an URL, or a file's format is neither given nor told by its suffix.
+        ValueError: An URL cannot be listed, or a file's format is neither given nor told by its suffix.
     """
     patterns = [source.path] if isinstance(source.path, str) else source.path
     found = [path for pattern in patterns for path in _match(pattern, source, place)]
@@ -148,14 +153,16 @@ def list_files(source: Source, place: str = "sources[0]") -> list[SourceFile]:
     return files
 
 
-def _match(pattern: str, source: Source, place: str) -> list[Path]:
-    if "://" in pattern:
-        raise ValueError(f"`{place}.path={pattern!r}` is an URL. Give local files; download remote ones first")
+def _match(pattern: str, source: Source, place: str) -> list[Path] | list[str]:
+    if is_url(pattern):
+        return match_urls(pattern, place, lambda relative: _belongs(relative, source))
     expanded = Path(pattern).expanduser()
     if expanded.is_file():
         return [expanded]
     if expanded.is_dir():
-        files = sorted(file for file in expanded.rglob("*") if _belongs(file, source, expanded))
+        files = sorted(
+            file for file in expanded.rglob("*") if _belongs(file.relative_to(expanded), source) and file.is_file()
+        )
         if not files:
             raise FileNotFoundError(
                 f"`{place}.path={pattern!r}` is a folder without any {' '.join(_FORMAT_OF_SUFFIX)} file "
@@ -170,14 +177,14 @@ def _match(pattern: str, source: Source, place: str) -> list[Path]:
     return files
 
 
-def _belongs(file: Path, source: Source, folder: Path) -> bool:
+def _belongs(relative: Path, source: Source) -> bool:
     """Whether a file found in a folder is text of the source: known suffix, the source's format, nothing hidden."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    told = _FORMAT_OF_SUFFIX.get(_data_suffix(file))
-    return not hidden and file.is_file() and told is not None and source.format in (None, told)
+    hidden = any(part.startswith(".") for part in relative.parts)
+    told = _FORMAT_OF_SUFFIX.get(_data_suffix(relative))
+    return not hidden and told is not None and source.format in (None, told)
 
 
-def _format_of(file: Path, place: str) -> TextFormat:
+def _format_of(file: Path | str, place: str) -> TextFormat:
     told = _FORMAT_OF_SUFFIX.get(_data_suffix(file))
     if told is None:
         raise ValueError(
@@ -187,8 +194,8 @@ def _format_of(file: Path, place: str) -> TextFormat:
     return told
 
 
-def _data_suffix(file: Path) -> str:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
+def _data_suffix(file: Path | str) -> str:
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""

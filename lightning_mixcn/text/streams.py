@@ -1,28 +1,38 @@
-"""Endless, deterministic streams of training rows.
+"""Endless, deterministic streams of training rows, which can begin anywhere.
 
 Row k of a run is row ``k // num_streams`` of stream ``k % num_streams``; it depends on the sources, the seed, the
-number of streams and the sequence length, and not on ranks, loader workers or batch sizes. Each epoch of a source is a
-seeded permutation of its documents, dealt to the streams like cards. Within a stream, the source that is furthest
-behind its weight, counted in tokens, gives the next segment; it may change at the end of a document, or where a row's
-end cuts a document (which goes on when its source's turn comes again).
+number of streams, the sequence length and the packing, and not on ranks, loader workers or batch sizes. Each epoch of a
+source is a seeded permutation of its documents, dealt to the streams like cards. Within a stream, the source that is
+furthest behind its weight, counted in tokens, gives the next segment; it may change at the end of a document, or where
+a row's end cuts a document (which goes on when its source's turn comes again).
+
+A stream's state is a few numbers: the document and the token each source stands at. No text is in it, and going on from
+it reads no document but those.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lightning_mixcn.text.packing import Row, Segment, encode_document, fill_row
+from lightning_mixcn.text.permutation import Permutation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lightning_mixcn.text.corpus import DocumentSet
+    from lightning_mixcn.text.document_set import TrainingDocuments
     from lightning_mixcn.text.tokenizer import TextTokenizer
+
+# Pieces that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
+_POOL_PIECES = 64
+
+# Plain values, see `RowStream.state`.
+StreamState = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,64 +45,27 @@ class StreamPlan:
         sequence_length: Tokens of a row.
         num_streams: Number of streams.
         seed: Seed of the permutations.
+        packing: One of `PACKINGS`.
     """
 
-    documents: Sequence[DocumentSet]
+    documents: Sequence[TrainingDocuments]
     tokenizer: TextTokenizer
     sequence_length: int
     num_streams: int
     seed: int
+    packing: str = "documents"
 
-    def open(self, indices: Sequence[int]) -> dict[int, RowStream]:
-        """Open streams at their beginning; they share the permutations.
+    def open(self, indices: Sequence[int], states: Mapping[int, StreamState] | None = None) -> dict[int, RowStream]:
+        """Open streams.
 
         Args:
             indices: Numbers of the streams.
+            states: Where streams stand, by their number; others stand at their beginning.
 
         Returns:
             The streams by their number.
         """
-        orders = [ShuffledDocuments(documents, self.seed) for documents in self.documents]
-        return {index: RowStream(self, index, orders) for index in indices}
-
-
-class ShuffledDocuments:
-    """The documents of a source, epoch after epoch, each epoch in another order.
-
-    Args:
-        documents: The documents.
-        seed: Seed of the run; the order depends on it, the source's name and the epoch.
-    """
-
-    def __init__(self, documents: DocumentSet, seed: int) -> None:
-        """Begin with no permutation computed."""
-        self._documents = documents
-        self._seed = seed
-        self._permutations: dict[int, NDArray[np.int64]] = {}
-        epochs = documents.corpus.source.max_epochs
-        self.num_documents = None if epochs is None else epochs * len(documents)
-
-    def text(self, number: int) -> str:
-        """Get the text of document `number`, counted through all epochs.
-
-        Args:
-            number: Less than `num_documents`, unless that is None.
-
-        Returns:
-            The text.
-        """
-        epoch, place = divmod(number, len(self._documents))
-        if epoch not in self._permutations:
-            while len(self._permutations) >= 4:  # streams are at most an epoch or so apart
-                del self._permutations[min(self._permutations)]
-            self._permutations[epoch] = self._permutation(epoch)
-        return self._documents.text(int(self._permutations[epoch][place]))
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        # numpy promises the raw bits of a bit generator for ever, but not what `permutation` makes of them (NEP 19).
-        key = hashlib.blake2b(f"{self._seed}/{self._documents.name}/{epoch}".encode(), digest_size=16).digest()
-        bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(len(self._documents))
-        return np.argsort(bits, kind="stable").astype(np.int64)
+        return {index: RowStream(self, index, (states or {}).get(index)) for index in indices}
 
 
 class RowStream:
@@ -101,64 +74,155 @@ class RowStream:
     Args:
         plan: What decides the order of rows.
         index: Number of the stream.
-        orders: The shuffled documents of each source.
+        state: Where it stands; None is before its first row.
     """
 
-    def __init__(self, plan: StreamPlan, index: int, orders: Sequence[ShuffledDocuments]) -> None:
-        """Stand before the first row."""
+    def __init__(self, plan: StreamPlan, index: int, state: StreamState | None = None) -> None:
+        """Stand there; no text is read yet."""
         self._plan = plan
-        self._cursors = [_Cursor(plan, index, source, order) for source, order in enumerate(orders)]
+        self._readers = [_Reader(plan, index, source) for source in range(len(plan.documents))]
         weights = np.asarray([documents.corpus.source.weight for documents in plan.documents], dtype=np.float64)
         self._weights: list[float] = (weights / weights.sum()).tolist()
         # The streams' first rows are of all sources in proportion, and not all of the same one.
         first = int(np.searchsorted(np.cumsum(self._weights), (index + 0.5) / plan.num_streams))
         head_starts = [plan.sequence_length * weight for weight in self._weights]
         self._served = [0.0 if source == first else start for source, start in enumerate(head_starts)]
+        self._pool: list[_Piece] = []
         self.position = 0
+        if state is not None:
+            self.position, self._served = state["position"], list(state["served"])
+            self._pool = [
+                _Piece(source, document, offset, length, None) for source, document, offset, length in state["pool"]
+            ]
+            for reader, (number, offset) in zip(self._readers, state["documents"], strict=True):
+                reader.number, reader.offset = number, offset
+
+    def state(self) -> StreamState:
+        """Where the stream stands, in plain values.
+
+        Returns:
+            ``position`` (rows made), ``documents`` (number and token offset each source stands at), ``served`` (tokens
+            each source gave, with its head start), and ``pool`` (source, number, offset and length of pieces that wait
+            for a row in `best_fit`).
+        """
+        return {
+            "position": self.position,
+            "documents": [[reader.number, reader.offset] for reader in self._readers],
+            "served": list(self._served),
+            "pool": [list(piece[:4]) for piece in self._pool],
+        }
 
     @property
     def exhausted(self) -> bool:
         """Whether every source has been read `max_epochs` times."""
-        return all(cursor.exhausted for cursor in self._cursors)
+        return not self._pool and all(reader.exhausted for reader in self._readers)
 
     def next_row(self) -> Row:
         """Make the next row and move behind it.
 
         Returns:
-            The row: full, or short where the sources end, and empty after that.
+            The row: full (nearly, in `best_fit`), or short where the sources end, and empty after that.
         """
         self.position += 1
+        if self._plan.packing == "best_fit":
+            return self._best_fitting_row()
         return fill_row(self._next_segment, self._plan.sequence_length)
 
     def _next_segment(self, space: int) -> Segment | None:
-        live = [source for source, cursor in enumerate(self._cursors) if not cursor.exhausted]
+        live = [source for source, reader in enumerate(self._readers) if not reader.exhausted]
         if not live:
             return None
         source = min(live, key=lambda candidate: (self._served[candidate] / self._weights[candidate], candidate))
-        segment = self._cursors[source].take(space)
+        segment = self._readers[source].take(space)
         self._served[source] += len(segment.tokens)
         return segment
 
+    def _best_fitting_row(self) -> Row:
+        """The piece that waits longest, and then always the longest one that fits."""
+        row: list[Segment] = []
+        space = self._plan.sequence_length
+        while self._fill_pool():
+            fitting = [place for place, piece in enumerate(self._pool) if piece.length <= space]
+            if not fitting:
+                break
+            place = max(fitting, key=lambda candidate: (self._pool[candidate].length, -candidate)) if row else 0
+            piece = self._pool.pop(place)
+            row.append(piece.segment or self._readers[piece.source].segment(*piece[1:4]))
+            space -= piece.length
+        return tuple(row)
 
-class _Cursor:
-    """Where a stream is in a source: the documents it was dealt so far, and the tokens left of the last one."""
+    def _fill_pool(self) -> bool:
+        while len(self._pool) < _POOL_PIECES:
+            segment = self._next_segment(self._plan.sequence_length)
+            if segment is None:
+                break
+            piece = _Piece(segment.source, segment.document, segment.offset, len(segment.tokens), segment)
+            self._pool.append(piece)
+        return bool(self._pool)
 
-    def __init__(self, plan: StreamPlan, stream: int, source: int, order: ShuffledDocuments) -> None:
-        self._tokenizer = plan.tokenizer
-        self._num_streams = plan.num_streams
+
+class _Piece(NamedTuple):
+    """A segment that waits for a row; `segment` is None after a resume, until it is needed."""
+
+    source: int
+    document: int
+    offset: int
+    length: int
+    segment: Segment | None
+
+
+class _Reader:
+    """Where a stream is in a source: the document dealt to it last, counted through all epochs, and a token of it."""
+
+    def __init__(self, plan: StreamPlan, stream: int, source: int) -> None:
+        self._plan = plan
+        self._documents = plan.documents[source]
         self._source = source
-        self._order = order
-        self._next_document = stream
-        self._left = np.zeros(0, dtype=np.int32)
+        self.number = stream
+        self.offset = 0
+        self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
+        self._tokens: NDArray[np.int32] | None = None
+        epochs = self._documents.corpus.source.max_epochs
+        self._end = None if epochs is None else epochs * len(self._documents.corpus)
 
     @property
     def exhausted(self) -> bool:
-        end = self._order.num_documents
-        return not len(self._left) and end is not None and self._next_document >= end
+        """Moves to the next document that is for training, if there is one."""
+        while self._index is None and (self._end is None or self.number < self._end):
+            index = self._index_of(self.number)
+            if index in self._documents:
+                self._index = index
+            else:
+                self.number += self._plan.num_streams
+        return self._index is None
 
     def take(self, space: int) -> Segment:
-        if not len(self._left):
-            self._left = encode_document(self._tokenizer, self._order.text(self._next_document))
-            self._next_document += self._num_streams
-        taken, self._left = self._left[:space], self._left[space:]
-        return Segment(taken, self._source)
+        """The next tokens of the document, at most `space`; call only where not `exhausted`."""
+        assert self._index is not None, "exhausted"
+        if self._tokens is None:
+            self._tokens = self._encode(self._index)
+        tokens = self._tokens[self.offset : self.offset + space]
+        segment = Segment(tokens, self._source, self.number, self.offset)
+        self.offset += len(segment.tokens)
+        if self.offset == len(self._tokens):
+            self.number, self.offset = self.number + self._plan.num_streams, 0
+            self._index = self._tokens = None
+        return segment
+
+    def segment(self, number: int, offset: int, length: int) -> Segment:
+        """A segment that was taken before."""
+        tokens = self._encode(self._index_of(number))[offset : offset + length]
+        return Segment(tokens, self._source, number, offset)
+
+    def _encode(self, index: int) -> NDArray[np.int32]:
+        return encode_document(self._plan.tokenizer, self._documents.corpus.text(index))
+
+    def _index_of(self, number: int) -> int:
+        size = len(self._documents.corpus)
+        epoch, place = divmod(number, size)
+        return _permutation(size, f"{self._plan.seed}/{self._documents.name}/{epoch}")[place]
+
+
+@lru_cache(maxsize=64)
+def _permutation(size: int, key: str) -> Permutation:
+    return Permutation(size, key)

@@ -16,10 +16,17 @@ def texts(documents: DocumentSets, stage: str) -> list[set[str]]:
     return [{part.text(index) for index in range(len(part))} for part in documents.read(stage)]
 
 
+def training_texts(documents: DocumentSets) -> list[set[str]]:
+    return [
+        {part.corpus.text(index) for index in range(len(part.corpus)) if index in part}
+        for part in documents.read_training()
+    ]
+
+
 def test_held_out_documents_are_nowhere_else(sources: list[Source]) -> None:
     documents = sets(sources)
     for train, val, test, count in zip(
-        *(texts(documents, stage) for stage in ("train", "val", "test")), [200, 100], strict=True
+        training_texts(documents), texts(documents, "val"), texts(documents, "test"), [200, 100], strict=True
     ):
         assert not train & val
         assert not train & test
@@ -30,7 +37,7 @@ def test_held_out_documents_are_nowhere_else(sources: list[Source]) -> None:
 
 def test_own_sources_leave_the_training_text_whole(sources: list[Source]) -> None:
     documents = sets(sources[:1], val=(sources[1:], 0.1), test=((), 0.0))
-    assert [len(part) for part in documents.read("train")] == [200]
+    assert [len(part) for part in documents.read_training()] == [200]
     assert [len(part) for part in documents.read("val")] == [100]
     assert documents.names("val") == ["en"]
     assert documents.names("train") == documents.names("test") == ["zh"]
@@ -53,7 +60,7 @@ def test_no_set_that_is_not_required(sources: list[Source]) -> None:
 
 def test_no_sources() -> None:
     with pytest.raises(ValueError, match=r"`sources` is empty. Give at least one, e.g. {name: zh, path: data/zh}$"):
-        sets([]).read("train")
+        sets([]).read_training()
     with pytest.raises(ValueError, match=r"`sources` is empty. .*, or `test_sources`"):
         sets([]).read("test")
     with pytest.raises(ValueError, match=r"`predict_sources` is empty"):
@@ -69,7 +76,7 @@ def test_empty_sides(sources: list[Source], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=held_out):
         sets(single, val=((), 0.001)).read("val", required=False)
     with pytest.raises(ValueError, match=r"No document of source 'novel' \(1 in all\) is left for training. Lower"):
-        sets(single, val=((), 0.999), test=((), 0.0)).read("train")
+        sets(single, val=((), 0.999), test=((), 0.0)).read_training()
 
 
 @pytest.mark.parametrize(("val", "test"), [(-0.1, 0.0), (0.0, -0.1), (0.5, 0.5), (1.0, 0.0)])

@@ -55,6 +55,7 @@ def test_batches_have_the_stated_types(whole: EvaluationSet) -> None:
         "document_ids": ((4, 48), torch.int32),
         "position_ids": ((4, 48), torch.int64),
         "source_ids": ((4, 48), torch.int16),
+        "continuation_mask": ((4, 48), torch.bool),
         "label_bytes": ((4, 48), torch.int32),
         "text_mask": ((4, 48), torch.bool),
         "document_index": ((4, 48), torch.int64),

@@ -45,6 +45,7 @@ def test_training_batch(module: PretrainDataModule) -> None:
         "document_ids": ((2, 32), torch.int32),
         "position_ids": ((2, 32), torch.int64),
         "source_ids": ((2, 32), torch.int16),
+        "continuation_mask": ((2, 32), torch.bool),
     }
     assert module.tokenizer.vocab_size == 259
 

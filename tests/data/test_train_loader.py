@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -7,10 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.types import _Stateful
 from torch import Tensor
 
 from lightning_mixcn.data.train_loader import Schedule, TrainLoader
-from lightning_mixcn.text import Source, StreamPlan, all_documents, collate_rows, load_tokenizer, read_corpus
+from lightning_mixcn.text import (
+    Source,
+    StreamPlan,
+    StreamState,
+    collate_rows,
+    load_tokenizer,
+    read_corpus,
+    split_by_hash,
+)
 
 pytestmark = [
     # The tests ask for more workers than small machines have cores.
@@ -22,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def plan(sources: list[Source], tokenizer_folder: str) -> StreamPlan:
-    documents = [all_documents(read_corpus(source)) for source in sources]
+    documents = [split_by_hash(read_corpus(source), [])[1] for source in sources]
     return StreamPlan(documents, load_tokenizer(tokenizer_folder), sequence_length=32, num_streams=6, seed=7)
 
 
@@ -103,7 +111,7 @@ def test_a_second_iter_goes_on_without_starting_again(workers: int, plan: Stream
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_sources_that_end(workers: int, ranks: int, sources: list[Source], tokenizer_folder: str) -> None:
-    parts = [all_documents(read_corpus(replace(source, max_epochs=1))) for source in sources]
+    parts = [split_by_hash(read_corpus(replace(source, max_epochs=1)), [])[1] for source in sources]
     plan = StreamPlan(parts, load_tokenizer(tokenizer_folder), sequence_length=32, num_streams=4, seed=0)
     streams = plan.open(range(4))
     expected = []
@@ -127,7 +135,7 @@ def test_sources_that_end(workers: int, ranks: int, sources: list[Source], token
 
 
 def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], tokenizer_folder: str) -> None:
-    parts = [all_documents(read_corpus(replace(sources[1], max_epochs=1)))]
+    parts = [split_by_hash(read_corpus(replace(sources[1], max_epochs=1)), [])[1]]
     plan = StreamPlan(parts, load_tokenizer(tokenizer_folder), sequence_length=4096, num_streams=2, seed=0)
     asked: list[bool] = []
 
@@ -141,9 +149,20 @@ def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], token
     assert all((batch["labels"] == -100).all() for batch in found[1:])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_states_stand_behind_each_batch(workers: int, ranks: int, plan: StreamPlan, rows: list[dict[str, Any]]) -> None:
+    """Whoever goes on from them makes the next rows, and reads nothing before."""
+    of_ranks: list[dict[int, StreamState]] = [{} for _ in range(ranks)]
+    for rank, of_rank in enumerate(of_ranks):
+        batches(plan, Schedule(4, ranks, rank, 0), workers, 6 // ranks, on_batch=of_rank.update)
+    every = [item for of_rank in of_ranks for item in of_rank.items()]
+    states = dict(sorted(every, key=lambda item: int(item[1]["position"])))
+    (batch, *_) = batches(plan, Schedule(12, 1, 0, 24, states), 1, 1)
+    assert np.array_equal(batch["input_ids"], np.concatenate([row["input_ids"] for row in rows[24:36]]))
+    assert {stream: state["position"] for stream, state in states.items()} == dict.fromkeys(range(6), 4)
+
+
 def test_lightning_takes_the_loader_for_resumable(plan: StreamPlan) -> None:
-    states: list[dict[str, Any]] = []
-    keep: Callable[[dict[str, Any]], None] = states.append
-    loader = TrainLoader(plan, lambda: Schedule(1, 1, 0, 0), 0, state_dict=lambda: {"rows": 3}, load_state_dict=keep)
-    loader.load_state_dict(loader.state_dict())
-    assert states == [{"rows": 3}]
+    loader = TrainLoader(plan, lambda: Schedule(1, 1, 0, 0), 0)
+    assert isinstance(loader, _Stateful)  # what its CombinedLoader asks before it saves a loader's state

@@ -1,6 +1,7 @@
 """Tokenizers that SentencePiece itself trained on a few words, and where the real ones are."""
 
 import io
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -10,7 +11,17 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from lightning_mixcn.text import DocumentSet, Source, TextTokenizer, all_documents, load_tokenizer, read_corpus
+from lightning_mixcn.text import (
+    Corpus,
+    DocumentSet,
+    Source,
+    TextTokenizer,
+    TrainingDocuments,
+    all_documents,
+    load_tokenizer,
+    read_corpus,
+    split_by_hash,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 WORDS = """the of and to in a is that for it 的 一 是 不 了 在 人 有 我 他 这 中 大
@@ -64,12 +75,25 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DocumentSet]:
-    """Makes the document set of some texts."""
-    file = tmp_path_factory.mktemp("documents") / "x.jsonl"
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Corpus]:
+    """Makes the corpus of some texts."""
+    folder, numbers = tmp_path_factory.mktemp("documents"), itertools.count()
 
-    def make(texts: list[str], name: str = "zh", **fields: Any) -> DocumentSet:
+    def make(texts: list[str], name: str = "zh", **fields: Any) -> Corpus:
+        file = folder / f"{next(numbers)}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        return all_documents(read_corpus(Source(name, str(file), **fields)))
+        return read_corpus(Source(name, str(file), **fields))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def documents(corpus: Callable[..., Corpus]) -> Callable[..., DocumentSet]:
+    """Makes the set of some texts, to evaluate."""
+    return lambda texts, **fields: all_documents(corpus(texts, **fields))
+
+
+@pytest.fixture(scope="session")
+def training(corpus: Callable[..., Corpus]) -> Callable[..., TrainingDocuments]:
+    """Makes the training documents of some texts; nothing is held out."""
+    return lambda texts, **fields: split_by_hash(corpus(texts, **fields), [])[1]

@@ -2,13 +2,15 @@ import bz2
 import gzip
 import json
 import lzma
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pytest
 import zstandard
-from pyarrow import parquet
+from pyarrow import feather, parquet
 
 from lightning_mixcn.text.documents import iterate_documents
 from lightning_mixcn.text.sources import DocumentUnit, SourceFile, TextFormat
@@ -26,7 +28,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 def read(
     path: Path, format_: TextFormat = "jsonl", text_key: str = "text", unit: DocumentUnit = "file"
 ) -> list[tuple[int, str]]:
-    return list(iterate_documents(SourceFile(path, format_, text_key, unit)))
+    documents = iterate_documents(SourceFile(path, format_, text_key, unit))
+    return [(record, encoded.decode()) for record, encoded in documents]
 
 
 def lines_of(texts: list[str]) -> bytes:
@@ -122,32 +125,67 @@ def test_text_not_utf8(unit: DocumentUnit, tmp_path: Path) -> None:
         read(tmp_path / "x.txt", "text", unit=unit)
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
-def test_parquet(kind: pyarrow.DataType, tmp_path: Path) -> None:
-    table = pyarrow.table({"id": [1, 2, 3, 4], "zh": pyarrow.array(TEXTS, type=kind)})
-    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2)
-    assert read(tmp_path / "x.parquet", "parquet", text_key="zh") == list(enumerate(TEXTS))
-
-
-def test_parquet_errors(tmp_path: Path) -> None:
-    file = tmp_path / "x.parquet"
-    parquet.write_table(pyarrow.table({"id": [1, 2], "zh": ["a", None]}), file)
-    with pytest.raises(ValueError, match=r"x.parquet` has no column 'text'. .*one of its columns: 'id', 'zh'"):
-        read(file, "parquet")
-    with pytest.raises(ValueError, match=r"x.parquet` row 1: expected a string in column 'zh', got NoneType"):
-        read(file, "parquet", text_key="zh")
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"x.parquet` is not a readable parquet file"):
-        read(file, "parquet", text_key="zh")
-
-
-def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:
-    raw = pyarrow.array([b"\xff\xfe"], type=pyarrow.binary()).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x.parquet` near row 0 is not UTF-8"):
-        read(tmp_path / "x.parquet", "parquet")
-
-
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "x.jsonl")
+
+
+def skipped(
+    path: Path, format_: TextFormat = "jsonl", unit: DocumentUnit = "file"
+) -> tuple[list[str], list[ValueError]]:
+    flaws = list[ValueError]()
+    documents = iterate_documents(SourceFile(path, format_, "text", unit), flaws.append)
+    return [encoded.decode() for _, encoded in documents], flaws
+
+
+def test_bad_lines_are_left_out(tmp_path: Path) -> None:
+    bad = [b'{"text": "cut', b"[]", b"{}", b'{"text": 1}', b'{"text": "\xff"}', b'{"text": "\\ud83d"}']
+    bad += [b'{"text": "\\u0000\\u0000"}', b"\0" * 99, b"[" * 100_000]
+    lines = [line + b"\n" + lines_of([str(number)]) for number, line in enumerate(bad)]
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    texts, flaws = skipped(tmp_path / "x.jsonl")
+    assert texts == [str(number) for number in range(len(bad))]
+    assert [f"line {2 * number + 1}" in str(flaw) for number, flaw in enumerate(flaws)] == [True] * len(bad)
+
+
+@pytest.mark.parametrize(("unit", "kept"), [("line", ["a", "b", "e"]), ("blank-line", ["a", "e"]), ("file", [])])
+def test_bad_text_is_left_out(unit: DocumentUnit, kept: list[str], tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"a\n\nb\n\xff\n\n\0\0\n\ne\n")
+    texts, flaws = skipped(tmp_path / "x.txt", "text", unit)
+    assert (texts, len(flaws)) == (kept, 1 if unit == "file" else 2)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_comes_before_damage_is_kept(suffix: str, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [f"{number} {rng.getrandbits(4000):x}" for number in range(2500)]
+    data = COMPRESS[suffix](lines_of(texts))
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(data[: len(data) * 3 // 4])
+    kept, flaws = skipped(tmp_path / f"x.jsonl{suffix}")
+    assert 0 < len(kept) < len(texts)
+    assert kept == texts[: len(kept)]
+    assert len(flaws) == 1
+    assert re.search("damaged|cut off", str(flaws[0]))
+
+
+def test_progress_is_that_of_the_file(tmp_path: Path) -> None:
+    texts = [f"{number} {number**7}" for number in range(10_000)]
+    feather.write_feather(pyarrow.table({"text": texts}), str(tmp_path / "x.arrow"), chunksize=1000)
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    for suffix, compress in COMPRESS.items():
+        (tmp_path / f"x.jsonl{suffix}").write_bytes(compress(lines_of(texts)))
+    formats: dict[str, TextFormat] = {".arrow": "arrow", ".parquet": "parquet"}
+    for path in tmp_path.iterdir():
+        format_ = formats.get(path.suffix, "jsonl")
+        seen = list[int]()
+        for _ in iterate_documents(SourceFile(path, format_, "text", "file"), on_read=seen.append):
+            pass
+        assert min(seen) >= 0
+        assert path.stat().st_size * 0.98 <= sum(seen) <= path.stat().st_size
+
+
+@pytest.mark.slow
+def test_a_record_of_100_megabytes(tmp_path: Path) -> None:
+    text = "长 x" * 20_000_000
+    (tmp_path / "x.jsonl").write_bytes(lines_of(["a", text, "b"]))
+    assert read(tmp_path / "x.jsonl") == [(1, "a"), (2, text), (3, "b")]

@@ -11,8 +11,8 @@ Documents = Callable[[list[str]], DocumentSet]
 LISTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=40), min_size=1, max_size=8)
 
 
-def segment(*tokens: int, source: int = 0) -> Segment:
-    return Segment(np.asarray(tokens, dtype=np.int32), source)
+def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:
+    return Segment(np.asarray(tokens, dtype=np.int32), source, 0, offset)
 
 
 def rows_of(texts: list[str], tokenizer: TextTokenizer, documents: Documents, length: int) -> list[ScoredRow]:
@@ -20,7 +20,7 @@ def rows_of(texts: list[str], tokenizer: TextTokenizer, documents: Documents, le
 
 
 def test_batch_layout() -> None:
-    rows = [(segment(1, 7, 8, 2), segment(1, 9, source=1)), (segment(6, 2, source=1),), ()]
+    rows = [(segment(1, 7, 8, 2), segment(1, 9, source=1)), (segment(6, 2, source=1, offset=3),), ()]
     batch = collate_rows(rows, 7, padding_id=2)
     assert {name: array.dtype.name for name, array in batch.items()} == {
         "input_ids": "int64",
@@ -28,12 +28,22 @@ def test_batch_layout() -> None:
         "document_ids": "int32",
         "position_ids": "int64",
         "source_ids": "int16",
+        "continuation_mask": "bool",
     }
     assert batch["input_ids"].tolist() == [[1, 7, 8, 2, 1, 9, 2], [6, 2, 2, 2, 2, 2, 2], [2] * 7]
     assert batch["labels"].tolist() == [[-100, 7, 8, 2, -100, 9, -100], [-100, 2, *[-100] * 5], [-100] * 7]
     assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1, 1, -1], [0, 0, *[-1] * 5], [-1] * 7]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4], list(range(7))]
     assert batch["source_ids"].tolist() == [[0, 0, 0, 0, 1, 1, -1], [1, 1, *[-1] * 5], [-1] * 7]
+    assert batch["continuation_mask"].tolist() == [[False] * 7, [True] * 2 + [False] * 5, [False] * 7]
+
+
+def test_batch_without_isolation() -> None:
+    """Positions run through the row, and the first token of a document is predicted from the one before."""
+    batch = collate_rows([(segment(1, 7, 2), segment(1, 9, source=1))], 6, padding_id=2, isolated=False)
+    assert batch["labels"].tolist() == [[-100, 7, 2, 1, 9, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0]]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1, -1]]
 
 
 def test_a_row_is_filled_to_its_end() -> None:

@@ -16,7 +16,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def names(source: Source, tree: Path) -> list[str]:
-    return [str(file.path.relative_to(tree)) for file in list_files(source)]
+    return [str(Path(file.path).relative_to(tree)) for file in list_files(source)]
 
 
 def test_dictionaries_become_sources() -> None:
@@ -37,7 +37,10 @@ def test_dictionaries_become_sources() -> None:
         ({"name": "a/b", "path": "x"}, r"name='a/b'`: expected a name without a slash"),
         ({"name": "", "path": "x"}, r"name=''`: expected a name"),
         ({"name": "zh", "path": []}, r"path=\[\]`: expected a file, a folder, a glob"),
-        ({"name": "zh", "path": "x", "format": "csv"}, r"format='csv'`: expected null or one of jsonl, text, parquet"),
+        (
+            {"name": "zh", "path": "x", "format": "csv"},
+            r"format='csv'`: expected null or one of jsonl, text, parquet, arrow",
+        ),
         ({"name": "zh", "path": "x", "text_key": ""}, r"text_key=''`: expected the key or column"),
         ({"name": "zh", "path": "x", "document_unit": "word"}, r"'word'`: expected one of file, line, blank-line"),
         ({"name": "zh", "path": "x", "max_epochs": 0}, r"max_epochs=0`: expected null \(for ever\) or at least 1"),
@@ -55,7 +58,7 @@ def test_duplicate_names() -> None:
 
 def test_a_folder_has_its_text_files_in_order(tree: Path) -> None:
     files = list_files(Source("zh", str(tree)))
-    assert [(str(file.path.relative_to(tree)), file.format) for file in files] == [
+    assert [(str(Path(file.path).relative_to(tree)), file.format) for file in files] == [
         ("a.jsonl.gz", "jsonl"),
         ("b.jsonl", "jsonl"),
         ("deep/c.txt", "text"),
@@ -97,9 +100,24 @@ def test_unknown_suffix(tree: Path) -> None:
         list_files(Source("zh", f"{tree}/readme.md"))
 
 
-def test_url() -> None:
-    with pytest.raises(ValueError, match=r"path='s3://b/x.jsonl'` is an URL"):
-        list_files(Source("zh", "s3://b/x.jsonl"))
+def test_urls(tree: Path) -> None:
+    found = [file.path for file in list_files(Source("zh", f"file://{tree}"))]
+    assert found == [f"file://{file.path}" for file in list_files(Source("zh", str(tree)))]
+    (file,) = list_files(Source("zh", f"file://{tree}/deep/*.txt", document_unit="line"))
+    assert (file.path, file.format) == (f"file://{tree}/deep/c.txt", "text")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nothing://b/x.jsonl", r"path='nothing://b/x.jsonl'`: Protocol not known: nothing. Give a local path"),
+        ("memory://nothing/*.jsonl", r"path='memory://nothing/\*.jsonl'` matches no file with a known suffix"),
+        pytest.param("gdrive://x.jsonl", r"gdrive.*not installed: pip install gdrive", id="no driver"),
+    ],
+)
+def test_bad_urls(url: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        list_files(Source("zh", url))
 
 
 def test_document_unit_without_text_file(tree: Path) -> None:

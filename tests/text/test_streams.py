@@ -1,8 +1,10 @@
 import itertools
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,25 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mixcn.text import (
-    DocumentSet,
+    PACKINGS,
+    Corpus,
     Row,
     Source,
     StreamPlan,
     TextTokenizer,
-    all_documents,
+    TrainingDocuments,
     load_tokenizer,
     read_corpus,
+    split_by_hash,
 )
-from lightning_mixcn.text.streams import ShuffledDocuments
 
-Documents = Callable[..., DocumentSet]
-# ShuffledDocuments of the texts '0' to '9', source 'zh', seed 0, first epoch; made with numpy 2.4.6.
-GOLDEN_ORDER = list("3145829076")
+Documents = Callable[..., TrainingDocuments]
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60)
 
 
-def plan_of(documents: list[DocumentSet], tokenizer: TextTokenizer, **changes: int) -> StreamPlan:
-    numbers = {"sequence_length": 16, "num_streams": 4, "seed": 0} | changes
+def plan_of(documents: list[TrainingDocuments], tokenizer: TextTokenizer, **changes: Any) -> StreamPlan:
+    numbers: dict[str, Any] = {"sequence_length": 16, "num_streams": 4, "seed": 0} | changes
     return StreamPlan(documents, tokenizer, **numbers)
 
 
@@ -44,20 +45,20 @@ def all_rows(plan: StreamPlan) -> list[list[Row]]:
 
 
 def decoded(plan: StreamPlan) -> list[Counter[str]]:
-    """The documents found in all rows, by source: runs of segments from BOS to EOS."""
+    """The documents found in all rows, by source, put together from their segments."""
     found: list[Counter[str]] = [Counter() for _ in plan.documents]
     for rows in all_rows(plan):
-        assert all(sum(len(part.tokens) for part in row) == plan.sequence_length for row in rows[:-1])
-        open_: dict[int, list[int]] = defaultdict(list)
-        for part in itertools.chain(*rows):
-            tokens = part.tokens.tolist()
-            assert (tokens[0] == 1) == (not open_[part.source])
-            open_[part.source] += tokens
-            if tokens[-1] == 2:
-                ids = open_.pop(part.source)[1:-1]
-                assert {1, 2}.isdisjoint(ids)
-                found[part.source][plan.tokenizer.decode(ids)] += 1
-        assert not open_
+        if plan.packing != "best_fit":
+            assert all(sum(len(part.tokens) for part in row) == plan.sequence_length for row in rows[:-1])
+        pieces: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for part in sorted(itertools.chain(*rows), key=lambda part: (part.source, part.document, part.offset)):
+            tokens = pieces[part.source, part.document]
+            assert part.offset == len(tokens)
+            tokens += part.tokens.tolist()
+        for (source, _), ids in pieces.items():
+            assert (ids[0], ids[-1]) == (1, 2)
+            assert {1, 2}.isdisjoint(ids[1:-1])
+            found[source][plan.tokenizer.decode(ids[1:-1])] += 1
     return found
 
 
@@ -67,48 +68,87 @@ def decoded(plan: StreamPlan) -> list[Counter[str]]:
     length=st.integers(2, 40),
     streams=st.integers(1, 6),
     seed=st.integers(0, 2**40),
+    packing=st.sampled_from(PACKINGS),
 )
 def test_each_document_once_an_epoch(
-    texts: list[list[str]], epochs: int, length: int, streams: int, seed: int,
-    tokenizer: TextTokenizer, documents: Documents,
+    texts: list[list[str]], epochs: int, length: int, streams: int, seed: int, packing: str,
+    tokenizer: TextTokenizer, training: Documents,
 ) -> None:  # fmt: skip
-    parts = [documents(part, name=f"s{i}", weight=i + 0.5, max_epochs=epochs) for i, part in enumerate(texts)]
-    plan = plan_of(parts, tokenizer, sequence_length=length, num_streams=streams, seed=seed)
+    parts = [training(part, name=f"s{i}", weight=i + 0.5, max_epochs=epochs) for i, part in enumerate(texts)]
+    plan = plan_of(parts, tokenizer, sequence_length=length, num_streams=streams, seed=seed, packing=packing)
     assert decoded(plan) == [Counter(part * epochs) for part in texts]
 
 
-def test_each_real_document_once(shared_data: Path) -> None:
-    folder = shared_data / "corpora" / "zh"
-    sources = [
-        Source("wiki", str(folder / "wikipedia_paragraphs.jsonl.gz"), max_epochs=1),
-        Source("novels", str(folder / "four_novels_long.jsonl.gz"), max_epochs=1),
+def found_all(sources: list[Source], tokenizer: Path, **changes: Any) -> None:
+    parts = [split_by_hash(read_corpus(source), [])[1] for source in sources]
+    plan = plan_of(parts, load_tokenizer(tokenizer), num_streams=16, **changes)
+    assert decoded(plan) == [
+        Counter(part.corpus.text(index).replace("▁", " ") for index in range(len(part.corpus))) for part in parts
     ]
-    parts = [all_documents(read_corpus(source)) for source in sources]
-    plan = plan_of(
-        parts, load_tokenizer(shared_data / "tokenizers" / "mixtral-8x7b"), sequence_length=512, num_streams=16
-    )
-    assert decoded(plan) == [Counter(part.text(i).replace("▁", " ") for i in range(len(part))) for part in parts]
 
 
-def test_epochs_are_permutations_in_other_orders(documents: Documents) -> None:
-    texts = [str(number) for number in range(50)]
-    order = ShuffledDocuments(documents(texts), seed=3)
-    epochs = [[order.text(epoch * 50 + place) for place in range(50)] for epoch in range(6)]
-    assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert [order.text(place) for place in range(50)] == epochs[0]  # computed again
-    assert order.num_documents is None
+def test_each_real_document_once(shared_data: Path) -> None:
+    names = ("wikipedia_paragraphs", "four_novels_long")
+    files = [shared_data / "corpora" / "zh" / f"{name}.jsonl.gz" for name in names]
+    sources = [Source(file.name, str(file), max_epochs=1) for file in files]
+    found_all(sources, shared_data / "tokenizers" / "mixtral-8x7b", sequence_length=512)
 
 
-def test_the_order_is_that_of_philox_bits(documents: Documents) -> None:
-    """A golden trace: a checkpoint of today must mean the same rows after any update of numpy."""
-    order = ShuffledDocuments(documents([str(number) for number in range(10)]), seed=0)
-    assert [order.text(place) for place in range(10)] == GOLDEN_ORDER
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_document_of_all_corpora_once(packing: str, shared_data: Path) -> None:
+    sources = [Source(name, str(shared_data / "corpora" / name), max_epochs=1) for name in ("zh", "en")]
+    found_all(sources, shared_data / "tokenizers" / "mixtral-8x7b", sequence_length=4096, packing=packing)
 
 
-def test_rows_are_a_pure_function_of_the_plan(tokenizer: TextTokenizer, documents: Documents) -> None:
+def values(row: Row) -> list[Any]:
+    return [(part.tokens.tolist(), part.source, part.document, part.offset) for part in row]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("max_epochs", [None, 3])
+def test_a_stream_goes_on_from_its_state(
+    packing: str, max_epochs: int | None, tokenizer: TextTokenizer, corpus: Callable[..., Corpus]
+) -> None:
+    texts = [f"the {number} 中 of" * (number % 7) for number in range(40)]
+    parts = [
+        split_by_hash(corpus(texts[start:], name=f"s{start}", max_epochs=max_epochs), [0.2])[1] for start in (0, 20)
+    ]
+    plan = plan_of(parts, tokenizer, packing=packing, num_streams=2)
+    stream = plan.open([1])[1]
+    states, rows = [stream.state()], []
+    for _ in range(60):
+        rows.append(values(stream.next_row()))
+        states.append(json.loads(json.dumps(stream.state())))  # plain values
+    for begin in (0, 1, 2, 7, 30, 58):
+        resumed = plan.open([1], {1: states[begin]})[1]
+        for row, state in zip(rows[begin:], states[begin + 1 :], strict=True):
+            assert values(resumed.next_row()) == row
+            assert resumed.state() == state
+
+
+def test_held_out_documents_are_passed_over(tokenizer: TextTokenizer, corpus: Callable[..., Corpus]) -> None:
+    texts = [f"the {number}" for number in range(60)]
+    held_out, part = split_by_hash(corpus(texts, max_epochs=2), [0.3])
+    (found,) = decoded(plan_of([part], tokenizer))
+    outside = {held_out[0].text(index) for index in range(len(held_out[0]))}
+    assert outside
+    assert found == Counter(2 * [text for text in texts if text not in outside])
+
+
+def test_best_fit_cuts_long_documents_only(tokenizer: TextTokenizer, training: Documents) -> None:
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(["the", "of", "中", "大"], k=draw.randint(1, 40))) for _ in range(800)]
+    plan = plan_of([training(texts, max_epochs=1)], tokenizer, packing="best_fit", sequence_length=64, num_streams=1)
+    (rows,) = all_rows(plan)
+    assert not any(part.offset for row in rows for part in row)
+    padding = [64 - sum(len(part.tokens) for part in row) for row in rows[:-20]]
+    assert sum(padding) < 0.01 * 64 * len(padding)
+
+
+def test_rows_are_a_pure_function_of_the_plan(tokenizer: TextTokenizer, training: Documents) -> None:
     texts = [f"the {number} 中 of" * (number % 5) for number in range(30)]
-    parts = [documents(texts, name="a"), documents(texts[:7], name="b")]
+    parts = [training(texts, name="a"), training(texts[:7], name="b")]
 
     def first_rows(**changes: int) -> list[list[list[int]]]:
         streams = plan_of(parts, tokenizer, **changes).open([1, 3])
@@ -123,13 +163,13 @@ def test_rows_are_a_pure_function_of_the_plan(tokenizer: TextTokenizer, document
 
 @pytest.mark.parametrize("weights", [(0.9, 0.1), (1.0, 1.0), (5.0, 3.0)])
 def test_weights_are_honoured_in_tokens(
-    weights: tuple[float, float], tokenizer: TextTokenizer, documents: Documents
+    weights: tuple[float, float], tokenizer: TextTokenizer, training: Documents
 ) -> None:
     """Within 1 % over any 10,000 rows, although the second source has few and very long documents."""
     draw = random.Random(0)
     short = [" ".join(draw.choices(["the", "of", "中", "大"], k=draw.randint(1, 30))) for _ in range(500)]
     long = [" ".join(draw.choices(["the", "of", "中", "大"], k=20_000)) for _ in range(3)]
-    parts = [documents(short, name="a", weight=weights[0]), documents(long, name="b", weight=weights[1])]
+    parts = [training(short, name="a", weight=weights[0]), training(long, name="b", weight=weights[1])]
     plan = plan_of(parts, tokenizer, num_streams=16, sequence_length=16)
     streams = plan.open(range(16))
     counts = np.zeros((24_000, 2))
@@ -142,15 +182,15 @@ def test_weights_are_honoured_in_tokens(
         assert window[0] / window.sum() == pytest.approx(share, abs=0.01 * min(share, 1 - share))
 
 
-def test_the_first_rows_mix_the_sources(tokenizer: TextTokenizer, documents: Documents) -> None:
-    parts = [documents(["the of " * 500], name=name, weight=weight) for name, weight in (("a", 3.0), ("b", 1.0))]
+def test_the_first_rows_mix_the_sources(tokenizer: TextTokenizer, training: Documents) -> None:
+    parts = [training(["the of " * 500], name=name, weight=weight) for name, weight in (("a", 3.0), ("b", 1.0))]
     streams = plan_of(parts, tokenizer, num_streams=64).open(range(64))
     counts = Counter(streams[index].next_row()[0].source for index in range(64))
     assert counts == {0: 48, 1: 16}
 
 
-def test_a_source_that_ends_leaves_the_rest_to_the_others(tokenizer: TextTokenizer, documents: Documents) -> None:
-    parts = [documents(["the of"] * 8, name="a", max_epochs=1), documents(["中 大"] * 8, name="b")]
+def test_a_source_that_ends_leaves_the_rest_to_the_others(tokenizer: TextTokenizer, training: Documents) -> None:
+    parts = [training(["the of"] * 8, name="a", max_epochs=1), training(["中 大"] * 8, name="b")]
     streams = plan_of(parts, tokenizer, num_streams=2).open([0])
     rows = [streams[0].next_row() for _ in range(50)]
     assert not streams[0].exhausted

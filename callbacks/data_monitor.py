@@ -1,0 +1,149 @@
+"""How much of which source is trained on, and how long training waits for it."""
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from .fetch_clock import FetchClock
+
+
+class DataMonitor(Callback):
+    """Logs under ``data/`` what the data module feeds, every ``trainer.log_every_n_steps`` optimizer steps.
+
+    ``<source>/tokens`` are all tokens of a source that were trained on since the beginning of the run, by all ranks;
+    they go on exactly when a run is resumed. ``padding_share`` is the share of positions that are padding, since the
+    last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the loader for
+    a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the time since
+    then without validation. Where the data module has methods `epochs`, `cropped_tokens` or `bad_records`,
+    ``<source>/epoch``, ``cropped_tokens`` and ``bad_records`` are what they tell. Without `source_names`, as in a data
+    module of your own, only the waiting is logged.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}  # of all ranks
+        self._padding = self._positions = 0  # of all ranks, since the last log
+        self._names: list[str] = []
+        self._counts: Tensor | None = None  # of this rank, not in the sums above yet: padding, then each source
+        self._logged_at = 0
+        self._trainer: Trainer | None = None
+        self._clock: FetchClock | None = None
+        self._window_start = self._validation_start = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the sources' names, and begin to listen where the trainer tells its profiler of its waiting."""
+        if stage != "fit":
+            return
+        names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
+        self._names = names("train") if names else []
+        self._counts = None
+        self._trainer = trainer
+        host: Any = trainer  # its attributes that Lightning sets outside of the class have no types
+        self._clock = host.profiler = FetchClock(host.profiler, perf_counter)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the first window; that of a resumed run begins where it goes on."""
+        self._logged_at = trainer.global_step
+        self._padding = self._positions = 0
+        self._window_start = perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows is not training time."""
+        self._validation_start = perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the window."""
+        self._window_start += perf_counter() - self._validation_start
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and log where a step ended that is a multiple of ``log_every_n_steps``."""
+        if self._names and isinstance(batch, Mapping) and "source_ids" in batch:
+            self._count(batch["source_ids"])
+        host: Any = trainer
+        step, every_n_steps = trainer.global_step, host.log_every_n_steps
+        # Micro-batches of the next step still see this step's number.
+        if every_n_steps and step % every_n_steps == 0 and step != self._logged_at:
+            self._logged_at = step
+            self._log(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum up what came after the last log, while all ranks are there."""
+        self._sum_up()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the trainer its profiler back."""
+        if self._clock is not None:
+            host: Any = trainer
+            host.profiler = self._clock.profiler
+        self._clock = self._trainer = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the trainer its profiler back."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens of each source; Lightning calls this on every rank, as it must."""
+        self._sum_up()
+        return {"tokens": dict(self._tokens)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self._tokens = dict(state_dict["tokens"])
+
+    def _count(self, source_ids_BS: Tensor) -> None:
+        """Count on the device, without waiting for it: `bincount` would."""
+        bin_N = source_ids_BS.flatten().long() + 1
+        if self._counts is None:
+            self._counts = bin_N.new_zeros(len(self._names) + 1)
+        self._counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+
+    def _sum_up(self) -> None:
+        """Move the counts of all ranks to the sums; called on all of them at the same time."""
+        if self._counts is None or self._trainer is None:
+            return
+        trainer, counts = self._trainer, self._counts
+        self._counts = None
+        # Under tensor parallelism several ranks read the same rows.
+        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+        summed = trainer.strategy.reduce(counts, reduce_op="sum") // (trainer.world_size // replicas)
+        padding, *tokens = summed.tolist()
+        self._padding += padding
+        self._positions += padding + sum(tokens)
+        for name, count in zip(self._names, tokens, strict=True):
+            self._tokens[name] = self._tokens.get(name, 0) + count
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sum_up()
+        values: dict[str, float] = {f"data/{name}/tokens": self._tokens.get(name, 0) for name in self._names}
+        if self._positions:
+            values["data/padding_share"] = self._padding / self._positions
+        values |= _told_by(getattr(trainer, "datamodule", None)) | self._waiting(trainer)
+        self._padding = self._positions = 0
+        # float64, or Lightning would round counts to float32.
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        pl_module.log_dict(tensors, batch_size=1)
+
+    def _waiting(self, trainer: Trainer) -> dict[str, float]:
+        """Close the window of time and open the next one."""
+        assert self._clock is not None
+        now = perf_counter()
+        spent = torch.tensor([self._clock.take(), now - self._window_start], dtype=torch.float64)
+        self._window_start = now
+        waited, elapsed = trainer.strategy.reduce(spent.to(trainer.strategy.root_device), reduce_op="max").tolist()
+        return {"data/seconds_waiting": waited, "data/wait_share": waited / elapsed if elapsed else 0.0}
+
+
+def _told_by(data: Any) -> dict[str, float]:
+    """What a data module knows of itself."""
+    values: dict[str, float] = {}
+    if hasattr(data, "epochs"):
+        values |= {f"data/{name}/epoch": fraction for name, fraction in data.epochs().items()}
+    for name in ("cropped_tokens", "bad_records"):
+        if hasattr(data, name):
+            values[f"data/{name}"] = getattr(data, name)()
+    return values

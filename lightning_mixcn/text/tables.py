@@ -1,0 +1,179 @@
+"""The column of texts of a parquet or Arrow file, row by row and a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, one_line
+from lightning_mixcn.text.files import open_file
+
+if TYPE_CHECKING:
+    from lightning_mixcn.text.sources import SourceFile
+
+# Few, because a row may have megabytes.
+_BATCH_ROWS = 64
+_ARROW_MAGIC = b"ARROW1"
+
+
+class MissingColumnError(ValueError):
+    """A table has no such column: a wrong setting rather than damage."""
+
+
+def iterate_rows(
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead
+) -> Iterator[tuple[int, bytes]]:
+    """Read the texts of a parquet or Arrow file.
+
+    Args:
+        file: The file and the column of the text.
+        on_bad_record: Called with the error of a row without valid text; if it returns, the row is left out.
+        on_read: Called with about how many bytes of the file were read since the last call.
+
+    Yields:
+        Row, counted from 0, and UTF-8 of its text.
+
+    Raises:
+        DamagedFileError: The file cannot be read any further.
+        MissingColumnError: The file has no such column.
+    """
+    columns = _parquet_columns(file) if file.format == "parquet" else _arrow_columns(file)
+    row = 0
+    while True:
+        try:
+            read = next(columns, None)
+        except MissingColumnError:
+            raise
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            raise DamagedFileError(
+                f"`{file.path}` is not a readable {file.format} file (row {row}): {one_line(error)}. Get it again"
+            ) from error
+        if read is None:
+            return
+        values, are_texts, num_bytes = read
+        on_read(num_bytes)
+        for value in values:
+            flaw = _flaw(value, are_texts, f"`{file.path}` row {row}", file.text_key)
+            if flaw is None:
+                yield row, value
+            else:
+                on_bad_record(flaw)
+            row += 1
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error tells of the file's contents rather than of the file system or a lost connection."""
+    import pyarrow
+
+    if isinstance(error, OSError) and not isinstance(error, pyarrow.ArrowException):
+        return type(error) is OSError and error.errno is None
+    return isinstance(error, (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, KeyError, IndexError))
+
+
+def _flaw(value: Any, are_texts: bool, place: str, text_key: str) -> ValueError | None:
+    if not are_texts or value is None:
+        return ValueError(
+            f"{place}: expected a string in column {text_key!r}, got {type(value).__name__}. Mend or remove the row"
+        )
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        return ValueError(f"{place} is not UTF-8: {error.reason} at {error.start}. Convert the file to UTF-8")
+    return None
+
+
+def _parquet_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
+    """Values of the column by batches, whether they are the bytes of texts, and the bytes of the file read."""
+    from pyarrow import parquet
+
+    with open_file(file.path) as raw:
+        # Without `pre_buffer` a column is streamed; with it, all of a row group is in memory.
+        table = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        names, num_rows, size = table.schema_arrow.names, table.metadata.num_rows, _size(raw)
+        _require_column(file, names)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[file.text_key], use_threads=False):
+            column = batch.column(0)
+            yield *_values(column), size * len(column) // max(num_rows, 1)
+
+
+def _arrow_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
+    """The same of an Arrow IPC file or stream; every batch is checked, or its offsets could lead outside of it."""
+    import pyarrow
+
+    with open_file(file.path) as raw:
+        is_stream = raw.read(len(_ARROW_MAGIC)) != _ARROW_MAGIC
+        size = _size(raw)
+        raw.seek(0)
+        # Mapped, a batch as large as the file takes no memory.
+        source = pyarrow.memory_map(str(file.path)) if isinstance(file.path, Path) else pyarrow.PythonFile(raw, "r")
+        with source:
+            names = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).schema.names
+            _require_column(file, names)
+            source.seek(0)
+            options = pyarrow.ipc.IpcReadOptions(included_fields=[names.index(file.text_key)], use_threads=False)
+            read = 0
+            for share, batch in _batches(source, is_stream, options, size):
+                column = batch.column(0)
+                column.validate(full=not _is_text(column.type))
+                if _is_text(column.type):
+                    _as_bytes(column).validate(full=True)
+                yield [], True, int(share * size) - read
+                read = int(share * size)
+                for start in range(0, len(column), _BATCH_ROWS):
+                    yield *_values(column.slice(start, _BATCH_ROWS)), 0
+
+
+def _batches(source: Any, is_stream: bool, options: Any, size: int) -> Iterator[tuple[float, Any]]:
+    """Record batches of an Arrow file, and which share of the file is read with each."""
+    import pyarrow
+
+    if is_stream:
+        for batch in pyarrow.ipc.open_stream(source, options=options):
+            yield source.tell() / max(size, 1), batch
+    else:
+        reader = pyarrow.ipc.open_file(source, options=options)
+        for index in range(reader.num_record_batches):
+            yield (index + 1) / reader.num_record_batches, reader.get_batch(index)
+
+
+def _values(column: Any) -> tuple[list[Any], bool]:
+    """Values of a column, those of texts as bytes, which need not be UTF-8; and whether they are texts."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not _is_text(column.type):
+        return column.to_pylist(), False
+    return _as_bytes(column).to_pylist(), True
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _as_bytes(column: Any) -> Any:
+    import pyarrow
+
+    if pyarrow.types.is_string_view(column.type):
+        return column.view(pyarrow.binary_view())
+    return column.view(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary())
+
+
+def _require_column(file: SourceFile, names: list[str]) -> None:
+    if file.text_key not in names:
+        raise MissingColumnError(
+            f"`{file.path}` has no column {file.text_key!r}. Set the source's `text_key` to one of its "
+            f"columns: {', '.join(map(repr, names))}"
+        )
+
+
+def _size(raw: IO[bytes]) -> int:
+    position = raw.tell()
+    size = raw.seek(0, 2)
+    raw.seek(position)
+    return size

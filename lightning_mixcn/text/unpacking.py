@@ -1,0 +1,198 @@
+"""Stores of files: found in the cache folder, or made there so that a store is whole or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning_mixcn.text.byte_streams import OnRead, ignore_progress
+from lightning_mixcn.text.documents import iterate_documents, refuse
+from lightning_mixcn.text.files import identify
+from lightning_mixcn.text.sources import SourceFile
+from lightning_mixcn.text.stores import NAMED_PLACES, VERSION, BadRecordPolicy, StoreWriter, TextStore, read_store
+
+# Longer than a file system's clock takes to tick: a file changed twice within a tick has one time.
+_CLOCK_TICK_NS = 20_000_000
+_PLACE_CHARACTERS = 300
+
+
+def cache_folder() -> Path:
+    """Get the folder of unpacked texts: in `$MIXCN_CACHE`, `$XDG_CACHE_HOME/lightning_mixcn` or below `~/.cache`."""
+    if own := os.environ.get("MIXCN_CACHE"):
+        return Path(os.path.expanduser(own)).absolute() / "text"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches).absolute() / "lightning_mixcn" / "text"
+
+
+def find_store(file: SourceFile, on_bad_record: BadRecordPolicy) -> TextStore | None:
+    """Find the store of a file in the cache folder.
+
+    Args:
+        file: The file.
+        on_bad_record: What a bad record is to be taken for.
+
+    Returns:
+        The store, or None if there is none, it is damaged, or the file has changed since.
+    """
+    return _find(_folder_of(file, on_bad_record), file, _made_from(file, on_bad_record))
+
+
+def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = ignore_progress) -> TextStore:
+    """Get the store of a file, which is made if there is none yet.
+
+    Of several processes that unpack one file at once, one does and the others wait, where the file system has locks;
+    elsewhere each does, and the first to end wins.
+
+    Args:
+        file: The file.
+        on_bad_record: Whether a bad record is an error, or left out and counted.
+        on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
+
+    Returns:
+        The store.
+
+    Raises:
+        ValueError: A file is damaged, or was changed while it was read.
+        OSError: The file cannot be read, or the cache folder cannot be written.
+    """
+    folder = _folder_of(file, on_bad_record)
+    with _lock(folder) as is_locked:
+        made_from = _settled(file, on_bad_record)
+        if (store := _find(folder, file, made_from)) is not None:
+            return store
+        if is_locked:
+            # Nobody else is at it: these are left of processes that were killed.
+            for left in folder.parent.glob(f".{folder.name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+        scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+        try:
+            _write(scratch, file, on_bad_record, made_from, on_read)
+            if _made_from(file, on_bad_record) != made_from:
+                raise ValueError(f"`{file.path}` was changed while it was read. Start again once it is complete")
+            with _naming_cache(folder):
+                _publish(scratch, folder, made_from)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    store = _find(folder, file, made_from)
+    if store is None:
+        raise FileNotFoundError(f"The unpacked texts of `{file.path}` in `{folder}` were removed at once. Start again")
+    return store
+
+
+def _write(
+    scratch: Path, file: SourceFile, on_bad_record: BadRecordPolicy, made_from: dict[str, Any], on_read: OnRead
+) -> None:
+    bad_records, bad_places = 0, list[str]()
+
+    def count(error: ValueError) -> None:
+        nonlocal bad_records
+        bad_records += 1
+        if len(bad_places) < NAMED_PLACES:
+            bad_places.append(str(error)[:_PLACE_CHARACTERS])
+
+    with _naming_cache(scratch):
+        scratch.mkdir()
+        writer = StoreWriter(scratch)
+    # A full disk shows when a file is closed, too.
+    with _naming_cache(scratch, only_space=True), writer:
+        for record, encoded in iterate_documents(file, refuse if on_bad_record == "error" else count, on_read):
+            writer.append(record, encoded)
+            if writer.is_full:
+                with _naming_cache(scratch):
+                    writer.flush()
+        with _naming_cache(scratch):
+            writer.finish(made_from, bad_records, bad_places)
+
+
+def _publish(scratch: Path, folder: Path, made_from: dict[str, Any]) -> None:
+    """Give a complete store its name, in place of one that is old or damaged."""
+    while True:
+        try:
+            scratch.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        there = read_store(folder)
+        if there is not None and there[0] == made_from:
+            return  # another process was first
+        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+        with suppress(FileNotFoundError):
+            folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _find(folder: Path, file: SourceFile, made_from: dict[str, Any]) -> TextStore | None:
+    there = read_store(folder)
+    return TextStore(str(folder), file.path, there[1]) if there is not None and there[0] == made_from else None
+
+
+def _made_from(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
+    return {"version": VERSION, **_setting(file, on_bad_record), "identity": identify(file.path)}
+
+
+def _settled(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
+    """The same, once any further change of the file shows in its time."""
+    made_from = _made_from(file, on_bad_record)
+    changed = made_from["identity"].get("mtime_ns", 0)
+    if 0 <= time.time_ns() - changed < _CLOCK_TICK_NS:
+        time.sleep(_CLOCK_TICK_NS / 1e9)
+        made_from = _made_from(file, on_bad_record)
+    return made_from
+
+
+def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, str]:
+    path = str(file.path.absolute()) if isinstance(file.path, Path) else file.path
+    return {
+        "file": path,
+        "format": file.format,
+        "text_key": file.text_key,
+        "document_unit": file.document_unit,
+        "on_bad_record": on_bad_record,
+    }
+
+
+def _folder_of(file: SourceFile, on_bad_record: BadRecordPolicy) -> Path:
+    setting = json.dumps(_setting(file, on_bad_record), sort_keys=True)
+    return cache_folder() / hashlib.blake2b(setting.encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the right to make a store; False where the file system has no locks. It ends with the process."""
+    with _naming_cache(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_suffix(".lock").open("wb")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            is_locked = True
+        except OSError:
+            is_locked = False
+        yield is_locked
+
+
+@contextmanager
+def _naming_cache(folder: Path, *, only_space: bool = False) -> Iterator[None]:
+    """Say of an error that it is the cache folder's, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        named = "MIXCN_CACHE" in str(error)
+        if named or (only_space and error.errno not in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise OSError(
+            error.errno,
+            f"The cache folder `{folder.parent}` of unpacked texts cannot be written: {error.strerror or error}. "
+            "Set the environment variable MIXCN_CACHE to a folder that can, with room for all texts unpacked",
+        ) from error
