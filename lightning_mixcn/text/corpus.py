@@ -1,7 +1,7 @@
-"""All documents of a source, unpacked once into a cache folder and read from there through mapped memory.
+"""All documents of a source, unpacked once into a cache folder and read from there.
 
-A process holds some hundred bytes a file and nothing a document: the system keeps what is read of the mapped files as
-long as there is room, once for all processes.
+A process holds some hundred bytes a file and nothing a document: the system caches what is read of the files as long as
+there is room, once for all processes.
 """
 
 from __future__ import annotations
@@ -70,18 +70,18 @@ class Corpus:
     def text(self, index: int) -> str:
         """Get the text of document `index`."""
         store, row = self._locate(index)
-        return store.maps().text(row)
+        return store.open().text(row)
 
     def num_bytes_of(self, index: int) -> int:
         """Get the UTF-8 bytes of document `index`."""
         store, row = self._locate(index)
-        offsets = store.maps().offsets
-        return int(offsets[row + 1] - offsets[row])
+        begin, end = store.open().span(row)
+        return end - begin
 
     def digest(self, index: int) -> int:
         """Get the hash of the text of document `index`, of 64 bits."""
         store, row = self._locate(index)
-        return int(store.maps().digests[row])
+        return int(store.open().digests(row, 1)[0])
 
     def digest_blocks(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """Read the hashes of all texts.
@@ -91,12 +91,12 @@ class Corpus:
         """
         for start, store in zip(self._starts, self.stores, strict=False):
             for row in range(0, len(store), _BLOCK_DOCUMENTS):
-                yield start + row, store.maps().digests[row : row + _BLOCK_DOCUMENTS]
+                yield start + row, store.open().digests(row, min(_BLOCK_DOCUMENTS, len(store) - row))
 
     def origin(self, index: int) -> DocumentOrigin:
         """Tell where document `index` was read."""
         store, row = self._locate(index)
-        return DocumentOrigin(self.source.name, store.file, int(store.maps().records[row]))
+        return DocumentOrigin(self.source.name, store.file, store.open().record(row))
 
     @property
     def total_bytes(self) -> int:

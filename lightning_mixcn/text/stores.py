@@ -1,6 +1,6 @@
-"""The documents of one file, unpacked once into a folder of the cache and mapped from there into memory.
+"""The documents of one file, unpacked once into a folder of the cache and read from there at any place.
 
-A store is a folder with these files; integers are little-endian, so it can be mapped as it lies:
+A store is a folder with these files; integers are little-endian:
 
 * `texts.bin`: UTF-8 of all documents, one after the other;
 * `offsets.bin`: int64 ``[documents + 1]``, where each document begins in `texts.bin`, and where the last one ends;
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -34,8 +34,9 @@ VERSION = 1
 NAMED_PLACES = 5
 _ITEM_BYTES = 8
 _BUFFER_BYTES, _BUFFER_DOCUMENTS = 1 << 20, 1 << 14
-# Mapped stores a process keeps open, each with up to four file descriptors; usual limits are 1,024 of these.
-_MAX_MAPPED_STORES = 100
+FILES = ("texts", "offsets", "digests", "records")
+# Stores a process keeps open, each with four file descriptors; usual limits are 1,024 of these.
+_MAX_OPEN_STORES = 100
 _HASH = hashlib.blake2b(digest_size=_ITEM_BYTES, person=b"mixcn-split")
 
 
@@ -60,7 +61,7 @@ class StoreCounts:
 
 @dataclass(frozen=True)
 class TextStore:
-    """A finished store: its place and counts; its files are mapped when they are first read.
+    """A finished store: its place and counts; its files are opened when they are first read.
 
     Args:
         folder: Its folder.
@@ -76,13 +77,15 @@ class TextStore:
         """Count the documents."""
         return self.counts.documents
 
-    def maps(self) -> MappedStore:
-        """Get the mapped files, the same as long as this process has not opened many others since."""
-        return _map_store(self.folder, self.counts)
+    def open(self) -> OpenStore:
+        """Get the open files, the same as long as this process has not opened many others since."""
+        return _open_store(self.folder, self.counts)
 
 
-class MappedStore:
-    """The files of a store, mapped into memory when they are first used; read only, and shared with forked processes.
+class OpenStore:
+    """The files of a store, open for reading at any place; forked processes may share them.
+
+    Reads, and no mapped memory: what a process has read of a mapping stays in its memory, with time the whole corpus.
 
     Args:
         folder: The store.
@@ -93,50 +96,57 @@ class MappedStore:
     """
 
     def __init__(self, folder: str, counts: StoreCounts) -> None:
-        """Check that the store is still the expected one."""
-        self._folder, self._counts = Path(folder), counts
-        found = read_store(self._folder)
+        """Check that the store is still the expected one, and open it."""
+        self._files = dict[str, int]()
+        found = read_store(Path(folder))
         if found is None or found[1] != counts:
             raise FileNotFoundError(
                 f"The unpacked texts in `{folder}` are gone, or their source was changed and unpacked again meanwhile. "
                 "Start this process again: what is missing is unpacked anew"
             )
+        self._folder = folder
+        for name in FILES:
+            self._files[name] = os.open(os.path.join(folder, f"{name}.bin"), os.O_RDONLY)
 
-    @cached_property
-    def offsets(self) -> NDArray[np.int64]:
-        """Where each document begins in the texts, and where the last one ends ``[documents + 1]``."""
-        return np.frombuffer(_map(self._folder / "offsets.bin"), dtype="<i8")
+    def __del__(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            os.close(file)
 
-    @cached_property
-    def digests(self) -> NDArray[np.uint64]:
-        """Hash of each text ``[documents]``."""
-        return np.frombuffer(_map(self._folder / "digests.bin"), dtype="<u8")
-
-    @cached_property
-    def records(self) -> NDArray[np.int64]:
-        """Line or row of each document in its file ``[documents]``."""
-        return np.frombuffer(_map(self._folder / "records.bin"), dtype="<i8")
-
-    @cached_property
-    def texts(self) -> mmap.mmap | bytes:
-        """UTF-8 of all documents, one after the other."""
-        return _map(self._folder / "texts.bin")
+    def span(self, index: int) -> tuple[int, int]:
+        """Where the text of a document begins and ends, in bytes."""
+        begin, end = self._integers("offsets", index, 2, "<i8").tolist()
+        return begin, end
 
     def text(self, index: int) -> str:
         """Get the text of a document."""
-        return self.texts[self.offsets[index] : self.offsets[index + 1]].decode()
+        begin, end = self.span(index)
+        return self._read("texts", begin, end - begin).decode()
+
+    def record(self, index: int) -> int:
+        """Get the line or row of a document in its file."""
+        return int(self._integers("records", index, 1, "<i8")[0])
+
+    def digests(self, first: int, count: int) -> NDArray[np.uint64]:
+        """Get the hashes of `count` texts from `first` on ``[count]``."""
+        return self._integers("digests", first, count, "<u8")
+
+    def _integers(self, name: str, first: int, count: int, dtype: str) -> NDArray[Any]:
+        return np.frombuffer(self._read(name, first * _ITEM_BYTES, count * _ITEM_BYTES), dtype=dtype)
+
+    def _read(self, name: str, begin: int, size: int) -> bytes:
+        parts, missing = [], size
+        while missing and (part := os.pread(self._files[name], missing, begin + size - missing)):
+            parts.append(part)
+            missing -= len(part)
+        if missing:
+            raise OSError(f"`{self._folder}/{name}.bin` was cut off while it was in use. Start this process again")
+        return b"".join(parts)
 
 
-@lru_cache(maxsize=_MAX_MAPPED_STORES)
-def _map_store(folder: str, counts: StoreCounts) -> MappedStore:
-    return MappedStore(folder, counts)
-
-
-def _map(path: Path) -> mmap.mmap | bytes:
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return b""  # an empty file cannot be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+@lru_cache(maxsize=_MAX_OPEN_STORES)
+def _open_store(folder: str, counts: StoreCounts) -> OpenStore:
+    return OpenStore(folder, counts)
 
 
 def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
@@ -154,7 +164,7 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
         counts = StoreCounts(**{**counts, "bad_places": tuple(counts["bad_places"])})
         if made_from["version"] != VERSION:
             return None
-        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ("texts", "offsets", "digests", "records")}
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in FILES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     items = counts.documents * _ITEM_BYTES

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text.stores import MappedStore, StoreCounts, StoreWriter, read_store
+from lightning_mixcn.text.stores import OpenStore, StoreCounts, StoreWriter, read_store
 
 MADE_FROM = {"version": 1, "file": "x.jsonl"}
 
@@ -28,11 +29,12 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, texts
     assert read_store(folder) == (MADE_FROM, counts)
     assert (counts.documents, counts.num_bytes) == (len(texts), sum(len(text.encode()) for text in texts))
     assert (counts.bad_records, counts.bad_places) == (2, ("first", "second"))
-    store = MappedStore(str(folder), counts)
+    store = OpenStore(str(folder), counts)
     assert [store.text(index) for index in range(len(texts))] == texts
-    assert store.records.tolist() == [record * 10 for record in range(len(texts))]
-    assert len(store.digests) == len(texts)
-    assert store.offsets.tolist() == np.cumsum([0, *(len(text.encode()) for text in texts)]).tolist()
+    assert [store.record(index) for index in range(len(texts))] == [record * 10 for record in range(len(texts))]
+    assert len(store.digests(0, len(texts))) == len(texts)
+    ends = np.cumsum([0, *(len(text.encode()) for text in texts)]).tolist()
+    assert [store.span(index) for index in range(len(texts))] == list(pairwise(ends))
 
 
 def test_flushing_does_not_change_the_fingerprint(tmp_path: Path) -> None:
@@ -56,7 +58,8 @@ def test_another_version_is_none(tmp_path: Path) -> None:
     assert read_store(tmp_path) is None
 
 
-def test_maps_are_read_only(tmp_path: Path) -> None:
-    store = MappedStore(str(tmp_path), write(tmp_path, ["a"]))
-    with pytest.raises(ValueError, match="read-only"):
-        store.digests[0] = 1
+def test_a_store_that_is_cut_off_in_use(tmp_path: Path) -> None:
+    store = OpenStore(str(tmp_path), write(tmp_path, ["abc"]))
+    (tmp_path / "texts.bin").write_bytes(b"a")
+    with pytest.raises(OSError, match=r"texts.bin` was cut off while it was in use. Start this process again"):
+        store.text(0)

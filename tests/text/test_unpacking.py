@@ -40,7 +40,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def texts_of(store: TextStore) -> list[str]:
-    return [store.maps().text(index) for index in range(len(store))]
+    return [store.open().text(index) for index in range(len(store))]
 
 
 def folders(cache: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def test_store_that_was_replaced_is_told(file: SourceFile, tmp_path: Path) -> No
     (tmp_path / "x.jsonl").write_text('{"text": "new"}\n')
     unpack(file, "error")
     with pytest.raises(FileNotFoundError, match=r"are gone, or their source was changed.*Start this process again"):
-        old.maps()
+        old.open()
 
 
 @pytest.mark.parametrize("name", ["texts.bin", "offsets.bin", "digests.bin", "records.bin", "store.json"])
@@ -205,7 +205,7 @@ unpacking.iterate_documents = count
 print("ready", flush=True)
 sys.stdin.readline()
 store = unpacking.unpack(SourceFile(Path(sys.argv[1]), "jsonl", "text", "file"), "error")
-print(len(store), store.maps().text(49_999))
+print(len(store), store.open().text(49_999))
 """
 
 

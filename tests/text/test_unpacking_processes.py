@@ -24,7 +24,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SourceFile]:
 @pytest.mark.multiprocess
 def test_processes_give_the_same_stores(files: list[SourceFile], monkeypatch: pytest.MonkeyPatch) -> None:
     made = unpack_all(files, "error", "zh")
-    assert [store.maps().text(0) for store in made] == [f"text {number}" for number in range(5)]
+    assert [store.open().text(0) for store in made] == [f"text {number}" for number in range(5)]
     monkeypatch.setattr(unpacking_processes, "_unpack_missing", lambda *arguments: pytest.fail("made again"))
     assert unpack_all(files, "error", "zh") == made
 
