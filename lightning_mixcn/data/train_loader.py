@@ -1,7 +1,7 @@
 """Training batches: the rows of the run in their order, shared out over ranks and loader workers.
 
 Batch i of a rank holds rows ``first + (i * ranks + rank) * micro_batch_size`` and the following. Each worker owns some
-of the rank's streams and sends, for each batch, the rows of its streams; the rank's own process puts them in order. So
+of the rank's streams and sends, for each batch, the rows of its streams; the rank's own process lays them out. So
 no worker computes another's rows. A rank does compute and drop another rank's rows if they share a stream, which
 happens only if ``ranks * micro_batch_size`` does not divide ``num_streams``.
 """
@@ -14,19 +14,19 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_mixcn.text import Row, RowStream, StreamPlan, StreamState, collate_rows
+from lightning_mixcn.text import Row, RowStream, RowTable, StreamPlan, StreamState, collate_table
 
-# A worker's part of a batch: (place in the batch, row) of its rows, the state of each stream behind them, and whether
-# all its streams are at their end.
-Share = tuple[list[tuple[int, Row]], dict[int, StreamState], bool]
-# A worker sends its parts of several batches at once, which costs less; of few at first, for training to begin soon.
+# Behind a batch: the state of each stream that a worker has rows of, and whether all its streams are at their end.
+Behind = tuple[dict[int, StreamState], bool]
+# A worker's part of some consecutive batches: its rows, numbered through all of them, and what is behind each batch.
+Message = tuple[RowTable, list[Behind]]
+# Several batches at once cost less; a message is of few at first, for training to begin soon.
 _DOUBLINGS = 3  # to 8 batches a message
 # Python 3.14 would import everything anew in each worker, which takes ten seconds.
 _FASTEST_START = "fork" if sys.platform == "linux" else None
@@ -128,32 +128,30 @@ class TrainLoader:
         self._running = self._running_next = None
 
     def _batches(self, schedule: Schedule) -> Generator[dict[str, Tensor]]:
-        for batch, received in enumerate(self._received(schedule), start=1):
-            if self._ends and self._all_ranks_agree(all(ended for _, _, ended in received)):
+        for number, (batch, behind) in enumerate(self._laid_out(schedule), start=1):
+            if self._ends and self._all_ranks_agree(all(ended for _, ended in behind)):
                 self._on_end()
                 return
-            rows = dict(place_and_row for share, _, _ in received for place_and_row in share)
-            arrays = collate_rows(
-                [rows[place] for place in range(schedule.micro_batch_size)],
-                self._plan.sequence_length,
-                self._plan.tokenizer.eos_id,
-                isolated=self._plan.packing != "concatenate",
-            )
             self.batches_given += 1
-            self._on_batch({stream: state for _, states, _ in received for stream, state in states.items()})
-            self._running_next = schedule.behind(batch)
-            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+            self._on_batch({stream: state for states, _ in behind for stream, state in states.items()})
+            self._running_next = schedule.behind(number)
+            yield batch
 
-    def _received(self, schedule: Schedule) -> Iterator[tuple[Share, ...]]:
-        """The parts of all workers, batch by batch."""
-        messages = self._messages(schedule)
+    def _laid_out(self, schedule: Schedule) -> Iterator[tuple[dict[str, Tensor], tuple[Behind, ...]]]:
+        """Batches, with what each worker says is behind them."""
+        messages, rows = self._messages(schedule), schedule.micro_batch_size
         while True:
-            of_workers = [next(messages) for _ in range(max(1, self._num_workers))]
-            yield from zip(*of_workers, strict=True)
+            tables, behinds = zip(*(next(messages) for _ in range(max(1, self._num_workers))), strict=True)
+            isolated = self._plan.packing != "concatenate"
+            arrays = collate_table(RowTable.joined(tables), self._plan.sequence_length, isolated=isolated)
+            for batch, behind in enumerate(zip(*behinds, strict=True)):
+                part = slice(batch * rows, (batch + 1) * rows)
+                yield {name: torch.from_numpy(array[part]) for name, array in arrays.items()}, behind
 
-    def _messages(self, schedule: Schedule) -> Iterator[list[Share]]:
+    def _messages(self, schedule: Schedule) -> Iterator[Message]:
+        """One message of each worker in turn."""
         loader = DataLoader(
-            _Shares(self._plan, schedule),
+            _Messages(self._plan, schedule),
             batch_size=None,
             collate_fn=_identity,
             num_workers=self._num_workers,
@@ -161,33 +159,42 @@ class TrainLoader:
             multiprocessing_context=(self._start_method or _FASTEST_START) if self._num_workers else None,
         )
         with _one_thread_in_workers():
-            messages: Iterator[list[Share]] = iter(loader)
+            messages: Iterator[Message] = iter(loader)
         return messages
 
 
-class _Shares(IterableDataset[list[Share]]):
-    """One worker's part of every batch, in messages."""
+class _Messages(IterableDataset[Message]):
+    """What one worker sends."""
 
     def __init__(self, plan: StreamPlan, schedule: Schedule) -> None:
         self._plan = plan
         self._schedule = schedule
 
-    def __iter__(self) -> Iterator[list[Share]]:
+    def __iter__(self) -> Iterator[Message]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         num_streams = self._plan.num_streams
         streams = self._plan.open(self._schedule.streams(num_streams)[number::count], self._schedule.states)
-        shares = map(partial(self._share, streams), itertools.count())
+        first = 0
         for message in itertools.count():
-            yield list(itertools.islice(shares, 1 << min(message, _DOUBLINGS) if worker else 1))
+            batches = 1 << min(message, _DOUBLINGS) if worker else 1
+            yield self._message(streams, range(first, first + batches))
+            first += batches
 
-    def _share(self, streams: dict[int, RowStream], batch: int) -> Share:
-        ended = all(stream.exhausted for stream in streams.values())
+    def _message(self, streams: dict[int, RowStream], batches: range) -> Message:
+        rows, behind = list[tuple[int, Row]](), list[Behind]()
         num_streams = self._plan.num_streams
-        rows = enumerate(self._schedule.rows(batch))
-        mine = [(place, row) for place, row in rows if row % num_streams in streams]
-        made = [(place, _row_at(streams[row % num_streams], row // num_streams)) for place, row in mine]
-        return made, {row % num_streams: streams[row % num_streams].state() for _, row in mine}, ended
+        for batch in batches:
+            ended = all(stream.exhausted for stream in streams.values())
+            states = {}
+            first_place = (batch - batches.start) * self._schedule.micro_batch_size
+            for place, row in enumerate(self._schedule.rows(batch), start=first_place):
+                index = row % num_streams
+                if index in streams:
+                    rows.append((place, _row_at(streams[index], row // num_streams)))
+                    states[index] = streams[index].state()
+            behind.append((states, ended))
+        return RowTable.of(rows, self._plan.sequence_length, self._plan.tokenizer.eos_id), behind
 
 
 def _row_at(stream: RowStream, position: int) -> Row:
@@ -197,8 +204,8 @@ def _row_at(stream: RowStream, position: int) -> Row:
     return stream.next_row()
 
 
-def _identity(share: Any) -> Any:
-    return share
+def _identity(message: Any) -> Any:
+    return message
 
 
 @contextmanager

@@ -1,16 +1,15 @@
 """Strings to token ids, label masks and packed rows, without torch.distributed and without Lightning."""
 
-from lightning_mixcn.text.corpus import Corpus, DocumentOrigin, read_corpus
-from lightning_mixcn.text.document_set import DocumentSet, TrainingDocuments, all_documents, split_by_hash
-from lightning_mixcn.text.packing import (
+from lightning_mixcn.text.collation import (
     IGNORED_LABEL,
-    PACKINGS,
-    Row,
-    ScoredRow,
+    RowTable,
     collate_evaluation_rows,
     collate_rows,
-    evaluation_rows,
+    collate_table,
 )
+from lightning_mixcn.text.corpus import Corpus, DocumentOrigin, read_corpus
+from lightning_mixcn.text.document_set import DocumentSet, TrainingDocuments, all_documents, split_by_hash
+from lightning_mixcn.text.packing import PACKINGS, Row, ScoredRow, evaluation_rows
 from lightning_mixcn.text.sources import Source, parse_sources
 from lightning_mixcn.text.stores import BadRecordPolicy
 from lightning_mixcn.text.streams import RowStream, StreamPlan, StreamState
@@ -25,6 +24,7 @@ __all__ = [
     "DocumentSet",
     "Row",
     "RowStream",
+    "RowTable",
     "ScoredRow",
     "Source",
     "StreamPlan",
@@ -34,6 +34,7 @@ __all__ = [
     "all_documents",
     "collate_evaluation_rows",
     "collate_rows",
+    "collate_table",
     "evaluation_rows",
     "load_tokenizer",
     "parse_sources",

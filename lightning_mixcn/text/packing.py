@@ -13,13 +13,11 @@ EOS stands at a document's true end only. In rows for evaluation a continuation 
 row before, so that every token but BOS is predicted once.
 """
 
-# B = rows, S = sequence length
-
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from lightning_mixcn.text.document_set import DocumentSet
     from lightning_mixcn.text.tokenizer import TextTokenizer
 
-IGNORED_LABEL = -100
 PACKINGS = ("documents", "best_fit", "concatenate")
 
 
@@ -156,77 +153,3 @@ def _scored_documents(
             is_text[[0, -1]] = False
             label_bytes = np.pad(widths, 1)
             yield ScoredSegment(tokens, source, first_document + index, 0, label_bytes, is_text)
-
-
-def collate_rows(
-    rows: Sequence[Iterable[Segment]], sequence_length: int, padding_id: int, *, isolated: bool = True
-) -> dict[str, NDArray[Any]]:
-    """Lay rows out as the arrays of a batch.
-
-    The label of the first token of a segment is ignored: nothing in the row predicts it. Padding has label -100 and
-    -1 in `document_ids` and `source_ids`; its positions begin at 0 again, so that it attends to no document.
-
-    Args:
-        rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
-        sequence_length: S.
-        padding_id: Token id under the padding.
-        isolated: Whether positions begin at 0 with each segment, which isolates it; else they run through the row, and
-            only the row's first label is ignored.
-
-    Returns:
-        ``input_ids``, ``labels``, ``position_ids`` int64, ``document_ids`` int32, ``source_ids`` int16 and
-        ``continuation_mask`` bool (the token's document began in an earlier row), ``[B, S]``.
-    """
-    shape = (len(rows), sequence_length)
-    batch: dict[str, NDArray[Any]] = {
-        "input_ids": np.full(shape, padding_id, dtype=np.int64),
-        "labels": np.full(shape, IGNORED_LABEL, dtype=np.int64),
-        "document_ids": np.full(shape, -1, dtype=np.int32),
-        "position_ids": np.empty(shape, dtype=np.int64),
-        "source_ids": np.full(shape, -1, dtype=np.int16),
-        "continuation_mask": np.zeros(shape, dtype=np.bool_),
-    }
-    for index, row in enumerate(rows):
-        stop = 0
-        for number, segment in enumerate(row):
-            start, stop = stop, stop + len(segment.tokens)
-            seen_from = start if isolated else 0
-            first_label = max(start, seen_from + 1)
-            batch["input_ids"][index, start:stop] = segment.tokens
-            batch["labels"][index, first_label:stop] = segment.tokens[first_label - start :]
-            batch["document_ids"][index, start:stop] = number
-            batch["position_ids"][index, start:stop] = np.arange(start - seen_from, stop - seen_from)
-            batch["source_ids"][index, start:stop] = segment.source
-            batch["continuation_mask"][index, start:stop] = segment.offset > 0
-        batch["position_ids"][index, stop:] = np.arange(sequence_length - stop)
-    return batch
-
-
-def collate_evaluation_rows(
-    rows: Sequence[ScoredRow], sequence_length: int, padding_id: int
-) -> dict[str, NDArray[Any]]:
-    """Lay rows for evaluation out as the arrays of a batch.
-
-    Args:
-        rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
-        sequence_length: S.
-        padding_id: Token id under the padding.
-
-    Returns:
-        The arrays of `collate_rows`, and ``label_bytes`` int32 (bytes of text credited to each label; a document's
-        sum to its UTF-8 bytes), ``text_mask`` bool (the label is text: not EOS, not ignored) and ``document_index``
-        int64 (in the evaluation set, -1 on padding), all ``[B, S]``.
-    """
-    batch = collate_rows(rows, sequence_length, padding_id)
-    shape = (len(rows), sequence_length)
-    batch["label_bytes"] = np.zeros(shape, dtype=np.int32)
-    batch["text_mask"] = np.zeros(shape, dtype=np.bool_)
-    batch["document_index"] = np.full(shape, -1, dtype=np.int64)
-    for index, row in enumerate(rows):
-        stop = 0
-        for segment in row:
-            start, stop = stop, stop + len(segment.tokens)
-            batch["label_bytes"][index, start + 1 : stop] = segment.label_bytes[1:]
-            batch["text_mask"][index, start + 1 : stop] = segment.is_text[1:]
-            batch["document_index"][index, start:stop] = segment.document
-    return batch

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text import DocumentSet, ScoredRow, TextTokenizer, collate_evaluation_rows, collate_rows
+from lightning_mixcn.text import DocumentSet, ScoredRow, TextTokenizer, collate_evaluation_rows
 from lightning_mixcn.text.packing import Segment, evaluation_rows, fill_row
 
 Documents = Callable[[list[str]], DocumentSet]
@@ -17,33 +17,6 @@ def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:
 
 def rows_of(texts: list[str], tokenizer: TextTokenizer, documents: Documents, length: int) -> list[ScoredRow]:
     return list(evaluation_rows(documents(texts), tokenizer, length, source=3, first_document=10))
-
-
-def test_batch_layout() -> None:
-    rows = [(segment(1, 7, 8, 2), segment(1, 9, source=1)), (segment(6, 2, source=1, offset=3),), ()]
-    batch = collate_rows(rows, 7, padding_id=2)
-    assert {name: array.dtype.name for name, array in batch.items()} == {
-        "input_ids": "int64",
-        "labels": "int64",
-        "document_ids": "int32",
-        "position_ids": "int64",
-        "source_ids": "int16",
-        "continuation_mask": "bool",
-    }
-    assert batch["input_ids"].tolist() == [[1, 7, 8, 2, 1, 9, 2], [6, 2, 2, 2, 2, 2, 2], [2] * 7]
-    assert batch["labels"].tolist() == [[-100, 7, 8, 2, -100, 9, -100], [-100, 2, *[-100] * 5], [-100] * 7]
-    assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1, 1, -1], [0, 0, *[-1] * 5], [-1] * 7]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4], list(range(7))]
-    assert batch["source_ids"].tolist() == [[0, 0, 0, 0, 1, 1, -1], [1, 1, *[-1] * 5], [-1] * 7]
-    assert batch["continuation_mask"].tolist() == [[False] * 7, [True] * 2 + [False] * 5, [False] * 7]
-
-
-def test_batch_without_isolation() -> None:
-    """Positions run through the row, and the first token of a document is predicted from the one before."""
-    batch = collate_rows([(segment(1, 7, 2), segment(1, 9, source=1))], 6, padding_id=2, isolated=False)
-    assert batch["labels"].tolist() == [[-100, 7, 2, 1, 9, -100]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0]]
-    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1, -1]]
 
 
 def test_a_row_is_filled_to_its_end() -> None:
