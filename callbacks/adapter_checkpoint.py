@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
 from lightning_mixcn.model.hub import local_folder
+from lightning_mixcn.modules.strategies import whole_parameters
 
 from .finished_output import new_folder
 from .host import causal_lm
@@ -54,7 +55,11 @@ class AdapterCheckpoint(Callback):
         if not isinstance(model, PeftModel) or self._written_at == trainer.global_step:
             return
         self._written_at = trainer.global_step
-        if trainer.is_global_zero:
+        # Every rank has a part in gathering what is sharded.
+        with whole_parameters(trainer.strategy.model):
+            if not trainer.is_global_zero:
+                model.save_pretrained("", is_main_process=False)
+                return
             with new_folder(Path(trainer.default_root_dir, self.folder)) as folder:
                 model.save_pretrained(str(folder))
                 copy_tokenizer(module.tokenizer_path, folder)

@@ -11,6 +11,7 @@ from .adapters import MixtralPeftModel
 from .inventory import bytes_in_memory, count_parameters, planned_quantised_bytes
 from .loading import base_identity, build_mixtral, load_mixtral
 from .mixtral import MixtralForCausalLM
+from .sharding import is_sharded, local_bytes, set_gradient_sync, shard_model
 
 __all__ = [
     "MixtralForCausalLM",
@@ -19,7 +20,11 @@ __all__ = [
     "build_mixtral",
     "bytes_in_memory",
     "count_parameters",
+    "is_sharded",
     "load_mixtral",
+    "local_bytes",
     "planned_quantised_bytes",
     "set_activation_checkpointing",
+    "set_gradient_sync",
+    "shard_model",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .frozen_linear import FrozenLinear
 from .layout import EXPERT_NAMES
+from .local_rows import copy_rows, gathered, plain_name
 from .lora import LoraFrozenLinear
 from .mixtral import ATTENTION_PROJECTIONS, MixtralForCausalLM
 
@@ -47,22 +48,24 @@ class MixtralPeftModel(PeftModelForCausalLM):
 
         Args:
             save_directory: Folder, made if missing.
-            kwargs: PEFT's further options; they have no effect here.
+            kwargs: PEFT's further options. ``is_main_process``: whether to write; where the adapter is sharded, all
+                ranks must call this, and one writes. The others have no effect here.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors, config = adapter_tensors(self)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
 
 
-def attach_lora(model: MixtralForCausalLM, lora: LoraConfig, seed: int) -> MixtralPeftModel:
-    """Wrap ``model`` with fresh LoRA adapters (B = 0, so nothing changes yet).
+def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel:
+    """Wrap ``model`` with LoRA adapters, which `reset_lora` gives their values.
 
     Args:
-        model: The frozen base.
+        model: The frozen base, on the meta device.
         lora: PEFT's configuration; ``target_modules`` in the paper's names, or ``all-linear``.
-        seed: Of the As' random start; torch's global generator is left as it was.
 
     Raises:
         ValueError: an option that 4-bit experts do not support, or a target that matches nothing.
@@ -82,14 +85,27 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig, seed: int) -> Mixtr
     config.task_type = "CAUSAL_LM"
     config._register_custom_module({FrozenLinear: LoraFrozenLinear})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks transformers for it
-        torch.manual_seed(seed)
         wrapped = MixtralPeftModel(model, config)
     for parameter in trained:  # PEFT froze the trained embeddings with the rest
         parameter.requires_grad_(True)
     _verify_adapted(wrapped, paper_names, config)
     return wrapped
+
+
+def reset_lora(model: MixtralPeftModel, seed: int) -> None:
+    """Give the active adapter its random start, the same for any number of ranks: A random, B = 0.
+
+    Args:
+        model: Its adapters have memory.
+        seed: Of the random numbers; torch's global generator is left as it was.
+    """
+    config = _lora_config(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _, layer in lora_layers(model):
+            layer.reset_factors(model.active_adapter, config.init_lora_weights)
 
 
 def base_of(model: nn.Module) -> MixtralForCausalLM:
@@ -129,7 +145,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
     """Every LoRA layer with the name of the module that it adapts, e.g. ``model.layers.0.mlp.experts.up_proj``."""
     for name, module in model.named_modules():
         if isinstance(module, LoraFrozenLinear):
-            yield name.removeprefix(_PREFIX), module
+            yield plain_name(name).removeprefix(_PREFIX), module
 
 
 def _verify_adapted(model: MixtralPeftModel, paper_names: set[str], config: LoraConfig) -> None:
@@ -161,7 +177,7 @@ def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraCon
     tensors: dict[str, Tensor] = {}
     for module_name, layer in layers.items():
         extra = rank - layer.r[name]
-        a, b = (master.detach().cpu() for master in layer.masters(name))
+        a, b = (master.cpu() for master in layer.gathered_masters(name))
         a = nn.functional.pad(a, (0, 0, 0, extra))
         b = nn.functional.pad(b, (0, extra)) * (layer.scaling[name] / scaling)
         for group, disk_name in enumerate(disk_names(module_name, layer.groups)):
@@ -170,7 +186,7 @@ def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraCon
     _add_missing_projections(tensors, layers, rank)
     saved = [key for key in EMBEDDINGS if _weight(model, key).requires_grad]
     for key in saved:
-        tensors[f"{_PREFIX}{key}.weight"] = _weight(model, key).detach().cpu().clone()
+        tensors[f"{_PREFIX}{key}.weight"] = gathered(_weight(model, key)).cpu().clone()
     config = _disk_config(model, tensors, rank, scaling, [key.removeprefix("model.") for key in saved])
     return tensors, config
 
@@ -235,20 +251,20 @@ def load_adapter(model: MixtralPeftModel, path: str | Path) -> None:
     with safe_open(file, framework="pt") as reader, torch.no_grad():
         keys = set(reader.keys())
         for module_name, layer in lora_layers(model):
-            name = model.active_adapter
-            for group, disk_name in enumerate(disk_names(module_name, layer.groups)):
-                for factor, master in zip("AB", layer.masters(name), strict=True):
-                    key = f"{_PREFIX}{disk_name}.lora_{factor}.weight"
-                    if key not in keys:
-                        raise ValueError(f"`adapter={str(path)!r}` has no {key}, but `lora` adapts it here")
-                    keys.remove(key)
-                    values, target = reader.get_tensor(key), master[group]
-                    if values.shape != target.shape:
-                        raise ValueError(
-                            f"`adapter={str(path)!r}`: {key} is {tuple(values.shape)}, expected {tuple(target.shape)}. "
-                            f"Set `lora.r={stored.r}`, as the adapter was trained"
-                        )
-                    target.copy_(values * (stored_scaling / layer.scaling[name] if factor == "B" else 1.0))
+            names = disk_names(module_name, layer.groups)
+            for factor, weight in zip("AB", layer.weights(model.active_adapter), strict=True):
+                wanted = [f"{_PREFIX}{name}.lora_{factor}.weight" for name in names]
+                if missing := [key for key in wanted if key not in keys]:
+                    raise ValueError(f"`adapter={str(path)!r}` has no {missing[0]}, but `lora` adapts it here")
+                keys -= set(wanted)
+                values, shape = [reader.get_tensor(key) for key in wanted], (len(weight) // len(names), weight.shape[1])
+                if values[0].shape != shape:
+                    raise ValueError(
+                        f"`adapter={str(path)!r}`: {wanted[0]} is {tuple(values[0].shape)}, expected {shape}. "
+                        f"Set `lora.r={stored.r}`, as the adapter was trained"
+                    )
+                scale = stored_scaling / layer.scaling[model.active_adapter] if factor == "B" else 1.0
+                copy_rows(weight, torch.cat(values) * scale)
         _load_rest(model, reader, keys, path)
 
 
@@ -262,7 +278,7 @@ def _load_rest(model: MixtralPeftModel, reader: Any, keys: set[str], path: str |
                 raise ValueError(
                     f"`adapter={str(path)!r}`: {key} is {tuple(values.shape)}, the base has {tuple(weight.shape)}"
                 )
-            weight.copy_(values)
+            copy_rows(weight, values)
         elif key.endswith("lora_B.weight") and values.any():  # a B of zeros adds nothing
             raise ValueError(
                 f"`adapter={str(path)!r}` trains {module_name}, which `lora.target_modules` leaves out here"

@@ -3,7 +3,7 @@
 A checkpoint is read and quantised piece by piece, so the host never holds more than the 4-bit model and one piece.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import MixtralConfig
 
-from .adapters import MixtralPeftModel, attach_lora, load_adapter
+from .adapters import MixtralPeftModel, attach_lora, load_adapter, reset_lora
 from .checkpoint import Checkpoint
 from .frozen_linear import FrozenLinear
 from .inventory import verify_quantised
 from .layout import Entry, entries, stored_entries
+from .local_rows import held_elements, write_elements
 from .mixtral import MixtralForCausalLM, meta_model, move_to_device
 from .nf4 import SUPERBLOCK
 from .weights import NF4Weight
@@ -38,6 +39,7 @@ def load_mixtral(
     train_embeddings: bool = False,
     seed: int = 0,
     adapter: str | Path | None = None,
+    shard: Callable[[nn.Module], None] | None = None,
 ) -> MixtralForCausalLM | MixtralPeftModel:
     """Load a Mixtral, its experts quantised on the way.
 
@@ -51,6 +53,8 @@ def load_mixtral(
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
         seed: Of LoRA's random start.
         adapter: PEFT adapter folder to continue from; needs ``lora`` with its rank and targets.
+        shard: Called with the model while it is on the meta device, to shard it (see `shard_model`): a rank then reads,
+            quantises and holds its share only, bit for bit that part of what one rank would hold.
 
     Returns:
         A `transformers.MixtralForCausalLM`, or the `peft.PeftModel` around it; only adapters (and embeddings) train.
@@ -71,10 +75,24 @@ def load_mixtral(
     todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
     for entry in todo:  # every name and shape is checked before anything is allocated
         check_entry(entry, checkpoint)
+    model.name_or_path = str(path)
+    complete = _complete(model, lora, train_embeddings)
+    if adapter is not None and not isinstance(complete, MixtralPeftModel):
+        raise ValueError(
+            f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
+        )
+    if quantization == "nf4":
+        verify_quantised(model, config)
+    if shard is not None:
+        shard(complete)
     move_to_device(model, torch.device(device or "cpu"))
     for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2):
         fill(entry, checkpoint)
-    return _finish(model, config, quantization, lora, train_embeddings, seed, adapter, str(path))
+    if isinstance(complete, MixtralPeftModel):
+        reset_lora(complete, seed)
+        if adapter is not None:
+            load_adapter(complete, adapter)
+    return complete
 
 
 def build_mixtral(
@@ -99,39 +117,27 @@ def build_mixtral(
         seed: Of the random weights and of LoRA's start.
     """
     model, device = meta_model(config, quantization, torch_dtype(dtype)), torch.device(device or "cpu")
+    model.name_or_path = ""
+    complete = _complete(model, lora, train_embeddings)
+    if quantization == "nf4":
+        verify_quantised(model, config)
     if device.type != "meta":
         move_to_device(model, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _randomise(model, config.initializer_range)
-    return _finish(model, config, quantization, lora, train_embeddings, seed, None, "")
+        if isinstance(complete, MixtralPeftModel):
+            reset_lora(complete, seed)
+    return complete
 
 
-def _finish(
-    model: MixtralForCausalLM,
-    config: MixtralConfig,
-    quantization: str,
-    lora: LoraConfig | None,
-    train_embeddings: bool,
-    seed: int,
-    adapter: str | Path | None,
-    name: str,
+def _complete(
+    model: MixtralForCausalLM, lora: LoraConfig | None, train_embeddings: bool
 ) -> MixtralForCausalLM | MixtralPeftModel:
-    if quantization == "nf4":
-        verify_quantised(model, config)
-    model.name_or_path = name
+    """Add what trains to a meta model: float32 embeddings, adapters."""
     if train_embeddings:
         _train_embeddings(model)
-    if lora is None:
-        if adapter is not None:
-            raise ValueError(
-                f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
-            )
-        return model
-    wrapped = attach_lora(model, lora, seed)
-    if adapter is not None:
-        load_adapter(wrapped, adapter)
-    return wrapped
+    return model if lora is None else attach_lora(model, lora)
 
 
 def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
@@ -183,19 +189,26 @@ def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
 
 
 def fill(entry: Entry, checkpoint: Checkpoint) -> None:
-    """Read one entry piece by piece into its module, quantising where the module is quantised."""
-    for start, values in pieces(entry, checkpoint):
+    """Read what this rank holds of an entry, piece by piece, quantising where the module is quantised."""
+    held = held_elements(entry.parameter) if entry.attribute else entry.storage.held()
+    for start, values in pieces(entry, checkpoint, held):
         if entry.attribute is None:
             entry.storage.write(start, values)
         else:
-            entry.parameter.detach().view(-1)[start : start + values.numel()].copy_(values)
+            write_elements(entry.parameter, start, values)
 
 
-def pieces(entry: Entry, checkpoint: Checkpoint) -> Iterator[tuple[int, Tensor]]:
-    """``(first element, flat values)`` of an entry, at most `CHUNK` elements each; refuses NaN and infinity."""
-    numel = prod(entry.shape)
-    for start in range(0, numel, CHUNK):
-        values = checkpoint.read_segments(entry.segments, start, min(start + CHUNK, numel))
+def pieces(entry: Entry, checkpoint: Checkpoint, held: range | None = None) -> Iterator[tuple[int, Tensor]]:
+    """``(first element, flat values)`` of an entry, at most `CHUNK` elements each; refuses NaN and infinity.
+
+    Args:
+        entry: What is read.
+        checkpoint: Where from.
+        held: The elements wanted; ``None`` for all.
+    """
+    wanted = range(prod(entry.shape)) if held is None else held
+    for start in range(wanted.start, wanted.stop, CHUNK):
+        values = checkpoint.read_segments(entry.segments, start, min(start + CHUNK, wanted.stop))
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(
                 f"{checkpoint.path}: {entry.segments[0].name} holds NaN or infinite values. Download it again"

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .frozen_linear import FrozenLinear
+from .local_rows import copy_rows, gathered
 from .weights import NF4Weight, Weight
 
 
@@ -85,10 +86,39 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)  # type: ignore[no-untyped-call]  # PEFT's
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def masters(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """The float32 parameters of ``adapter`` as ``[G, R, in]`` and ``[G, out, R]``."""
+    def weights(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The float32 parameters of ``adapter``, ``[G·R, in]`` and ``[G·out, R]``; DTensors where they are sharded."""
         a, b = (cast(nn.Linear, factor[adapter]).weight for factor in (self.lora_A, self.lora_B))
+        return a, b
+
+    def masters(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The same as ``[G, R, in]`` and ``[G, out, R]``."""
+        return self._by_group(adapter, *self.weights(adapter))
+
+    def gathered_masters(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The same whole and without autograd where they are sharded; all ranks must call it."""
+        return self._by_group(adapter, *map(gathered, self.weights(adapter)))
+
+    def _by_group(self, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.view(self.groups, self.r[adapter], -1), b.view(self.groups, -1, self.r[adapter])
+
+    def reset_factors(self, adapter: str, init: bool | str) -> None:
+        """Start `adapter` as PEFT does, with the numbers that it would draw on one CPU, whatever is held here.
+
+        Args:
+            adapter: Its name.
+            init: PEFT's `init_lora_weights`: true (A uniform, B = 0), ``gaussian`` (A normal, B = 0), or false (both
+                uniform, so that the model changes at once).
+        """
+        rank, linear = self.r[adapter], cast(FrozenLinear, self.get_base_layer())
+        a = nn.Linear(linear.in_features, self.groups * rank, bias=False).weight.detach()
+        b = nn.Linear(rank, self.groups * linear.out_features, bias=False).weight.detach()
+        if init == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        elif init:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        for weight, values in zip(self.weights(adapter), (a, torch.zeros_like(b) if init else b), strict=True):
+            copy_rows(weight, values)
 
     def factors(self, dtype: torch.dtype) -> Factors | None:
         """The active adapters' factors side by side, in ``dtype``; ``None`` when disabled or merged."""

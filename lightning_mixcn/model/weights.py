@@ -1,7 +1,8 @@
 """Storage of frozen weights: a stack of matrices in 4 bits, or dense.
 
 Both classes are plain ``nn.Module``s with plain frozen parameters, so state_dict, safetensors, FSDP and DCP see nothing
-special, and both answer the same three calls: ``decoder`` to use, ``write`` to fill, ``flat`` to read back.
+special, and both answer the same calls: ``decoder`` to use, ``held`` and ``write`` to fill, ``flat`` to read back.
+Under FSDP2 a rank fills its share with ``write``; ``decoder`` and ``flat`` need the gathered whole.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import nf4
+from .local_rows import held_elements, local_rows, write_elements
 
 
 class NF4Weight(nn.Module):
@@ -58,14 +60,20 @@ class NF4Weight(nn.Module):
 
         return matrix
 
+    def held(self) -> range:
+        """Elements of the stack that this rank holds, whole superblocks."""
+        codes, first = local_rows(self.codes)
+        stop = min((first + len(codes)) * nf4.SUPERBLOCK, prod(self.shape))
+        return range(min(first * nf4.SUPERBLOCK, stop), stop)
+
     def write(self, start: int, values: Tensor) -> None:
         """Quantise ``values`` (flat) into the superblocks from element ``start``, a multiple of 16,384, on."""
         assert start % nf4.SUPERBLOCK == 0, f"write starts inside a superblock: {start}"
-        first = start // nf4.SUPERBLOCK
         packed = nf4.quantize(values.to(self.codes.device))
-        rows = self._rows(first, first + packed.codes.shape[0])
-        for target, source in zip(rows, packed, strict=True):
-            target.copy_(source)
+        for target, source in zip((self.codes, self.scales, self.super_scale, self.super_offset), packed, strict=True):
+            rows, held_from = local_rows(target)
+            first = start // nf4.SUPERBLOCK - held_from
+            rows[first : first + len(source)].copy_(source)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """All elements, ``[G * out * in]`` in ``dtype``."""
@@ -97,9 +105,13 @@ class DenseWeight(nn.Module):
         values = self.values.detach()
         return lambda index: values[index].to(dtype)
 
+    def held(self) -> range:
+        """Elements of the stack that this rank holds."""
+        return held_elements(self.values)
+
     def write(self, start: int, values: Tensor) -> None:
         """Copy ``values`` (flat) in from element ``start`` on."""
-        self.values.detach().view(-1)[start : start + values.numel()].copy_(values)
+        write_elements(self.values, start, values)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """All elements, ``[G * out * in]`` in ``dtype``."""

@@ -3,5 +3,6 @@
 from .causal_lm import CausalLMModule
 from .pretrain import PretrainModule
 from .schedule import WarmupCosine
+from .strategies import FSDP2Strategy
 
-__all__ = ["CausalLMModule", "PretrainModule", "WarmupCosine"]
+__all__ = ["CausalLMModule", "FSDP2Strategy", "PretrainModule", "WarmupCosine"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 # Keeps gradients near their size for a mean. A power of two, so that dividing by it is exact.
 REFERENCE_COUNT = 1024.0
@@ -79,20 +80,44 @@ def micro_batch_scale(accumulate_grad_batches: int) -> float:
     return accumulate_grad_batches / REFERENCE_COUNT
 
 
-def rescale_gradients(parameters: Iterable[Tensor], count: float, world_size: int) -> Tensor:
+def rescale_gradients(
+    parameters: Iterable[Tensor], count: float, world_size: int, group: ProcessGroup | None = None
+) -> Tensor:
     """Turn gradients of sums, averaged over ranks, into gradients of the mean.
 
     Args:
         parameters: Those that train; the ones without a gradient are left alone.
         count: What the sum is divided by, over the whole step and all ranks.
         world_size: Number of ranks that gradients were averaged over.
+        group: Ranks that hold shares of each gradient in plain tensors, as FSDP1's do.
 
     Returns:
-        Norm of the rescaled gradients, before any clipping; a scalar, float32.
+        Norm of the rescaled gradients over all ranks, before any clipping; a scalar, float32.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, world_size * REFERENCE_COUNT / count)
     norm = torch.nn.utils.get_total_norm(gradients)
+    if group is not None:
+        squared = norm.square()
+        torch.distributed.all_reduce(squared, group=group)
+        return squared.sqrt()
     # Under FSDP2 the norm is a DTensor that still waits for its sum over ranks.
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float, algorithm: str, norm: float) -> None:
+    """Clip as torch does, with a norm that is right under every strategy.
+
+    Args:
+        parameters: Those that train.
+        limit: Largest norm of all gradients together, or largest magnitude of an element.
+        algorithm: ``norm`` or ``value``.
+        norm: What `rescale_gradients` gave.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if algorithm == "value":
+        for gradient in gradients:
+            gradient.clamp_(-limit, limit)
+    elif norm > limit:
+        torch._foreach_mul_(gradients, limit / (norm + 1e-6))

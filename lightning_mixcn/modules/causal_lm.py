@@ -4,35 +4,34 @@ To change what is minimised, subclass and override `compute_loss`, which gives a
 logging and checkpoints stay right, because division happens once, in the end.
 """
 
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from lightning_mixcn.metrics import DocumentScores, Likelihood, score_documents, scored_positions
-from lightning_mixcn.model import base_identity, load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.mixtral import CausalLMOutput
 
-from .accumulation import Contribution, GradientWindow, micro_batch_scale, rescale_gradients
+from .accumulation import Contribution, GradientWindow, clip_gradients, micro_batch_scale, rescale_gradients
 from .dropout_seed import seed_micro_batch
 from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
 from .run_checks import check_finite_step, check_precision, check_vocabulary
-from .saved_state import BASE_KEY, adapter_folder, check_same_base, check_trainable_state, trainable_names
+from .saved_state import SavedStateModule, adapter_folder
 from .schedule import WarmupCosine, scheduled
 from .step_clock import StepClock
+from .strategies import Shard, build_device, fsdp2_shard, gradient_group, keep_base_whole, sync_gradients
 
 Batch = dict[str, Tensor]
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(SavedStateModule):
     """Next-token training of a Mixtral whose base is frozen, in 4 bits where wanted; the class to subclass.
 
     Args:
@@ -76,21 +75,19 @@ class CausalLMModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.seed = seed
-        self.strict_loading = False  # a checkpoint holds what trains; `load_state_dict` checks that all of it is there
         self.model: nn.Module | None = None
         self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
-        self.steps_trained = 0  # of the checkpoint that was loaded
         self._window, self._clock = GradientWindow(), StepClock()
 
     # ---- what subclasses override ----
 
     def build_model(self) -> nn.Module:
-        """Make the model on torch's default device, which is the trainer's while it sets up.
+        """Make the model on the trainer's device.
 
         Returns:
-            A Mixtral as `lightning_mixcn.load_mixtral` gives it.
+            A Mixtral as `lightning_mixcn.load_mixtral` gives it, sharded with `self.shard` where that is given.
         """
-        device = torch.get_default_device()
+        device = build_device(self._strategy)
         with torch.device("cpu"):  # what is not placed explicitly, such as pieces of the checkpoint, stays on the host
             return load_mixtral(
                 self.base,
@@ -101,6 +98,7 @@ class CausalLMModule(LightningModule):
                 train_embeddings=self.train_embeddings,
                 seed=self.seed,
                 adapter=adapter_folder(self.adapter),
+                shard=self.shard,
             )
 
     def forward(self, batch: Batch) -> CausalLMOutput:
@@ -145,10 +143,18 @@ class CausalLMModule(LightningModule):
         """Refuse a precision that would cast LoRA's masters and the quantisation scales."""
         check_precision(self.trainer.precision)
 
+    @property
+    def shard(self) -> Shard | None:
+        """What shards a model under FSDP2, for `build_model`; `None` under other strategies."""
+        return fsdp2_shard(self._strategy)
+
     def configure_model(self) -> None:
-        """Build the model once, on the trainer's device, in training mode."""
+        """Build the model once, on the trainer's device, in training mode; sharded under FSDP2."""
         if self.model is None:
             self.model = self.build_model()
+            if self.shard is not None and not is_sharded(self.model):
+                self.shard(self.model)
+            keep_base_whole(self._strategy, self)
             set_activation_checkpointing(self.model, self.activation_checkpointing)
             self.model.train()
 
@@ -173,6 +179,7 @@ class CausalLMModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw dropout's random numbers as every run with this seed does at this place."""
+        sync_gradients(self.trainer.strategy.model or self, not self.trainer.fit_loop._should_accumulate())
         seed_micro_batch(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -197,14 +204,27 @@ class CausalLMModule(LightningModule):
                 f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)"
             )
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        norm = rescale_gradients(trainable, count, self.trainer.world_size)
-        check_finite_step(step, "gradient norm", float(norm), self.trainer)
+        group = gradient_group(self.trainer.strategy.model)
+        norm = rescale_gradients(trainable, count, self.trainer.world_size, group)
+        self._gradient_norm = float(norm)
+        check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
         labels = totals.labels.clamp_min(1)
         self._positions_of_step = float(totals.positions)
         self.log("train/nll_nats_per_token", totals.nats / labels, prog_bar=True)
         self.log("train/loss", totals.minimised / count)
         self.log("train/auxiliary_loss", totals.auxiliary / labels)
         self.log("train/gradient_norm", norm)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip under every strategy; Lightning's own knows no norm under FSDP."""
+        if gradient_clip_val:
+            trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
+            clip_gradients(trainable, gradient_clip_val, gradient_clip_algorithm or "norm", self._gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update, and read the clock before callbacks write checkpoints or samples."""
@@ -263,31 +283,6 @@ class CausalLMModule(LightningModule):
         # Already over all ranks; `sync_dist` only keeps Lightning from asking.
         self.log_dict(self._evaluation.tags(results), sync_dist=True, batch_size=1)
 
-    # ---- checkpoints ----
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch's has overloads
-        """Only what trains; the base is named by its identity, see `on_save_checkpoint`."""
-        trainable, prefix = trainable_names(self), kwargs.get("prefix", "")
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        for name in [name for name in state if name.removeprefix(prefix) not in trainable]:
-            del state[name]
-        return state
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
-        """Load what trains. Raises: ValueError if it is not exactly what trains here."""
-        check_trainable_state(self, state_dict)
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys([], [])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the base's path and a hash of its content."""
-        checkpoint[BASE_KEY] = self._base_identity
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the base before anything is loaded. Raises: ValueError if it is another one."""
-        check_same_base(checkpoint.get(BASE_KEY), self._base_identity)
-        self.steps_trained = int(checkpoint["global_step"])
-
-    @cached_property
-    def _base_identity(self) -> dict[str, str]:
-        return base_identity(self.base)
+    @property
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self.trainer.strategy

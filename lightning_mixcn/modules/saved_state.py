@@ -1,17 +1,64 @@
 """What a checkpoint holds of a model: what trains, and which base it belongs to."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_mixcn.model import base_identity
+from lightning_mixcn.model.local_rows import plain_name
 
 BASE_KEY = "mixcn_base"
 
 
+class SavedStateModule(LightningModule):
+    """A LightningModule whose checkpoints hold what trains, and the identity of the base instead of the base.
+
+    A subclass has the attribute `base`, the path or hub id of the base.
+    """
+
+    base: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds what trains; `load_state_dict` checks that all of it is there
+        self.steps_trained = 0  # of the checkpoint that was loaded
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch's has overloads
+        """Only what trains; the base is named by its identity, see `on_save_checkpoint`."""
+        trainable, prefix = trainable_names(self), kwargs.get("prefix", "")
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if plain_name(name.removeprefix(prefix)) not in trainable]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
+        """Load what trains. Raises: ValueError if it is not exactly what trains here."""
+        check_trainable_state(self, state_dict)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the base's path and a hash of its content."""
+        checkpoint[BASE_KEY] = self._base_identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the base before anything is loaded. Raises: ValueError if it is another one."""
+        check_same_base(checkpoint.get(BASE_KEY), self._base_identity)
+        self.steps_trained = int(checkpoint["global_step"])
+
+    @cached_property
+    def _base_identity(self) -> dict[str, str]:
+        return base_identity(self.base)
+
+
 def trainable_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that train; a tied pair has one."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    """Names of the parameters that train, as a checkpoint has them; a tied pair has one."""
+    return {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,183 @@
+"""A training run that gives the same numbers under every strategy, for `run_distributed`."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.data import DataLoader
+
+from lightning_mixcn.callbacks import StepCheckpoint
+from lightning_mixcn.data import PretrainDataModule
+from lightning_mixcn.model import MixtralPeftModel, load_mixtral, local_bytes, shard_model
+from lightning_mixcn.model.adapters import adapter_tensors
+from lightning_mixcn.model.experts import Router
+from lightning_mixcn.model.local_rows import gathered
+from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
+from lightning_mixcn.modules.strategies import whole_parameters
+from lightning_mixcn.testing import FixedBatches, random_batch
+from lightning_mixcn.text import Source
+
+MICRO_BATCHES = 16  # of a step, on all ranks together
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
+
+
+class FSDP1OnCPU(FSDPStrategy):
+    """Lightning refuses FSDP1 on the CPU by the exact class, and gives a device by its index, which the CPU has not."""
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+        return super()._setup_model(model)
+
+
+def strategy(name: str) -> Strategy | str:
+    made: dict[str, Callable[[], Strategy | str]] = {
+        "one": lambda: "auto",
+        "ddp": lambda: "ddp",
+        "fsdp1": FSDP1OnCPU,
+        "fsdp2": FSDP2Strategy,
+        "hsdp": lambda: FSDP2Strategy(shard_size=2, reshard_after_forward=False),
+        "plain": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        "one file": lambda: FSDP2Strategy(save_distributed_checkpoint=False),
+    }
+    return made[name]()
+
+
+class SharedBatches(FixedBatches):
+    """Micro-batch j of a rank is micro-batch ``j * ranks + rank`` of all."""
+
+    def _loader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        mine = self.batches[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset, too
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
+
+
+class Losses(Callback):
+    """Keeps each step's loss, and which experts a rank's tokens reached in the first step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.reached: list[set[int]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+        for module in pl_module.modules():
+            if isinstance(module, Router):
+                self.reached.append(set())
+                module.register_forward_hook(self._keep(self.reached[-1], trainer))
+
+    @staticmethod
+    def _keep(reached: set[int], trainer: Trainer) -> Any:
+        def hook(module: Any, inputs: Any, outputs: Any) -> None:
+            if trainer.global_step == 0:
+                reached.update(outputs[2].flatten().tolist())
+
+        return hook
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Rows of very different lengths: padding and counts differ from rank to rank."""
+    return [random_batch([2 + (5 * seed) % 23], seed=seed) for seed in range(MICRO_BATCHES * 3)]
+
+
+def text(base: str, path: str) -> PretrainDataModule:
+    """Rows of a text, one a micro-batch, the same in each step for any number of ranks."""
+    return PretrainDataModule(
+        [Source("zh", path)], tokenizer=base, sequence_length=48, micro_batch_size=1, num_streams=8,
+        num_workers=0, val_fraction=0.0,
+    )  # fmt: skip
+
+
+def module(base: str, **changes: Any) -> PretrainModule:
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "lora": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        # A schedule's length would be another in a run that is cut short.
+        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    }
+    return PretrainModule(base, **(settings | changes))
+
+
+def train(names: list[str], base: str, out: str, **changes: Any) -> dict[str, dict[str, Any]]:
+    """Train under each strategy in turn."""
+    return {name: _train(name, base, str(Path(out, name)), **changes) for name in names}
+
+
+def _train(
+    name: str,
+    base: str,
+    out: str,
+    *,
+    max_steps: int = 20,
+    ckpt_path: str | None = None,
+    path: str | None = None,
+    checkpoints: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    ranks = torch.distributed.get_world_size()
+    model, losses, started = module(base, **changes), Losses(), time.perf_counter()
+    saving = [] if checkpoints is None else [StepCheckpoint(every_n_steps=5, keep=9, dirpath=checkpoints)]
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy(name), max_steps=max_steps, max_epochs=-1, logger=False,
+        accumulate_grad_batches=MICRO_BATCHES // ranks, use_distributed_sampler=False, gradient_clip_val=0.1,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=out,
+        enable_checkpointing=bool(saving), callbacks=[losses, *saving],
+    )  # fmt: skip
+    data = SharedBatches(batches()) if path is None else text(base, path)
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    assert isinstance(model.model, MixtralPeftModel)
+    with whole_parameters(trainer.strategy.model):
+        tensors, _ = adapter_tensors(model.model)
+    return {
+        "losses": losses.losses,
+        "reached": losses.reached,
+        "adapter": tensors,
+        "base": _digest(model.model),
+        "bytes": local_bytes(model.model),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def shares(base: str, sizes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """What a rank holds after sharded loading, for each shape of the mesh."""
+    found = []
+    for shape in sizes:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        model = load_mixtral(
+            base,
+            lora=LoraConfig(r=8, target_modules=TARGETS),
+            train_embeddings=True,
+            shard=partial(shard_model, mesh=mesh),
+        )
+        assert isinstance(model, torch.nn.Module)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append({"bytes": local_bytes(model), "base": _digest(model), "adapter": _sums(trained)})
+    return found
+
+
+def _sums(parameters: list[torch.nn.Parameter]) -> list[float]:
+    return [float(gathered(parameter).double().sum()) for parameter in parameters]
+
+
+def _digest(model: torch.nn.Module) -> str:
+    frozen = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            frozen.update(gathered(parameter).contiguous().view(torch.uint8).numpy().tobytes())
+    return frozen.hexdigest()

@@ -1,0 +1,115 @@
+"""Every strategy, by real processes, against one process: the same losses, adapters and frozen base."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
+from tests.modules import strategy_run
+
+pytestmark = pytest.mark.multiprocess
+STORIES = Path(__file__).parents[3] / "shared/data/models/stories260K-mixtral-4e"
+RUNS = {1: ["one"], 2: ["ddp", "fsdp2", "plain", "fsdp1"], 4: ["fsdp2", "hsdp"]}
+
+
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    wide = save_tiny_mixtral(
+        tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=192, num_local_experts=8, head_dim=32
+    )
+    return {"wide": str(wide), "stories": str(STORIES)}
+
+
+@pytest.fixture(scope="module", params=["wide", "stories"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What every rank gave, by strategy and number of ranks."""
+    if request.param == "stories" and not STORIES.is_dir():
+        pytest.skip("needs the shared model stories260K-mixtral-4e")
+    base, found = bases(tmp_path_factory)[request.param], {}
+    for ranks, names in RUNS.items():
+        of_ranks = run_distributed(strategy_run.train, ranks, names, base, str(tmp_path_factory.mktemp("runs")))
+        for name in names:
+            found[f"{name} {ranks}"] = [of_rank[name] for of_rank in of_ranks]
+    return found
+
+
+OTHERS = [f"{name} {ranks}" for ranks, names in RUNS.items() for name in names if ranks > 1]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_ranks_train_as_one_does(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    (one,), ranks = runs["one 1"], runs[name]
+    assert len(one["losses"]) == 20
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert rank["base"] == one["base"]
+        assert rank["adapter"].keys() == one["adapter"].keys()
+        for key, expected in one["adapter"].items():
+            error = torch.linalg.norm(rank["adapter"][key] - expected)
+            assert error <= 1e-4 * torch.linalg.norm(expected), key
+
+
+def test_some_expert_is_unreached_on_some_rank(runs: dict[str, list[dict[str, Any]]]) -> None:
+    of_ranks = [rank["reached"] for rank in runs["fsdp2 4"]]
+    everywhere = [set.intersection(*layer) for layer in zip(*of_ranks, strict=True)]
+    anywhere = [set.union(*layer) for layer in zip(*of_ranks, strict=True)]
+    assert everywhere != anywhere
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    lines = [json.dumps({"text": f"{number} " * (number % 17)}) for number in range(900)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_resuming_on_other_numbers_of_ranks(tmp_path: Path, tiny_base: Path, text: str) -> None:
+    """Saved on 4 ranks, resumed on 2, on 1 and on 4 again: the losses, and so the rows, of the uninterrupted run."""
+    common: tuple[Any, ...] = (str(tiny_base), str(tmp_path))
+
+    def losses(ranks: int, max_steps: int, ckpt_path: str | None, checkpoints: str | None) -> list[float]:
+        train = partial(
+            strategy_run.train, path=text, max_steps=max_steps, ckpt_path=ckpt_path, checkpoints=checkpoints
+        )
+        found: list[float] = run_distributed(train, ranks, ["fsdp2"], *common)[0]["fsdp2"]["losses"]
+        return found
+
+    expected, parts, folder = losses(1, 20, None, None), list[float](), tmp_path / "checkpoints"
+    for ranks, until in ((4, 5), (2, 10), (1, 15), (4, 20)):
+        newest = str(folder / f"step={until - 5:08d}.ckpt") if until > 5 else None
+        parts += losses(ranks, until, newest, str(folder))
+    assert len(parts) == 20
+    assert parts == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", ["fsdp2", "ddp", "one file"])
+def test_a_strategy_resumes_what_another_saved(tmp_path: Path, tiny_base: Path, text: str, checkpoint: str) -> None:
+    """A folder of shares is for FSDP2 alone; one file is for every strategy."""
+    common: tuple[Any, ...] = (str(tiny_base), str(tmp_path))
+    folder = str(tmp_path / "checkpoints")
+    train = partial(strategy_run.train, path=text)
+    (whole,) = run_distributed(train, 1, ["one"], *common)
+    save = partial(train, max_steps=5, checkpoints=folder)
+    run_distributed(save, 2, [checkpoint], *common)
+    resume = partial(train, ckpt_path=f"{folder}/step=00000005.ckpt")
+    readers = ["fsdp2"] if checkpoint == "fsdp2" else ["ddp", "fsdp2", "fsdp1"]
+    (resumed, _) = run_distributed(resume, 2, readers, *common)
+    for name in readers:
+        assert resumed[name]["losses"] == pytest.approx(whole["one"]["losses"][5:], rel=1e-5), name
+
+
+def test_each_rank_holds_its_share_of_the_bytes(tmp_path: Path) -> None:
+    """Every quantised weight has 64 superblocks or more; loading on ranks gives the bits that one rank gives."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    base = str(save_tiny_mixtral(tmp_path / "base", head_dim=128, **sizes))
+    (((one,)),) = run_distributed(strategy_run.shares, 1, base, [(1,)])
+    for ranks, meshes in ((2, [(2,)]), (4, [(4,), (2, 2)])):
+        for of_rank in run_distributed(strategy_run.shares, ranks, base, meshes):
+            for mesh, found in zip(meshes, of_rank, strict=True):
+                assert found["bytes"] == pytest.approx(one["bytes"] / mesh[-1], rel=0.03)
+                assert found["base"] == one["base"]
+                assert found["adapter"] == one["adapter"]
