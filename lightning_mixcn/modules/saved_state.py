@@ -13,6 +13,7 @@ from lightning_mixcn.model import base_identity
 from lightning_mixcn.model.local_rows import plain_name
 
 BASE_KEY = "mixcn_base"
+ACCUMULATION_KEY = "mixcn_accumulate_grad_batches"
 
 
 class SavedStateModule(LightningModule):
@@ -43,12 +44,17 @@ class SavedStateModule(LightningModule):
         return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the base's path and a hash of its content."""
+        """Add the base's path and a hash of its content, and what resuming on other ranks needs."""
         checkpoint[BASE_KEY] = self._base_identity
+        checkpoint[ACCUMULATION_KEY] = self.trainer.accumulate_grad_batches
+        if self.trainer.strategy.lightning_restore_optimizer:
+            for state in checkpoint.get("optimizer_states", ()):
+                number_as_in_module(state, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the base before anything is loaded. Raises: ValueError if it is another one."""
         check_same_base(checkpoint.get(BASE_KEY), self._base_identity)
+        rescale_batch_counts(checkpoint, self.trainer.accumulate_grad_batches)
         self.steps_trained = int(checkpoint["global_step"])
 
     @cached_property
@@ -101,6 +107,44 @@ def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any])
             f"{present['path']} (sha256 {present['sha256'][:12]}…). Set `model.init_args.base` to the former; to start "
             "anew from its adapter on this base, give `model.init_args.adapter` instead of `--ckpt_path`"
         )
+
+
+def number_as_in_module(optimizer_state: dict[str, Any], module: nn.Module) -> None:
+    """Number the parameters of an optimizer's state among all of the module's, frozen ones too, in place.
+
+    That is how Lightning's FSDP strategies take a state of one file apart again; torch itself goes by the order.
+
+    Args:
+        optimizer_state: Of an optimizer over all that trains, its parameters numbered from 0.
+        module: The LightningModule.
+    """
+    among_all = [index for index, parameter in enumerate(module.parameters()) if parameter.requires_grad]
+    numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
+    if sorted(numbers) != list(range(len(among_all))):
+        return  # an optimizer of a subclass's own making
+    for group in optimizer_state["param_groups"]:
+        group["params"] = [among_all[number] for number in group["params"]]
+    optimizer_state["state"] = {among_all[number]: state for number, state in optimizer_state["state"].items()}
+
+
+def rescale_batch_counts(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
+    """Make Lightning's counts of micro-batches those of a run with another accumulation, in place.
+
+    On fewer ranks each takes more micro-batches a step. Lightning goes by the number of micro-batches so far; without
+    this the first step after a resume would be of some of them only.
+
+    Args:
+        checkpoint: Saved at the end of a step.
+        accumulate_grad_batches: The present run's.
+    """
+    saved, loops = checkpoint.get(ACCUMULATION_KEY), checkpoint.get("loops", {})
+    if saved in (None, accumulate_grad_batches) or "fit_loop" not in loops:
+        return
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        missing = counts["ready"] - counts["completed"]  # the last batch's end, where the checkpoint is written
+        ready = -(-counts["ready"] // saved) * accumulate_grad_batches
+        counts |= {"ready": ready, "started": ready, "processed": ready, "completed": ready - missing}
 
 
 def adapter_folder(adapter: str | None) -> str | None:

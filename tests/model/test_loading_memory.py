@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig
 
+from lightning_mixcn.model import load_mixtral, local_bytes, shard_model
 from lightning_mixcn.model.shard_writer import ShardWriter
+from lightning_mixcn.testing import run_distributed
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
@@ -56,6 +60,20 @@ def write_random_checkpoint(folder: Path) -> None:
         writer.add("lm_head.weight", matrix(config.vocab_size // 4, hidden).repeat(4, 1))
 
 
+def loaded_share(base: str) -> tuple[int, int]:
+    """Bytes that a rank's memory grew by at its peak, and bytes of parameters that it holds."""
+    before = peak_memory()
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = load_mixtral(base, shard=partial(shard_model, mesh=mesh))
+    assert isinstance(model, torch.nn.Module)
+    return peak_memory() - before, local_bytes(model)
+
+
+def peak_memory() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_peak_is_the_four_bit_model_and_one_and_a_half_gigabytes(tmp_path: Path) -> None:
@@ -66,3 +84,6 @@ def test_peak_is_the_four_bit_model_and_one_and_a_half_gigabytes(tmp_path: Path)
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["peak"] <= figures["quantised"] + figures["dense"] + 1.5e9
     assert abs(figures["quantised"] / figures["planned"] - 1) < 0.02
+    for peak, held in run_distributed(loaded_share, 2, str(tmp_path / "base"), timeout_seconds=900.0):
+        assert held == pytest.approx((figures["quantised"] + figures["dense"]) / 2, rel=0.03)
+        assert peak <= held + 1e9

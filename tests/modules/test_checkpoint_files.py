@@ -1,0 +1,201 @@
+"""What is damaged or foreign is refused, and the complete checkpoint before it offered."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+
+from lightning_mixcn.modules import PretrainModule
+from lightning_mixcn.modules.checkpoint_files import (
+    check_before_loading,
+    find_fault,
+    publish,
+    remove,
+    remove_leftovers,
+    sidecar,
+    unfinished_path,
+    verify,
+)
+from lightning_mixcn.testing import FixedBatches, random_batch
+
+# A sharded checkpoint of one process is what these tests want.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+Write = Callable[[Path, int], None]
+
+
+def write_file(path: Path, seed: int) -> None:
+    torch.save({"value": torch.full((1000,), float(seed)), "global_step": seed}, path)
+
+
+def write_folder(path: Path, seed: int) -> None:
+    state = {"state_dict": {"value": torch.full((1000,), float(seed))}, "optimizer_0": {"lr": 0.1 * seed}}
+    save_sharded(state, checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": seed}, path / "meta.pt")
+
+
+def make(write: Write, folder: Path, step: int) -> Path:
+    """Publish a checkpoint, with a time of its own: file systems' clocks are coarse."""
+    path = folder / f"step={step:08d}.ckpt"
+    write(unfinished_path(path), step)
+    publish(unfinished_path(path), path)
+    os.utime(path, (step, step))
+    return path
+
+
+@pytest.fixture(params=[write_file, write_folder])
+def write(request: pytest.FixtureRequest) -> Write:
+    chosen: Write = request.param
+    return chosen
+
+
+def sums_of(path: Path) -> Path:
+    return path / "SHA256SUMS" if path.is_dir() else sidecar(path)
+
+
+def content_of(path: Path) -> Path:
+    return path / "__0_0.distcp" if path.is_dir() else path
+
+
+def test_sha256sum_checks_it(tmp_path: Path, write: Write) -> None:
+    sums = sums_of(make(write, tmp_path, 2))
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", sums.name], cwd=sums.parent, check=True)
+    verify(tmp_path / "step=00000002.ckpt")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
+    # Also one of the other kind: the strategy may have changed.
+    for write in (write_file, write_file, write_folder, write_folder, write_file):
+        path = make(write, tmp_path, 2)
+        verify(path)
+        assert path.is_dir() == (write is write_folder)
+        assert sidecar(path).exists() == (write is write_file)
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_it_is_removed_with_its_sums(tmp_path: Path, write: Write) -> None:
+    remove(make(write, tmp_path, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, write: Write) -> None:
+    path = make(write, tmp_path, 2)
+    write(unfinished_path(tmp_path / "step=00000004.ckpt"), 4)
+    write(tmp_path / ".step=00000001.ckpt.outdated", 1)
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {path} | ({sidecar(path)} if path.is_file() else set())
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        del content[-200:]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("write", "how", "with_sums"),
+    [
+        (write_file, "truncated", True),
+        (write_file, "flipped", True),
+        (write_file, "truncated", False),
+        (write_file, "flipped", False),
+        (write_folder, "truncated", True),
+        (write_folder, "flipped", True),
+        (write_folder, "truncated", False),  # torch keeps no sums in it that would tell of a flipped bit
+    ],
+)
+def test_damage_is_found_and_the_one_before_offered(tmp_path: Path, write: Write, how: str, with_sums: bool) -> None:
+    older, newer = make(write, tmp_path, 2), make(write, tmp_path, 4)
+    make(write, tmp_path, 1)
+    (tmp_path / "last.ckpt").symlink_to(newer.name)
+    if not with_sums:
+        sums_of(newer).unlink()
+    damage(content_of(newer), how)
+    fault = r"is truncated or altered: its SHA-256 is \w{12}…, not \w{12}…" if with_sums else r"is (truncated|altered)"
+    offer = rf"The one before it, {older.name}, is complete: give --ckpt_path {older}"
+    with pytest.raises(ValueError, match=rf"^The checkpoint {newer} cannot be used: .*{fault}.*\. {offer}$"):
+        verify(tmp_path / "last.ckpt")
+
+
+def test_only_a_complete_one_is_offered(tmp_path: Path, write: Write) -> None:
+    paths = [make(write, tmp_path, step) for step in (2, 4)]
+    for path in paths:
+        damage(content_of(path), "flipped")
+    with pytest.raises(ValueError, match=r"There is no complete one beside it: start again without --ckpt_path"):
+        verify(paths[1])
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_a_missing_file_of_a_folder_is_named(tmp_path: Path, name: str, with_sums: bool) -> None:
+    path = make(write_folder, tmp_path, 2)
+    (path / name).unlink()
+    if not with_sums:
+        sums_of(path).unlink()
+    assert find_fault(path) == f"{name} is missing"
+
+
+def test_a_file_that_the_sums_do_not_list_is_refused(tmp_path: Path) -> None:
+    path = make(write_folder, tmp_path, 2)
+    (path / "__1_0.distcp").write_bytes(b"")
+    assert find_fault(path) == "SHA256SUMS does not list __1_0.distcp"
+    sums_of(path).write_text("broken")
+    assert find_fault(path) == "SHA256SUMS is no list of SHA-256 sums, as sha256sum writes it"
+
+
+def test_one_that_is_not_there(tmp_path: Path) -> None:
+    assert find_fault(tmp_path / "step=00000002.ckpt") == "it is not there"
+
+
+# ---- before a trainer loads ----
+
+
+class Checked(PretrainModule):
+    """As the module of this package, whichever line of it does this."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_before_loading(self.trainer)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("weights_only", [None, False])
+def test_a_trainer_refuses_what_is_damaged_or_runs_code(
+    tiny_base: Path, lora: Any, trainer: Callable[..., Trainer], tmp_path: Path, weights_only: bool | None
+) -> None:
+    module, data = Checked(str(tiny_base), dtype="float32", lora=lora()), FixedBatches([random_batch([9])] * 4)
+    run = trainer()
+    run.fit(module, data)
+    path = tmp_path / "step=00000002.ckpt"
+    run.save_checkpoint(unfinished_path(path))
+    publish(unfinished_path(path), path)
+    run.validate(module, data, ckpt_path=path, weights_only=weights_only)  # twice with one trainer
+    run.validate(module, data, ckpt_path=path, weights_only=weights_only)
+    damage(path, "flipped")
+    with pytest.raises(ValueError, match=r"step=00000002.ckpt cannot be used: .* altered"):
+        trainer(max_steps=4).fit(module, data, ckpt_path=path, weights_only=weights_only)
+    torch.save({"state_dict": {}, "surprise": Surprise(tmp_path / "surprise")}, path)
+    sidecar(path).unlink()
+    with pytest.raises(Exception, match="Weights only load failed"):
+        trainer(max_steps=4).fit(module, data, ckpt_path=path, weights_only=weights_only)
+    assert not (tmp_path / "surprise").exists()
+
+
+class Surprise:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
