@@ -31,7 +31,7 @@ trainer:
   accelerator: cpu
   devices: 1
   num_nodes: 2
-  strategy: FSDP2Strategy
+  strategy: fsdp2
   max_steps: 3
   default_root_dir: {out}
   enable_progress_bar: false

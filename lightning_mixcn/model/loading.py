@@ -3,6 +3,7 @@
 A checkpoint is read and quantised piece by piece, so the host never holds more than the 4-bit model and one piece.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -86,7 +87,8 @@ def load_mixtral(
     if shard is not None:
         shard(complete)
     move_to_device(model, torch.device(device or "cpu"))
-    for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2):
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that a launcher started on this machine
+    for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
         fill(entry, checkpoint)
     if isinstance(complete, MixtralPeftModel):
         reset_lora(complete, seed)

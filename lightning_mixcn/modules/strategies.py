@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -82,6 +82,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             return self.device_mesh["data_parallel"]
         shape = (self.world_size // size, size)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+# For `trainer.strategy: fsdp2`, without a class_path.
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, the 4-bit base sharded over all ranks")
+StrategyRegistry.register("hsdp", FSDP2Strategy, description="FSDP2 inside each node", shard_size="node")
 
 
 def fsdp2_shard(strategy: Strategy | None) -> Shard | None:
