@@ -9,17 +9,31 @@ if __name__ != "lightning_mixcn.callbacks":
 from .adapter_checkpoint import AdapterCheckpoint
 from .data_monitor import DataMonitor
 from .evaluation_report import EvaluationReport
+from .expert_load_monitor import ExpertLoadMonitor
+from .fit_summary import FitSummary
+from .long_context_eval import LongContextEval
 from .prediction_writer import PredictionWriter
+from .preemption_checkpoint import PreemptionCheckpoint
+from .rank_watch import RankWatch
 from .sample_text import SampleText
 from .step_checkpoint import StepCheckpoint
 from .step_progress_bar import StepProgressBar
+from .throughput_logger import ThroughputLogger
+from .trainability_check import TrainabilityCheck
 
 __all__ = [
     "AdapterCheckpoint",
     "DataMonitor",
     "EvaluationReport",
+    "ExpertLoadMonitor",
+    "FitSummary",
+    "LongContextEval",
     "PredictionWriter",
+    "PreemptionCheckpoint",
+    "RankWatch",
     "SampleText",
     "StepCheckpoint",
     "StepProgressBar",
+    "ThroughputLogger",
+    "TrainabilityCheck",
 ]

@@ -2,16 +2,21 @@
 
 import os
 from pathlib import Path
+from typing import Any
+from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_mixcn.modules.checkpoint_files import publish, remove, remove_leftovers, unfinished_path
 
 
 class StepCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, set to keep the newest few and to save the last step of a run, too.
 
-    ``last.ckpt`` is a link to the newest, which is changed in one step, so that ``--ckpt_path last`` works after a kill
-    at any moment.
+    A checkpoint has its name only when it is whole: it is written under another, summed (``sha256sum -c`` checks it),
+    and renamed. Only then is the oldest removed. ``last.ckpt`` is a link to the newest, which is changed in one step,
+    so that ``--ckpt_path last`` works after a kill at any moment.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
@@ -36,6 +41,14 @@ class StepCheckpoint(ModelCheckpoint):
             # A step that is saved again after a kill takes its old name, and `last.ckpt` has no second.
             enable_version_counter=False,
         )
+        self._requested = False
+
+    def request(self) -> None:
+        """Save at the end of the hook that runs, whatever ``every_n_steps`` says; called on all ranks.
+
+        Other callbacks' work of the step is done by then: Lightning calls those that save last.
+        """
+        self._requested = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step that a resumed run starts from as saved.
@@ -45,19 +58,74 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save a step that is a multiple of ``every_n_steps``, or that was requested."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._save_requested(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if it was requested."""
+        super().on_validation_end(trainer, pl_module)
+        self._save_requested(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step where it is not a multiple of ``every_n_steps``."""
-        if trainer.global_step > 0 and not self._should_skip_saving_checkpoint(trainer):
+        if trainer.global_step > 0:
+            self._save(trainer)
+
+    def _save_requested(self, trainer: Trainer) -> None:
+        if self._requested:
+            self._requested = False
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        path = Path(filepath)
+        last = path.with_name(f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        if trainer.is_global_zero:
+            remove_leftovers(path.parent)
+            _point_elsewhere(last, path)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
+        publish(unfinished_path(path), path)
+        # Before ModelCheckpoint removes the oldest, which may be what it points to.
+        self._link_checkpoint(trainer, filepath, str(last))
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if trainer.is_global_zero:
+            remove(Path(filepath))
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         # ModelCheckpoint removes the old link before it makes the new one.
         if trainer.is_global_zero:
-            unfinished = f"{linkpath}.unfinished"
-            Path(unfinished).unlink(missing_ok=True)
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), unfinished)
-            os.replace(unfinished, linkpath)
+            _point(Path(linkpath), Path(filepath))
         trainer.strategy.barrier()
+
+
+def _point(link: Path, target: Path) -> None:
+    """Change a link in one step."""
+    unfinished = unfinished_path(link)
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(os.path.relpath(target, link.parent))
+    unfinished.replace(link)
+
+
+def _point_elsewhere(link: Path, path: Path) -> None:
+    """Have a link point to another checkpoint before a folder is replaced, which takes two steps."""
+    if path.is_dir() and link.is_symlink() and link.resolve() == path.resolve():
+        others = [other for other in sorted(path.parent.glob("step=*.ckpt")) if other.name < path.name]
+        if others:
+            _point(link, others[-1])

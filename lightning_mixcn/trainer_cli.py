@@ -18,9 +18,14 @@ from lightning_mixcn.callbacks import (
     AdapterCheckpoint,
     DataMonitor,
     EvaluationReport,
+    FitSummary,
     PredictionWriter,
+    PreemptionCheckpoint,
+    RankWatch,
     StepCheckpoint,
     StepProgressBar,
+    ThroughputLogger,
+    TrainabilityCheck,
 )
 from lightning_mixcn.callbacks.finished_output import write_text
 from lightning_mixcn.cli import COMMANDS, UsageError
@@ -168,11 +173,13 @@ class MixcnCLI(LightningCLI):
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
-        callbacks: list[Callback] = [DataMonitor()]
+        callbacks: list[Callback] = [DataMonitor(), RankWatch()]
+        if self.subcommand == "fit":
+            callbacks += [PreemptionCheckpoint(), TrainabilityCheck(), FitSummary()]
         if settings.enable_checkpointing is not False:
             callbacks += [StepCheckpoint(), AdapterCheckpoint()]
         if settings.logger is not False and self.subcommand == "fit":
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
+            callbacks += [LearningRateMonitor(logging_interval="step"), ThroughputLogger()]
         if settings.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
         if self.subcommand == "predict":
@@ -244,6 +251,7 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls jsonargparse by old names
     warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")  # PEFT's own default
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # every resumed run
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")  # Lightning's, of torch
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_offer)

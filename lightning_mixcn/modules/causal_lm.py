@@ -19,6 +19,7 @@ from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_check
 from lightning_mixcn.model.mixtral import CausalLMOutput
 
 from .accumulation import Contribution, GradientWindow, clip_gradients, micro_batch_scale, rescale_gradients
+from .checkpoint_files import check_before_loading
 from .dropout_seed import seed_micro_batch
 from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
@@ -140,8 +141,9 @@ class CausalLMModule(SavedStateModule):
     # ---- training ----
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would cast LoRA's masters and the quantisation scales."""
+        """Refuse a precision that would cast LoRA's masters and the quantisation scales; have checkpoints checked."""
         check_precision(self.trainer.precision)
+        check_before_loading(self.trainer)
 
     @property
     def shard(self) -> Shard | None:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
-from lightning_mixcn.callbacks import StepCheckpoint
+from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model import MixtralPeftModel, load_mixtral, local_bytes, shard_model
 from lightning_mixcn.model.adapters import adapter_tensors
@@ -137,7 +137,7 @@ def _train(
         accelerator="cpu", devices=ranks, strategy=strategy(name), max_steps=max_steps, max_epochs=-1, logger=False,
         accumulate_grad_batches=MICRO_BATCHES // ranks, use_distributed_sampler=False, gradient_clip_val=0.1,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=out,
-        enable_checkpointing=bool(saving), callbacks=[losses, *saving],
+        enable_checkpointing=bool(saving), callbacks=[losses, ExpertLoadMonitor(), TrainabilityCheck(), *saving],
     )  # fmt: skip
     data = SharedBatches(batches()) if path is None else text(base, path)
     trainer.fit(model, data, ckpt_path=ckpt_path)
@@ -147,6 +147,7 @@ def _train(
     return {
         "losses": losses.losses,
         "reached": losses.reached,
+        "experts": Path(out, "experts.csv").read_text(encoding="utf-8") if trainer.is_global_zero else None,
         "adapter": tensors,
         "base": _digest(model.model),
         "bytes": local_bytes(model.model),

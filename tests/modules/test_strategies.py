@@ -52,6 +52,12 @@ def test_ranks_train_as_one_does(runs: dict[str, list[dict[str, Any]]], name: st
             assert error <= 1e-4 * torch.linalg.norm(expected), key
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_tokens_of_all_ranks_are_counted(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert runs[name][0]["experts"] == runs["one 1"][0]["experts"]
+    assert runs[name][0]["experts"].count("\n") > 1
+
+
 def test_some_expert_is_unreached_on_some_rank(runs: dict[str, list[dict[str, Any]]]) -> None:
     of_ranks = [rank["reached"] for rank in runs["fsdp2 4"]]
     everywhere = [set.intersection(*layer) for layer in zip(*of_ranks, strict=True)]

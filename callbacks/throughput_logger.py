@@ -1,0 +1,177 @@
+"""How fast training is, of what is possible, and where its time and memory go."""
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_mixcn.metrics.peak_rate import peak_rate
+from lightning_mixcn.metrics.time_left import TimeLeft
+from lightning_mixcn.model.adapters import base_of
+from lightning_mixcn.model.flops import TrainingFlops, attended_pairs, count_training_flops
+
+from .fetch_clock import FetchClock
+from .host import causal_lm
+from .phase_clock import PhaseClock
+
+_PHASES = ("forward", "backward", "optimizer")
+
+
+class ThroughputLogger(Callback):
+    """Logs under ``throughput/`` the speed since its last log, beside the module's own ``tokens_per_second``.
+
+    Validation is left out, callbacks and checkpoints are not. ``tokens_per_second_per_device`` counts tokens without
+    padding. ``teraflops_per_second_per_device`` are the operations that they need, forward and backward, without
+    recomputation; ``fraction_of_peak`` is their share of what the device can do (``peak_teraflops_per_second``: its
+    maker's figure, or where that is not known measured once), ``fraction_of_peak_with_recompute`` counts all that is
+    executed, of which ``recompute_share`` is recomputation. ``seconds_per_step`` consists of ``seconds_data`` (waiting
+    for batches), ``seconds_forward``, ``seconds_backward``, ``seconds_optimizer`` (the update, with the reductions
+    before it) and ``seconds_other`` (callbacks, copies, logging), each a mean over steps and ranks. On CUDA the three
+    in the middle are the device's time, read from events when this logs and not before; a batch may be waited for
+    while the device still works, so their sum can be larger, and ``seconds_other`` is then 0. Memory is that of the
+    fullest rank in GiB: ``host_resident_gib``, and on CUDA ``allocated_gib``, ``reserved_gib`` and
+    ``peak_allocated_gib``. ``seconds_left`` of the run is an estimate from all of it so far.
+
+    Args:
+        every_n_steps: Optimizer steps between logs, over which each figure is a mean.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between logs")
+        self.every_n_steps = every_n_steps
+        self._flops: TrainingFlops | None = None
+        self._work: Tensor | None = None  # of this rank since the last log: tokens and attended pairs
+        self._fetching: FetchClock | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another kind of module, and begin to listen where the trainer tells of its waiting."""
+        causal_lm(self, pl_module)
+        if stage == "fit":
+            host: Any = trainer  # its attributes that Lightning sets outside of the class have no types
+            self._fetching = host.profiler = FetchClock(host.profiler, perf_counter)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the model's operations and know the device's peak before the first window opens."""
+        module = causal_lm(self, pl_module)
+        assert module.model is not None
+        self._flops = count_training_flops(module.model, module.activation_checkpointing)
+        self._sliding_window = base_of(module.model).config.sliding_window
+        self._peak = peak_rate(module.device, getattr(torch, module.dtype_name)).flops_per_second
+        self._phases = PhaseClock(module.device, perf_counter)
+        self._time_left = TimeLeft(trainer.global_step, perf_counter)
+        self._work, self._logged_at, self._window_start = None, trainer.global_step, perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows is not training time."""
+        self._validation_start = perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the window."""
+        if self._flops is not None:  # not the check before training
+            self._window_start += perf_counter() - self._validation_start
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A forward pass begins."""
+        self._phases.mark("forward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """It has ended."""
+        self._phases.mark("backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All that follows in a micro-batch is the update, if there is one."""
+        self._phases.mark("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int
+    ) -> None:
+        """Count the micro-batch on the device, and log where a step ended that is a multiple of ``every_n_steps``."""
+        self._phases.mark("other")
+        documents_BS = batch["document_ids"]
+        pairs = attended_pairs(batch["position_ids"], documents_BS, self._sliding_window)
+        work = torch.stack([(documents_BS >= 0).sum(), pairs])
+        self._work = work if self._work is None else self._work + work
+        step = trainer.global_step
+        # Micro-batches of the next step still see this step's number.
+        if step % self.every_n_steps == 0 and step != self._logged_at:
+            self._log(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take this callback's clock out of the trainer's profilers, wherever among them it stands."""
+        host: Any = trainer
+        if self._fetching is not None:
+            while isinstance(host.profiler, FetchClock) and host.profiler is not self._fetching:
+                host = host.profiler
+            if host.profiler is self._fetching:
+                host.profiler = self._fetching.profiler
+        self._fetching = self._flops = self._work = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the clock out."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the window on all ranks, open the next one, and write to the loggers."""
+        steps, self._logged_at = trainer.global_step - self._logged_at, trainer.global_step
+        seconds = self._seconds()
+        assert self._work is not None
+        own = torch.cat([self._work.double().cpu(), torch.tensor([*seconds.values()], dtype=torch.float64)])
+        self._work = None
+        root = trainer.strategy.root_device
+        tokens, pairs, *summed = trainer.strategy.reduce(own.to(root), reduce_op="sum").tolist()
+        memory = _memory(root)
+        fullest = trainer.strategy.reduce(torch.tensor([*memory.values()], device=root), reduce_op="max").tolist()
+        # Under tensor parallelism several ranks work on the same tokens.
+        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+        repeated = trainer.world_size // replicas * trainer.world_size
+        mean = {name: value / trainer.world_size for name, value in zip(seconds, summed, strict=True)}
+        values = self._speed(tokens / repeated, pairs / repeated, mean["per_step"])
+        values |= {f"seconds_{name}": value / steps for name, value in mean.items()}
+        values |= dict(zip(memory, fullest, strict=True))
+        left = self._time_left.seconds(trainer.global_step, trainer.max_steps)
+        if left is not None:
+            values["seconds_left"] = left
+        for logger in trainer.loggers:
+            # Lightning numbers steps from 0 in its logs.
+            logger.log_metrics(
+                {f"throughput/{name}": value for name, value in values.items()}, step=trainer.global_step - 1
+            )
+
+    def _seconds(self) -> dict[str, float]:
+        """This rank's seconds since the last log: all of them as ``per_step``, and its parts."""
+        assert self._fetching is not None
+        phases = self._phases.take()
+        now = perf_counter()
+        elapsed, self._window_start = now - self._window_start, now
+        parts = {"data": self._fetching.take()} | {name: phases.get(name, 0.0) for name in _PHASES}
+        return {"per_step": elapsed} | parts | {"other": max(0.0, elapsed - sum(parts.values()))}
+
+    def _speed(self, tokens: float, pairs: float, seconds: float) -> dict[str, float]:
+        """Rates of one device from what it did in ``seconds``."""
+        assert self._flops is not None
+        flops = self._flops.of(round(tokens), round(pairs))
+        return {
+            "tokens_per_second_per_device": tokens / seconds,
+            "teraflops_per_second_per_device": flops.useful / seconds / 1e12,
+            "fraction_of_peak": flops.useful / seconds / self._peak,
+            "fraction_of_peak_with_recompute": flops.total / seconds / self._peak,
+            "recompute_share": flops.recompute / max(1, flops.total),
+            "peak_teraflops_per_second": self._peak / 1e12,
+        }
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """GiB in use by this process; ``peak`` is since its start."""
+    gib = {"host_resident_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        gib |= {
+            "allocated_gib": torch.cuda.memory_allocated(device) / 2**30,
+            "reserved_gib": torch.cuda.memory_reserved(device) / 2**30,
+            "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        }
+    return gib
