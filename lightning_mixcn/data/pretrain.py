@@ -18,6 +18,7 @@ from lightning_mixcn.text import (
     PACKINGS,
     BadRecordPolicy,
     DocumentOrigin,
+    DocumentSet,
     Source,
     StreamPlan,
     TextTokenizer,
@@ -181,6 +182,10 @@ class PretrainDataModule(LightningDataModule):
             The name of source 0, 1 and so on.
         """
         return self._documents.names(stage)
+
+    def evaluation_documents(self, stage: str) -> list[DocumentSet]:
+        """Get the documents of the set `val`, `test` or `predict`, one part a source; none if there is no such set."""
+        return self._documents.read(stage, required=False)
 
     def document_source(self, index: int, stage: str = "predict") -> DocumentOrigin:
         """Tell where a document of an evaluation set was read.

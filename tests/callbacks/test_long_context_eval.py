@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from lightning_mixcn.callbacks import LongContextEval
 from lightning_mixcn.cli import main
+from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model.prefill import ChunkedPrefill
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.modules.step_clock import StepClock
@@ -247,3 +248,9 @@ def test_by_its_short_name_in_a_configuration(tmp_path: Path, tiny_base: Path, m
     assert [entry["step"] for entry in evaluations(Path("runs/tiny"))] == [0, 2]
     seen = events(Path("runs/tiny/tensorboard"))
     assert [event.step for event in seen.Scalars("long_context/long/bits_per_byte/64")] == [0, 2]
+
+
+def test_the_data_module_of_this_package_has_documents(sources: list[Source], tiny_base: Path) -> None:
+    held_out = PretrainDataModule(sources[1:], val_sources=sources[:1], tokenizer=str(tiny_base))
+    held_out.setup("validate")
+    assert [(part.name, len(part)) for part in held_out.evaluation_documents("val")] == [("zh", 2)]
