@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -71,10 +72,10 @@ def nonzero_groups(tensor: Tensor, groups: int) -> Tensor:
     """
     held, first = local_rows(tensor)
     if held.dim() == 1:
-        return (held != 0).any().long().expand(groups)
-    largest = torch.linalg.vector_norm(held, ord=float("inf"), dim=1)
-    group = torch.arange(first, first + len(held), device=held.device) // (len(tensor) // groups)
-    return torch.zeros(groups, dtype=torch.int64, device=held.device).index_add_(0, group, (largest != 0).long()).sign()
+        return held.any().long().expand(groups)
+    rows = len(tensor) // groups
+    bounds = [min(max(group * rows - first, 0), len(held)) for group in range(groups + 1)]
+    return torch.stack([held[start:stop].any() for start, stop in pairwise(bounds)]).long()
 
 
 class GradientArrivals:

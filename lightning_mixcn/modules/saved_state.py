@@ -54,7 +54,8 @@ class SavedStateModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the base before anything is loaded. Raises: ValueError if it is another one."""
         check_same_base(checkpoint.get(BASE_KEY), self._base_identity)
-        rescale_batch_counts(checkpoint, self.trainer.accumulate_grad_batches)
+        if self._trainer is not None:
+            rescale_batch_counts(checkpoint, self.trainer.accumulate_grad_batches)
         self.steps_trained = int(checkpoint["global_step"])
 
     @cached_property

@@ -55,14 +55,18 @@ def test_it_goes_on_from_a_complete_checkpoint(
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     checkpoints, steps = killed / "checkpoints", 10 * kills
     reached = killed_in_writing = 0
-    for _ in range(kills):
+    for number in range(kills):
         forked_fits.start(tmp_path, arguments(fit_config, killed, ranks, steps), ranks)
         target = reached + draw.randint(1, 3)
-        while newest_step(checkpoints) < target:
-            assert forked_fits.running(), forked_fits.log.read_text()[-4000:]
-            time.sleep(0.002)
-        # Every step writes a checkpoint, and takes about as long as this may.
-        time.sleep(draw.random() * 0.05)
+        wait_for_step(forked_fits, checkpoints, target)
+        before = time.monotonic()
+        wait_for_step(forked_fits, checkpoints, target + 1)
+        if number % 2:
+            time.sleep(draw.random() * (time.monotonic() - before))  # anywhere in a step and its checkpoint
+        else:
+            while forked_fits.running() and not any(checkpoints.glob(".*")):
+                time.sleep(0.0005)
+            time.sleep(draw.random() * 0.004)  # in writing, or just behind
         assert forked_fits.running()
         forked_fits.kill()
         forked_fits.wait()
@@ -75,6 +79,12 @@ def test_it_goes_on_from_a_complete_checkpoint(
     forked_fits.start(tmp_path, arguments(fit_config, whole, ranks, steps), ranks)
     assert forked_fits.wait() == [0] * ranks, forked_fits.log.read_text()[-4000:]
     assert_same(final_state(killed, steps), final_state(whole, steps))
+
+
+def wait_for_step(forked_fits: Any, checkpoints: Path, step: int) -> None:
+    while newest_step(checkpoints) < step:
+        assert forked_fits.running(), forked_fits.log.read_text()[-4000:]
+        time.sleep(0.002)
 
 
 def newest_step(checkpoints: Path) -> int:

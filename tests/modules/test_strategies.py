@@ -23,7 +23,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"wide": str(wide), "stories": str(STORIES)}
 
 
-@pytest.fixture(scope="module", params=["wide", "stories"])
+@pytest.fixture(scope="module", params=["wide", pytest.param("stories", marks=pytest.mark.slow)])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What every rank gave, by strategy and number of ranks."""
     if request.param == "stories" and not STORIES.is_dir():
