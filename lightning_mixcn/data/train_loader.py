@@ -28,6 +28,8 @@ Behind = tuple[dict[int, StreamState], bool]
 Message = tuple[RowTable, list[Behind]]
 # Several batches at once cost less; a message is of few at first, for training to begin soon.
 _DOUBLINGS = 3  # to 8 batches a message
+# Messages a worker may be ahead: texts differ in length, and with two a worker often waited for another one's.
+_PREFETCHED = 8
 # Python 3.14 would import everything anew in each worker, which takes ten seconds.
 _FASTEST_START = "fork" if sys.platform == "linux" else None
 
@@ -155,7 +157,7 @@ class TrainLoader:
             batch_size=None,
             collate_fn=_identity,
             num_workers=self._num_workers,
-            prefetch_factor=2 if self._num_workers else None,
+            prefetch_factor=_PREFETCHED if self._num_workers else None,
             multiprocessing_context=(self._start_method or _FASTEST_START) if self._num_workers else None,
         )
         with _one_thread_in_workers():
