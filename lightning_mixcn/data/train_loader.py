@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,6 +157,7 @@ class TrainLoader:
             _Messages(self._plan, schedule),
             batch_size=None,
             collate_fn=_identity,
+            worker_init_fn=_leave_signals_to_the_run,
             num_workers=self._num_workers,
             prefetch_factor=_PREFETCHED if self._num_workers else None,
             multiprocessing_context=(self._start_method or _FASTEST_START) if self._num_workers else None,
@@ -208,6 +210,12 @@ def _row_at(stream: RowStream, position: int) -> Row:
 
 def _identity(message: Any) -> Any:
     return message
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """SLURM signals every process of a job: workers have to live until the run has ended its step and saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

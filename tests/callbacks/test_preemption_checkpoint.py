@@ -1,13 +1,13 @@
 """Signals end a run at the end of a step, with a checkpoint that goes on as if nothing had been."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -108,9 +108,12 @@ def test_without_step_checkpoint_it_says_so(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_mixcn_fit_exits_with_0_and_goes_on(ranks: int, forked_fits: Any, fit_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (1, 2)])
+def test_mixcn_fit_exits_with_0_and_goes_on(
+    ranks: int, workers: int, forked_fits: Any, fit_config: Path, tmp_path: Path
+) -> None:
     content = json.loads(fit_config.read_text())
+    content["data"]["init_args"]["num_workers"] = workers
     content["trainer"] |= {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "max_steps": 60}
     config = tmp_path / "fit.yaml"
     config.write_text(json.dumps(content))
@@ -124,7 +127,9 @@ def test_mixcn_fit_exits_with_0_and_goes_on(ranks: int, forked_fits: Any, fit_co
     for number in (signal.SIGTERM, signal.SIGUSR1):
         forked_fits.wait_for(checkpoints, "step=*.ckpt")
         time.sleep(0.1)
-        os.kill(forked_fits.processes()[-1], number)  # one rank, not the one that writes
+        signalled = psutil.Process(forked_fits.processes()[-1])  # one rank, not the one that writes
+        for process in [*signalled.children(recursive=True), signalled]:  # SLURM's way
+            process.send_signal(number)
         log = forked_fits.log
         assert forked_fits.wait() == [0] * ranks, log.read_text()[-4000:]
         assert f"{number.name}: stopped after optimizer step" in log.read_text()
