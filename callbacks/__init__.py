@@ -15,6 +15,7 @@ from .long_context_eval import LongContextEval
 from .prediction_writer import PredictionWriter
 from .preemption_checkpoint import PreemptionCheckpoint
 from .rank_watch import RankWatch
+from .sample_answers import SampleAnswers
 from .sample_text import SampleText
 from .step_checkpoint import StepCheckpoint
 from .step_progress_bar import StepProgressBar
@@ -31,6 +32,7 @@ __all__ = [
     "PredictionWriter",
     "PreemptionCheckpoint",
     "RankWatch",
+    "SampleAnswers",
     "SampleText",
     "StepCheckpoint",
     "StepProgressBar",

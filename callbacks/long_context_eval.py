@@ -70,7 +70,7 @@ class LongContextEval(Callback):
         retrieval_prompts: int = 4,
         seed: int = 0,
     ) -> None:
-        self.sources = None if sources is None else parse_sources(sources)
+        self.sources = None if sources is None else parse_sources(sources, "sources", Source)
         self.lengths = _ascending("lengths", lengths or list(_LENGTHS))
         self.retrieval_lengths = _ascending("retrieval_lengths", retrieval_lengths or self.lengths)
         self.retrieval, self.retrieval_depths = retrieval or [], retrieval_depths or list(_DEPTHS)

@@ -7,14 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_mixcn.data import PretrainDataModule
+    from lightning_mixcn.data import InstructDataModule, PretrainDataModule
     from lightning_mixcn.model import build_mixtral, load_mixtral
-    from lightning_mixcn.modules import CausalLMModule, PretrainModule
+    from lightning_mixcn.modules import CausalLMModule, InstructModule, PretrainModule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CausalLMModule",
+    "InstructDataModule",
+    "InstructModule",
     "PretrainDataModule",
     "PretrainModule",
     "__version__",
@@ -24,6 +26,8 @@ __all__ = [
 
 _HOME = {
     "CausalLMModule": "lightning_mixcn.modules",
+    "InstructDataModule": "lightning_mixcn.data",
+    "InstructModule": "lightning_mixcn.modules",
     "PretrainDataModule": "lightning_mixcn.data",
     "PretrainModule": "lightning_mixcn.modules",
     "build_mixtral": "lightning_mixcn.model",

@@ -16,6 +16,8 @@ COMMANDS = {
     "predict": "nats, bytes and tokens of every document, into predictions.jsonl",
     "upcycle": "make a Mixtral of a dense Llama or Mistral model",
     "quantize": "write a 4-bit model folder, which loads without quantising again",
+    "export": "write a merged model or an adapter for transformers, PEFT, vLLM and llama.cpp",
+    "chat": "talk to a model in the terminal, or pipe questions into it",
 }
 _COMPLETION = "--print_completion"
 _TRACEBACK = "MIXCN_TRACEBACK"
@@ -64,7 +66,7 @@ def _run(arguments: list[str]) -> None:
     sys.path.append(os.getcwd())
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if arguments[0] in ("upcycle", "quantize"):
+    if arguments[0] in ("upcycle", "quantize", "export", "chat"):
         from lightning_mixcn.function_cli import run_function
 
         run_function(arguments[0], arguments[1:])

@@ -11,6 +11,8 @@ from lightning_mixcn.cli import UsageError
 FUNCTIONS = {
     "upcycle": "lightning_mixcn.model.upcycle",
     "quantize": "lightning_mixcn.model.quantize",
+    "export": "lightning_mixcn.model.export",
+    "chat": "lightning_mixcn.chat",
 }
 
 
@@ -31,7 +33,7 @@ def run_function(command: str, arguments: list[str]) -> None:
     """Parse the arguments of a subcommand and run it.
 
     Args:
-        command: ``upcycle`` or ``quantize``.
+        command: A name in the table of this file.
         arguments: Those behind the subcommand.
 
     Raises:

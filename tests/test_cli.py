@@ -30,8 +30,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
-        "mixcn: error: unknown subcommand 'train'. Expected one of fit, validate, test, predict, upcycle, quantize; "
-        "see mixcn --help\n"
+        "mixcn: error: unknown subcommand 'train'. Expected one of fit, validate, test, predict, upcycle, quantize, "
+        "export, chat; see mixcn --help\n"
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from lightning_mixcn.text import (
+    AnySource,
     BadRecordPolicy,
     Corpus,
     DocumentSet,
-    Source,
+    SourceKind,
     TrainingDocuments,
     all_documents,
     parse_sources,
@@ -26,6 +28,7 @@ class DocumentSets:
     their own are given.
 
     Args:
+        kind: `Source` or `ConversationSource`.
         sources: Training sources.
         held_out: Sources of the stages `val` and `test`, and the share held out of `sources` where they are empty.
         predict_sources: Sources of the stage `predict`.
@@ -37,15 +40,20 @@ class DocumentSets:
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        held_out: dict[str, tuple[Sequence[Source], float]],
-        predict_sources: Sequence[Source],
+        kind: type[SourceKind],
+        sources: Sequence[SourceKind],
+        held_out: dict[str, tuple[Sequence[SourceKind], float]],
+        predict_sources: Sequence[SourceKind],
         on_bad_record: BadRecordPolicy = "error",
     ) -> None:
         """Check the arguments; nothing is read yet."""
+        if on_bad_record not in get_args(BadRecordPolicy):
+            raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected error or skip")
         given = {"sources": sources, "predict_sources": predict_sources}
         given |= {f"{stage}_sources": stage_sources for stage, (stage_sources, _) in held_out.items()}
-        self._sources = {argument: parse_sources(entries, argument) for argument, entries in given.items()}
+        self._sources: dict[str, tuple[AnySource, ...]] = {
+            argument: parse_sources(entries, argument, kind) for argument, entries in given.items()
+        }
         shares = {f"{stage}_fraction": share for stage, (_, share) in held_out.items()}
         if min(shares.values()) < 0 or sum(shares.values()) >= 1:
             got = " and ".join(f"`{name}={share}`" for name, share in shares.items())

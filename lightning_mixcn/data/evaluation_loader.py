@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.text import (
+    DocumentEncoder,
     DocumentOrigin,
     DocumentSet,
     ScoredRow,
-    TextTokenizer,
     collate_evaluation_rows,
     evaluation_rows,
 )
@@ -23,22 +23,22 @@ class EvaluationSet:
 
     Args:
         documents: The documents of each source.
-        tokenizer: The tokenizer.
+        encoder: What makes tokens of them.
         sequence_length: Tokens of a row.
         max_rows: Rows kept of each source; None keeps all. The last document of a capped source may be cut.
     """
 
     def __init__(
-        self, documents: Sequence[DocumentSet], tokenizer: TextTokenizer, sequence_length: int, max_rows: int | None
+        self, documents: Sequence[DocumentSet], encoder: DocumentEncoder, sequence_length: int, max_rows: int | None
     ) -> None:
         """Tokenize the documents."""
         self.sequence_length = sequence_length
-        self.padding_id = tokenizer.eos_id
+        self.padding_id = encoder.padding_id
         self._documents = documents
         self._firsts = [0, *itertools.accumulate(len(part) for part in documents)]
         self.rows: list[ScoredRow] = []
         for source, part in enumerate(documents):
-            rows = evaluation_rows(part, tokenizer, sequence_length, source=source, first_document=self._firsts[source])
+            rows = evaluation_rows(part, encoder, sequence_length, source=source, first_document=self._firsts[source])
             self.rows += itertools.islice(rows, max_rows)
 
     def __len__(self) -> int:

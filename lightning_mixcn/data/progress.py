@@ -114,7 +114,7 @@ def order_of(plan: StreamPlan) -> Order:
         "sequence_length": plan.sequence_length,
         "num_streams": plan.num_streams,
         "seed": plan.seed,
-        "tokenizer": plan.tokenizer.fingerprint,
+        **plan.encoder.fingerprint,
         "sources": ", ".join(documents.name for documents in plan.documents),
     }
     for documents in plan.documents:

@@ -198,7 +198,7 @@ class _Messages(IterableDataset[Message]):
                     rows.append((place, _row_at(streams[index], row // num_streams)))
                     states[index] = streams[index].state()
             behind.append((states, ended))
-        return RowTable.of(rows, self._plan.sequence_length, self._plan.tokenizer.eos_id), behind
+        return RowTable.of(rows, self._plan.sequence_length, self._plan.encoder.padding_id), behind
 
 
 def _row_at(stream: RowStream, position: int) -> Row:

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .adapters import EMBEDDINGS, base_of, disk_names, lora_layers
+from .adapter_file import EMBEDDINGS
+from .adapters import base_of, disk_names, lora_layers
 from .experts import Experts
 from .local_rows import local_rows
 

@@ -6,7 +6,6 @@ is what stock PEFT, vLLM and llama.cpp read.
 """
 
 import copy
-import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,11 +14,13 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .adapter_file import EMBEDDINGS, PREFIX, WEIGHTS_NAME, AdapterFile, StoredFactors
+from .adapter_layouts import normalise, per_expert
 from .frozen_linear import FrozenLinear
+from .identity import write_identity
 from .layout import EXPERT_NAMES
 from .local_rows import copy_rows, gathered, plain_name
 from .lora import LoraFrozenLinear
@@ -33,17 +34,22 @@ _UNSUPPORTED = (
     "use_dora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices",
     "fan_in_fan_out", "megatron_config",
 )  # fmt: skip
-WEIGHTS_NAME = "adapter_model.safetensors"
-EMBEDDINGS = ("model.embed_tokens", "lm_head")
-_PREFIX = "base_model.model."
 
 
 class MixtralPeftModel(PeftModelForCausalLM):
-    """A `peft.PeftModel` whose adapters on disk are in the per-expert layout."""
+    """A `peft.PeftModel` whose adapters on disk are in the per-expert layout.
+
+    Attributes:
+        base_identity: Path and content hash of the base that was loaded, see `identity.base_identity`; ``None`` for
+            random weights.
+    """
+
+    base_identity: dict[str, str] | None = None
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]  # kwargs
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32), loadable by stock PEFT.
 
+        ``base_identity.json`` beside them says which base they belong to.
         Factors are padded with zeros to the largest rank, and any scaling other than α/r is folded into B.
 
         Args:
@@ -58,6 +64,8 @@ class MixtralPeftModel(PeftModelForCausalLM):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
+        if self.base_identity is not None:
+            write_identity(folder, self.base_identity)
 
 
 def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel:
@@ -83,6 +91,7 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
     config.rank_pattern = {_in_memory(key): value for key, value in (config.rank_pattern or {}).items()}
     config.alpha_pattern = {_in_memory(key): value for key, value in (config.alpha_pattern or {}).items()}
     config.task_type = "CAUSAL_LM"
+    config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
     config._register_custom_module({FrozenLinear: LoraFrozenLinear})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
@@ -145,7 +154,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
     """Every LoRA layer with the name of the module that it adapts, e.g. ``model.layers.0.mlp.experts.up_proj``."""
     for name, module in model.named_modules():
         if isinstance(module, LoraFrozenLinear):
-            yield plain_name(name).removeprefix(_PREFIX), module
+            yield plain_name(name).removeprefix(PREFIX), module
 
 
 def _verify_adapted(model: MixtralPeftModel, paper_names: set[str], config: LoraConfig) -> None:
@@ -170,25 +179,16 @@ def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraCon
     Returns:
         float32 tensors on the CPU under PEFT's names, and the configuration that goes with them.
     """
-    name, layers, lora = model.active_adapter, dict(lora_layers(model)), _lora_config(model)
-    rank = max(layer.r[name] for layer in layers.values())
-    scalings = {layer.scaling[name] for layer in layers.values()}
-    scaling = scalings.pop() if len(scalings) == 1 and not lora.use_rslora else 1.0
-    tensors: dict[str, Tensor] = {}
-    for module_name, layer in layers.items():
-        extra = rank - layer.r[name]
-        a, b = (master.cpu() for master in layer.gathered_masters(name))
-        a = nn.functional.pad(a, (0, 0, 0, extra))
-        b = nn.functional.pad(b, (0, extra)) * (layer.scaling[name] / scaling)
-        for group, disk_name in enumerate(disk_names(module_name, layer.groups)):
-            tensors[f"{_PREFIX}{disk_name}.lora_A.weight"] = a[group].contiguous()
-            tensors[f"{_PREFIX}{disk_name}.lora_B.weight"] = b[group].contiguous()
-    _add_missing_projections(tensors, layers, rank)
-    saved = [key for key in EMBEDDINGS if _weight(model, key).requires_grad]
-    for key in saved:
-        tensors[f"{_PREFIX}{key}.weight"] = gathered(_weight(model, key)).cpu().clone()
-    config = _disk_config(model, tensors, rank, scaling, [key.removeprefix("model.") for key in saved])
-    return tensors, config
+    active, config = model.active_adapter, base_of(model).config
+    factors: dict[str, StoredFactors] = {}
+    for module_name, layer in lora_layers(model):
+        a, b = (master.cpu() for master in layer.gathered_masters(active))
+        for group, name in enumerate(disk_names(module_name, layer.groups)):
+            factors[name] = StoredFactors(a[group], b[group], layer.scaling[active])
+    trained = [name for name in EMBEDDINGS if _weight(model, name).requires_grad]
+    saved = {name: gathered(_weight(model, name)).cpu().clone() for name in trained}
+    base = _lora_config(model).base_model_name_or_path
+    return per_expert(normalise(factors, saved, config), base, config.num_hidden_layers)
 
 
 def disk_names(module_name: str, groups: int) -> list[str]:
@@ -201,85 +201,48 @@ def disk_names(module_name: str, groups: int) -> list[str]:
     return [f"{layer}.block_sparse_moe.experts.{expert}.{EXPERT_NAMES[leaf]}" for expert in range(groups)]
 
 
-def _add_missing_projections(tensors: dict[str, Tensor], layers: dict[str, LoraFrozenLinear], rank: int) -> None:
-    """Where only some of w1, w2, w3 are adapted, write the others with B = 0: stock PEFT needs all three."""
-    for module_name, layer in layers.items():
-        parent, found, leaf = module_name.partition(".mlp.experts.")
-        if not found:
-            continue
-        hidden, intermediate = int(layer.in_features or 0), int(layer.out_features or 0)
-        if leaf == "down_proj":
-            hidden, intermediate = intermediate, hidden
-        for other in EXPERT_NAMES:
-            in_features, out_features = (intermediate, hidden) if other == "down_proj" else (hidden, intermediate)
-            for disk_name in disk_names(f"{parent}.mlp.experts.{other}", layer.groups):
-                key = f"{_PREFIX}{disk_name}.lora_{{}}.weight"
-                tensors.setdefault(key.format("A"), torch.zeros(rank, in_features))
-                tensors.setdefault(key.format("B"), torch.zeros(out_features, rank))
-
-
-def _disk_config(
-    model: MixtralPeftModel, tensors: dict[str, Tensor], rank: int, scaling: float, saved: list[str]
-) -> LoraConfig:
-    config, alpha = _lora_config(model), scaling * rank
-    names = {key.removeprefix(_PREFIX).split(".lora_")[0].rpartition(".")[2] for key in tensors if ".lora_" in key}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=round(alpha) if math.isclose(alpha, round(alpha)) else alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float serves
-        lora_dropout=config.lora_dropout,
-        target_modules=sorted(names),
-        layers_to_transform=config.layers_to_transform,
-        modules_to_save=saved or None,
-        base_model_name_or_path=config.base_model_name_or_path,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-
-
 def load_adapter(model: MixtralPeftModel, path: str | Path) -> None:
     """Fill the active adapter from a folder in the per-expert layout (ours, or a published Mixtral adapter).
+
+    Args:
+        model: Its adapters have memory; each rank fills its share.
+        path: Folder, or hub id. Its scaling is kept: where it differs from `model`'s, B takes the difference.
 
     Raises:
         FileNotFoundError: no such adapter.
         ValueError: an expert without adapter, another rank, or factors for what is not adapted here.
     """
-    file = Path(path) / WEIGHTS_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"`adapter={str(path)!r}` holds no {WEIGHTS_NAME}. Give a PEFT adapter folder")
-    stored = LoraConfig.from_pretrained(str(path))
-    stored_scaling = stored.lora_alpha / (math.sqrt(stored.r) if stored.use_rslora else stored.r)
-    with safe_open(file, framework="pt") as reader, torch.no_grad():
-        keys = set(reader.keys())
+    adapter, active = AdapterFile(path), model.active_adapter
+    left = set(adapter.names)
+    with torch.no_grad():
         for module_name, layer in lora_layers(model):
-            names = disk_names(module_name, layer.groups)
-            for factor, weight in zip("AB", layer.weights(model.active_adapter), strict=True):
-                wanted = [f"{_PREFIX}{name}.lora_{factor}.weight" for name in names]
-                if missing := [key for key in wanted if key not in keys]:
-                    raise ValueError(f"`adapter={str(path)!r}` has no {missing[0]}, but `lora` adapts it here")
-                keys -= set(wanted)
-                values, shape = [reader.get_tensor(key) for key in wanted], (len(weight) // len(names), weight.shape[1])
-                if values[0].shape != shape:
+            names, rank = disk_names(module_name, layer.groups), layer.r[active]
+            for name in names:
+                if name not in adapter:
+                    raise ValueError(f"`adapter={str(path)!r}` has no {name}.lora_A, but `lora` adapts it here")
+                if adapter.rank(name) != rank:
                     raise ValueError(
-                        f"`adapter={str(path)!r}`: {wanted[0]} is {tuple(values[0].shape)}, expected {shape}. "
-                        f"Set `lora.r={stored.r}`, as the adapter was trained"
+                        f"`adapter={str(path)!r}`: {name} has the rank {adapter.rank(name)}, expected {rank}. "
+                        f"Set `lora.r={adapter.rank(name)}`, as the adapter was trained"
                     )
-                scale = stored_scaling / layer.scaling[model.active_adapter] if factor == "B" else 1.0
-                copy_rows(weight, torch.cat(values) * scale)
-        _load_rest(model, reader, keys, path)
+            left.difference_update(names)
+            stored = [adapter.factors(name) for name in names]
+            a, b = layer.weights(active)
+            _fill(a, [factors.a for factors in stored], path, names)
+            _fill(b, [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored], path, names)
+    for name in adapter.saved:
+        _fill(_weight(model, name), [adapter.read_saved(name)], path, [name])
+    for name in sorted(left):
+        if adapter.factors(name).b.any():  # a B of zeros adds nothing
+            raise ValueError(f"`adapter={str(path)!r}` trains {name}, which `lora.target_modules` leaves out here")
 
 
-def _load_rest(model: MixtralPeftModel, reader: Any, keys: set[str], path: str | Path) -> None:
-    for key in sorted(keys):
-        values = reader.get_tensor(key)
-        module_name = key.removeprefix(_PREFIX).removesuffix(".weight")
-        if module_name in EMBEDDINGS:
-            weight = _weight(model, module_name)
-            if values.shape != weight.shape:
-                raise ValueError(
-                    f"`adapter={str(path)!r}`: {key} is {tuple(values.shape)}, the base has {tuple(weight.shape)}"
-                )
-            copy_rows(weight, values)
-        elif key.endswith("lora_B.weight") and values.any():  # a B of zeros adds nothing
-            raise ValueError(
-                f"`adapter={str(path)!r}` trains {module_name}, which `lora.target_modules` leaves out here"
-            )
+def _fill(parameter: Tensor, groups: list[Tensor], path: str | Path, names: list[str]) -> None:
+    """Fill a parameter with those of its groups, one below the other."""
+    values = torch.cat(groups)
+    if values.shape != parameter.shape:
+        raise ValueError(
+            f"`adapter={str(path)!r}`: {names[0]} has the shape {list(values.shape)}, the base has "
+            f"{list(parameter.shape)}. Give the base that the adapter was trained on"
+        )
+    copy_rows(parameter, values)

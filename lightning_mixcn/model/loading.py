@@ -91,6 +91,7 @@ def load_mixtral(
     for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
         fill(entry, checkpoint)
     if isinstance(complete, MixtralPeftModel):
+        complete.base_identity = {"path": str(path), "sha256": checkpoint.identity()} if is_first else None
         reset_lora(complete, seed)
         if adapter is not None:
             load_adapter(complete, adapter)
@@ -235,12 +236,3 @@ def _train_embeddings(model: MixtralForCausalLM) -> None:
     embedding, head = model.model.embed_tokens, model.lm_head
     embedding.weight = nn.Parameter(embedding.weight.detach().float())
     head.weight = embedding.weight if model.config.tie_word_embeddings else nn.Parameter(head.weight.detach().float())
-
-
-def base_identity(path: str | Path) -> dict[str, str]:
-    """What identifies a base in a run's checkpoint: its path as given and a hash of its content.
-
-    The hash covers the configuration, every tensor's name, shape and type, and a sample of the content, so it takes
-    seconds for any size.
-    """
-    return {"path": str(path), "sha256": Checkpoint(path).identity()}

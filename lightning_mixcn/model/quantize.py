@@ -4,22 +4,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
 from .checkpoint import Checkpoint
+from .identity import write_identity
 from .layout import Entry, entries
 from .loading import QUANTIZATION_METHOD, check_entry, is_quantised, mixtral_config, pieces, torch_dtype
 from .mixtral import meta_model
-from .nf4 import BLOCK, SUPERBLOCK
+from .nf4 import BLOCK, SUPERBLOCK, NF4Tensors, dequantize
 from .shard_writer import ShardWriter
+from .tokenizer_files import GENERATION_FILE, tokenizer_files
 from .weights import NF4Weight
-
-_COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 
 
 def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     """Write SRC in 4 bits (NF4, double quantised) to the folder OUT: about 0.52 bytes a weight, experts included.
 
-    Weight by weight: the host holds one shard of at most 2 GB and one weight, whatever the model's size.
+    Weight by weight: the host holds one shard of at most 2 GB and one weight, whatever the model's size. What
+    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit.
 
     Args:
         src: Mixtral folder (safetensors) or hub id.
@@ -28,29 +29,53 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     """
     checkpoint = Checkpoint(src)
     config = mixtral_config(checkpoint)
-    if is_quantised(checkpoint):
+    source = BitsAndBytesSource(checkpoint) if is_bitsandbytes(checkpoint) else None
+    if source is None and is_quantised(checkpoint):
         raise ValueError(f"`src={src!r}` is in 4 bits already. Use it as it is")
     model = meta_model(config, "nf4", torch_dtype(dtype))
     todo = list(entries(model, checkpoint, config))
     for entry in todo:
-        check_entry(entry, checkpoint)
+        _check(entry, checkpoint, source)
     method = {"quant_method": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
     settings = checkpoint.config | {"quantization_config": method, "dtype": dtype}
     with ShardWriter(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):
-            for name, tensor in _tensors(entry, checkpoint, torch_dtype(dtype)).items():
+            for name, tensor in _tensors(entry, checkpoint, source, torch_dtype(dtype)).items():
                 writer.add(name, tensor)
-        for name in _COPIED:
-            if (checkpoint.path / name).is_file():
-                writer.add_file(checkpoint.path / name)
+        for file in [*tokenizer_files(checkpoint.path), checkpoint.path / GENERATION_FILE]:
+            if file.is_file():
+                writer.add_file(file)
+        write_identity(writer.folder, {"path": src, "sha256": checkpoint.identity()})
 
 
-def _tensors(entry: Entry, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def _check(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None) -> None:
+    """Every part is there and fits, in 4 bits or not."""
+    names = [segment.name for segment in entry.segments]
+    if source is None or not any(name in source for name in names):
+        check_entry(entry, checkpoint)
+        return
+    shape = tuple(entry.shape[-2:])
+    for name in names:
+        if name not in source or source.shape(name) != shape:
+            raise ValueError(
+                f"{checkpoint.path}: {name} is not in 4 bits of shape {shape}. Is config.json of this model?"
+            )
+
+
+def _tensors(
+    entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """One weight as it is stored: four tensors where it is quantised, else one."""
-    if entry.attribute is None and isinstance(entry.storage, NF4Weight):
+    quantised = entry.attribute is None and isinstance(entry.storage, NF4Weight)
+    stored_name = f"{entry.name}.{entry.attribute or 'storage.values'}"
+    if source is not None and entry.segments[0].name in source:
+        packed = NF4Tensors(*map(torch.cat, zip(*(source.packed(part.name) for part in entry.segments), strict=True)))
+        if quantised:
+            return {f"{entry.name}.storage.{name}": tensor for name, tensor in packed._asdict().items()}
+        return {stored_name: dequantize(packed, dtype).view(entry.shape)}
+    if quantised:
         storage = NF4Weight(entry.storage.shape)
         for start, values in pieces(entry, checkpoint):
             storage.write(start, values)
         return {f"{entry.name}.storage.{name}": tensor.detach() for name, tensor in storage.named_parameters()}
-    values = torch.cat([values for _, values in pieces(entry, checkpoint)]).view(entry.shape).to(dtype)
-    return {f"{entry.name}.{entry.attribute or 'storage.values'}": values}
+    return {stored_name: torch.cat([values for _, values in pieces(entry, checkpoint)]).view(entry.shape).to(dtype)}

@@ -1,12 +1,8 @@
 """Writing a Hugging Face checkpoint folder: streaming, sharded, all or nothing."""
 
-import errno
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import INDEX_FILE, SINGLE_FILE
+from .output_path import check_output, clear_disk_errors, disk_full, finish, partial_path
 from .safetensors_file import DTYPE_CODES, write_safetensors
 
 # Above glibc's largest threshold (32 MiB) a block is mapped on its own; pages that are not written take no memory.
@@ -43,7 +40,7 @@ class ShardWriter:
         OSError: the disk is full, or cannot be written.
 
     Example:
-        >>> import tempfile, torch
+        >>> import os, tempfile, torch
         >>> out = tempfile.mkdtemp()
         >>> with ShardWriter(out, {"model_type": "mixtral"}) as writer:
         ...     writer.add("lm_head.weight", torch.zeros(2, 3))
@@ -57,7 +54,7 @@ class ShardWriter:
             raise ValueError(f"`max_shard_bytes` must be at least 1, not {max_shard_bytes}")
         self.out = Path(out).expanduser().resolve()
         check_output(self.out)
-        self.folder = self.out.with_name(f".{self.out.name}.partial-{secrets.token_hex(4)}")
+        self.folder = partial_path(self.out)
         self._config = dict(config)
         self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
@@ -79,7 +76,7 @@ class ShardWriter:
         """Finish and rename the folder, or remove it after an error."""
         try:
             if kind is None:
-                with self._clear_disk_errors():
+                with clear_disk_errors(self.out):
                     self._finish()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -102,7 +99,7 @@ class ShardWriter:
                 f"tensor {name!r} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}"
             )
         if self._pending and self.held_bytes + tensor.nbytes > self._max_shard_bytes:
-            with self._clear_disk_errors():
+            with clear_disk_errors(self.out):
                 self._flush()
         self._names.add(name)
         self._pending[name] = self._hold(tensor)
@@ -110,28 +107,14 @@ class ShardWriter:
 
     def add_file(self, source: Path) -> None:
         """Copy a further file (a tokenizer's, for instance) into the folder, under its own name."""
-        with self._clear_disk_errors():
+        with clear_disk_errors(self.out):
             shutil.copyfile(source, self.folder / source.name)
 
     def require_free_bytes(self, expected_bytes: int) -> None:
         """Raise OSError now, rather than hours later, if the disk cannot hold ``expected_bytes`` bytes."""
         free = shutil.disk_usage(self.folder).free
         if free < expected_bytes:
-            raise self._disk_full(f"{expected_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-
-    def _disk_full(self, detail: str) -> OSError:
-        return OSError(
-            errno.ENOSPC, f"no space to write {str(self.out)!r}: {detail}. Free some space or choose another disk"
-        )
-
-    @contextmanager
-    def _clear_disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._disk_full(str(error.strerror)) from error
-            raise
+            raise disk_full(self.out, f"{expected_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
     def _hold(self, tensor: Tensor) -> Tensor:
         """Copy a tensor into large blocks, which the C library gives back to the system when they are freed.
@@ -165,33 +148,13 @@ class ShardWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             self._write_json(INDEX_FILE, index)
         self._write_json("config.json", self._config)
-        for path in [*self.folder.iterdir(), self.folder]:
-            _flush_to_disk(path)
-        check_output(self.out)  # again: hours may have passed
-        self.folder.rename(self.out)
-        _flush_to_disk(self.out.parent)
+        finish(self.folder, self.out)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (self.folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def check_output(out: Path) -> None:
-    """Raise FileExistsError unless ``out`` is free to be made (absent, or an empty folder)."""
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{str(out)!r} is a folder that is not empty. Delete it or choose another output")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{str(out)!r} is a file, expected a new folder. Delete it or choose another output")
-
-
 def _unnumbered(number: int) -> str:
     """Name of a shard while the count of shards is not known."""
     return f"shard-{number:05d}.safetensors"
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .dense_source import DenseSource, open_dense
-from .shard_writer import ShardWriter, check_output
+from .output_path import check_output
+from .shard_writer import ShardWriter
 
 if TYPE_CHECKING:
     from transformers import MixtralConfig

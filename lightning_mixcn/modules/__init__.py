@@ -1,8 +1,9 @@
 """LightningModules: batch → loss → log. The classes to subclass."""
 
 from .causal_lm import CausalLMModule
+from .instruct import InstructModule
 from .pretrain import PretrainModule
 from .schedule import WarmupCosine
 from .strategies import FSDP2Strategy
 
-__all__ = ["CausalLMModule", "FSDP2Strategy", "PretrainModule", "WarmupCosine"]
+__all__ = ["CausalLMModule", "FSDP2Strategy", "InstructModule", "PretrainModule", "WarmupCosine"]

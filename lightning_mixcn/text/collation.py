@@ -28,6 +28,7 @@ class RowTable(NamedTuple):
         numbers: Number of each segment in its row ``[n]``, int32, and -1 for padding.
         sources: Source of each segment ``[n]``, int16, and -1 for padding.
         continued: Whether each segment's document began in an earlier row ``[n]``, bool.
+        learnt: Whether each token may be a label, padding included, ``[R * S]``, bool.
     """
 
     places: NDArray[np.int64]
@@ -36,6 +37,7 @@ class RowTable(NamedTuple):
     numbers: NDArray[np.int32]
     sources: NDArray[np.int16]
     continued: NDArray[np.bool_]
+    learnt: NDArray[np.bool_]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, Row]], sequence_length: int, padding_id: int) -> RowTable:
@@ -46,20 +48,23 @@ class RowTable(NamedTuple):
             sequence_length: S.
             padding_id: Token id under the padding.
         """
-        tokens = [np.zeros(0, dtype=np.int32)]
+        tokens, learnt = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
         segments: list[tuple[int, int, int, bool]] = []  # length, number, source, continued
         for _, row in rows:
-            tokens += [segment.tokens for segment in row]
+            tokens += [part.tokens for part in row]
+            learnt += [np.ones(len(part.tokens), np.bool_) if part.learnt is None else part.learnt for part in row]
             segments += [(len(part.tokens), number, part.source, part.offset > 0) for number, part in enumerate(row)]
-            if space := sequence_length - sum(len(segment.tokens) for segment in row):
+            if space := sequence_length - sum(len(part.tokens) for part in row):
                 tokens.append(np.full(space, padding_id, dtype=np.int32))
+                learnt.append(np.zeros(space, dtype=np.bool_))
                 segments.append((space, -1, -1, False))
         columns = zip(*segments, strict=True) if segments else ((), (), (), ())
-        return cls(
-            np.array([place for place, _ in rows], dtype=np.int64),
-            np.concatenate(tokens),
-            *(np.array(values, dtype) for values, dtype in zip(columns, _SEGMENT_DTYPES, strict=True)),
-        )
+        arrays: list[NDArray[Any]] = [
+            np.array(values, dtype) for values, dtype in zip(columns, _SEGMENT_DTYPES, strict=True)
+        ]
+        lengths, numbers, sources, continued = arrays
+        places = np.array([place for place, _ in rows], dtype=np.int64)
+        return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, np.concatenate(learnt))
 
     @classmethod
     def joined(cls, tables: Sequence[RowTable]) -> RowTable:
@@ -72,8 +77,9 @@ def collate_rows(
 ) -> dict[str, NDArray[Any]]:
     """Lay rows out as the arrays of a batch.
 
-    The label of the first token of a segment is ignored: nothing in the row predicts it. Padding has label -100 and
-    -1 in `document_ids` and `source_ids`; its positions begin at 0 again, so that it attends to no document.
+    The label of the first token of a segment is ignored, since nothing in the row predicts it, and so are those of
+    tokens that are not learnt from. Padding has label -100 and -1 in `document_ids` and `source_ids`; its positions
+    begin at 0 again, so that it attends to no document.
 
     Args:
         rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
@@ -92,15 +98,13 @@ def collate_rows(
 
 def collate_table(table: RowTable, sequence_length: int, *, isolated: bool = True) -> dict[str, NDArray[Any]]:
     """Do what `collate_rows` does, with the table of a batch's rows."""
-    places, tokens, lengths, numbers, sources, continued = table
+    places, tokens, lengths, numbers, sources, continued, learnt = table
     begins = np.cumsum(lengths) - lengths
     positions_restart = isolated | (numbers < 0) | (begins % sequence_length == 0)
     origins = np.maximum.accumulate(np.where(positions_restart, begins, 0))  # where position 0 of a segment is
     input_ids = tokens.astype(np.int64)
-    labels = input_ids.copy()
+    labels = np.where(learnt, input_ids, IGNORED_LABEL)
     labels[origins] = IGNORED_LABEL
-    for padding in np.flatnonzero(numbers < 0):
-        labels[begins[padding] : begins[padding] + lengths[padding]] = IGNORED_LABEL
 
     def in_order(values: NDArray[Any]) -> NDArray[Any]:
         made = values.reshape(-1, sequence_length)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from lightning_mixcn.text.sources import Source, list_files
+from lightning_mixcn.text.sources import AnySource, list_files
 from lightning_mixcn.text.stores import BadRecordPolicy, TextStore
 from lightning_mixcn.text.unpacking_processes import is_first_rank, unpack_all
 
@@ -55,7 +55,7 @@ class Corpus:
         stores: Unpacked documents of each file.
     """
 
-    source: Source
+    source: AnySource
     stores: tuple[TextStore, ...]
 
     @cached_property
@@ -121,7 +121,7 @@ class Corpus:
         return self.stores[position], int(index) - self._starts[position]
 
 
-def read_corpus(source: Source, place: str = "sources[0]", *, on_bad_record: BadRecordPolicy = "error") -> Corpus:
+def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: BadRecordPolicy = "error") -> Corpus:
     """Open the documents of a source; files that are not in the cache folder yet are unpacked there.
 
     The cache folder is `$MIXCN_CACHE`, or `lightning_mixcn` in `$XDG_CACHE_HOME` or `~/.cache`, and takes the size of

@@ -1,4 +1,4 @@
-"""Documents of one file: JSON Lines, text, parquet or Arrow, compressed or not; damage is named, never repaired."""
+"""Documents of one file: JSON, text, parquet or Arrow, compressed or not; damage is named, never repaired."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, ignore_progress, read_chunks, split_lines
+from lightning_mixcn.text.records import iterate_conversations
 from lightning_mixcn.text.sources import SourceFile
 from lightning_mixcn.text.tables import iterate_rows
 
@@ -52,6 +53,8 @@ def iterate_documents(
 
 
 def _records(file: SourceFile, on_bad_record: OnBadRecord, on_read: OnRead) -> Iterator[tuple[int, bytes]]:
+    if file.records:
+        return iterate_conversations(file, on_bad_record, on_read)
     if file.format in ("parquet", "arrow"):
         return iterate_rows(file, on_bad_record, on_read)
     chunks = read_chunks(file.path, on_read)

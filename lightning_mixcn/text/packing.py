@@ -1,6 +1,6 @@
 """Rows of `sequence_length` tokens, made of segments of documents.
 
-Every document becomes ``BOS text EOS``. Three packings, none of which loses a token:
+Three packings, none of which loses a token:
 
 * ``documents``: rows are filled to the last token; a document that does not fit is cut at the end of the row and goes
   on in a later one. Documents do not see each other.
@@ -16,7 +16,7 @@ row before, so that every token but BOS is predicted once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_mixcn.text.document_set import DocumentSet
-    from lightning_mixcn.text.tokenizer import TextTokenizer
+    from lightning_mixcn.text.encoders import DocumentEncoder
 
 PACKINGS = ("documents", "best_fit", "concatenate")
 
@@ -40,12 +40,14 @@ class Segment:
         document: Number of the document: in training counted through all epochs of its source, in evaluation its index
             in the evaluation set.
         offset: Tokens of the document before this segment; not 0 in a continuation.
+        learnt: Whether each token is learnt from ``[n]``, bool; None learns from all.
     """
 
     tokens: NDArray[np.int32]
     source: int
     document: int
     offset: int
+    learnt: NDArray[np.bool_] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +66,13 @@ class ScoredSegment(Segment):
         """Cut out tokens ``[start, stop)``."""
         cut = slice(start, stop)
         labels = self.label_bytes[cut], self.is_text[cut]
-        return ScoredSegment(self.tokens[cut], self.source, self.document, self.offset + start, *labels)
+        learnt = None if self.learnt is None else self.learnt[cut]
+        return ScoredSegment(self.tokens[cut], self.source, self.document, self.offset + start, *labels, learnt=learnt)
 
 
 AnySegment = TypeVar("AnySegment", bound=Segment)
 Row = tuple[Segment, ...]
 ScoredRow = tuple[ScoredSegment, ...]
-
-
-def encode_document(tokenizer: TextTokenizer, text: str) -> NDArray[np.int32]:
-    """Encode a text as ``BOS text EOS``.
-
-    Args:
-        tokenizer: The tokenizer.
-        text: The document.
-
-    Returns:
-        Token ids ``[tokens + 2]``, int32.
-    """
-    (ids,) = tokenizer.encode_batch([text])
-    tokens = np.empty(len(ids) + 2, dtype=np.int32)
-    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-    return tokens
 
 
 def fill_row(next_segment: Callable[[int], AnySegment | None], sequence_length: int) -> tuple[AnySegment, ...]:
@@ -107,13 +94,15 @@ def fill_row(next_segment: Callable[[int], AnySegment | None], sequence_length: 
 
 
 def evaluation_rows(
-    documents: DocumentSet, tokenizer: TextTokenizer, sequence_length: int, *, source: int = 0, first_document: int = 0
+    documents: DocumentSet, encoder: DocumentEncoder, sequence_length: int, *, source: int = 0, first_document: int = 0
 ) -> Iterator[ScoredRow]:
     """Pack every document of a set once, with one token of overlap where a document goes on in the next row.
 
+    A document that must stay whole begins a row of its own if it does not fit in the rest of one.
+
     Args:
         documents: The documents, packed in their order.
-        tokenizer: The tokenizer.
+        encoder: What makes tokens of them.
         sequence_length: Tokens of a row, at least 2.
         source: Index of the source, for `source_ids`.
         first_document: Index of the first document in the evaluation set.
@@ -121,13 +110,15 @@ def evaluation_rows(
     Yields:
         Rows of at most `sequence_length` tokens.
     """
-    pending = _scored_documents(documents, tokenizer, source, first_document)
+    pending = _scored_documents(documents, encoder, source, first_document)
     current = next(pending, None)
     position = 0
 
     def next_segment(space: int) -> ScoredSegment | None:
         nonlocal current, position
         if current is None or space < 2:  # one token alone would have nothing to predict
+            return None
+        if encoder.keeps_whole and len(current.tokens) > space:
             return None
         stop = min(position + space, len(current.tokens))
         segment = current.part(position, stop)
@@ -142,14 +133,12 @@ def evaluation_rows(
 
 
 def _scored_documents(
-    documents: DocumentSet, tokenizer: TextTokenizer, source: int, first_document: int, batch: int = 64
+    documents: DocumentSet, encoder: DocumentEncoder, source: int, first_document: int, batch: int = 64
 ) -> Iterator[ScoredSegment]:
     for start in range(0, len(documents), batch):
         indices = range(start, min(start + batch, len(documents)))
-        encoded = tokenizer.encode_batch_with_bytes([documents.text(index) for index in indices])
-        for index, (ids, widths) in zip(indices, encoded, strict=True):
-            tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
-            is_text = np.ones(len(tokens), dtype=np.bool_)
-            is_text[[0, -1]] = False
-            label_bytes = np.pad(widths, 1)
-            yield ScoredSegment(tokens, source, first_document + index, 0, label_bytes, is_text)
+        scored = encoder.score([documents.text(index) for index in indices])
+        for index, document in zip(indices, scored, strict=True):
+            if len(document.tokens):
+                labels = document.label_bytes, document.is_text
+                yield ScoredSegment(document.tokens, source, first_document + index, 0, *labels, learnt=document.learnt)

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lightning_mixcn.text.packing import Row, Segment, encode_document, fill_row
+from lightning_mixcn.text.packing import Row, Segment, fill_row
 from lightning_mixcn.text.permutation import Permutation
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from lightning_mixcn.text.document_set import TrainingDocuments
-    from lightning_mixcn.text.tokenizer import TextTokenizer
+    from lightning_mixcn.text.encoders import DocumentEncoder, EncodedDocument
 
 # Pieces that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
 _POOL_PIECES = 64
+
+# Dropped one after the other, so many mean that a source has none that fits: else a stream would seek for ever.
+_HOPELESS_DOCUMENTS = 1000
 
 # Plain values, see `RowStream.state`.
 StreamState = dict[str, Any]
@@ -41,7 +42,7 @@ class StreamPlan:
 
     Args:
         documents: Training documents of each source, at least one document each.
-        tokenizer: The tokenizer.
+        encoder: What makes tokens of them.
         sequence_length: Tokens of a row.
         num_streams: Number of streams.
         seed: Seed of the permutations.
@@ -49,7 +50,7 @@ class StreamPlan:
     """
 
     documents: Sequence[TrainingDocuments]
-    tokenizer: TextTokenizer
+    encoder: DocumentEncoder
     sequence_length: int
     num_streams: int
     seed: int
@@ -94,22 +95,25 @@ class RowStream:
             self._pool = [
                 _Piece(source, document, offset, length, None) for source, document, offset, length in state["pool"]
             ]
-            for reader, (number, offset) in zip(self._readers, state["documents"], strict=True):
-                reader.number, reader.offset = number, offset
+            for reader, (number, offset), too_long in zip(
+                self._readers, state["documents"], state["too_long"], strict=True
+            ):
+                reader.number, reader.offset, reader.too_long = number, offset, list(too_long)
 
     def state(self) -> StreamState:
         """Where the stream stands, in plain values.
 
         Returns:
             ``position`` (rows made), ``documents`` (number and token offset each source stands at), ``served`` (tokens
-            each source gave, with its head start), and ``pool`` (source, number, offset and length of pieces that wait
-            for a row in `best_fit`).
+            each source gave, with its head start), ``pool`` (source, number, offset and length of pieces that wait
+            for a row in `best_fit`), and ``too_long`` (documents of each source that were dropped and shortened).
         """
         return {
             "position": self.position,
             "documents": [[reader.number, reader.offset] for reader in self._readers],
             "served": list(self._served),
             "pool": [list(piece[:4]) for piece in self._pool],
+            "too_long": [list(reader.too_long) for reader in self._readers],
         }
 
     @property
@@ -129,13 +133,15 @@ class RowStream:
         return fill_row(self._next_segment, self._plan.sequence_length)
 
     def _next_segment(self, space: int) -> Segment | None:
-        live = [source for source, reader in enumerate(self._readers) if not reader.exhausted]
-        if not live:
-            return None
-        source = min(live, key=lambda candidate: (self._served[candidate] / self._weights[candidate], candidate))
-        segment = self._readers[source].take(space)
-        self._served[source] += len(segment.tokens)
-        return segment
+        while live := [source for source, reader in enumerate(self._readers) if not reader.exhausted]:
+            source = min(live, key=lambda candidate: (self._served[candidate] / self._weights[candidate], candidate))
+            if self._plan.encoder.keeps_whole and self._readers[source].remaining > space:
+                return None
+            segment = self._readers[source].take(space)
+            if len(segment.tokens):  # else the document was dropped
+                self._served[source] += len(segment.tokens)
+                return segment
+        return None
 
     def _best_fitting_row(self) -> Row:
         """The piece that waits longest, and then always the longest one that fits."""
@@ -180,8 +186,10 @@ class _Reader:
         self._source = source
         self.number = stream
         self.offset = 0
+        self.too_long = [0, 0]  # documents dropped and shortened
+        self._dropped_since_last = 0
         self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
-        self._tokens: NDArray[np.int32] | None = None
+        self._document: EncodedDocument | None = None
         epochs = self._documents.corpus.source.max_epochs
         self._end = None if epochs is None else epochs * len(self._documents.corpus)
 
@@ -196,26 +204,51 @@ class _Reader:
                 self.number += self._plan.num_streams
         return self._index is None
 
+    @property
+    def remaining(self) -> int:
+        """Tokens of the document that were not taken yet."""
+        return len(self._current.tokens) - self.offset
+
     def take(self, space: int) -> Segment:
         """The next tokens of the document, at most `space`; call only where not `exhausted`."""
-        assert self._index is not None, "exhausted"
-        if self._tokens is None:
-            self._tokens = self._encode(self._index)
-        tokens = self._tokens[self.offset : self.offset + space]
-        segment = Segment(tokens, self._source, self.number, self.offset)
+        document = self._current
+        if self.offset == 0:
+            self._count_too_long(document)
+        segment = self._cut(document, self.number, self.offset, space)
         self.offset += len(segment.tokens)
-        if self.offset == len(self._tokens):
+        if self.offset == len(document.tokens):
             self.number, self.offset = self.number + self._plan.num_streams, 0
-            self._index = self._tokens = None
+            self._index = self._document = None
         return segment
 
     def segment(self, number: int, offset: int, length: int) -> Segment:
         """A segment that was taken before."""
-        tokens = self._encode(self._index_of(number))[offset : offset + length]
-        return Segment(tokens, self._source, number, offset)
+        return self._cut(self._encode(self._index_of(number)), number, offset, length)
 
-    def _encode(self, index: int) -> NDArray[np.int32]:
-        return encode_document(self._plan.tokenizer, self._documents.corpus.text(index))
+    @property
+    def _current(self) -> EncodedDocument:
+        assert self._index is not None, "exhausted"
+        if self._document is None:
+            self._document = self._encode(self._index)
+        return self._document
+
+    def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> Segment:
+        part = slice(offset, offset + space)
+        learnt = None if document.learnt is None else document.learnt[part]
+        return Segment(document.tokens[part], self._source, number, offset, learnt=learnt)
+
+    def _count_too_long(self, document: EncodedDocument) -> None:
+        self.too_long[0] += document.too_long == "dropped"
+        self.too_long[1] += document.too_long == "shortened"
+        self._dropped_since_last = 0 if len(document.tokens) else self._dropped_since_last + 1
+        if self._dropped_since_last == _HOPELESS_DOCUMENTS:
+            raise ValueError(
+                f"{_HOPELESS_DOCUMENTS} documents of source {self._documents.name!r}, one after the other, were longer "
+                "than a row and dropped. Raise `sequence_length`, or choose another `on_too_long`"
+            )
+
+    def _encode(self, index: int) -> EncodedDocument:
+        return self._plan.encoder.encode(self._documents.corpus.text(index))
 
     def _index_of(self, number: int) -> int:
         size = len(self._documents.corpus)

@@ -1,4 +1,4 @@
-"""The column of texts of a parquet or Arrow file, row by row and a few rows at a time."""
+"""Texts or records of a parquet or Arrow file, row by row and a few rows at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, one_line
+from lightning_mixcn.text.conversations import RECORD_KEYS
 from lightning_mixcn.text.files import open_file
 
 if TYPE_CHECKING:
@@ -23,16 +24,16 @@ class MissingColumnError(ValueError):
 
 def iterate_rows(
     file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead
-) -> Iterator[tuple[int, bytes]]:
-    """Read the texts of a parquet or Arrow file.
+) -> Iterator[tuple[int, Any]]:
+    """Read the texts or the records of a parquet or Arrow file.
 
     Args:
-        file: The file and the column of the text.
+        file: The file, and the column of the text or that it has records.
         on_bad_record: Called with the error of a row without valid text; if it returns, the row is left out.
         on_read: Called with about how many bytes of the file were read since the last call.
 
     Yields:
-        Row, counted from 0, and UTF-8 of its text.
+        Row, counted from 0, and UTF-8 of its text; or the row as a dictionary.
 
     Raises:
         DamagedFileError: The file cannot be read any further.
@@ -56,7 +57,8 @@ def iterate_rows(
         values, are_texts, num_bytes = read
         on_read(num_bytes)
         for value in values:
-            flaw = _flaw(value, are_texts, f"`{file.path}` row {row}", file.text_key)
+            place = f"`{file.path}` row {row}"
+            flaw = None if file.records else _flaw(value, are_texts, place, file.text_key)
             if flaw is None:
                 yield row, value
             else:
@@ -93,9 +95,9 @@ def _parquet_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
         # Without `pre_buffer` a column is streamed; with it, all of a row group is in memory.
         table = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
         names, num_rows, size = table.schema_arrow.names, table.metadata.num_rows, _size(raw)
-        _require_column(file, names)
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[file.text_key], use_threads=False):
-            column = batch.column(0)
+        wanted = _wanted_columns(file, names)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
+            column = batch.to_struct_array() if file.records else batch.column(0)
             yield *_values(column), size * len(column) // max(num_rows, 1)
 
 
@@ -111,12 +113,12 @@ def _arrow_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
         source = pyarrow.memory_map(str(file.path)) if isinstance(file.path, Path) else pyarrow.PythonFile(raw, "r")
         with source:
             names = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).schema.names
-            _require_column(file, names)
+            wanted = [names.index(name) for name in _wanted_columns(file, names)]
             source.seek(0)
-            options = pyarrow.ipc.IpcReadOptions(included_fields=[names.index(file.text_key)], use_threads=False)
+            options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
             read = 0
             for share, batch in _batches(source, is_stream, options, size):
-                column = batch.column(0)
+                column = batch.to_struct_array() if file.records else batch.column(0)
                 column.validate(full=not _is_text(column.type))
                 if _is_text(column.type):
                     _as_bytes(column).validate(full=True)
@@ -164,12 +166,16 @@ def _as_bytes(column: Any) -> Any:
     return column.view(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary())
 
 
-def _require_column(file: SourceFile, names: list[str]) -> None:
+def _wanted_columns(file: SourceFile, names: list[str]) -> list[str]:
+    """The column of the text, or those of records; a table may have others, of any type and size."""
+    if file.records:
+        return [name for name in names if name in RECORD_KEYS]
     if file.text_key not in names:
         raise MissingColumnError(
             f"`{file.path}` has no column {file.text_key!r}. Set the source's `text_key` to one of its "
             f"columns: {', '.join(map(repr, names))}"
         )
+    return [file.text_key]
 
 
 def _size(raw: IO[bytes]) -> int:

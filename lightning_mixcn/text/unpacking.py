@@ -159,6 +159,7 @@ def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, str]
         "text_key": file.text_key,
         "document_unit": file.document_unit,
         "on_bad_record": on_bad_record,
+        **({"records": file.records} if file.records else {}),
     }
 
 

@@ -9,7 +9,7 @@ from lightning_mixcn.text import Source
 
 
 def sets(sources: list[Source], val: Any = ((), 0.1), test: Any = ((), 0.1), predict: Any = ()) -> DocumentSets:
-    return DocumentSets(sources, {"val": val, "test": test}, predict)
+    return DocumentSets(Source, sources, {"val": val, "test": test}, predict)
 
 
 def texts(documents: DocumentSets, stage: str) -> list[set[str]]:

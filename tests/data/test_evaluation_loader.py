@@ -3,7 +3,15 @@ import pytest
 import torch
 
 from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
-from lightning_mixcn.text import DocumentSet, Source, TextTokenizer, all_documents, load_tokenizer, read_corpus
+from lightning_mixcn.text import (
+    DocumentSet,
+    PlainText,
+    Source,
+    TextTokenizer,
+    all_documents,
+    load_tokenizer,
+    read_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +26,7 @@ def tokenizer(tokenizer_folder: str) -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def whole(documents: list[DocumentSet], tokenizer: TextTokenizer) -> EvaluationSet:
-    return EvaluationSet(documents, tokenizer, 48, max_rows=None)
+    return EvaluationSet(documents, PlainText(tokenizer), 48, max_rows=None)
 
 
 def test_every_document_is_scored_once(whole: EvaluationSet, documents: list[DocumentSet]) -> None:
@@ -65,7 +73,7 @@ def test_batches_have_the_stated_types(whole: EvaluationSet) -> None:
 def test_a_cap_takes_the_first_rows_of_each_source(
     whole: EvaluationSet, documents: list[DocumentSet], tokenizer: TextTokenizer
 ) -> None:
-    capped = EvaluationSet(documents, tokenizer, 48, max_rows=5)
+    capped = EvaluationSet(documents, PlainText(tokenizer), 48, max_rows=5)
     assert [row[0].source for row in capped.rows] == [0] * 5 + [1] * 5
     first_english = next(index for index, row in enumerate(whole.rows) if row[0].source == 1)
     wanted = whole.rows[:5] + whole.rows[first_english : first_english + 5]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mixcn.data.train_loader import Schedule, TrainLoader
 from lightning_mixcn.text import (
+    PlainText,
     Source,
     StreamPlan,
     StreamState,
@@ -31,7 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def plan(sources: list[Source], tokenizer_folder: str) -> StreamPlan:
     documents = [split_by_hash(read_corpus(source), [])[1] for source in sources]
-    return StreamPlan(documents, load_tokenizer(tokenizer_folder), sequence_length=32, num_streams=6, seed=7)
+    return StreamPlan(documents, PlainText(load_tokenizer(tokenizer_folder)), sequence_length=32, num_streams=6, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def rows(plan: StreamPlan) -> list[dict[str, Any]]:
     """The first rows of the run, straight from the contract: row k is row k // N of stream k % N."""
     streams = plan.open(range(plan.num_streams))
     made = [streams[row % plan.num_streams].next_row() for row in range(160)]
-    return [collate_rows([row], plan.sequence_length, plan.tokenizer.eos_id) for row in made]
+    return [collate_rows([row], plan.sequence_length, plan.encoder.padding_id) for row in made]
 
 
 def batches(plan: StreamPlan, schedule: Schedule, workers: int, count: int, **options: Any) -> list[dict[str, Tensor]]:
@@ -112,7 +113,7 @@ def test_a_second_iter_goes_on_without_starting_again(workers: int, plan: Stream
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_sources_that_end(workers: int, ranks: int, sources: list[Source], tokenizer_folder: str) -> None:
     parts = [split_by_hash(read_corpus(replace(source, max_epochs=1)), [])[1] for source in sources]
-    plan = StreamPlan(parts, load_tokenizer(tokenizer_folder), sequence_length=32, num_streams=4, seed=0)
+    plan = StreamPlan(parts, PlainText(load_tokenizer(tokenizer_folder)), sequence_length=32, num_streams=4, seed=0)
     streams = plan.open(range(4))
     expected = []
     while not all(stream.exhausted for stream in streams.values()):
@@ -136,7 +137,7 @@ def test_sources_that_end(workers: int, ranks: int, sources: list[Source], token
 
 def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], tokenizer_folder: str) -> None:
     parts = [split_by_hash(read_corpus(replace(sources[1], max_epochs=1)), [])[1]]
-    plan = StreamPlan(parts, load_tokenizer(tokenizer_folder), sequence_length=4096, num_streams=2, seed=0)
+    plan = StreamPlan(parts, PlainText(load_tokenizer(tokenizer_folder)), sequence_length=4096, num_streams=2, seed=0)
     asked: list[bool] = []
 
     def agree(decision: bool) -> bool:

@@ -170,8 +170,12 @@ def without(name: str) -> Callable[[dict[str, Tensor]], None]:
     ("change", "message"),
     [
         (without("experts.2.w2"), r"has no .*experts\.2\.w2\.lora_A"),
-        (lambda t: t.update({key: value[:2] for key, value in t.items() if "lora_A" in key}), "Set `lora.r=4`"),
-        (lambda t: t.update({"base_model.model.lm_head.lora_B.weight": torch.ones(3, 4)}), "leaves out here"),
+        (lambda t: t.update({key: value[:2] for key, value in t.items() if "lora_A" in key}), "do not fit each other"),
+        (
+            lambda t: t.update({key: value[:2] if "lora_A" in key else value[:, :2] for key, value in t.items()}),
+            "Set `lora.r=2`",
+        ),
+        (lambda t: t.update({"base_model.model.lm_head.lora_B.weight": torch.ones(3, 4)}), "lm_head.lora_A"),
     ],
 )
 def test_broken_adapters_are_refused(

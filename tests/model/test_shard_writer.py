@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_mixcn.model import shard_writer
+from lightning_mixcn.model import output_path, shard_writer
 from lightning_mixcn.model.checkpoint import Checkpoint
 from lightning_mixcn.model.shard_writer import ShardWriter
 
@@ -149,7 +149,7 @@ def test_nothing_is_left_after_an_error_at_the_end(tmp_path: Path, monkeypatch: 
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_writer, "_flush_to_disk", interrupted)
+    monkeypatch.setattr(output_path, "flush_to_disk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", numbered(3))
     assert os.listdir(tmp_path) == []

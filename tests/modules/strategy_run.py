@@ -91,7 +91,7 @@ class Losses(Callback):
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
-    """Rows of very different lengths; the last of four ranks has one token a row, which reaches two experts and has no label."""
+    """Rows of very different lengths; those of the last of four ranks are one token, which reaches two experts."""
     lengths = [1 if row % 4 == 3 else 2 + (5 * row) % 23 for row in range(MICRO_BATCHES * 3)]
     return [random_batch([length], seed=row) for row, length in enumerate(lengths)]
 

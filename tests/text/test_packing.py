@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text import DocumentSet, ScoredRow, TextTokenizer, collate_evaluation_rows
+from lightning_mixcn.text import DocumentSet, PlainText, ScoredRow, TextTokenizer, collate_evaluation_rows
 from lightning_mixcn.text.packing import Segment, evaluation_rows, fill_row
 
 Documents = Callable[[list[str]], DocumentSet]
@@ -16,7 +16,7 @@ def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:
 
 
 def rows_of(texts: list[str], tokenizer: TextTokenizer, documents: Documents, length: int) -> list[ScoredRow]:
-    return list(evaluation_rows(documents(texts), tokenizer, length, source=3, first_document=10))
+    return list(evaluation_rows(documents(texts), PlainText(tokenizer), length, source=3, first_document=10))
 
 
 def test_a_row_is_filled_to_its_end() -> None:

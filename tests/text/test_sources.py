@@ -20,7 +20,8 @@ def names(source: Source, tree: Path) -> list[str]:
 
 
 def test_dictionaries_become_sources() -> None:
-    sources = parse_sources([{"name": "zh", "path": "x"}, Source("en", ["y", "z"], weight=0.5)])
+    entries: list[Source | dict[str, str]] = [{"name": "zh", "path": "x"}, Source("en", ["y", "z"], weight=0.5)]
+    sources = parse_sources(entries, "sources", Source)
     assert sources == (Source("zh", "x", weight=1.0), Source("en", ["y", "z"], weight=0.5))
 
 
@@ -48,12 +49,12 @@ def test_dictionaries_become_sources() -> None:
 )
 def test_bad_fields(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_sources([entry], "val_sources")
+        parse_sources([entry], "val_sources", Source)
 
 
 def test_duplicate_names() -> None:
     with pytest.raises(ValueError, match=r"`sources\[1\].name='zh'` is already the name of `sources\[0\]`"):
-        parse_sources([Source("zh", "x"), Source("zh", "y")])
+        parse_sources([Source("zh", "x"), Source("zh", "y")], "sources", Source)
 
 
 def test_a_folder_has_its_text_files_in_order(tree: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning_mixcn.text import (
     PACKINGS,
     Corpus,
+    PlainText,
     Row,
     Source,
     StreamPlan,
@@ -30,7 +31,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=
 
 def plan_of(documents: list[TrainingDocuments], tokenizer: TextTokenizer, **changes: Any) -> StreamPlan:
     numbers: dict[str, Any] = {"sequence_length": 16, "num_streams": 4, "seed": 0} | changes
-    return StreamPlan(documents, tokenizer, **numbers)
+    return StreamPlan(documents, PlainText(tokenizer), **numbers)
 
 
 def all_rows(plan: StreamPlan) -> list[list[Row]]:
@@ -58,7 +59,8 @@ def decoded(plan: StreamPlan) -> list[Counter[str]]:
         for (source, _), ids in pieces.items():
             assert (ids[0], ids[-1]) == (1, 2)
             assert {1, 2}.isdisjoint(ids[1:-1])
-            found[source][plan.tokenizer.decode(ids[1:-1])] += 1
+            assert isinstance(plan.encoder, PlainText)
+            found[source][plan.encoder.tokenizer.decode(ids[1:-1])] += 1
     return found
 
 

@@ -1,0 +1,152 @@
+"""Text that the model writes while it trains: when, how, and where it is kept."""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.text import TextTokenizer, load_tokenizer
+
+from .host import causal_lm
+
+
+class Sampling(Callback):
+    """Calls `sample` before the first step, every so often and at the end; what to sample is the subclass's.
+
+    Args:
+        every_n_steps: Optimizer steps between samples.
+        max_new_tokens: Length of a sample in tokens.
+        temperature: 0 is greedy, else the softmax temperature.
+        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+        file: Name of the JSON Lines file in the run's folder.
+    """
+
+    def __init__(self, *, every_n_steps: int, max_new_tokens: int, temperature: float, seed: int, file: str) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}`: expected at least 1")
+        if temperature < 0:
+            raise ValueError(f"`temperature={temperature}`: expected 0 for greedy, or more")
+        self.every_n_steps = every_n_steps
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.seed = seed
+        self._file = file
+        self._sampled_at: int | None = None
+
+    def sample(self, trainer: Trainer, module: CausalLMModule) -> None:
+        """Sample and log. Every rank comes here, since a sharded model needs all of them."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another kind of module."""
+        causal_lm(self, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample the start of a run; a resumed one goes on."""
+        if trainer.global_step == 0:
+            if trainer.is_global_zero:
+                self._path(trainer).unlink(missing_ok=True)
+            self._sample(trainer, pl_module)
+        self._sampled_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample where a step is a multiple of ``every_n_steps``."""
+        # Micro-batches of the next step still see this step's number.
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._sampled_at:
+            self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample the last step."""
+        if trainer.global_step != self._sampled_at:
+            self._sample(trainer, pl_module)
+
+    def generate(
+        self, module: CausalLMModule, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], padding_id: int
+    ) -> list[list[int]]:
+        """Continue prompts, all at once.
+
+        Args:
+            module: The module.
+            prompts: Token ids of each, at least one token.
+            stop_ids: Tokens that end a continuation.
+            padding_id: Token id under the padding.
+
+        Returns:
+            The tokens of each continuation, the one that ended it included.
+        """
+        width = max(map(len, prompts))
+        rows = [[padding_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        chosen = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        model: Any = module.model
+        with generating(module, self.seed):
+            generated = model.generate(
+                input_ids=torch.tensor(rows, device=module.device),
+                attention_mask=torch.tensor(mask, device=module.device),
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=sorted(stop_ids),
+                pad_token_id=padding_id,
+                **chosen,
+            )
+        return [_up_to_stop(row, stop_ids) for row in generated[:, width:].tolist()]
+
+    def write(self, trainer: Trainer, records: Sequence[dict[str, Any]], texts: dict[str, str]) -> None:
+        """Append records to the run's file, and show texts in TensorBoard, on rank zero.
+
+        Args:
+            trainer: Lightning's.
+            records: What is written, beside the step.
+            texts: Markdown by tag.
+        """
+        if not trainer.is_global_zero:
+            return
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({"step": trainer.global_step, **record}, ensure_ascii=False) + "\n")
+        for logger in trainer.loggers:
+            if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
+                for tag, text in texts.items():
+                    add_text(tag, text, trainer.global_step)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sampled_at = trainer.global_step
+        self.sample(trainer, causal_lm(self, pl_module))
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, self._file)
+
+
+def tokenizer_of(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:
+    """The data's tokenizer, or the one that the module names."""
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "tokenizer", None) or load_tokenizer(module.tokenizer_path)
+
+
+@contextmanager
+def generating(module: CausalLMModule, seed: int) -> Iterator[None]:
+    """Evaluation mode, and random numbers of its own; afterwards each submodule's mode is what it was."""
+    modes = [(child, child.training) for child in module.modules()]
+    devices = [module.device] if str(module.device).startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        module.eval()
+        try:
+            yield
+        finally:
+            for child, training in modes:
+                child.training = training
+
+
+def _up_to_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    ends = [place for place, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0] + 1] if ends else ids

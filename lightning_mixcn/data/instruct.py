@@ -1,0 +1,110 @@
+"""Conversations for instruction tuning, as a LightningDataModule with exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from lightning_mixcn.data.document_sets import DocumentSets
+from lightning_mixcn.data.streaming import StreamDataModule
+from lightning_mixcn.text import (
+    Answers,
+    BadRecordPolicy,
+    ChatTemplate,
+    Conversations,
+    ConversationSource,
+    TooLongPolicy,
+    Turn,
+    load_conversation,
+    load_template,
+)
+
+
+class InstructDataModule(StreamDataModule):
+    """Conversations of weighted sources, several in a row and isolated from each other; only answers have labels.
+
+    Records are alpaca's, ShareGPT's or OpenAI's messages, with several turns and a system prompt. All else is as in
+    PretrainDataModule: unpacked once, the same rows a step for any number of ranks and loader workers, resumed exactly.
+
+    Args:
+        sources: Where the training conversations are, and with which weights.
+        val_sources: Validation conversations; empty holds out `val_fraction` of each of `sources`.
+        test_sources: Test conversations; empty holds out `test_fraction` of each of `sources`.
+        predict_sources: Conversations for `predict`; each is given once.
+        template: How conversations are written: `mixtral` (`<s>[INST] … [/INST] …</s>`), `tokenizer` for the chat
+            template in the tokenizer's folder, or a Jinja file.
+        answers: Whether `all` answers of a conversation are learnt from, each with its end token, or the `last` one.
+        on_too_long: What becomes of a conversation longer than a row: `cut_at_turn` keeps the exchanges from its
+            beginning that fit, `truncate` keeps the tokens that fit and so no end of the last answer, `drop` drops it.
+            They are counted in `data/<source>/shortened` and `data/<source>/dropped`.
+        sequence_length: Tokens of a row.
+        micro_batch_size: Rows of a batch on one rank.
+        num_streams: Parallel streams the conversations are dealt to; the order of rows depends on it. Each holds up to
+            64 conversations to choose from, so take few streams for a small set.
+        num_workers: Processes a rank that tokenize; 0 tokenizes in the training process.
+        packing: How conversations share rows. `best_fit` pads little, `documents` takes them in their order and begins
+            a row where one does not fit; neither cuts one.
+        seed: Seed of the order of conversations; the held-out sets do not depend on it.
+        val_fraction: Share of the conversations held out for validation, chosen by a hash of their text.
+        test_fraction: Share of the conversations held out for testing, chosen likewise.
+        max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
+        on_bad_record: What to do with a record that is no conversation: `error` names file and line, `skip` counts it.
+        tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ConversationSource],
+        val_sources: Sequence[ConversationSource] = (),
+        test_sources: Sequence[ConversationSource] = (),
+        predict_sources: Sequence[ConversationSource] = (),
+        template: str = "mixtral",
+        answers: Answers = "all",
+        on_too_long: TooLongPolicy = "cut_at_turn",
+        sequence_length: int = 4096,
+        micro_batch_size: int = 4,
+        num_streams: int = 8,
+        num_workers: int = 2,
+        packing: str = "best_fit",
+        seed: int = 0,
+        val_fraction: float = 0.02,
+        test_fraction: float = 0.0,
+        max_eval_rows: int | None = 256,
+        on_bad_record: BadRecordPolicy = "error",
+        tokenizer: str | None = None,
+    ) -> None:
+        """Check the arguments; files are read in `setup`."""
+        for name, value, known in (
+            ("answers", answers, get_args(Answers)),
+            ("on_too_long", on_too_long, get_args(TooLongPolicy)),
+            ("packing", packing, ("best_fit", "documents")),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}={value!r}`: expected one of {', '.join(known)}")
+        held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
+        super().__init__(
+            DocumentSets(ConversationSource, sources, held_out, predict_sources, on_bad_record),
+            sequence_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            num_streams=num_streams,
+            num_workers=num_workers,
+            packing=packing,
+            seed=seed,
+            max_eval_rows=max_eval_rows,
+            tokenizer=tokenizer,
+        )
+        self.template_name, self.answers, self.on_too_long = template, answers, on_too_long
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template; it is there after `setup`."""
+        return load_template(self.template_name, self.tokenizer)
+
+    def make_encoder(self) -> Conversations:
+        """Make tokens of conversations."""
+        return Conversations(self.template, self.tokenizer, self.sequence_length, self.on_too_long, self.answers)
+
+    def evaluation_conversations(self, stage: str) -> list[list[list[Turn]]]:
+        """Get the conversations of the set `val`, `test` or `predict`, by source; none if there is no such set."""
+        sets = self._documents.read(stage, required=False)
+        return [[load_conversation(part.text(index)) for index in range(len(part))] for part in sets]

@@ -1,0 +1,282 @@
+"""What every LightningDataModule of streams does, whatever is in them: rows in their order, and exact resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_mixcn.data.document_sets import DocumentSets
+from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
+from lightning_mixcn.data.progress import RunProgress, order_of
+from lightning_mixcn.data.train_loader import Schedule, TrainLoader
+from lightning_mixcn.text import (
+    DocumentEncoder,
+    DocumentOrigin,
+    StreamPlan,
+    TextTokenizer,
+    load_tokenizer,
+)
+
+_SET_OF_STAGE = {"validate": "val", "test": "test", "predict": "predict"}
+
+
+class StreamDataModule(LightningDataModule):
+    """Packed rows of weighted sources, the same rows a step for any number of ranks and loader workers.
+
+    A subclass says in `make_encoder` how a document becomes tokens.
+
+    Args:
+        documents: The documents of each stage.
+        sequence_length: Tokens of a row.
+        micro_batch_size: Rows of a batch on one rank.
+        num_streams: Parallel streams the documents are dealt to.
+        num_workers: Processes a rank that tokenize.
+        packing: One of `PACKINGS`.
+        seed: Seed of the order of documents.
+        max_eval_rows: Rows of each source that validation and test use at most; None uses all.
+        tokenizer: Folder of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentSets,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        num_streams: int,
+        num_workers: int,
+        packing: str,
+        seed: int,
+        max_eval_rows: int | None,
+        tokenizer: str | None,
+    ) -> None:
+        """Check the arguments; files are read in `setup`."""
+        super().__init__()
+        self._documents = documents
+        self.sequence_length = _at_least("sequence_length", sequence_length, 2, "each token is predicted from another")
+        self.micro_batch_size = _at_least("micro_batch_size", micro_batch_size, 1, "rows of a batch on one rank")
+        self.num_streams = _at_least("num_streams", num_streams, 1, "64 is a good number")
+        self.num_workers = _at_least("num_workers", num_workers, 0, "0 tokenizes in the training process")
+        self.max_eval_rows = (
+            max_eval_rows if max_eval_rows is None else _at_least("max_eval_rows", max_eval_rows, 1, "null for all")
+        )
+        self.packing = packing
+        self.seed = seed
+        self.tokenizer_path = tokenizer
+        self._tokenizer: TextTokenizer | None = None
+        self._evaluation_sets: dict[str, EvaluationSet] = {}
+        self._plan: StreamPlan | None = None
+        self._train_loader: TrainLoader | None = None
+        self._progress = RunProgress()
+
+    def make_encoder(self) -> DocumentEncoder:
+        """Make what turns documents into tokens; `tokenizer` is there."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer; it is there after `setup`."""
+        if self._tokenizer is None:
+            raise ValueError("The tokenizer is loaded by `setup`, which has not run. Call `setup` first")
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Unpack the sources that the stage needs, in one process of each machine."""
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        if stage in (None, TrainerFn.FITTING):
+            self._documents.read_training()
+            self._documents.read("val", required=False)
+        else:
+            self._documents.read(_SET_OF_STAGE[stage.value])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer, read the sources that the stage needs, and hold out documents.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`, as Lightning says it; None sets up for `fit`.
+
+        Raises:
+            FileNotFoundError: The tokenizer or a source's files are missing.
+            ValueError: No tokenizer or source is given, a file is damaged, or a set has no document.
+        """
+        if self.tokenizer_path is None:
+            raise ValueError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_path)
+        if stage not in ("fit", None):
+            self._documents.read(_SET_OF_STAGE[stage])
+        elif self._plan is None:
+            documents = self._documents.read_training()
+            self._documents.read("val", required=False)
+            self._plan = StreamPlan(
+                documents, self.make_encoder(), self.sequence_length, self.num_streams, self.seed, self.packing
+            )
+            self._progress.set_order(order_of(self._plan))
+
+    def train_dataloader(self) -> TrainLoader:
+        """Make the loader of training batches, which goes on behind the rows already trained on.
+
+        Returns:
+            Batches of `collate_rows`, as tensors ``[micro_batch_size, sequence_length]``.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        self._train_loader = TrainLoader(
+            self._plan,
+            self._begin,
+            self.num_workers,
+            all_ranks_agree=self._all_ranks_agree,
+            on_batch=self._progress.hand_out,
+            on_end=self._on_end,
+        )
+        return self._train_loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Make the loader of validation batches; an empty list if there is no validation set."""
+        return self._evaluation_loader("val") if self._documents.read("val", required=False) else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Make the loader of test batches."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Make the loader that gives each document of `predict_sources` once."""
+        return self._evaluation_loader("predict")
+
+    def teardown(self, stage: str) -> None:
+        """Stop the loader workers."""
+        if stage == "fit" and self._train_loader is not None:
+            self._train_loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop the loader workers, which would live as long as the exception's traceback."""
+        self.teardown("fit")
+
+    def source_names(self, stage: str) -> list[str]:
+        """List the sources that `source_ids` count.
+
+        Args:
+            stage: `train`, `val`, `test` or `predict`.
+
+        Returns:
+            The name of source 0, 1 and so on.
+        """
+        return self._documents.names(stage)
+
+    def document_source(self, index: int, stage: str = "predict") -> DocumentOrigin:
+        """Tell where a document of an evaluation set was read.
+
+        Args:
+            index: What batches have in ``document_index``.
+            stage: `val`, `test` or `predict`.
+
+        Returns:
+            Its source, file, and line or row.
+        """
+        return self._evaluation_set(stage).origin(index)
+
+    def describe(self) -> dict[str, int]:
+        """Count documents and UTF-8 bytes of each set and source that was set up.
+
+        Returns:
+            For example ``{"train/zh/documents": 1504, "train/zh/bytes": 24562707}``.
+        """
+        return self._documents.describe()
+
+    def epochs(self) -> dict[str, float]:
+        """How often each training source was read, such as ``{"zh": 0.25}``, by the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._progress.streams.values()
+        newest = max((state["position"] for state in streams), default=0)
+        current = [state["documents"] for state in streams if state["position"] >= newest - 1]
+        return {
+            part.name: sum(documents[index][0] for documents in current) / len(part.corpus) / max(1, len(current))
+            for index, part in enumerate(self._plan.documents)
+        }
+
+    def too_long(self) -> dict[str, tuple[int, int]]:
+        """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        counts = [state["too_long"] for state in self._progress.streams.values()]
+        return {
+            part.name: (sum(count[index][0] for count in counts), sum(count[index][1] for count in counts))
+            for index, part in enumerate(self._plan.documents)
+        }
+
+    def bad_records(self) -> int:
+        """Count the records of the training sources that were skipped."""
+        return sum(documents.corpus.bad_records for documents in self._documents.read_training())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the rows trained on by all ranks together, where the streams stand, and what their order depends on.
+
+        Under several processes all must call it: each knows its own streams only.
+        """
+        return self._progress.state_dict(_of_all_ranks)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the rows of a checkpoint, on any number of ranks and workers.
+
+        Args:
+            state_dict: What `state_dict` gave.
+
+        Raises:
+            ValueError: The order of rows would be another; the message names what changed.
+        """
+        self._progress.load_state_dict(state_dict)
+
+    def _evaluation_set(self, stage: str) -> EvaluationSet:
+        if stage not in self._evaluation_sets:
+            documents, cap = self._documents.read(stage), None if stage == "predict" else self.max_eval_rows
+            self._evaluation_sets[stage] = EvaluationSet(documents, self.make_encoder(), self.sequence_length, cap)
+        return self._evaluation_sets[stage]
+
+    def _evaluation_loader(self, stage: str) -> EvaluationLoader:
+        return EvaluationLoader(self._evaluation_set(stage), self.micro_batch_size, *self._ranks())
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks that read different rows, and this one's place; under tensor parallelism fewer than all."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
+
+    def _begin(self) -> Schedule:
+        """Find where the training rows go on, and count from there."""
+        num_ranks, rank = self._ranks()
+        trainer, loader = self.trainer, self._train_loader
+        assert loader is not None
+        if (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.state.status == TrainerStatus.RUNNING
+        ):
+            # Lightning fetches a batch ahead: only what it has processed is consumed. (It types `total` too narrowly.)
+            batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+            self._progress.begin(lambda: int(batches.total.processed), self.micro_batch_size * num_ranks)
+        else:
+            self._progress.begin(lambda: loader.batches_given, self.micro_batch_size * num_ranks)
+        return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows, dict(self._progress.streams))
+
+    def _all_ranks_agree(self, decision: bool) -> bool:
+        return decision if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(decision, all=True)
+
+    def _on_end(self) -> None:
+        rank_zero_info("The sources have been read `max_epochs` times: training ends.")
+        if self.trainer is not None:
+            self.trainer.should_stop = True
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _at_least(name: str, value: int, least: int, why: str) -> int:
+    if value < least:
+        raise ValueError(f"`{name}={value}`: expected at least {least} ({why})")
+    return value

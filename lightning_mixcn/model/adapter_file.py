@@ -1,0 +1,163 @@
+"""A PEFT adapter folder, whoever wrote it: which matrices it adapts, and with what.
+
+Names are the paper's, one matrix an expert (``model.layers.0.block_sparse_moe.experts.3.w1``), whatever the layout of
+the file.
+
+Legend: R rank.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from .fused_adapter import fused_places
+from .hub import local_folder
+from .safetensors_file import SafetensorsFile
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EMBEDDINGS = ("model.embed_tokens", "lm_head")
+
+_FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
+
+
+class StoredFactors(NamedTuple):
+    """The factors of one matrix as they are stored: it becomes ``W + scaling · B A``.
+
+    Args:
+        a: ``[R, in]``.
+        b: ``[out, R]``.
+        scaling: α/R, or α/√R under rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class AdapterFile:
+    """A LoRA adapter in a folder, of which headers are read until a matrix is asked for.
+
+    Args:
+        path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id.
+
+    Attributes:
+        folder: The folder.
+        config: PEFT's configuration as it is stored.
+        names: The adapted matrices, sorted.
+        saved: Names of the embeddings that were trained as a whole, out of ``model.embed_tokens`` and ``lm_head``.
+
+    Raises:
+        FileNotFoundError: no such folder, or not an adapter's.
+        ValueError: another method than LoRA, an extension of LoRA, or tensors of no known meaning.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the configuration and the header."""
+        self._path, self.folder = path, local_folder(path)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
+        self.config = self._read_config()
+        self._file = SafetensorsFile(self.folder / WEIGHTS_NAME)
+        found: dict[str, set[str]] = {}
+        saved = {f"{PREFIX}{name}.weight": name for name in EMBEDDINGS}
+        for key in self._file.entries:
+            if match := _FACTOR.fullmatch(key):
+                found.setdefault(match[1], set()).add(match[2])
+            elif key not in saved:
+                raise ValueError(
+                    f"`adapter={str(path)!r}` holds {key}, which is neither a LoRA factor nor embed_tokens or lm_head. "
+                    "Give a plain LoRA adapter"
+                )
+        self._fused = dict(fused_places(set(found), lambda name: self._shape(name, "A")[0], self.config))
+        in_stacks = {place.stored for place in self._fused.values()}
+        self.names = sorted({*found, *self._fused} - in_stacks)
+        self.saved = [name for key, name in saved.items() if key in self._file.entries]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the matrix of this name has both factors."""
+        return name in self._fused or all(f"{PREFIX}{name}.lora_{key}.weight" in self._file.entries for key in "AB")
+
+    def rank(self, name: str) -> int:
+        """Rank of the factors of a matrix. ValueError if they do not fit each other."""
+        place = self._fused.get(name)
+        a, b = (self._shape(place.stored if place else name, factor) for factor in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ValueError(
+                f"`adapter={str(self._path)!r}`: the factors of {name} have the shapes {list(a)} and {list(b)}, which "
+                "do not fit each other. Copy or download the adapter again"
+            )
+        return place.rank if place else a[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the matrix that is adapted, ``[out, in]``, or of an embedding that is saved whole."""
+        if name in self.saved:
+            return self._file.entries[f"{PREFIX}{name}.weight"].shape
+        self.rank(name)
+        place = self._fused.get(name)
+        stored, parts = (place.stored, 1 if place.half is None else 2) if place else (name, 1)
+        return self._shape(stored, "B")[0] // parts, self._shape(stored, "A")[1]
+
+    def factors(self, name: str) -> StoredFactors:
+        """Read the factors of a matrix, as they are stored. ValueError if one is missing, or holds NaN or infinity."""
+        rank, place = self.rank(name), self._fused.get(name)
+        alphas = self.config.alpha_pattern or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), place.parameter if place else name), self.config.lora_alpha)
+        scaling = alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+        if place is None:
+            a, b = (self._read(f"{PREFIX}{name}.lora_{factor}.weight") for factor in "AB")
+            return StoredFactors(a, b, scaling)
+        rows = (place.expert * rank, (place.expert + 1) * rank)
+        a = self._read(f"{PREFIX}{place.stored}.lora_A.weight", rows)
+        return StoredFactors(a, place.rows_of_b(self._read(f"{PREFIX}{place.stored}.lora_B.weight")), scaling)
+
+    def delta(self, name: str) -> Tensor:
+        """What is added to a matrix, ``[out, in]`` float32."""
+        a, b, scaling = self.factors(name)
+        delta: Tensor = (b.float() * scaling) @ a.float()
+        return delta
+
+    def read_saved(self, name: str) -> Tensor:
+        """Read an embedding that was trained as a whole, ``[vocabulary, hidden]`` as it is stored."""
+        return self._read(f"{PREFIX}{name}.weight")
+
+    def _read_config(self) -> LoraConfig:
+        try:
+            config = LoraConfig.from_pretrained(str(self.folder))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"`adapter={str(self._path)!r}`: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again"
+            ) from error
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"`adapter={str(self._path)!r}` is of type {config.peft_type.value}. Give a LoRA adapter")
+        for option in _UNSUPPORTED:
+            if getattr(config, option, None):
+                raise ValueError(
+                    f"`adapter={str(self._path)!r}` was trained with {option}={getattr(config, option)!r}, which is "
+                    "not supported here. Give a plain LoRA adapter"
+                )
+        return config
+
+    def _shape(self, name: str, factor: str) -> tuple[int, ...]:
+        key = f"{PREFIX}{name}.lora_{factor}.weight"
+        if key not in self._file.entries:
+            raise ValueError(f"`adapter={str(self._path)!r}` has no {key}. Copy or download the adapter again")
+        return self._file.entries[key].shape
+
+    def _read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor of two dimensions, or some rows of it."""
+        height, width = self._file.entries[key].shape
+        first, last = rows or (0, height)
+        values = self._file.read(key, first * width, last * width).view(last - first, width)
+        if not torch.isfinite(values).all():
+            raise ValueError(f"`adapter={str(self._path)!r}`: {key} holds NaN or infinite values. Copy it again")
+        return values

@@ -1,0 +1,186 @@
+"""The two layouts in which stock PEFT reads the adapters of a Mixtral: one pair of factors an expert, or fused stacks.
+
+Per expert (transformers 4, vLLM, llama.cpp; PEFT converts it for transformers 5) it reads right only with w1, w2 and w3
+all present, equal ranks and plain α/R, so that is what is written. The fused layout is PEFT's own for transformers 5
+(``target_parameters``).
+
+Legend: E = experts, R = rank, H = hidden, I = intermediate.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import Tensor
+from transformers import MixtralConfig
+
+from .adapter_file import PREFIX, StoredFactors
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PARAMETERS = {"gate": "mlp.gate.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+
+@dataclass
+class NormalisedAdapter:
+    """Factors of one rank and one scaling, with w1, w2 and w3 of every expert of a layer in which any is adapted.
+
+    Attributes:
+        factors: Name of a matrix → ``(A [R, in], B [out, R])``, float32.
+        saved: Embeddings that were trained as a whole.
+        rank: R.
+        alpha: ``alpha / rank`` is the scaling.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    saved: dict[str, Tensor]
+    rank: int
+    alpha: int
+
+    def layers(self, names: Iterable[str]) -> set[int]:
+        """Layers that matrices of these names lie in."""
+        return {int(match[1]) for name in names if (match := _LAYER.match(name))}
+
+
+def normalise(
+    factors: Mapping[str, StoredFactors], saved: Mapping[str, Tensor], config: MixtralConfig
+) -> NormalisedAdapter:
+    """Pad to the largest rank, fold scalings into B where they differ, and complete the experts with zeros.
+
+    Args:
+        factors: Name of a matrix → its factors, of any ranks and scalings.
+        saved: Embeddings that were trained as a whole.
+        config: The base's.
+    """
+    rank = max(len(stored.a) for stored in factors.values())
+    alphas = {stored.scaling * rank for stored in factors.values()}
+    uniform = len(alphas) == 1 and min(alphas).is_integer()
+    alpha = int(min(alphas)) if uniform else rank
+    pairs = {}
+    for name, (a, b, scaling) in factors.items():
+        extra = rank - len(a)
+        pairs[name] = (
+            F.pad(a.float(), (0, 0, 0, extra)).contiguous(),
+            F.pad(b.float(), (0, extra)).mul(scaling * rank / alpha).contiguous(),
+        )
+    adapter = NormalisedAdapter(pairs, dict(saved), rank, alpha)
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    for layer in sorted(adapter.layers(name for name in factors if ".experts." in name)):
+        for expert in range(config.num_local_experts):
+            for leaf in ("w1", "w2", "w3"):
+                out_features, in_features = (hidden, intermediate) if leaf == "w2" else (intermediate, hidden)
+                zeros = torch.zeros(rank, in_features), torch.zeros(out_features, rank)
+                pairs.setdefault(f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}", zeros)
+    return adapter
+
+
+def per_expert(adapter: NormalisedAdapter, base: str | None, num_layers: int) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors under PEFT's names, and the configuration that goes with them, in the per-expert layout.
+
+    Args:
+        adapter: The adapter.
+        base: What ``base_model_name_or_path`` says.
+        num_layers: Layers of the base.
+    """
+    tensors = _saved(adapter)
+    for name, (a, b) in adapter.factors.items():
+        tensors |= _pair(name, a, b)
+    layers = adapter.layers(adapter.factors)
+    config = _config(adapter, base)
+    config.target_modules = sorted({name.rpartition(".")[2] for name in adapter.factors})
+    config.layers_to_transform = None if len(layers) == num_layers else sorted(layers)
+    return tensors, config
+
+
+def fused(adapter: NormalisedAdapter, base: str | None, num_layers: int) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The same in the fused layout; arguments as `per_expert`.
+
+    gate_up_proj has the factors of w1 and of w3 side by side (rank 2R). A's rows are expert-major, B's columns
+    rank-major (``k·E + e``), as `peft.tuners.lora.layer.ParamWrapper` reads them.
+    """
+    tensors = _saved(adapter)
+    targets: dict[str, set[int]] = {}
+    for name in adapter.factors:
+        layer, block, leaf = _split(name)
+        if block == "self_attn":
+            tensors |= _pair(name, *adapter.factors[name])
+            targets.setdefault(leaf, set()).add(layer)
+        elif leaf == "gate":
+            tensors |= _pair(f"model.layers.{layer}.mlp.gate", *adapter.factors[name])
+            targets.setdefault(_PARAMETERS["gate"], set()).add(layer)
+        elif name.endswith(".experts.0.w1"):
+            experts = name.removesuffix(".0.w1")
+            prefix = f"model.layers.{layer}.mlp.experts"
+            tensors |= _pair(f"{prefix}.base_layer", *_fused_gate_up(adapter, experts))
+            tensors |= _pair(prefix, *_fused_down(adapter, experts))
+            for part in ("gate_up", "down"):
+                targets.setdefault(_PARAMETERS[part], set()).add(layer)
+    config = _config(adapter, base)
+    names = {target: _full_names(target, layers, num_layers) for target, layers in targets.items()}
+    config.target_modules = sorted(name for target, found in names.items() if "." not in target for name in found)
+    config.target_parameters = sorted(name for target, found in names.items() if "." in target for name in found)
+    if _PARAMETERS["gate_up"] in targets:
+        config.rank_pattern = {_PARAMETERS["gate_up"]: 2 * adapter.rank}
+        config.alpha_pattern = {_PARAMETERS["gate_up"]: 2 * adapter.alpha}
+    return tensors, config
+
+
+def _fused_gate_up(adapter: NormalisedAdapter, experts: str) -> tuple[Tensor, Tensor]:
+    """``A [E·2R, H]``, ``B [2I, 2R·E]``: ranks 0…R−1 are gate's (w1) and give rows 0…I−1, the others up's (w3)."""
+    gate, up = (_stack(adapter, experts, leaf) for leaf in ("w1", "w3"))
+    a_ERH = torch.cat([gate[0], up[0]], dim=1)
+    b_EIR = torch.cat([F.pad(gate[1], (0, adapter.rank)), F.pad(up[1], (adapter.rank, 0))], dim=1)
+    return _flat(a_ERH, b_EIR)
+
+
+def _fused_down(adapter: NormalisedAdapter, experts: str) -> tuple[Tensor, Tensor]:
+    """``A [E·R, I]``, ``B [H, R·E]``."""
+    return _flat(*_stack(adapter, experts, "w2"))
+
+
+def _stack(adapter: NormalisedAdapter, experts: str, leaf: str) -> tuple[Tensor, Tensor]:
+    """``[E, R, in]`` and ``[E, out, R]`` of a projection."""
+    count = sum(name.startswith(f"{experts}.") and name.endswith(f".{leaf}") for name in adapter.factors)
+    pairs = [adapter.factors[f"{experts}.{expert}.{leaf}"] for expert in range(count)]
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+
+
+def _flat(a_ERI: Tensor, b_EOR: Tensor) -> tuple[Tensor, Tensor]:
+    """``[E·R, in]`` and ``[out, R·E]``."""
+    return a_ERI.flatten(0, 1), b_EOR.permute(1, 2, 0).flatten(1, 2).contiguous()
+
+
+def _split(name: str) -> tuple[int, str, str]:
+    """Layer, block and last part of a matrix's name."""
+    parts = name.split(".")
+    return int(parts[2]), parts[3], parts[-1]
+
+
+def _full_names(target: str, layers: set[int], num_layers: int) -> list[str]:
+    """A target as it matches these layers and no other."""
+    if len(layers) == num_layers:
+        return [target]
+    block = "" if "." in target else "self_attn."
+    return [f"model.layers.{layer}.{block}{target}" for layer in sorted(layers)]
+
+
+def _pair(name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    return {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+
+
+def _saved(adapter: NormalisedAdapter) -> dict[str, Tensor]:
+    return {f"{PREFIX}{name}.weight": values for name, values in adapter.saved.items()}
+
+
+def _config(adapter: NormalisedAdapter, base: str | None) -> LoraConfig:
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,  # it is for training; stock PEFT refuses any other on experts
+        modules_to_save=sorted(name.removeprefix("model.") for name in adapter.saved) or None,
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )

@@ -1,0 +1,65 @@
+"""An adapter as a PEFT folder of its own, in the layout of one kind of reader."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import LoraConfig
+from torch import Tensor
+from transformers import MixtralConfig
+
+from .adapter_file import WEIGHTS_NAME, AdapterFile
+from .adapter_layouts import NormalisedAdapter, fused, normalise, per_expert
+from .checkpoint import Checkpoint
+from .hub import local_folder
+from .identity import IDENTITY_FILE
+from .loading import mixtral_config
+from .model_card import CARD_NAME, model_card
+from .model_source import ModelSource
+from .output_path import new_folder
+from .safetensors_file import write_safetensors
+from .tokenizer_files import tokenizer_files
+
+Layout = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
+
+LAYOUTS: dict[str, tuple[Layout, str]] = {
+    "peft": (fused, "fused layout, which PEFT reads with transformers 5"),
+    "peft-per-expert": (per_expert, "per-expert layout, which PEFT, vLLM and llama.cpp read"),
+}
+
+
+def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None:
+    """Write the adapter of a model, its tokenizer and a card.
+
+    Args:
+        found: The model; it has one adapter.
+        src: What the person named.
+        out: Folder to make.
+        layout: ``peft`` or ``peft-per-expert``.
+
+    Raises:
+        ValueError: no adapter, or more than one.
+        OSError: the disk is full.
+    """
+    if len(found.adapters) != 1:
+        raise ValueError(
+            f"`format={layout}` writes one adapter, but {src!r} gives {len(found.adapters)}. "
+            "Give a run or an adapter folder, or merge with `--format hf`"
+        )
+    adapter = AdapterFile(found.adapters[0])
+    config = mixtral_config(Checkpoint(found.base))
+    write, text = LAYOUTS[layout]
+    tensors, lora = write(_normalised(adapter, config), found.base, config.num_hidden_layers)
+    with new_folder(out) as folder:
+        write_safetensors(folder / WEIGHTS_NAME, tensors)
+        lora.save_pretrained(str(folder))
+        card = model_card(found, src, f"A LoRA adapter in the {text}.", "peft")
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        identity = [adapter.folder / IDENTITY_FILE] if (adapter.folder / IDENTITY_FILE).is_file() else []
+        for file in [*identity, *tokenizer_files(local_folder(found.tokenizer))]:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _normalised(adapter: AdapterFile, config: MixtralConfig) -> NormalisedAdapter:
+    factors = {name: adapter.factors(name) for name in adapter.names}
+    return normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)

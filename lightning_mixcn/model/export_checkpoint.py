@@ -1,0 +1,66 @@
+"""A merged model as a Hugging Face folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from .adapter_file import AdapterFile
+from .export_base import Precision, open_base
+from .export_config import exported_config
+from .export_merge import Layout, MergedWeights
+from .hub import local_folder
+from .loading import torch_dtype
+from .model_card import CARD_NAME, model_card
+from .model_source import ModelSource
+from .shard_writer import ShardWriter
+from .tokenizer_files import GENERATION_FILE, tokenizer_files
+
+_ONTO = {
+    "original": "the base's own high-precision weights",
+    "dequantised": "the base's weights as 4 bits (NF4) round them",
+}
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How weights are merged and written; see `export`, whose arguments these are."""
+
+    precision: Precision = "original"
+    original: str | None = None
+    dtype: str | None = None
+    layout: Layout = "per-expert"
+    max_shard_bytes: int = 1_000_000_000
+
+
+def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOptions) -> None:
+    """Write ``W + Σ s·B·A`` tensor by tensor, with tokenizer, chat template, generation config and a card.
+
+    Args:
+        found: The model.
+        src: What the person named.
+        out: Folder to make.
+        options: How.
+    """
+    base, checkpoint = open_base(found, options.precision, options.original)
+    adapters = [AdapterFile(path) for path in found.adapters]
+    dtype = None if options.dtype is None else torch_dtype(options.dtype)
+    merged = MergedWeights(base, adapters, options.layout, dtype)
+    config = exported_config(checkpoint.config, merged.dtype(next(iter(base.modules))))
+    with ShardWriter(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
+        writer.require_free_bytes(merged.nbytes)
+        for file in [*tokenizer_files(local_folder(found.tokenizer)), checkpoint.path / GENERATION_FILE]:
+            if file.is_file():
+                writer.add_file(file)
+        card = model_card(found, src, _made(adapters, options), "transformers")
+        (writer.folder / CARD_NAME).write_text(card, encoding="utf-8")
+        with tqdm(total=merged.nbytes, unit="B", unit_scale=True, desc="exporting", delay=1) as progress:
+            for name, tensor in merged.tensors():
+                writer.add(name, tensor)
+                progress.update(tensor.nbytes)
+
+
+def _made(adapters: Sequence[AdapterFile], options: MergeOptions) -> str:
+    what = f"{len(adapters)} LoRA adapter{'s' if len(adapters) > 1 else ''} merged onto" if adapters else "A copy of"
+    return f"{what} {_ONTO[options.precision]}, computed in float32."

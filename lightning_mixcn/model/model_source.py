@@ -1,0 +1,175 @@
+"""What a person calls a model — a checkpoint, a 4-bit folder, a run, an adapter — as a base and its adapters."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from .adapter_file import CONFIG_NAME, AdapterFile
+from .adapters import TARGETS, MixtralPeftModel
+from .hub import local_folder
+from .identity import check_made_from
+from .loading import load_mixtral
+from .mixtral import MixtralForCausalLM
+
+ADAPTER_FOLDER = "adapter"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_MATRIX = re.compile(r"model\.layers\.(\d+)\.(self_attn|block_sparse_moe(?:\.experts\.\d+)?)\.(\w+)")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the parts of a model are.
+
+    Attributes:
+        base: Hugging Face folder, 4-bit folder or hub id.
+        adapters: PEFT adapter folders in the order in which they are applied; none or one, unless more were asked for.
+        tokenizer: Folder or hub id of the tokenizer, and chat template, that belong to the model.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    tokenizer: str
+
+
+def find_model(src: str) -> ModelSource:
+    """Find the parts of a model, and check that an adapter stands on the base that it was trained on.
+
+    Args:
+        src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder, whose
+            configuration names its base.
+
+    Returns:
+        The parts; nothing but headers and samples of them has been read.
+
+    Raises:
+        FileNotFoundError: there is no such folder, the run has no adapter, or the adapter's base is not there.
+        ValueError: an adapter that names no base, or stands on another one than it was trained on.
+    """
+    folder = local_folder(src)
+    if (folder / "config.json").is_file():
+        return ModelSource(src, (), src)
+    if (folder / CONFIG_NAME).is_file():
+        return _find_base(src, folder)
+    if (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file():
+        return _find_base(str(folder / ADAPTER_FOLDER), folder / ADAPTER_FOLDER)
+    if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"the run {src!r} has no {ADAPTER_FOLDER}/. Train it with the callback AdapterCheckpoint and with `lora`"
+        )
+    raise FileNotFoundError(
+        f"{src!r} is no model: it has neither config.json (a checkpoint) nor {CONFIG_NAME} (a PEFT adapter) nor "
+        f"{ADAPTER_FOLDER}/ (a run). Give a folder that has one, or a hub id owner/name"
+    )
+
+
+def _find_base(adapter: str, folder: Path) -> ModelSource:
+    """The base that an adapter's configuration names."""
+    base = AdapterFile(folder).config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"the adapter {adapter!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the folder of "
+            "its base"
+        )
+    try:
+        local_folder(base)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"the adapter {adapter!r} needs its base {base!r}, which is not there. Move it back, or set "
+            f"base_model_name_or_path in {CONFIG_NAME} to where it is"
+        ) from error
+    check_made_from(folder, base)
+    return ModelSource(base, (adapter,), tokenizer_of(adapter, otherwise=base))
+
+
+def tokenizer_of(adapter: str, *, otherwise: str) -> str:
+    """The adapter's folder if it has a tokenizer, as a run's has; else what the tokenizer is otherwise."""
+    folder = local_folder(adapter)
+    return adapter if any((folder / name).is_file() for name in _TOKENIZER_FILES) else otherwise
+
+
+def load_found(
+    found: ModelSource,
+    *,
+    quantization: str = "nf4",
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+) -> MixtralForCausalLM | MixtralPeftModel:
+    """Load a model to be used, not trained: in evaluation mode, nothing requires a gradient.
+
+    Args:
+        found: The parts.
+        quantization: As in `load_mixtral`.
+        dtype: As in `load_mixtral`.
+        device: As in `load_mixtral`.
+
+    Raises:
+        ValueError: more than one adapter, an adapter that does not fit the base, or what `load_mixtral` refuses.
+    """
+    if len(found.adapters) > 1:
+        raise ValueError(
+            f"{len(found.adapters)} adapters are stacked on {found.base}, but one can be loaded. "
+            "Merge them first with `mixcn export`"
+        )
+    if not found.adapters:
+        model = load_mixtral(found.base, quantization=quantization, dtype=dtype, device=device)
+    else:
+        adapter = AdapterFile(found.adapters[0])
+        model = load_mixtral(
+            found.base,
+            quantization=quantization,
+            lora=lora_of(adapter),
+            dtype=dtype,
+            device=device,
+            train_embeddings=bool(adapter.saved),
+            adapter=adapter.folder,
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def lora_of(adapter: AdapterFile) -> LoraConfig:
+    """The configuration with which `load_mixtral` makes room for an adapter, read off its tensors.
+
+    Args:
+        adapter: Of equal rank for all experts of a projection; other ranks may differ.
+
+    Raises:
+        ValueError: it adapts what is no projection of a Mixtral, or other projections in some layers than in others.
+    """
+    ranks: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    for name in adapter.names:
+        match = _MATRIX.fullmatch(name)
+        if match is None or match[3] not in TARGETS:
+            raise ValueError(f"the adapter {str(adapter.folder)!r} adapts {name}, which is not supported here")
+        ranks[match[3]][int(match[1])] = adapter.rank(name)
+    layers = {layer for by_layer in ranks.values() for layer in by_layer}
+    for target, by_layer in ranks.items():
+        if missing := sorted(layers - by_layer.keys()):
+            raise ValueError(
+                f"the adapter {str(adapter.folder)!r} adapts {target} in some layers but not in layer {missing[0]}, "
+                "which cannot be loaded. Merge it with `mixcn export --format hf`"
+            )
+    rank = max((rank for by_layer in ranks.values() for rank in by_layer.values()), default=1)
+    others = {
+        rf"model\.layers\.{layer}\..*{TARGETS[target]}": here
+        for target, by_layer in ranks.items()
+        for layer, here in by_layer.items()
+        if here != rank
+    }
+    # `load_adapter` puts the adapter's own scaling into B, so alpha may be anything.
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        layers_to_transform=sorted(layers),
+        rank_pattern=others,
+        base_model_name_or_path=adapter.config.base_model_name_or_path,
+        task_type="CAUSAL_LM",
+    )

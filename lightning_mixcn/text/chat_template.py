@@ -1,0 +1,185 @@
+"""Conversations as token ids: which tokens are the answers, and what a model is given to answer.
+
+The same template serves training and chat. Mixtral's, ``<s>[INST] question [/INST] answer</s>``, gives the ids of
+mistral_common's V1 tokenizer; others are written in Jinja (`jinja_template`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lightning_mixcn.text.tokenizer import TextTokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one party of a conversation says.
+
+    Args:
+        role: ``system``, ``user`` or ``assistant``.
+        content: The text; may be empty.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one turn, all learnt from or none.
+
+    Args:
+        text_ids: Token ids, control tokens included.
+        answer: Whether they are the assistant's, its end token included: what the loss is taken over.
+        turn: Index of the turn; where a template joins two turns, of the later one.
+    """
+
+    text_ids: list[int]
+    answer: bool
+    turn: int
+
+
+class ChatTemplate(Protocol):
+    """How a model's conversations are written. Contents are text: a control token spelt in one stays letters."""
+
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+        """Encode a whole conversation.
+
+        Args:
+            turns: See `check_turns`.
+            tokenizer: The model's.
+
+        Returns:
+            Segments, in the order of the row; the answers end as the model is to end them.
+        """
+
+    def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
+        """Encode a conversation up to where the assistant is to write.
+
+        Args:
+            turns: See `check_turns`; the last one is the user's.
+            tokenizer: The model's.
+        """
+
+    def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
+        """Tokens that end an answer."""
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise unless it is a conversation: perhaps a system turn, then user and assistant by turns.
+
+    Args:
+        turns: The conversation.
+
+    Raises:
+        ValueError: what is wrong with it, and which turn.
+    """
+    for number, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise ValueError(f"turn {number} has the role {turn.role!r}. Expected one of {', '.join(ROLES)}")
+        if turn.role == "system" and number > 0:
+            raise ValueError(f"turn {number} is the system's. Put the system turn first, and only one")
+    spoken = [(number, turn.role) for number, turn in enumerate(turns) if turn.role != "system"]
+    if not spoken:
+        raise ValueError("the conversation is empty. Expected at least one turn of the user")
+    for place, (number, role) in enumerate(spoken):
+        if role == ROLES[1 + place % 2]:
+            continue
+        if place == 0:
+            raise ValueError("the assistant speaks first. Put a user turn before it, or remove it")
+        raise ValueError(f"turns {number - 1} and {number} are both the {role}'s. Join them, or remove one")
+
+
+def check_prompt(turns: Sequence[Turn]) -> None:
+    """Raise unless the conversation waits for an answer.
+
+    Args:
+        turns: The conversation.
+
+    Raises:
+        ValueError: it is no conversation, or its last turn is the assistant's.
+    """
+    check_turns(turns)
+    if turns[-1].role != "user":
+        raise ValueError("the last turn is the assistant's, so there is nothing to answer. End with a user turn")
+
+
+@dataclass(frozen=True)
+class MixtralTemplate:
+    """``<s>[INST] question [/INST] answer</s>[INST] … [/INST] …</s>``, ids as mistral_common's V1 tokenizer.
+
+    The system's text goes in front of the first question, two newlines between. ``[INST]`` and ``[/INST]`` are no
+    control tokens in Mixtral's vocabulary but letters, for everybody; the only control tokens are BOS and EOS.
+    """
+
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+        """Encode a whole conversation: BOS, questions, and answers with EOS."""
+        check_turns(turns)
+        blank = "" if _begins_with_blank(tokenizer) else " "
+        system = turns[0].content if turns[0].role == "system" else ""
+        spoken = [(number, turn) for number, turn in enumerate(turns) if turn.role != "system"]
+        texts: list[str] = []
+        for _, turn in spoken:
+            content = f"{system}\n\n{turn.content}" if system and not texts else turn.content
+            if turn.role == "user":
+                texts.append(f"[INST] {content} [/INST]")
+            else:
+                texts.append(blank + content if content else "")
+        segments: list[Segment] = []
+        for (number, turn), ids in zip(spoken, tokenizer.encode_batch(texts), strict=True):
+            answer = turn.role == "assistant"
+            begin = [] if segments else [tokenizer.bos_id]
+            segments.append(Segment([*begin, *ids, *([tokenizer.eos_id] if answer else [])], answer, number))
+        return segments
+
+    def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
+        """Encode a conversation up to ``[/INST]``; the answer's blank is the model's to write."""
+        check_prompt(turns)
+        return [index for segment in self.encode(turns, tokenizer) for index in segment.text_ids]
+
+    def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
+        """EOS."""
+        return frozenset([tokenizer.eos_id])
+
+
+def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplate:
+    """Find the chat template that a person names.
+
+    Args:
+        template: ``mixtral``, which ``None`` is too; ``tokenizer``: the one in the tokenizer's folder
+            (``tokenizer_config.json`` or ``chat_template.jinja``); or a Jinja file.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: the tokenizer has no template, or the template cannot be used.
+        FileNotFoundError: no such file.
+    """
+    if template is None or template == "mixtral":
+        return MixtralTemplate()
+    from lightning_mixcn.text.jinja_template import JinjaTemplate
+
+    if template == "tokenizer":
+        if not tokenizer.hf.chat_template:
+            raise ValueError(
+                f"`template='tokenizer'`, but the tokenizer of `{tokenizer.path}` has no chat template. Use "
+                "`template=mixtral`, or give a Jinja file"
+            )
+        found = JinjaTemplate(tokenizer.hf.get_chat_template(), name=f"chat template of {tokenizer.path}")
+    elif Path(template).is_file():
+        found = JinjaTemplate(Path(template).read_text(encoding="utf-8"), name=template)
+    else:
+        raise FileNotFoundError(f"`template={template!r}` is not there. Expected mixtral, tokenizer, or a Jinja file")
+    found.encode([Turn("user", "?"), Turn("assistant", "!")], tokenizer)  # one that cannot be used says so now
+    return found
+
+
+def _begins_with_blank(tokenizer: TextTokenizer) -> bool:
+    """Whether it puts a blank before every text, as SentencePiece's dummy prefix does, so that `▁Well` follows."""
+    (ids,) = tokenizer.encode_batch(["a"])
+    return tokenizer.decode([*ids, *ids]) == "a a"

@@ -1,0 +1,126 @@
+"""Conversations as tokens, of which the answers are learnt from."""
+
+# n = tokens of a conversation
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from lightning_mixcn.text.conversations import load_conversation
+from lightning_mixcn.text.encoders import EncodedDocument, ScoredDocument
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lightning_mixcn.text.chat_template import ChatTemplate, Segment, Turn
+    from lightning_mixcn.text.tokenizer import TextTokenizer
+
+TooLongPolicy = Literal["cut_at_turn", "truncate", "drop"]
+Answers = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations laid out by a chat template; answers, and the token that ends each, are learnt from.
+
+    Args:
+        template: The chat template.
+        tokenizer: The tokenizer.
+        sequence_length: Tokens of a row, which no conversation exceeds.
+        on_too_long: What becomes of a longer one: `cut_at_turn` keeps the exchanges from the beginning that fit whole,
+            `truncate` keeps as many tokens as fit, so that the last answer has no end and none is learnt, `drop` drops
+            it. Whatever leaves no answer is dropped.
+        answers: Whether `all` answers are learnt from, or the `last` one.
+    """
+
+    template: ChatTemplate
+    tokenizer: TextTokenizer
+    sequence_length: int
+    on_too_long: TooLongPolicy = "cut_at_turn"
+    answers: Answers = "all"
+    keeps_whole = True
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Tokenizer and template, as digests, and the choices."""
+        template = hashlib.blake2b(repr(self.template).encode(), digest_size=16).hexdigest()
+        choices = {"on_too_long": self.on_too_long, "answers": self.answers}
+        return {"tokenizer": self.tokenizer.fingerprint, "template": template, **choices}
+
+    @property
+    def padding_id(self) -> int:
+        """EOS."""
+        return self.tokenizer.eos_id
+
+    def encode(self, text: str) -> EncodedDocument:
+        """Encode a conversation of a corpus as ``[n]``."""
+        laid_out = self._lay_out(load_conversation(text))
+        return EncodedDocument(laid_out.tokens, laid_out.learnt, laid_out.too_long)
+
+    def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
+        """Encode conversations; the bytes of an answer that is scored are credited to its first token."""
+        return [self._score(load_conversation(text)) for text in texts]
+
+    def _score(self, turns: list[Turn]) -> ScoredDocument:
+        laid_out = self._lay_out(turns)
+        is_text = laid_out.learnt.copy()
+        label_bytes = np.zeros(len(laid_out.tokens), dtype=np.int32)
+        for segment, begin, end in zip(laid_out.segments, *_bounds(laid_out.segments), strict=True):
+            if laid_out.learnt[begin:end].any():
+                content = turns[segment.turn].content
+                ended = segment.text_ids[-1] in self.template.stop_ids(self.tokenizer)
+                is_text[end - 1] = not ended
+                kept = content if ended else self.tokenizer.decode(segment.text_ids)
+                label_bytes[begin] = len(kept.encode())
+        return ScoredDocument(laid_out.tokens, label_bytes, is_text, laid_out.learnt)
+
+    def _lay_out(self, turns: list[Turn]) -> _LaidOut:
+        segments = self.template.encode(turns, self.tokenizer)
+        _, (*_, length) = _bounds(segments)
+        too_long: Literal["dropped", "shortened"] | None = None
+        if length > self.sequence_length:
+            segments, too_long = self._shortened(segments), "shortened"
+        answers = [place for place, segment in enumerate(segments) if segment.answer]
+        if not answers:
+            return _LaidOut([], np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_), "dropped")
+        learnt = answers if self.answers == "all" else answers[-1:]
+        lengths = [len(segment.text_ids) for segment in segments]
+        tokens = np.fromiter(chain.from_iterable(segment.text_ids for segment in segments), np.int32)
+        return _LaidOut(
+            segments, tokens, np.repeat([place in learnt for place in range(len(segments))], lengths), too_long
+        )
+
+    def _shortened(self, segments: list[Segment]) -> list[Segment]:
+        if self.on_too_long == "drop":
+            return []
+        begins, ends = _bounds(segments)
+        if self.on_too_long == "truncate":
+            fitting = zip(segments, begins, strict=True)
+            return [
+                replace(part, text_ids=part.text_ids[: self.sequence_length - begin])
+                for part, begin in fitting
+                if begin < self.sequence_length
+            ]
+        kept = [place for place, part in enumerate(segments) if part.answer and ends[place] <= self.sequence_length]
+        return segments[: kept[-1] + 1] if kept else []
+
+
+class _LaidOut(NamedTuple):
+    """A conversation as it fits: segments, tokens ``[n]``, whether each is learnt ``[n]``, and what was done to it."""
+
+    segments: list[Segment]
+    tokens: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+    too_long: Literal["dropped", "shortened"] | None
+
+
+def _bounds(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Where each segment begins and ends."""
+    edges = list(accumulate((len(segment.text_ids) for segment in segments), initial=0))
+    return edges[:-1], edges[1:]

@@ -1,0 +1,176 @@
+"""Batches of conversations, through the data module and real runs of Lightning."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.text import ConversationSource
+
+Make = Callable[..., InstructDataModule]
+BOS, EOS, FIRST_BYTE = 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    return [
+        {"instruction": f"问{number}", "output": "答" * (number % 5), "history": [["早", "好"]] * (number % 3)}
+        for number in range(120)
+    ]
+
+
+@pytest.fixture
+def make(records: list[dict[str, Any]], tokenizer_folder: str, tmp_path: Path) -> Make:
+    (tmp_path / "zh.json").write_text(json.dumps(records))
+    (tmp_path / "en.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
+    )
+
+    def module(**changes: Any) -> InstructDataModule:
+        settings: dict[str, Any] = {
+            "sources": [ConversationSource("zh", str(tmp_path / "zh.json"))],
+            "tokenizer": tokenizer_folder,
+            "sequence_length": 160,
+            "micro_batch_size": 2,
+            "num_streams": 2,
+            "num_workers": 0,
+            "val_fraction": 0.1,
+        }
+        return InstructDataModule(**(settings | changes))
+
+    return module
+
+
+def first(data: InstructDataModule, count: int) -> list[dict[str, Tensor]]:
+    data.setup("fit")
+    return list(islice(data.train_dataloader(), count))
+
+
+def text(ids: Tensor) -> str:
+    return bytes(index - FIRST_BYTE for index in ids.tolist() if index >= FIRST_BYTE).decode()
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "documents"])
+def test_conversations_stay_whole_and_only_answers_have_labels(make: Make, packing: str) -> None:
+    documents = 0
+    for batch in first(make(packing=packing), 20):
+        for row in range(2):
+            for document in range(int(batch["document_ids"][row].max()) + 1):
+                inside = batch["document_ids"][row] == document
+                ids, labels = batch["input_ids"][row][inside], batch["labels"][row][inside]
+                assert ids[[0, -1]].tolist() == [BOS, EOS]
+                assert batch["position_ids"][row][inside].tolist() == list(range(len(ids)))
+                learnt = labels >= 0
+                assert torch.equal(ids[learnt], labels[learnt])
+                answers = [turn.split("[/INST]")[1] for turn in text(ids).split("[INST]")[1:]]
+                assert text(ids[learnt]) == "".join(answers)
+                assert int((labels == EOS).sum()) == len(answers)
+                documents += 1
+    assert documents > 40
+
+
+def test_held_out_answers_are_scored(make: Make, records: list[dict[str, Any]]) -> None:
+    data = make(max_eval_rows=None)
+    data.setup("fit")
+    loader: Any = data.val_dataloader()
+    batches = list(loader)
+    held_out = data.evaluation_conversations("val")[0]
+    assert 5 < len(held_out) < 25
+    answers = "".join(turn.content for turns in held_out for turn in turns if turn.role == "assistant")
+    assert sum(int(batch["label_bytes"].sum()) for batch in batches) == len(answers.encode())
+    assert all(torch.equal(batch["text_mask"], (batch["labels"] > EOS)) for batch in batches)
+
+
+def test_two_sources_are_mixed(make: Make, tmp_path: Path) -> None:
+    sources = [
+        ConversationSource("zh", str(tmp_path / "zh.json"), weight=3),
+        ConversationSource("en", str(tmp_path / "en.jsonl"), weight=1),
+    ]
+    batches = first(
+        make(sources=sources, val_fraction=0), 600
+    )  # what waits to fit into a row is 64 conversations a stream
+    ids = torch.cat([batch["source_ids"].flatten() for batch in batches])
+    assert float((ids == 1).sum() / (ids >= 0).sum()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_what_is_too_long_is_counted(make: Make) -> None:
+    data = make(sequence_length=50)
+    first(data, 40)
+    dropped, shortened = data.too_long()["zh"]
+    assert dropped == 0
+    assert shortened > 10
+    data = make(sequence_length=30)
+    first(data, 40)
+    assert data.too_long()["zh"][0] > 10
+
+
+def test_nothing_fits(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"documents of source 'zh', one after the other, were longer than a row"):
+        first(make(sequence_length=8), 1)
+
+
+class Recorder(LightningModule):
+    """Trains one number and keeps its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.rows: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.rows.append(batch["labels"])
+        return self.weight**2
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create:UserWarning", "ignore:This process .* is multi-threaded"
+)
+def test_a_resumed_run_goes_on_with_the_next_row(make: Make, tmp_path: Path, workers: int) -> None:
+    def run(steps: int, **settings: Any) -> tuple[list[Tensor], Trainer]:
+        module = Recorder()
+        trainer = Trainer(
+            accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=make(num_workers=workers), **settings)
+        return module.rows, trainer
+
+    whole, _ = run(9)
+    begun, trainer = run(4)
+    trainer.save_checkpoint(tmp_path / "at4.ckpt")
+    rest, _ = run(9, ckpt_path=str(tmp_path / "at4.ckpt"), weights_only=True)
+    assert torch.equal(torch.cat([*begun, *rest]), torch.cat(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answers": "first"}, r"`answers='first'`: expected one of all, last"),
+        ({"on_too_long": "keep"}, r"`on_too_long='keep'`: expected one of cut_at_turn, truncate, drop"),
+        ({"packing": "concatenate"}, r"`packing='concatenate'`: expected one of best_fit, documents"),
+        ({"sources": [{"name": "zh", "path": "x", "text_key": "t"}]}, r"has the unknown key 'text_key'"),
+        ({"sources": [{"name": "zh", "path": "x", "records": "t"}]}, r"records='t'`: expected null or one of alpaca"),
+    ],
+)
+def test_bad_arguments(make: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_a_template_that_is_not_there(make: Make) -> None:
+    with pytest.raises(FileNotFoundError, match=r"`template='nowhere\.jinja'` is not there"):
+        first(make(template="nowhere.jinja"), 1)

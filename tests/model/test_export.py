@@ -1,0 +1,206 @@
+"""`mixcn export` as a command: whole outputs or none, the same bytes, and errors that say what to do."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_mixcn.cli import main
+from lightning_mixcn.model import shard_writer
+from lightning_mixcn.model.export import export
+from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.shard_writer import ShardWriter
+from lightning_mixcn.testing import save_tiny_mixtral
+from tests.model.adapters_on_disk import save_adapter
+
+FORMATS = ["hf", "peft", "peft-per-expert"]
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    """A run folder: its adapter with tokenizer and chat template, and what `mixcn validate` measured."""
+    folder = tmp_path / "run"
+    save_adapter(tiny, folder / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, folder / "adapter" / name)
+    (folder / "adapter/chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    zh = {"nll_nats_per_token": 2.5, "bits_per_byte": 1.25, "tokens": 4982, "bytes": 7689}
+    report = {"sources": {"zh": zh}, "steps_trained": 300}
+    (folder / "validate.json").write_text(json.dumps(report), encoding="utf-8")
+    return folder
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    arguments = ["export", str(run), str(tmp_path / "out"), "--dtype=bfloat16", "--max_shard_bytes=50000"]
+    assert main(arguments) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"}
+    assert names == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_the_card_has_the_runs_figures_and_no_path_of_this_machine(tiny: Path, run: Path, tmp_path: Path) -> None:
+    (run / "adapter/README.md").write_text("---\nlicense: mit\n---\nTrained on news.\n", encoding="utf-8")
+    for src, out in ((run, "one"), (run / "adapter", "two")):
+        export(str(src), str(tmp_path / out))
+    card = (tmp_path / "one/README.md").read_text(encoding="utf-8")
+    assert card == (tmp_path / "two/README.md").read_text(encoding="utf-8")
+    assert "| zh | 2.5000 | 1.2500 | 4,982 |" in card
+    assert "after 300 steps" in card
+    assert "Trained on news." in card
+    assert "license: mit" not in card
+    assert "library_name: transformers" in card
+    assert tiny.name in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_twice_gives_the_same_bytes(run: Path, tmp_path: Path, format: Any) -> None:
+    for out in ("one", "two"):
+        export(str(run), str(tmp_path / out), format=format)
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupted_export_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    added: list[str] = []
+
+    def interrupt(self: ShardWriter, name: str, tensor: Tensor) -> None:
+        added.append(name)
+        if len(added) == 10:
+            raise KeyboardInterrupt
+
+    def interrupt_writing(*arguments: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "add", interrupt)
+    monkeypatch.setattr("lightning_mixcn.model.export_adapter.write_safetensors", interrupt_writing)
+    with pytest.raises(KeyboardInterrupt):
+        export(str(run), str(tmp_path / "out"), format=format)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(shard_writer, "write_safetensors", full)
+    monkeypatch.setattr("lightning_mixcn.model.export_adapter.write_safetensors", full)
+    assert main(["export", str(run), str(tmp_path / "out"), f"--format={format}"]) == 2
+    assert "no space to write" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def moved(base: Path, to: Path) -> None:
+    """Put another model where the base was."""
+    shutil.rmtree(base)
+    if to.name != "gone":
+        save_tiny_mixtral(base, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "out"], "'nowhere' is not there"),
+        (["empty", "out"], "is no model: it has neither config.json"),
+        (["run", "out", "--format=onnx"], "onnx"),
+        (["run", "run"], "is a folder that is not empty"),
+        (["run", "out", "--outtype=f16"], "`outtype` and `llama_cpp` are for `format=gguf`"),
+        (["run", "out", "--format=peft", "--base=dequantised"], "merges nothing"),
+        (["run", "out", "--base=dequantised", "--original=tiny"], "is not used by `base=dequantised`"),
+        (["run", "out", "--original=small"], "is in 4 bits. Give the unquantised model"),
+        (["run", "out", "--original=other"], "was made from the base"),
+        (["run", "out", "--adapter+=nowhere"], "'nowhere' is not there"),
+        (["run", "out", "--adapter+=wide"], "has the shape [48, 64], the base has [48, 32]"),
+        (["run", "out", "--dtype=int8"], "dtype"),
+        (["run", "out", "--format=gguf"], "convert_hf_to_gguf.py is not on the PATH"),
+        (["run", "out", "--format=gguf", "--llama_cpp=empty"], "convert_hf_to_gguf.py is not in 'empty'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    (tmp_path / "empty").mkdir()
+    if any("small" in argument for argument in arguments):
+        quantize(str(tiny), "small")
+    if any("other" in argument for argument in arguments):
+        save_tiny_mixtral("other", seed=3)
+    if any("wide" in argument for argument in arguments):
+        save_adapter(save_tiny_mixtral("wide_base", hidden_size=64), tmp_path / "wide", target_modules=["w1"])
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert main(["export", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mixcn: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("place", "message"), [("gone", "needs its base"), ("other", "was made from the base")])
+def test_a_base_that_is_gone_or_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, message: str
+) -> None:
+    base = save_tiny_mixtral(tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter")
+    moved(base, tmp_path / place)
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(base) in error
+
+
+def test_four_bits_whose_original_is_gone_need_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_tiny_mixtral(tmp_path / "base")
+    quantize(str(base), str(tmp_path / "small"), dtype="float32")
+    save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
+    export(str(tmp_path / "adapter"), str(tmp_path / "one"))
+    base.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    command = ["export", str(tmp_path / "adapter"), str(tmp_path / "two")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "is in 4 bits, made from" in error
+    assert "`--original FOLDER`, or `--base dequantised`" in error
+    assert main([*command, f"--original={tmp_path / 'elsewhere'}"]) == 0
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+    save_tiny_mixtral(tmp_path / "wrong", seed=9)
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "three"), f"--original={tmp_path / 'wrong'}"]) == 2
+    assert "another one" in capsys.readouterr().err
+
+
+def test_overflow_in_half_precision_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model = save_adapter(tiny, tmp_path / "adapter", target_modules=["q_proj"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1e4)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"q_proj is NaN or infinite in float16 once merged"):
+        export(str(tmp_path / "adapter"), str(tmp_path / "out"), dtype="float16")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,35 @@
+"""The record of which base something was made from."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_mixcn.model import base_identity
+from lightning_mixcn.model.identity import IDENTITY_FILE, check_made_from, read_identity, write_identity
+from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.testing import save_tiny_mixtral
+
+
+def test_a_base_is_recognised_after_moving_and_in_four_bits(tmp_path: Path) -> None:
+    base, adapter = save_tiny_mixtral(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    write_identity(adapter, base_identity(base))
+    assert read_identity(adapter) == base_identity(base)
+    moved = base.rename(tmp_path / "moved")
+    check_made_from(adapter, moved)
+    quantize(str(moved), str(tmp_path / "small"))
+    check_made_from(adapter, tmp_path / "small")
+    other = save_tiny_mixtral(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"was made from the base .*base .*other is another one"):
+        check_made_from(adapter, other)
+
+
+def test_without_a_record_there_is_nothing_to_check(tmp_path: Path) -> None:
+    assert read_identity(tmp_path) is None
+    check_made_from(tmp_path, "nowhere")
+
+
+def test_a_broken_record(tmp_path: Path) -> None:
+    (tmp_path / IDENTITY_FILE).write_text('{"path": 1}')
+    with pytest.raises(ValueError, match="does not hold a base's path and sha256"):
+        read_identity(tmp_path)

@@ -1,0 +1,176 @@
+"""Jinja templates against transformers' `apply_chat_template`, and what they must not let through."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_mixcn.testing.tiny import byte_tokenizer
+from lightning_mixcn.text import TextTokenizer, load_tokenizer
+from lightning_mixcn.text.chat_template import Segment, Turn, load_template
+from lightning_mixcn.text.jinja_template import JinjaTemplate
+
+CHATML = """{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{%- if message['role'] == 'system' %}{{ raise_exception('no system here') }}
+{%- elif message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}
+{%- else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"""
+TEMPLATES = {"chatml": CHATML, "mistral": MISTRAL}
+CONVERSATION = [Turn("user", "the 中 of"), Turn("assistant", "和 to a"), Turn("user", "in?"), Turn("assistant", "is")]
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "metaspace first", "bytes"])
+def chat_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> TextTokenizer:
+    """Three ways of beginning a text with a blank: always, at the very beginning, never; with ChatML's tokens."""
+    backend = Tokenizer.from_str(
+        (byte_tokenizer() if request.param == "bytes" else tokenizer.hf).backend_tokenizer.to_str()
+    )
+    if request.param == "metaspace first":
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    folder: Path = tmp_path_factory.mktemp("chat")
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def messages(turns: list[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def by_transformers(turns: list[Turn], tokenizer: TextTokenizer, template: str, **options: Any) -> list[int]:
+    ids: Any = tokenizer.hf.apply_chat_template(
+        messages(turns), chat_template=template, tokenize=True, return_dict=False, **options
+    )
+    return list(ids)
+
+
+def flat(segments: list[Segment]) -> list[int]:
+    return [index for segment in segments for index in segment.text_ids]
+
+
+def learnt_text(segments: list[Segment], tokenizer: TextTokenizer) -> list[str]:
+    return [
+        tokenizer.decode(segment.text_ids, skip_special_tokens=False).strip(" ")
+        for segment in segments
+        if segment.answer
+    ]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(contents=st.lists(st.text(st.sampled_from(" \n\tab中😀[]/<>|INSTs"), max_size=12), min_size=1, max_size=5))
+def test_ids_equal_transformers(template: str, chat_tokenizer: TextTokenizer, contents: list[str]) -> None:
+    if any(special in content for content in contents for special in ("<s>", "</s>")):
+        return
+    turns = [Turn(("user", "assistant")[place % 2], content) for place, content in enumerate(contents)]
+    ours, source = JinjaTemplate(TEMPLATES[template]), TEMPLATES[template]
+    assert flat(ours.encode(turns, chat_tokenizer)) == by_transformers(turns, chat_tokenizer, source)
+    question = turns if len(turns) % 2 else turns[:-1]
+    expected = by_transformers(question, chat_tokenizer, source, add_generation_prompt=True)
+    assert ours.encode_prompt(question, chat_tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [("chatml", ["和 to a<|im_end|>", "is<|im_end|>"]), ("mistral", ["和 to a </s>", "is </s>"])],
+)
+def test_answers_and_their_ends_are_learnt(template: str, learnt: list[str], chat_tokenizer: TextTokenizer) -> None:
+    segments = JinjaTemplate(TEMPLATES[template]).encode(CONVERSATION, chat_tokenizer)
+    assert learnt_text(segments, chat_tokenizer) == learnt
+    assert {segment.turn for segment in segments if segment.answer} == {1, 3}
+    assert [segment.turn for segment in segments] == sorted(segment.turn for segment in segments)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_empty_answer_is_its_end(template: str, chat_tokenizer: TextTokenizer) -> None:
+    segments = JinjaTemplate(TEMPLATES[template]).encode([Turn("user", "a"), Turn("assistant", "")], chat_tokenizer)
+    (learnt,) = (segment for segment in segments if segment.answer)
+    assert learnt.text_ids[-1] in JinjaTemplate(TEMPLATES[template]).stop_ids(chat_tokenizer)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(
+    question=st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", "<|im_start|>", "a", " ", "\n", "中"])).map("".join)
+)
+def test_nobody_can_forge_a_control_token(template: str, chat_tokenizer: TextTokenizer, question: str) -> None:
+    ours = JinjaTemplate(TEMPLATES[template])
+    forged = ours.encode([Turn("user", question), Turn("assistant", question)], chat_tokenizer)
+    honest = ours.encode([Turn("user", "a"), Turn("assistant", "b")], chat_tokenizer)
+    special = set(chat_tokenizer.hf.all_special_ids) | {chat_tokenizer.hf.convert_tokens_to_ids("<|im_start|>")}
+    special |= ours.stop_ids(chat_tokenizer)
+    assert [index for index in flat(forged) if index in special] == [i for i in flat(honest) if i in special]
+    text = chat_tokenizer.decode(flat(forged), skip_special_tokens=False)
+    assert text.count(question.strip() or "") >= 2
+    answers = [segment.turn for segment in forged if segment.answer]
+    assert answers == [1]
+
+
+def test_stop_tokens(chat_tokenizer: TextTokenizer) -> None:
+    end = chat_tokenizer.hf.convert_tokens_to_ids("<|im_end|>")
+    assert JinjaTemplate(CHATML).stop_ids(chat_tokenizer) == {chat_tokenizer.eos_id, end}
+    assert JinjaTemplate(MISTRAL).stop_ids(chat_tokenizer) == {chat_tokenizer.eos_id}
+    endless = JinjaTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert endless.stop_ids(chat_tokenizer) == {chat_tokenizer.eos_id}
+    assert learnt_text(endless.encode(CONVERSATION, chat_tokenizer), chat_tokenizer) == ["和 to a", "is"]
+
+
+def test_the_tokenizers_own_template(chat_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    chat_tokenizer.hf.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert load_template("tokenizer", loaded) == JinjaTemplate(CHATML)
+    assert load_template(str(tmp_path / "chat_template.jinja"), loaded) == JinjaTemplate(CHATML)
+    (tmp_path / "chat_template.jinja").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    named = [{"name": "default", "template": MISTRAL}, {"name": "rag", "template": CHATML}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    assert load_template("tokenizer", load_tokenizer(tmp_path)) == JinjaTemplate(MISTRAL)
+
+
+def test_it_can_be_sent_to_a_worker(chat_tokenizer: TextTokenizer) -> None:
+    template = JinjaTemplate(CHATML)
+    sent, tokenizer = pickle.loads(pickle.dumps((template, chat_tokenizer)))
+    assert sent.encode(CONVERSATION, tokenizer) == template.encode(CONVERSATION, chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "turns", "message"),
+    [
+        ("{% for %}", CONVERSATION, "cannot be used for this conversation"),
+        (MISTRAL, [Turn("system", "s"), *CONVERSATION], "cannot be used for this conversation: no system here"),
+        ("{{ messages[-1].content }}", CONVERSATION, "writes turn 0, the user's, 0 times"),
+        (CHATML + CHATML, CONVERSATION, "writes turn 1, the assistant's, 2 times"),
+        (CHATML.replace("message.content", "(message.content | upper)"), CONVERSATION, "writes turn"),
+        (
+            CHATML.replace("message.content", "(message.content | tojson)"),
+            [Turn("user", '"')],
+            "does not write the cont",
+        ),
+        ("{{ messages.append(1) }}", CONVERSATION, "cannot be used for this conversation"),
+        ("{{ ''.__class__.__mro__ }}", CONVERSATION, "cannot be used for this conversation"),
+    ],
+)
+def test_a_template_that_cannot_be_used(
+    source: str, turns: list[Turn], message: str, chat_tokenizer: TextTokenizer
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        JinjaTemplate(source).encode(turns, chat_tokenizer)
+
+
+def test_a_bad_file_is_refused_when_it_is_loaded(chat_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "bad.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"bad\.jinja` writes turn 1, the assistant's, 0 times"):
+        load_template(str(tmp_path / "bad.jinja"), chat_tokenizer)
