@@ -1,78 +1,118 @@
-"""The adapter of a run as a PEFT folder, whenever a checkpoint is written."""
+"""The adapter of a run as PEFT folders: of the newest checkpoint, and of the best validation."""
 
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
+from lightning_mixcn.metrics import Likelihood
 from lightning_mixcn.model.hub import local_folder
+from lightning_mixcn.model.model_card import CARD_NAME, adapter_card
+from lightning_mixcn.model.tokenizer_files import tokenizer_files
+from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.strategies import whole_parameters
 
 from .finished_output import new_folder
 from .host import causal_lm
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+_CONFIG = "config.yaml"
 
 
 class AdapterCheckpoint(Callback):
-    """Writes ``adapter/`` into the run's folder with every checkpoint and at the end: PEFT's format, and the tokenizer.
+    """Writes ``adapter/`` into the run's folder with every checkpoint and at the end, and ``adapter_best/`` beside it.
+
+    A folder has the adapter in PEFT's format, the tokenizer, the run's ``config.yaml`` and a model card with what the
+    last validation measured. ``adapter_best/`` is written after a validation that is better than all before; there is
+    none without validation.
 
     Args:
-        folder: Name of the adapter's folder inside ``trainer.default_root_dir``.
+        folder: Name of the newest adapter's folder inside ``trainer.default_root_dir``; the best one's ends in
+            ``_best``.
+        monitor: Logged value that decides what is best, such as ``val/zh/bits_per_byte``; null is the mean of the
+            validation sources' bits per byte.
+        mode: ``min`` if less of it is better, ``max`` if more is.
     """
 
-    def __init__(self, folder: str = "adapter") -> None:
+    def __init__(
+        self, folder: str = "adapter", monitor: str | None = None, mode: Literal["min", "max"] = "min"
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"`mode={mode!r}`: expected min or max")
         self.folder = folder
+        self.monitor = monitor
+        self._sign = 1 if mode == "min" else -1
         self._written_at: int | None = None
+        self._best = math.inf  # times the sign
+        self._measured: dict[str, Any] = {}  # the last validation: its step and its sources' likelihoods
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse another kind of module."""
         causal_lm(self, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know: the best value, and the last validation."""
+        return {"best": self._best, "measured": self._measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._best, self._measured = state_dict["best"], state_dict["measured"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the best adapter if this is it. Raises: KeyError if ``monitor`` is not logged."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        module = causal_lm(self, pl_module)
+        sources = module.source_likelihoods.get("val", {})
+        self._measured = {"step": trainer.global_step, "sources": {name: dict(of) for name, of in sources.items()}}
+        value = self._value(trainer, sources)
+        if value is not None and self._sign * value < self._best:
+            self._best = self._sign * value
+            self._write(trainer, module, f"{self.folder}_best")
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the adapter of this step."""
-        self._write(trainer, pl_module)
+        self._write_newest(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter of the last step."""
-        self._write(trainer, pl_module)
+        self._write_newest(trainer, pl_module)
         if self._written_at is not None:
             rank_zero_info(f"adapter: {Path(trainer.default_root_dir, self.folder)}")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = causal_lm(self, pl_module)
+    def _value(self, trainer: Trainer, sources: dict[str, Likelihood]) -> float | None:
+        if self.monitor is None:
+            values = [result["bits_per_byte"] for result in sources.values() if result["bytes"]]
+            return sum(values) / len(values) if values else None
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise KeyError(f"AdapterCheckpoint: `monitor={self.monitor}` is not logged. Validation logs {known}")
+        return float(trainer.callback_metrics[self.monitor])
+
+    def _write_newest(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._written_at != trainer.global_step:
+            module = causal_lm(self, pl_module)
+            self._written_at = trainer.global_step if isinstance(module.model, PeftModel) else None
+            self._write(trainer, module, self.folder)
+
+    def _write(self, trainer: Trainer, module: CausalLMModule, name: str) -> None:
         model = module.model
-        if not isinstance(model, PeftModel) or self._written_at == trainer.global_step:
+        if not isinstance(model, PeftModel):
             return
-        self._written_at = trainer.global_step
         # Every rank has a part in gathering what is sharded.
         with whole_parameters(trainer.strategy.model):
             if not trainer.is_global_zero:
                 model.save_pretrained("", is_main_process=False)
                 return
-            with new_folder(Path(trainer.default_root_dir, self.folder)) as folder:
+            root = Path(trainer.default_root_dir)
+            with new_folder(root / name) as folder:
                 model.save_pretrained(str(folder))
-                copy_tokenizer(module.tokenizer_path, folder)
-
-
-def copy_tokenizer(source: str, target: Path) -> None:
-    """Copy a tokenizer's files as they are; transformers would write some of them anew, and differently.
-
-    Args:
-        source: Checkpoint folder or hub id.
-        target: Folder.
-    """
-    folder = local_folder(source)
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+                config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
+                # As they are: transformers would write some of the tokenizer's files anew, and differently.
+                for file in [*tokenizer_files(local_folder(module.tokenizer_path)), *config]:
+                    shutil.copyfile(file, folder / file.name)
+                card = adapter_card(folder, module.base, trainer.global_step, self._measured)
+                (folder / CARD_NAME).write_text(card, encoding="utf-8")

@@ -11,24 +11,12 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .hub import local_folder
+from .tokenizer_files import GENERATION_FILE, tokenizer_files
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-_COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -106,9 +94,9 @@ def _open_folder(name: str, folder: Path) -> DenseSource:
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> None:
-    for file in _COPIED_FILES:
-        if (folder / file).is_file():
-            shutil.copyfile(folder / file, out / file)
+    generation = folder / GENERATION_FILE
+    for file in [*tokenizer_files(folder), *([generation] if generation.is_file() else [])]:
+        shutil.copyfile(file, out / file.name)
 
 
 def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":

@@ -1,6 +1,8 @@
-"""README of an exported model: what it was made of, and what the run measured."""
+"""README of an adapter or an exported model: what it was made of, and what the run measured."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,26 @@ CARD_NAME = "README.md"
 _REPORT = "validate.json"
 
 
+def adapter_card(folder: Path, base: str, steps: int, measured: Mapping[str, Any]) -> str:
+    """Write the card of an adapter that a run saves.
+
+    Args:
+        folder: Where the adapter is.
+        base: What the run was given as its base.
+        steps: Optimizer steps of the adapter.
+        measured: ``step`` and ``sources`` (by name: ``nll_nats_per_token``, ``bits_per_byte``, ``tokens``) of the run's
+            last validation; empty if there was none.
+    """
+    name = _public_name(base)
+    made = f"A LoRA adapter after {steps:,} optimizer steps, one pair of factors an expert."
+    parts = [_header(name, "peft"), made, _base_line(folder, name)]
+    if measured:
+        parts.append(_table(measured["sources"], f"Measured after {measured['step']:,} steps:"))
+    return "\n\n".join(parts) + "\n"
+
+
 def model_card(found: ModelSource, src: str, made: str, library: str) -> str:
-    """Write the card. It has no date and no absolute path, so the same export gives the same bytes.
+    """Write the card of an export. It has no date and no absolute path, so the same export gives the same bytes.
 
     Args:
         found: What was exported.
@@ -21,12 +41,17 @@ def model_card(found: ModelSource, src: str, made: str, library: str) -> str:
         library: ``transformers`` or ``peft``, for the hub's ``library_name``.
     """
     base = _public_name(found.base)
-    header = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [mixtral, moe]"]
-    if "/" in base:
-        header.append(f"base_model: {base}")
-    parts = ["\n".join([*header, "---"]), f"# {base}, adapted", made, _base_line(found, base)]
+    first = Path(found.adapters[0]) if found.adapters else None
+    parts = [_header(base, library), made, _base_line(first, base)]
     parts += filter(None, [_figures(src), *(_adapter_text(adapter) for adapter in found.adapters)])
     return "\n\n".join(parts) + "\n"
+
+
+def _header(base: str, library: str) -> str:
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [mixtral, moe]"]
+    if "/" in base:
+        lines.append(f"base_model: {base}")
+    return "\n".join([*lines, "---", "", f"# {base}, adapted"])
 
 
 def _public_name(path: str) -> str:
@@ -34,9 +59,9 @@ def _public_name(path: str) -> str:
     return Path(path).name if Path(path).expanduser().is_dir() else path
 
 
-def _base_line(found: ModelSource, base: str) -> str:
-    identities = [identity for adapter in found.adapters[:1] if (identity := read_identity(Path(adapter)))]
-    content = f" (content hash `{identities[0]['sha256']}`)" if identities else ""
+def _base_line(made_from: Path | None, base: str) -> str:
+    identity = read_identity(made_from) if made_from else None
+    content = f" (content hash `{identity['sha256']}`)" if identity else ""
     return f"Base: `{base}`{content}."
 
 
@@ -49,19 +74,24 @@ def _figures(src: str) -> str | None:
         return None
     try:
         report = json.loads(reports[0].read_text(encoding="utf-8"))
-        rows = [_row(name, result) for name, result in sorted(report["sources"].items())]
-        steps = report["steps_trained"]
+        return _table(report["sources"], f"Measured on the run after {report['steps_trained']} steps, before export:")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(reports[0])!r} is not what `mixcn validate` writes. Delete it or run it again"
         ) from error
-    table = ["| held-out source | nats per token | bits per byte | tokens |", "|---|---|---|---|", *rows]
-    return "\n".join([f"Measured on the run after {steps} steps, before export:", "", *table])
 
 
-def _row(name: str, result: dict[str, Any]) -> str:
+def _table(sources: Mapping[str, Mapping[str, Any]], says: str) -> str:
+    rows = [_row(name, result) for name, result in sorted(sources.items())]
+    return "\n".join(
+        [says, "", "| held-out source | nats per token | bits per byte | tokens |", "|---|---|---|---|", *rows]
+    )
+
+
+def _row(name: str, result: Mapping[str, Any]) -> str:
     per_byte = result.get("bits_per_byte")
-    shown = "" if per_byte is None else f"{per_byte:.4f}"
+    # A source of no bytes has none: null in JSON, not a number in memory.
+    shown = "" if per_byte is None or math.isnan(per_byte) else f"{per_byte:.4f}"
     return f"| {name} | {result['nll_nats_per_token']:.4f} | {shown} | {result['tokens']:,} |"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from lightning_mixcn.callbacks import AdapterCheckpoint, StepCheckpoint
 from lightning_mixcn.model import load_mixtral
@@ -73,3 +74,77 @@ def test_stock_peft_reads_it(tmp_path: Path, tiny_base: Path, module: PretrainMo
     # float32; PEFT multiplies A and B in another order.
     torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
     assert (trained - untrained).abs().max() > 1e-4
+
+
+class Falling(PretrainModule):
+    """A run whose validations measure what they are told to."""
+
+    values: list[float]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        value = self.values.pop(0)
+        measured = {"bits_per_byte": value, "nll_nats_per_token": value, "bytes": 7, "tokens": 1234}
+        self.source_likelihoods["val"] = {"zh": measured}  # type: ignore[dict-item]  # not all that a likelihood has
+        self.log("val/zh/accuracy", value)
+
+
+@pytest.fixture
+def falling(tiny_base: Path, module: PretrainModule) -> Falling:
+    made = Falling(str(tiny_base), dtype="float32", lora=module.lora)
+    made.values = [3.0, 1.5, 2.5]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "best_step"),
+    [({}, 2), ({"monitor": "val/zh/accuracy"}, 2), ({"monitor": "val/zh/accuracy", "mode": "max"}, 1)],
+)
+def test_the_best_validation_s_adapter_is_kept(
+    arguments: dict[str, Any], best_step: int, tmp_path: Path, falling: Falling, trainer: Make
+) -> None:
+    batches = FixedBatches([random_batch([20])] * 3)
+    callback = AdapterCheckpoint(**arguments)
+    trainer(max_steps=3, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=0, callbacks=[callback]).fit(
+        falling, batches
+    )
+    best, newest = (tmp_path / name / "README.md" for name in ("adapter_best", "adapter"))
+    assert f"after {best_step} optimizer steps" in best.read_text(encoding="utf-8")
+    card = newest.read_text(encoding="utf-8")
+    assert "after 3 optimizer steps" in card
+    assert "Measured after 3 steps" in card
+    assert "| zh | 2.5000 | 2.5000 | 1,234 |" in card
+    assert "content hash" in card
+    weights = [load_adapter(folder.parent) for folder in (best, newest)]
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_a_resumed_run_knows_the_best(tmp_path: Path, falling: Falling, trainer: Make) -> None:
+    before = AdapterCheckpoint()
+    before.load_state_dict({"best": 1.0, "measured": {}})
+    resumed = AdapterCheckpoint()
+    resumed.load_state_dict(before.state_dict())
+    batches = FixedBatches([random_batch([20])] * 3)
+    trainer(max_steps=3, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=0, callbacks=[resumed]).fit(
+        falling, batches
+    )
+    assert not (tmp_path / "adapter_best").exists()
+
+
+def test_a_monitor_that_is_not_logged_is_named(falling: Falling, trainer: Make) -> None:
+    batches = FixedBatches([random_batch([20])])
+    callback = AdapterCheckpoint(monitor="val/en/accuracy")
+    with pytest.raises(KeyError, match=r"`monitor=val/en/accuracy` is not logged[.] Validation logs val/zh/accuracy"):
+        trainer(max_steps=1, limit_val_batches=1, num_sanity_val_steps=0, callbacks=[callback]).fit(falling, batches)
+
+
+def test_a_bad_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="`mode='least'`: expected min or max"):
+        AdapterCheckpoint(mode="least")  # type: ignore[arg-type]  # the test is of that
+
+
+def load_adapter(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
