@@ -1,0 +1,118 @@
+"""Sampled answers: which questions, where they go, and that a batch of them is answered like one after the other."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
+    EventAccumulator,
+)
+
+from lightning_mixcn.callbacks import SampleAnswers
+from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.metrics import answer_figures
+from lightning_mixcn.modules import InstructModule, PretrainModule
+from lightning_mixcn.testing import FixedBatches, random_batch
+from lightning_mixcn.text import ConversationSource
+
+Make = Callable[..., Any]
+
+# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def question(number: int, language: str) -> dict[str, Any]:
+    return {"instruction": f"{language} {'问' * number}", "output": "答", "history": [["早", "好"]] * (number % 2)}
+
+
+@pytest.fixture
+def data(tmp_path: Path, tiny_base: Path) -> InstructDataModule:
+    for language, count in (("zh", 12), ("en", 2)):
+        records = [question(number, language) for number in range(1, count + 1)]
+        (tmp_path / f"{language}.json").write_text(json.dumps(records), encoding="utf-8")
+    held_out = [ConversationSource(language, str(tmp_path / f"{language}.json")) for language in ("zh", "en")]
+    return InstructDataModule(
+        sources=held_out[:1], val_sources=held_out, tokenizer=str(tiny_base), sequence_length=96, micro_batch_size=1,
+        num_streams=1, num_workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tuned(module: PretrainModule) -> InstructModule:
+    return InstructModule(module.base, dtype="float32", lora=module.lora)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_questions_of_every_source_before_during_and_after(
+    tmp_path: Path, tuned: InstructModule, data: InstructDataModule, trainer: Make
+) -> None:
+    callback = SampleAnswers(questions=6, every_n_steps=2, max_new_tokens=5)
+    logger = TensorBoardLogger(str(tmp_path), name="tensorboard", version="")
+    trainer(max_steps=3, callbacks=[callback], logger=logger, log_every_n_steps=1).fit(tuned, data)
+    written = lines(tmp_path)
+    assert [line["step"] for line in written] == [0] * 6 + [2] * 6 + [3] * 6
+    asked = [line["question"] for line in written[:6]]
+    assert [text[:2] for text in asked] == ["zh", "en", "zh", "en", "zh", "zh"]  # in turn, while there are some
+    assert [line["question"] for line in written[6:12]] == asked
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {f"answers/{number}/text_summary" for number in range(6)} <= set(events.Tags()["tensors"])
+    for name in ("eos_rate", "repetition_rate", "length_tokens"):
+        assert [event.step for event in events.Scalars(f"answers/{name}")] == [0, 2, 3]
+    assert callback.figures is not None
+    assert events.Scalars("answers/eos_rate")[-1].value == pytest.approx(callback.figures["eos_rate"])
+    assert sum(line["ended"] for line in written[12:]) == round(6 * callback.figures["eos_rate"])
+
+
+def test_a_batch_is_answered_like_one_after_the_other(
+    tuned: InstructModule, data: InstructDataModule, trainer: Make
+) -> None:
+    """Questions of different lengths are padded on the left; the answers are those of plain greedy decoding."""
+    callback = SampleAnswers(questions=8, max_new_tokens=6)
+    trainer(max_steps=1, callbacks=[callback]).fit(tuned, data)
+    conversations = data.evaluation_conversations("val")
+    prompts = [data.template.encode_prompt(turns[:-1], data.tokenizer) for part in conversations for turns in part]
+    assert len({len(prompt) for prompt in prompts}) > 4
+    # Some token that the tiny model says, so that some answers end and others do not.
+    stop_ids = {greedy(tuned, prompts[0], set())[2], data.tokenizer.eos_id}
+    together = callback.generate(tuned, prompts, stop_ids, data.tokenizer.eos_id)
+    alone = [greedy(tuned, prompt, stop_ids) for prompt in prompts]
+    assert together == alone
+    assert answer_figures(alone, stop_ids)["eos_rate"] > 0
+    assert len({len(answer) for answer in alone}) > 1
+
+
+def greedy(module: InstructModule, prompt: list[int], stop_ids: set[int], tokens: int = 6) -> list[int]:
+    assert module.model is not None
+    module.model.eval()
+    row = list(prompt)
+    while len(row) < len(prompt) + tokens and not (len(row) > len(prompt) and row[-1] in stop_ids):
+        with torch.no_grad():
+            row.append(int(module.model(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+def test_other_data_is_refused(module: PretrainModule, trainer: Make) -> None:
+    with pytest.raises(ValueError, match="needs an InstructDataModule, got FixedBatches"):
+        trainer(callbacks=[SampleAnswers()]).fit(module, FixedBatches([random_batch([20])]))
+
+
+def test_nothing_held_out_is_refused(tuned: InstructModule, tmp_path: Path, tiny_base: Path, trainer: Make) -> None:
+    (tmp_path / "zh.json").write_text(json.dumps([question(number, "zh") for number in range(9)]), encoding="utf-8")
+    data = InstructDataModule(
+        sources=[ConversationSource("zh", str(tmp_path / "zh.json"))], tokenizer=str(tiny_base), num_workers=0,
+        val_fraction=0.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="SampleAnswers needs held-out conversations"):
+        trainer(callbacks=[SampleAnswers()]).fit(tuned, data)
+
+
+def test_no_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`questions=0`: expected at least 1"):
+        SampleAnswers(questions=0)
