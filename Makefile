@@ -6,10 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full lint bench clean
+.PHONY: help venv demo demo-instruct test test-full lint bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED)  ## set up .venv with the pinned versions (minutes the first time)
 
@@ -22,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: venv  ## adapt a real base to Chinese in 4 bits; results in runs/demo
 	$(BIN)/python -m lightning_mixcn.demo
+
+demo-instruct: venv  ## teach the same base to answer in Chinese, and ask it; results in runs/demo_instruct
+	$(BIN)/python -m lightning_mixcn.demo instruct
 
 test: lint  ## every quick check (what CI runs)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

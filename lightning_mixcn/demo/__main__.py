@@ -1,9 +1,10 @@
-"""``python -m lightning_mixcn.demo``: adapt a real base to Chinese, in 4 bits, in minutes."""
+"""``python -m lightning_mixcn.demo``: adapt a real base to Chinese in 4 bits, in minutes, or teach it to answer."""
 
 import argparse
 import sys
 
 from lightning_mixcn.demo.commands import CommandFailed
+from lightning_mixcn.demo.instruct import run_instruct_demo
 from lightning_mixcn.demo.run import run_demo
 
 
@@ -13,9 +14,15 @@ def main() -> int:
     Returns:
         Exit code: 0, or 2 with one line on stderr.
     """
-    argparse.ArgumentParser(prog="python -m lightning_mixcn.demo", description=run_demo.__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m lightning_mixcn.demo", description=__doc__)
+    parser.add_argument(
+        "which", nargs="?", default="pretrain", choices=["pretrain", "instruct"],
+        help="pretrain: continued pre-training on Chinese text (make demo); instruct: instruction tuning, and a chat "
+        "(make demo-instruct)",
+    )  # fmt: skip
+    chosen = parser.parse_args().which
     try:
-        run_demo()
+        run_demo() if chosen == "pretrain" else run_instruct_demo()
     except (ConnectionError, CommandFailed, ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -29,21 +29,26 @@ class CommandFailed(RuntimeError):  # noqa: N818  # reads as what happened
     """A command ended with an error, which it has printed itself."""
 
 
-def run_mixcn(arguments: Sequence[str]) -> Usage:
+def run_mixcn(arguments: Sequence[str], typed: str = "") -> Usage:
     """Run ``mixcn`` with these arguments; what it prints goes to the terminal.
+
+    Args:
+        arguments: Of ``mixcn``.
+        typed: What it reads from its standard input.
 
     Raises:
         CommandFailed: the exit code is not 0.
     """
-    return run([sys.executable, "-m", "lightning_mixcn", *arguments], shown=shlex.join(["mixcn", *arguments]))
+    return run([sys.executable, "-m", "lightning_mixcn", *arguments], shlex.join(["mixcn", *arguments]), typed)
 
 
-def run(command: Sequence[str], shown: str) -> Usage:
+def run(command: Sequence[str], shown: str, typed: str = "") -> Usage:
     """Run a command, show it first, and measure it.
 
     Args:
         command: Program and arguments.
         shown: What to print for it.
+        typed: What it reads from its standard input, at most what a pipe holds (64 KiB on Linux).
 
     Raises:
         CommandFailed: the exit code is not 0.
@@ -51,7 +56,11 @@ def run(command: Sequence[str], shown: str) -> Usage:
     print(f"$ {shown}", flush=True)
     start = time.perf_counter()
     # What the demo unpacks lies beside what else it makes.
-    process = subprocess.Popen(command, env={"MIXCN_CACHE": os.path.abspath(".cache/mixcn"), **os.environ})
+    environment = {"MIXCN_CACHE": os.path.abspath(".cache/mixcn"), **os.environ}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(typed)
     # Not `process.wait`: only wait4 says what this one child used.
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

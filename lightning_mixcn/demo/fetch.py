@@ -59,10 +59,18 @@ ENGLISH = Package(
     4_869_272,
     "English Wikipedia summaries (CC BY-SA)",
 )
-PACKAGES = (BASE, CHINESE, ENGLISH)
+INSTRUCTIONS = Package(
+    "llamafactory",
+    "0.9.5",
+    "llamafactory-0.9.5.tar.gz",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    5_208_876,
+    "1,000 Chinese and 999 English instructions with GPT-4's answers (package under Apache-2.0; data CC BY-NC 4.0)",
+)
+PACKAGES = (BASE, CHINESE, ENGLISH, INSTRUCTIONS)
 
-# pip asks a source archive for its metadata before it saves the archive, which runs the archive's setup.py. This
-# stands in for setuptools then, and answers from the archive's PKG-INFO.
+# pip asks a source archive for its metadata before it saves the archive, which runs the archive's setup.py or build
+# backend. This stands in for setuptools or hatchling then, and answers from the archive's PKG-INFO.
 _INERT_BACKEND = """
 import pathlib
 
@@ -80,15 +88,18 @@ class _Backend:
 
 
 __legacy__ = _Backend()
+prepare_metadata_for_build_wheel = __legacy__.prepare_metadata_for_build_wheel
 """
+# Modules that archives name as their backend.
+_BACKENDS = ("setuptools/build_meta.py", "hatchling/build.py")
 
 
-def missing(folder: Path, packages: Sequence[Package] = PACKAGES) -> list[Package]:
+def missing(folder: Path, packages: Sequence[Package]) -> list[Package]:
     """Packages that are not in ``folder`` yet, or not with the right bytes."""
     return [package for package in packages if not _is_there(folder, package)]
 
 
-def fetch(folder: Path, packages: Sequence[Package] = PACKAGES) -> dict[str, Path]:
+def fetch(folder: Path, packages: Sequence[Package]) -> dict[str, Path]:
     """Have every package's release file in ``folder``; those already there are not downloaded again.
 
     Args:
@@ -133,18 +144,19 @@ def _download(folder: Path, package: Package) -> None:
 
 def _pip_download(scratch: Path, package: Package) -> None:
     """Run ``pip download`` for exactly this file. Raises: ConnectionError; ValueError if its hash is another."""
-    backend = scratch / "inert" / "setuptools"
-    backend.mkdir(parents=True)
-    (backend / "__init__.py").write_text("", encoding="utf-8")
-    (backend / "build_meta.py").write_text(_INERT_BACKEND, encoding="utf-8")
-    requirement = scratch / "inert" / "requirement.txt"
+    inert = scratch / "inert"
+    for backend in _BACKENDS:
+        (inert / backend).parent.mkdir(parents=True)
+        (inert / backend).with_name("__init__.py").write_text("", encoding="utf-8")
+        (inert / backend).write_text(_INERT_BACKEND, encoding="utf-8")
+    requirement = inert / "requirement.txt"
     requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--use-pep517"]
     command += ["--require-hashes", "--disable-pip-version-check", "--retries", "2", "--dest", str(scratch)]
     # No pipe on stdout: pip's own progress bar is shown.
     process = subprocess.run(
         [*command, "--requirement", str(requirement)],
-        env={**os.environ, "PYTHONPATH": str(backend.parent)},
+        env={**os.environ, "PYTHONPATH": str(inert)},
         stderr=subprocess.PIPE,
         text=True,
         check=False,
