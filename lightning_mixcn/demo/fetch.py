@@ -144,7 +144,7 @@ def _download(folder: Path, package: Package) -> None:
 
 def _pip_download(scratch: Path, package: Package) -> None:
     """Run ``pip download`` for exactly this file. Raises: ConnectionError; ValueError if its hash is another."""
-    inert = scratch / "inert"
+    inert = scratch.resolve() / "inert"  # pip starts the backend in another folder
     for backend in _BACKENDS:
         (inert / backend).parent.mkdir(parents=True)
         (inert / backend).with_name("__init__.py").write_text("", encoding="utf-8")
@@ -167,7 +167,7 @@ def _pip_download(scratch: Path, package: Package) -> None:
             "The package index serves other bytes than this demo was made with: do not use them."
         )
     if process.returncode != 0:
-        lines = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
+        lines = [line for line in process.stderr.splitlines() if line.lower().startswith("error")]
         raise ConnectionError(
             f"pip could not download {package.name}=={package.version}: {lines[-1] if lines else 'no message'}. "
             f"Connect to a package index, or put {package.filename} into {scratch.parent} by hand."

@@ -28,12 +28,14 @@ def package_of(path: Path, name: str) -> Package:
     return Package(name, "1.0", path.name, hashlib.sha256(content).hexdigest(), len(content), "a test")
 
 
-def source_archive(index: Path, marker: Path) -> Package:
+def source_archive(index: Path, marker: Path, backend: str = "") -> Package:
     path = index / "dummy-source-1.0.tar.gz"
     files = {
         "PKG-INFO": "Metadata-Version: 2.1\nName: dummy-source\nVersion: 1.0\n\nName: of nothing\n",
         "setup.py": SETUP.format(marker=str(marker)),
     }
+    if backend:
+        files["pyproject.toml"] = f'[build-system]\nrequires = []\nbuild-backend = "{backend}"\n'
     with tarfile.open(path, "w:gz") as members:
         for name, text in files.items():
             member = tarfile.TarInfo(f"dummy-source-1.0/{name}")
@@ -55,9 +57,13 @@ def wheel(index: Path) -> Package:
     return package_of(path, "dummy-wheel")
 
 
-def test_files_come_checked_and_a_source_archive_is_not_run(index: Path, tmp_path: Path) -> None:
-    marker, cache = tmp_path / "marker", tmp_path / "cache"
-    packages = [source_archive(index, marker), wheel(index)]
+@pytest.mark.parametrize("backend", ["", "setuptools.build_meta", "hatchling.build"])
+def test_files_come_checked_and_a_source_archive_is_not_run(
+    backend: str, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    marker, cache = tmp_path / "marker", Path("cache")
+    packages = [source_archive(index, marker, backend), wheel(index)]
     assert missing(cache, packages) == packages
     files = fetch(cache, packages)
     assert not marker.exists()
