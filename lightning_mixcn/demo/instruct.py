@@ -24,7 +24,7 @@ _SAYS = (
     f"at most 6 GB of memory, 3 GB of disk under {CACHE} and {RUN}."
 )
 _QUESTIONS = ("你好，请介绍一下你自己。", "请列出三种健康的食物。")
-_CHAT_TOKENS = 120
+_CHAT_TOKENS = 80
 _ROWS = {
     "zh": "Chinese answers, held out",
     "en": "English answers, held out",
