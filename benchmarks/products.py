@@ -1,0 +1,75 @@
+"""The limit of a training step: its large products alone, as plain bf16 GEMMs of the same shapes.
+
+A step with frozen weights multiplies every weight with its rows twice (forward, and the gradient of its input), and
+every LoRA factor three times (the factor's own gradient, too). Rows of an expert: tokens · top-k / experts.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Shape = tuple[int, int, int]  # rows, inner, columns
+
+
+def expert_products(config: Any, tokens: int, rank: int) -> list[tuple[Shape, int]]:
+    """Shapes of the products of one layer's experts in a step, with how often each is made."""
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    rows = tokens * config.num_experts_per_tok // experts
+    # Forward of gate and up is backward's shape of down, and the other way round.
+    shapes: list[tuple[Shape, int]] = [((rows, hidden, inner), 3 * experts), ((rows, inner, hidden), 3 * experts)]
+    for projections, width_in, width_out in ((2, hidden, inner), (1, inner, hidden)):
+        shapes += _lora(rows, width_in, width_out, rank, projections * experts)
+    return shapes
+
+
+def step_products(config: Any, tokens: int, rank: int) -> list[tuple[Shape, int]]:
+    """The same of a whole step: experts, attention's projections and the head; not attention itself."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    shapes = [(shape, times * layers) for shape, times in expert_products(config, tokens, rank)]
+    for projections, columns in ((2, hidden), (2, width)):
+        shapes += [((tokens, hidden, columns), projections * layers), ((tokens, columns, hidden), projections * layers)]
+        shapes += _lora(tokens, hidden, columns, rank, projections * layers)
+    vocabulary = config.vocab_size
+    return [*shapes, ((tokens, hidden, vocabulary), 1), ((tokens, vocabulary, hidden), 1)]
+
+
+def flops(shapes: list[tuple[Shape, int]]) -> int:
+    """Floating point operations of the products."""
+    return sum(2 * rows * inner * columns * times for (rows, inner, columns), times in shapes)
+
+
+def timed(shapes: list[tuple[Shape, int]]) -> Callable[[], float]:
+    """What makes all products once and gives the seconds that it took; operands are made here, and reused."""
+    dtype = torch.bfloat16
+    operands = [
+        (
+            torch.randn(rows, inner).to(dtype),
+            torch.randn(columns, inner).to(dtype),
+            torch.empty(rows, columns, dtype=dtype),
+        )
+        for (rows, inner, columns), _ in shapes
+    ]
+
+    def run() -> float:
+        start = time.perf_counter()
+        for (left, right, out), (_, times) in zip(operands, shapes, strict=True):
+            for _ in range(times):
+                torch.mm(left, right.t(), out=out)
+        return time.perf_counter() - start
+
+    return run
+
+
+def _lora(rows: int, width_in: int, width_out: int, rank: int, times: int) -> list[tuple[Shape, int]]:
+    """Forward x Aᵀ and (x Aᵀ) Bᵀ; backward dy B, (dy B) A, and the gradients of A and B."""
+    return [
+        ((rows, width_in, rank), times),
+        ((rows, rank, width_out), times),
+        ((rows, width_out, rank), times),
+        ((rows, rank, width_in), times),
+        ((rank, rows, width_in), times),
+        ((width_out, rows, rank), times),
+    ]
