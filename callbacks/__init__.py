@@ -7,6 +7,7 @@ if __name__ != "lightning_mixcn.callbacks":
     )
 
 from .adapter_checkpoint import AdapterCheckpoint
+from .benchmark_eval import BenchmarkEval
 from .data_monitor import DataMonitor
 from .evaluation_report import EvaluationReport
 from .expert_load_monitor import ExpertLoadMonitor
@@ -24,6 +25,7 @@ from .trainability_check import TrainabilityCheck
 
 __all__ = [
     "AdapterCheckpoint",
+    "BenchmarkEval",
     "DataMonitor",
     "EvaluationReport",
     "ExpertLoadMonitor",

@@ -25,6 +25,7 @@ class SampleAnswers(Sampling):
         every_n_steps: Optimizer steps between samples.
         max_new_tokens: Most tokens of an answer.
         temperature: 0 is greedy, which makes samples of different steps comparable; else the softmax temperature.
+        repetition_penalty: Makes tokens of the conversation less likely if more than 1, which is none.
         seed: Of the random numbers where the temperature is not 0; those of training are left alone.
     """
 
@@ -34,6 +35,7 @@ class SampleAnswers(Sampling):
         every_n_steps: int = 500,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
     ) -> None:
         if questions < 1:
@@ -42,6 +44,7 @@ class SampleAnswers(Sampling):
             every_n_steps=every_n_steps,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             file="answers.jsonl",
         )
@@ -66,7 +69,7 @@ class SampleAnswers(Sampling):
         asked = [turns[:-1] for turns in in_turn[: self.questions]]
         prompts = [template.encode_prompt(turns, tokenizer) for turns in asked]
         stop_ids = template.stop_ids(tokenizer)
-        answers = self.generate(module, prompts, stop_ids, tokenizer.eos_id)
+        answers = self.generate(module, prompts, stop_ids)
         self.figures = answer_figures(answers, stop_ids)
         values: dict[str, Any] = {f"answers/{name}": value for name, value in self.figures.items()}
         for logger in trainer.loggers:

@@ -43,7 +43,7 @@ class SampleText(Sampling):
         """Continue every prompt."""
         tokenizer = tokenizer_of(trainer, module)
         rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
-        texts = [tokenizer.decode(ids) for ids in self.generate(module, rows, [tokenizer.eos_id], tokenizer.eos_id)]
+        texts = [tokenizer.decode(ids) for ids in self.generate(module, rows, [tokenizer.eos_id])]
         pairs = list(zip(self.prompts, texts, strict=True))
         records = [{"prompt": prompt, "continuation": text} for prompt, text in pairs]
         shown = {f"samples/{number}": f"**{prompt}**{text}" for number, (prompt, text) in enumerate(pairs)}

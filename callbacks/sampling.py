@@ -22,19 +22,32 @@ class Sampling(Callback):
         every_n_steps: Optimizer steps between samples.
         max_new_tokens: Length of a sample in tokens.
         temperature: 0 is greedy, else the softmax temperature.
+        repetition_penalty: Makes tokens that stood before less likely if more than 1, which is none.
         seed: Of the random numbers where the temperature is not 0; those of training are left alone.
         file: Name of the JSON Lines file in the run's folder.
     """
 
-    def __init__(self, *, every_n_steps: int, max_new_tokens: int, temperature: float, seed: int, file: str) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        file: str,
+        repetition_penalty: float = 1.0,
+    ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"`{name}={value}`: expected at least 1")
         if temperature < 0:
             raise ValueError(f"`temperature={temperature}`: expected 0 for greedy, or more")
+        if repetition_penalty <= 0:
+            raise ValueError(f"`repetition_penalty={repetition_penalty}`: expected 1 for none, or more")
         self.every_n_steps = every_n_steps
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.repetition_penalty = repetition_penalty
         self.seed = seed
         self._file = file
         self._sampled_at: int | None = None
@@ -69,7 +82,7 @@ class Sampling(Callback):
             self._sample(trainer, pl_module)
 
     def generate(
-        self, module: CausalLMModule, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], padding_id: int
+        self, module: CausalLMModule, prompts: Sequence[Sequence[int]], stop_ids: Collection[int]
     ) -> list[list[int]]:
         """Continue prompts, all at once.
 
@@ -77,13 +90,13 @@ class Sampling(Callback):
             module: The module.
             prompts: Token ids of each, at least one token.
             stop_ids: Tokens that end a continuation.
-            padding_id: Token id under the padding.
 
         Returns:
             The tokens of each continuation, the one that ended it included.
         """
         width = max(map(len, prompts))
-        rows = [[padding_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        # The penalty sees the padding, too: a token of the prompt itself changes nothing.
+        rows = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         chosen = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         model: Any = module.model
@@ -93,7 +106,8 @@ class Sampling(Callback):
                 attention_mask=torch.tensor(mask, device=module.device),
                 max_new_tokens=self.max_new_tokens,
                 eos_token_id=sorted(stop_ids),
-                pad_token_id=padding_id,
+                pad_token_id=min(stop_ids),
+                repetition_penalty=self.repetition_penalty,
                 **chosen,
             )
         return [_up_to_stop(row, stop_ids) for row in generated[:, width:].tolist()]

@@ -70,31 +70,36 @@ def test_questions_of_every_source_before_during_and_after(
     assert sum(line["ended"] for line in written[12:]) == round(6 * callback.figures["eos_rate"])
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_a_batch_is_answered_like_one_after_the_other(
-    tuned: InstructModule, data: InstructDataModule, trainer: Make
+    penalty: float, tuned: InstructModule, data: InstructDataModule, trainer: Make
 ) -> None:
     """Questions of different lengths are padded on the left; the answers are those of plain greedy decoding."""
-    callback = SampleAnswers(questions=8, max_new_tokens=6)
+    callback = SampleAnswers(questions=8, max_new_tokens=6, repetition_penalty=penalty)
     trainer(max_steps=1, callbacks=[callback]).fit(tuned, data)
     conversations = data.evaluation_conversations("val")
     prompts = [data.template.encode_prompt(turns[:-1], data.tokenizer) for part in conversations for turns in part]
     assert len({len(prompt) for prompt in prompts}) > 4
     # Some token that the tiny model says, so that some answers end and others do not.
-    stop_ids = {greedy(tuned, prompts[0], set())[2], data.tokenizer.eos_id}
-    together = callback.generate(tuned, prompts, stop_ids, data.tokenizer.eos_id)
-    alone = [greedy(tuned, prompt, stop_ids) for prompt in prompts]
+    stop_ids = {greedy(tuned, prompts[0], set(), penalty)[2], data.tokenizer.eos_id}
+    together = callback.generate(tuned, prompts, stop_ids)
+    alone = [greedy(tuned, prompt, stop_ids, penalty) for prompt in prompts]
     assert together == alone
     assert answer_figures(alone, stop_ids)["eos_rate"] > 0
     assert len({len(answer) for answer in alone}) > 1
 
 
-def greedy(module: InstructModule, prompt: list[int], stop_ids: set[int], tokens: int = 6) -> list[int]:
+def greedy(module: InstructModule, prompt: list[int], stop_ids: set[int], penalty: float, tokens: int = 6) -> list[int]:
+    """The penalty is CTRL's (Keskar et al. 2019): logits of tokens that were there are divided by it if positive."""
     assert module.model is not None
     module.model.eval()
     row = list(prompt)
     while len(row) < len(prompt) + tokens and not (len(row) > len(prompt) and row[-1] in stop_ids):
         with torch.no_grad():
-            row.append(int(module.model(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
+            logits = module.model(input_ids=torch.tensor([row])).logits[0, -1]
+        for token in set(row):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        row.append(int(logits.argmax()))
     return row[len(prompt) :]
 
 
@@ -113,6 +118,9 @@ def test_nothing_held_out_is_refused(tuned: InstructModule, tmp_path: Path, tiny
         trainer(callbacks=[SampleAnswers()]).fit(tuned, data)
 
 
-def test_no_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`questions=0`: expected at least 1"):
-        SampleAnswers(questions=0)
+@pytest.mark.parametrize(
+    ("argument", "message"), [("questions", "expected at least 1"), ("repetition_penalty", "expected 1 for none")]
+)
+def test_bad_arguments_are_refused(argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"`{argument}=0`: {message}"):
+        SampleAnswers(**{argument: 0})  # type: ignore[arg-type]  # of either type

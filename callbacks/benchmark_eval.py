@@ -1,0 +1,135 @@
+"""How the model does on benchmarks, while it trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_mixcn.studies.benchmark_files import BenchmarkFiles
+from lightning_mixcn.studies.benchmark_scores import TaskScores, group_metrics, metric_keys, run_task
+from lightning_mixcn.studies.benchmark_tasks import Benchmarks, load_benchmarks, split_names
+from lightning_mixcn.studies.row_scores import evaluating
+
+from .host import causal_lm
+from .sampling import tokenizer_of
+
+
+class BenchmarkEval(Callback):
+    """Runs tasks of lm-evaluation-harness before the first step, every so often and at the end.
+
+    Logs ``benchmarks/<task>/<metric>`` (of groups, too, where the harness aggregates them; of its named answer filters
+    as ``benchmarks/<task>/<metric>/<filter>``), and appends all figures with their standard errors to
+    ``benchmarks.jsonl`` in the run's folder, one line an evaluation. All ranks work on the same prompts, and share the
+    rows of a batch. Needs the extra ``eval``.
+
+    Args:
+        tasks: Tasks or groups of the harness, e.g. ceval-valid, hellaswag.
+        every_n_steps: Optimizer steps between evaluations, which also come before the first step and after the last;
+            null evaluates then only.
+        num_fewshot: Examples in a prompt; null is each task's own number.
+        limit: Documents of each task, the first ones; less than 1 is a share of them, null takes all. 100 keep an
+            evaluation short, with a standard error of at most 0.05 in accuracy.
+        apply_chat_template: Write prompts as conversations with the chat template of the model's tokenizer.
+        batch_size: Prompts in a forward pass, over all ranks.
+        data_dir: Folder with the data, as `mixcn evaluate` takes it; null takes it from the hub.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        every_n_steps: int | None = None,
+        num_fewshot: int | None = None,
+        limit: float | None = 100,
+        apply_chat_template: bool = False,
+        batch_size: int = 8,
+        data_dir: str | None = None,
+    ) -> None:
+        self.tasks = split_names(tasks)
+        for name, value in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}={value}`: expected at least 1")
+        if limit is not None and limit <= 0:
+            raise ValueError(f"`limit={limit}`: expected a number of documents, or a share of them below 1")
+        self.every_n_steps, self.num_fewshot, self.limit = every_n_steps, num_fewshot, limit
+        self.apply_chat_template, self.batch_size, self.data_dir = apply_chat_template, batch_size, data_dir
+        self.scores: dict[str, TaskScores] = {}
+        self._benchmarks: Benchmarks | None = None
+        self._evaluated_at: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the tasks and their data.
+
+        Raises:
+            ValueError: another kind of module, no such task, or lm-evaluation-harness is not installed.
+            FileNotFoundError: a task's data is not there.
+        """
+        module = causal_lm(self, pl_module)
+        if stage != "fit":
+            return
+        files = BenchmarkFiles(self.data_dir) if self.data_dir else None
+        self._benchmarks = load_benchmarks(self.tasks, num_fewshot=self.num_fewshot, files=files)
+        if self.apply_chat_template and tokenizer_of(trainer, module).hf.chat_template is None:
+            raise ValueError(
+                "`apply_chat_template`, but the model's tokenizer has no chat template. Put a chat_template.jinja into "
+                "its folder, or leave the option out"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the start of a run; a resumed one goes on."""
+        if trainer.global_step == 0:
+            if trainer.is_global_zero:
+                _file(trainer).unlink(missing_ok=True)
+            self._evaluate(trainer, pl_module)
+        self._evaluated_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate where a step is a multiple of ``every_n_steps``."""
+        # Micro-batches of the next step still see this step's number.
+        step = trainer.global_step
+        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step != self._evaluated_at:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the last step."""
+        if trainer.global_step != self._evaluated_at:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run on every rank; log on rank zero."""
+        from lightning_mixcn.studies.harness_model import HarnessModel
+
+        self._evaluated_at = trainer.global_step
+        module, benchmarks = causal_lm(self, pl_module), self._benchmarks
+        assert module.model is not None
+        assert benchmarks is not None
+        with evaluating(module.model):
+            lm = HarnessModel(module.model, tokenizer_of(trainer, module), self.batch_size)
+            options: dict[str, Any] = {"limit": self.limit, "apply_chat_template": self.apply_chat_template}
+            self.scores = {name: run_task(lm, benchmarks, name, **options)[0] for name in benchmarks.tasks}
+        if not trainer.is_global_zero:
+            return
+        figures = {name: scores["metrics"] for name, scores in self.scores.items()}
+        figures |= group_metrics(benchmarks, self.scores)
+        values = {
+            "/".join(["benchmarks", name, metric, *([] if answer == "none" else [answer])]): metrics[
+                f"{metric},{answer}"
+            ]
+            for name, metrics in figures.items()
+            for metric, answer in metric_keys(metrics)
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        _append(_file(trainer), {"step": trainer.global_step, "tasks": figures})
+
+
+def _file(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir, "benchmarks.jsonl")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
