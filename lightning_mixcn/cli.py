@@ -18,6 +18,9 @@ COMMANDS = {
     "quantize": "write a 4-bit model folder, which loads without quantising again",
     "export": "write a merged model or an adapter for transformers, PEFT, vLLM and llama.cpp",
     "chat": "talk to a model in the terminal, or pipe questions into it",
+    "evaluate": "benchmarks of lm-evaluation-harness, a base beside its adapted self",
+    "experts": "disable each expert in turn: what it costs in bits per byte, by source",
+    "vocab": "train pieces of another language, merge them into a tokenizer, count tokens",
 }
 _COMPLETION = "--print_completion"
 _TRACEBACK = "MIXCN_TRACEBACK"
@@ -66,7 +69,7 @@ def _run(arguments: list[str]) -> None:
     sys.path.append(os.getcwd())
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if arguments[0] in ("upcycle", "quantize", "export", "chat"):
+    if arguments[0] in ("upcycle", "quantize", "export", "chat", "evaluate", "experts", "vocab"):
         from lightning_mixcn.function_cli import run_function
 
         run_function(arguments[0], arguments[1:])

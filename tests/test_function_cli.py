@@ -1,9 +1,11 @@
 """Subcommands that are one function: arguments, help and errors, and a whole quantise."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from lightning_mixcn import function_cli
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral
 
@@ -21,6 +23,19 @@ def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: mixcn upcycle" in text
     assert "--num_experts" in text
     assert "Number of experts" in text
+
+
+@pytest.mark.parametrize("given", [["a=1", "b=2"], ["[a=1,b=2]"], ["a=1", "--text", "b=2"]])
+def test_a_list_is_several_values(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def takes_a_list(src: str, *, text: list[str], mode: str = "x") -> None:
+        seen.append(text)
+
+    monkeypatch.setitem(function_cli.FUNCTIONS, "takes_a_list", __name__)
+    monkeypatch.setattr(sys.modules[__name__], "takes_a_list", takes_a_list, raising=False)
+    function_cli.run_function("takes_a_list", ["s", "--text", *given, "--mode=y"])
+    assert seen == [["a=1", "b=2"]]
 
 
 @pytest.mark.parametrize(

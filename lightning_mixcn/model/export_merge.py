@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .adapter_file import EMBEDDINGS, AdapterFile
 from .base_weights import BaseWeights
+from .vocabulary_extension import adapter_rows
 
 Layout = Literal["per-expert", "fused"]
 
@@ -24,10 +25,13 @@ class MergedWeights:
     Args:
         base: The base's weights.
         adapters: Applied one on top of the other, in order; of an embedding that several of them trained, the last
-            counts.
+            counts. One that was trained with an extended vocabulary has more rows than the base.
         layout: Names of the experts' weights: ``per-expert`` (``block_sparse_moe.experts.N.w1.weight``) or ``fused``
             (``mlp.experts.gate_up_proj [E, 2I, H]``).
         dtype: Of the result; ``None`` keeps each tensor's.
+
+    Attributes:
+        vocab_size: Rows of embedding and head.
 
     Raises:
         ValueError: an adapter does not fit the base.
@@ -38,9 +42,13 @@ class MergedWeights:
     ) -> None:
         """Check that every factor has its matrix."""
         self._base, self._adapters, self._layout, self._dtype = base, adapters, layout, dtype
-        shapes = {name: base.shape(module) for module, names in base.modules.items() for name in names}
+        self._shapes = {name: base.shape(module) for module, names in base.modules.items() for name in names}
+        self.vocab_size: int = base.config.vocab_size
         for adapter in adapters:
-            _check_fit(adapter, shapes, tied=base.config.tie_word_embeddings)
+            tied = base.config.tie_word_embeddings
+            self.vocab_size = max(self.vocab_size, adapter_rows(adapter, tied=tied) or 0)
+            self._shapes |= {name: (self.vocab_size, *self._shapes[name][1:]) for name in EMBEDDINGS[: 2 - tied]}
+            _check_fit(adapter, self._shapes, tied=tied)
 
     def dtype(self, module: str) -> torch.dtype:
         """Type of a module's weight in the result."""
@@ -50,8 +58,9 @@ class MergedWeights:
     def nbytes(self) -> int:
         """Size of all tensors, in bytes."""
         return sum(
-            len(names) * prod(self._base.shape(module)) * self.dtype(module).itemsize
+            prod(self._shapes[name]) * self.dtype(module).itemsize
             for module, names in self._base.modules.items()
+            for name in names
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from .layout import Entry, entries, stored_entries
 from .local_rows import held_elements, write_elements
 from .mixtral import MixtralForCausalLM, meta_model, move_to_device
 from .nf4 import SUPERBLOCK
+from .vocabulary_extension import NewRows, find_extension
 from .weights import NF4Weight
 
 # Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
@@ -40,6 +41,8 @@ def load_mixtral(
     train_embeddings: bool = False,
     seed: int = 0,
     adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    new_rows: NewRows = "mean",
     shard: Callable[[nn.Module], None] | None = None,
 ) -> MixtralForCausalLM | MixtralPeftModel:
     """Load a Mixtral, its experts quantised on the way.
@@ -54,6 +57,11 @@ def load_mixtral(
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
         seed: Of LoRA's random start.
         adapter: PEFT adapter folder to continue from; needs ``lora`` with its rank and targets.
+        tokenizer: Folder or hub id of a tokenizer that continues the base's. Embedding and head get rows for its
+            further pieces, and must train; an adapter that was trained so brings them itself.
+        new_rows: How those rows start. ``mean``: of the rows of the old pieces that the base's tokenizer splits the
+            new piece into; ``byte_mean``: the same, weighted by the bytes of each; ``random``: normal with the
+            config's ``initializer_range``; ``zeros``.
         shard: Called with the model while it is on the meta device, to shard it (see `shard_model`): a rank then reads,
             quantises and holds its share only, bit for bit that part of what one rank would hold.
 
@@ -76,6 +84,12 @@ def load_mixtral(
     todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
     for entry in todo:  # every name and shape is checked before anything is allocated
         check_entry(entry, checkpoint)
+    extension = find_extension(
+        checkpoint, config, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=train_embeddings,
+        adapter=adapter, seed=seed,
+    )  # fmt: skip
+    if extension is not None:
+        extension.grow(model)
     model.name_or_path = str(path)
     complete = _complete(model, lora, train_embeddings)
     if adapter is not None and not isinstance(complete, MixtralPeftModel):
@@ -90,6 +104,8 @@ def load_mixtral(
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that a launcher started on this machine
     for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
         fill(entry, checkpoint)
+    if extension is not None:
+        extension.fill(model)
     if isinstance(complete, MixtralPeftModel):
         complete.base_identity = {"path": str(path), "sha256": checkpoint.identity()} if is_first else None
         reset_lora(complete, seed)
@@ -174,16 +190,12 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
     """Every part is there and its size is what the module needs."""
-    held = 0
-    for name, index, rows in ((part.name, part.index, part.rows) for part in entry.segments):
-        if name not in checkpoint:
+    for part in entry.segments:
+        if part.name not in checkpoint:
             raise ValueError(
-                f"{checkpoint.path} lacks the tensor {name}. Download it again; is config.json of this model?"
+                f"{checkpoint.path} lacks the tensor {part.name}. Download it again; is config.json of this model?"
             )
-        shape = checkpoint.shape(name)
-        shape = shape if index is None else shape[1:]
-        held += prod(shape if rows is None else (rows[1] - rows[0], *shape[1:]))
-    if held != prod(entry.shape):
+    if _stored_elements(entry, checkpoint) != prod(entry.shape):
         found = [checkpoint.shape(part.name) for part in entry.segments]
         raise ValueError(
             f"{checkpoint.path}: {entry.segments[0].name} has the wrong shape {found[0]} for {entry.name}, which needs "
@@ -191,9 +203,20 @@ def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
         )
 
 
+def _stored_elements(entry: Entry, checkpoint: Checkpoint) -> int:
+    total = 0
+    for part in entry.segments:
+        shape = checkpoint.shape(part.name)
+        shape = shape if part.index is None else shape[1:]
+        total += prod(shape if part.rows is None else (part.rows[1] - part.rows[0], *shape[1:]))
+    return total
+
+
 def fill(entry: Entry, checkpoint: Checkpoint) -> None:
     """Read what this rank holds of an entry, piece by piece, quantising where the module is quantised."""
     held = held_elements(entry.parameter) if entry.attribute else entry.storage.held()
+    if entry.attribute and held.stop > (stored := _stored_elements(entry, checkpoint)):
+        held = range(min(held.start, stored), stored)  # the rows of an extended vocabulary are not in the checkpoint
     for start, values in pieces(entry, checkpoint, held):
         if entry.attribute is None:
             entry.storage.write(start, values)

@@ -39,7 +39,8 @@ class CausalLMModule(SavedStateModule):
         base: Hugging Face folder, 4-bit folder of `mixcn quantize`, or hub id.
         quantization: ``nf4`` holds attention projections and experts in 4 bits; ``none`` holds them in ``dtype``.
         dtype: Compute dtype; LoRA masters and trained embeddings are float32 whatever it is.
-        tokenizer: Folder of the tokenizer; null is the base's. The command line gives it to the data, too.
+        tokenizer: Folder of the tokenizer; null is the base's. The command line gives it to the data, too. One that
+            `mixcn vocab merge` has extended needs `train_embeddings`.
         lora: PEFT's LoraConfig, with the paper's target names; null trains no adapter.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully, as the paper does.
         adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer.
@@ -48,6 +49,8 @@ class CausalLMModule(SavedStateModule):
         optimizer: Made from the parameters that train.
         lr_scheduler: Made from the optimizer and stepped once an optimizer step.
         seed: Of LoRA's random start, and of dropout.
+        new_rows: How rows for an extended tokenizer's new pieces start: the ``mean`` or ``byte_mean`` of the rows of
+            their old pieces, ``random``, ``zeros``.
     """
 
     def __init__(
@@ -64,13 +67,14 @@ class CausalLMModule(SavedStateModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable = WarmupCosine,
         seed: int = 0,
+        new_rows: Literal["mean", "byte_mean", "random", "zeros"] = "mean",
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
         super().__init__()
         self.save_hyperparameters()
         make_plain(self)
         self.base, self.quantization, self.dtype_name = base, quantization, dtype
-        self.tokenizer_path = tokenizer or base
+        self.tokenizer_path, self.new_rows = tokenizer or base, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.router_aux_loss_coef = router_aux_loss_coef
         self.activation_checkpointing = activation_checkpointing
@@ -99,6 +103,8 @@ class CausalLMModule(SavedStateModule):
                 train_embeddings=self.train_embeddings,
                 seed=self.seed,
                 adapter=adapter_folder(self.adapter),
+                tokenizer=self.tokenizer_path,
+                new_rows=self.new_rows,
                 shard=self.shard,
             )
 

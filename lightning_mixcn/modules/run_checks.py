@@ -42,7 +42,8 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
     if tokenizer.vocab_size > embeddings:
         raise ValueError(
             f"`tokenizer`: {tokenizer.path} has {tokenizer.vocab_size} pieces, but the model has {embeddings} "
-            "embeddings. Give the base's own tokenizer (`model.init_args.tokenizer: null`), or a larger base"
+            "embeddings. Give it as `model.init_args.tokenizer`, with `train_embeddings: true`, or give the data the "
+            "base's own tokenizer"
         )
 
 

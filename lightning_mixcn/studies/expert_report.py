@@ -1,0 +1,240 @@
+"""The study of experts as files: tables, pictures, and a ranking to read.
+
+Legend: L layers, E experts, V variants of a layer.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_mixcn.metrics.expert_load import (
+    dead_expert_fraction,
+    effective_experts,
+    imbalance_max_over_mean,
+    jensen_shannon_bits,
+    shares,
+)
+
+from .disabled_expert import MODES
+from .expert_figures import save_heatmaps, save_matrices
+from .expert_intervals import Change, Intervals
+from .expert_results import ExpertResults
+
+_RANKED = 10
+_MODE_TITLES = {"mask": "masked", "zero": "zeroed"}
+
+
+def write_report(folder: Path, results: ExpertResults) -> str:
+    """Write all tables and pictures.
+
+    Args:
+        folder: Where to.
+        results: Of the whole study.
+
+    Returns:
+        The ranking, which is in ``ranking.txt``, too.
+    """
+    intervals = results.intervals()
+    _write_csv(folder / "experts.csv", _expert_lines(results, intervals))
+    _write_csv(folder / "differences.csv", _difference_lines(results, intervals))
+    _write_csv(folder / "routing.csv", _routing_lines(results))
+    _write_csv(folder / "routing_layers.csv", _routing_layer_lines(results))
+    _write_csv(folder / "coactivation.csv", _pair_lines(results))
+    _write_csv(folder / "similarity.csv", _similarity_lines(results))
+    _draw(folder, results, intervals)
+    text = ranking(results, intervals)
+    (folder / "ranking.txt").write_text(text, encoding="utf-8")
+    return text
+
+
+def ranking(results: ExpertResults, intervals: Intervals) -> str:
+    """The experts that matter most, to each source, and to one source more than to another."""
+    blocks = []
+    for mode in dict.fromkeys(variant.mode for variant in results.variants):
+        for source, name in enumerate(results.names):
+            title = f"bits per byte of {name} without an expert ({mode})"
+            blocks.append(_table(title, mode, results, intervals.of(source)))
+        for source, other in combinations(range(len(results.names)), 2):
+            pair = results.names[source], results.names[other]
+            change = intervals.difference(source, other)
+            blocks.append(_table(f"more for {pair[0]} than for {pair[1]} ({mode})", mode, results, change))
+            opposite = intervals.difference(other, source)
+            blocks.append(_table(f"more for {pair[1]} than for {pair[0]} ({mode})", mode, results, opposite))
+    return "\n".join(blocks)
+
+
+def _table(title: str, mode: str, results: ExpertResults, change: Change) -> str:
+    places = results.places()
+    mine = [place for place, (_, variant) in enumerate(places) if variant.mode == mode]
+    best = sorted(mine, key=lambda place: -change.bits_per_byte[place])[:_RANKED]
+    lines = [f"{title}\n  layer expert    change   95 % of documents drawn anew"]
+    for place in best:
+        layer, variant = places[place]
+        interval = f"{change.low[place]:+.4f} to {change.high[place]:+.4f}"
+        interval = "(one document)" if math.isnan(change.low[place]) else interval
+        lines.append(f"  {layer:5} {variant.expert:6}  {change.bits_per_byte[place]:+8.4f}   {interval}")
+    return "\n".join(lines) + "\n"
+
+
+def _write_csv(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """A number that there is not is an empty field."""
+    rows = list(lines)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if not rows:
+            return
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            missing = {key: "" for key, value in row.items() if isinstance(value, float) and math.isnan(value)}
+            writer.writerow(row | missing)
+
+
+def _expert_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
+    changes = [intervals.of(source) for source in range(len(results.names))]
+    base = results.base_figures()
+    counts, tokens = results.loads["load_counts"], results.loads["load_tokens"]
+    for place, (layer, variant) in enumerate(results.places()):
+        for source, name in enumerate(results.names):
+            part, before = results.documents[source], float(base[name]["bits_per_byte"])
+            change = float(changes[source].bits_per_byte[place])
+            yield {
+                "layer": layer,
+                "expert": variant.expert,
+                "mode": variant.mode,
+                "source": name,
+                "nll_change_nats_per_token": float(part.changed_nats[place].sum() / part.tokens.sum()),
+                "bits_per_byte_base": before,
+                "bits_per_byte_disabled": before + change,
+                "bits_per_byte_change": change,
+                "change_low_95": float(changes[source].low[place]),
+                "change_high_95": float(changes[source].high[place]),
+                "share_of_tokens": float(counts[source, layer, variant.expert] / tokens[source, layer]),
+            }
+
+
+def _difference_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
+    for source, other in combinations(range(len(results.names)), 2):
+        change = intervals.difference(source, other)
+        is_clear = change.is_clear()
+        for place, (layer, variant) in enumerate(results.places()):
+            yield {
+                "layer": layer,
+                "expert": variant.expert,
+                "mode": variant.mode,
+                "source": results.names[source],
+                "other_source": results.names[other],
+                "difference_of_changes": float(change.bits_per_byte[place]),
+                "difference_low_95": float(change.low[place]),
+                "difference_high_95": float(change.high[place]),
+                "interval_excludes_0": int(is_clear[place]),
+            }
+
+
+def _routing_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    share_GLE = shares(torch.from_numpy(results.loads["load_counts"])).numpy()
+    for (source, layer, expert), tokens in np.ndenumerate(results.loads["load_counts"]):
+        share = float(share_GLE[source, layer, expert])
+        yield {
+            "source": results.names[source],
+            "layer": layer,
+            "expert": expert,
+            "tokens": int(tokens),
+            "share_of_choices": share,
+        }
+
+
+def _routing_layer_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    counts_GLE, tokens_GL = (torch.from_numpy(results.loads[name]) for name in ("load_counts", "load_tokens"))
+    apart_L = (
+        jensen_shannon_bits(shares(counts_GLE)) if len(results.names) > 1 else torch.full(tokens_GL.shape[1:], math.nan)
+    )
+    columns = {
+        "router_entropy_nats": torch.from_numpy(results.loads["load_entropy_nats"]) / tokens_GL,
+        "router_confidence": torch.from_numpy(results.loads["load_confidence"]) / tokens_GL,
+        "imbalance_max_over_mean": imbalance_max_over_mean(counts_GLE),
+        "effective_experts": effective_experts(counts_GLE),
+        "dead_expert_fraction": dead_expert_fraction(counts_GLE),
+        "divergence_of_sources_bits": apart_L.expand_as(tokens_GL),
+    }
+    for (source, layer), tokens in np.ndenumerate(tokens_GL.numpy()):
+        line = {"source": results.names[source], "layer": layer, "tokens": int(tokens)}
+        yield line | {name: float(column[source, layer]) for name, column in columns.items()}
+
+
+def _pair_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    """Pairs of experts that tokens chose together; ``lift`` is 1 where each is chosen regardless of the other."""
+    pairs, tokens = results.loads["pairs"], results.loads["load_tokens"]
+    for source, layer in np.ndindex(*tokens.shape):
+        chosen_EE, total = pairs[source, layer], int(tokens[source, layer])
+        for first, second in combinations(range(len(chosen_EE)), 2):
+            together, expected = int(chosen_EE[first, second]), chosen_EE[first, first] * chosen_EE[second, second]
+            yield {
+                "source": results.names[source],
+                "layer": layer,
+                "expert": first,
+                "other_expert": second,
+                "tokens": together,
+                "share_of_tokens": together / total,
+                "lift": together * total / float(expected) if expected else math.nan,
+            }
+
+
+def _similarity_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    experts = range(results.weight_cosines.shape[1])
+    for layer in range(results.num_layers):
+        for first, second in combinations(experts, 2):
+            yield {
+                "layer": layer,
+                "expert": first,
+                "other_expert": second,
+                "weight_cosine": float(results.weight_cosines[layer, first, second]),
+                "output_cosine": float(results.output_cosines[layer, first, second]),
+            }
+
+
+def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
+    panels: dict[str, NDArray[np.float64]] = {}
+    modes = [mode for mode in MODES if any(variant.mode == mode for variant in results.variants)]
+    for mode in modes:
+        named = {name: intervals.of(source) for source, name in enumerate(results.names)}
+        named |= {
+            f"{results.names[one]} − {results.names[other]}": intervals.difference(one, other)
+            for one, other in combinations(range(len(results.names)), 2)
+        }
+        for name, change in named.items():
+            panels[f"{name}, {_MODE_TITLES[mode]}"] = _by_expert(change.bits_per_byte, mode, results)
+    columns = len(panels) // len(modes)
+    save_heatmaps(folder / "experts.png", panels, columns, "what a disabled expert adds to the bits per byte")
+    pictures: Sequence[tuple[str, NDArray[np.float64], tuple[float, float], str]] = (
+        ("weight_similarity.png", results.weight_cosines, (0.0, 1.0), "cosine of the experts' weights"),
+        ("output_similarity.png", results.output_cosines, (0.0, 1.0), "cosine of the experts' outputs, same tokens"),
+        (
+            "coactivation.png",
+            _together(results),
+            (0.0, 1.0),
+            "share of an expert's tokens (down) that also chose another",
+        ),
+    )
+    for name, matrices, limits, title in pictures:
+        save_matrices(folder / name, matrices, limits, title)
+
+
+def _by_expert(change: NDArray[np.float64], mode: str, results: ExpertResults) -> NDArray[np.float64]:
+    """The variants of one mode, ``[L, E]``."""
+    of_mode = [place for place, variant in enumerate(results.variants) if variant.mode == mode]
+    return change.reshape(results.num_layers, -1)[:, of_mode]
+
+
+def _together(results: ExpertResults) -> NDArray[np.float64]:
+    """Share of each expert's tokens, of all sources, that also chose another, ``[L, E, E]``."""
+    pairs_LEE = results.loads["pairs"].sum(axis=0).astype(np.float64)
+    alone_LE1 = np.diagonal(pairs_LEE, axis1=1, axis2=2)[:, :, None]
+    together: NDArray[np.float64] = pairs_LEE / np.maximum(alone_LE1, 1.0)
+    return together

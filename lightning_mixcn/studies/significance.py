@@ -1,0 +1,104 @@
+"""Is a difference between two models on the same documents more than chance?
+
+Legend: D documents, F random sign flips.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_EXACT_UP_TO = 12  # sign flips of so many differences are all tried
+_RANDOM_FLIPS = 20_000
+_CHUNK = 2**22  # elements
+
+
+class PairedTest(NamedTuple):
+    """The second model's scores less the first one's.
+
+    Args:
+        difference: Mean over documents.
+        standard_error: Of the difference, from the documents' differences; NaN for fewer than two.
+        p_value: Two-sided, of differences as large as this if the two models were alike.
+        method: ``mcnemar``, where all scores are 0 or 1, or ``permutation``.
+        documents: D.
+    """
+
+    difference: float
+    standard_error: float
+    p_value: float
+    method: str
+    documents: int
+
+
+def paired_test(first_D: ArrayLike, second_D: ArrayLike, seed: int = 0) -> PairedTest:
+    """Compare two models document by document.
+
+    Args:
+        first_D: Scores ``[D]`` of one model.
+        second_D: Scores ``[D]`` of the other, of the same documents in the same order.
+        seed: Of the random sign flips.
+
+    Returns:
+        The exact McNemar test where every score is 0 or 1, else a paired permutation test (sign flips).
+
+    Raises:
+        ValueError: no documents, different numbers of them, or scores that are not finite.
+    """
+    one_D, two_D = np.asarray(first_D, dtype=np.float64), np.asarray(second_D, dtype=np.float64)
+    if one_D.shape != two_D.shape or one_D.ndim != 1 or not len(one_D):
+        raise ValueError(f"expected the scores of the same documents, got shapes {one_D.shape} and {two_D.shape}")
+    if not (np.isfinite(one_D).all() and np.isfinite(two_D).all()):
+        raise ValueError("scores are not finite. Leave those documents out")
+    difference_D = two_D - one_D
+    binary = bool(np.isin([one_D, two_D], (0.0, 1.0)).all())
+    p_value = mcnemar_p(one_D, two_D) if binary else sign_flip_p(difference_D, seed)
+    count = len(difference_D)
+    error = float(difference_D.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return PairedTest(float(difference_D.mean()), error, p_value, "mcnemar" if binary else "permutation", count)
+
+
+def mcnemar_p(first_D: NDArray[np.float64], second_D: NDArray[np.float64]) -> float:
+    """Two-sided p value of the exact McNemar test (McNemar 1947; a binomial test of the documents that differ).
+
+    Args:
+        first_D: 0 or 1 of each document.
+        second_D: The same of the other model.
+    """
+    lost = int(((first_D == 1) & (second_D == 0)).sum())
+    won = int(((first_D == 0) & (second_D == 1)).sum())
+    differ = lost + won
+    # Whole numbers, whose quotient Python rounds right: a binomial coefficient of thousands is no float.
+    term, total = 1, 1
+    for k in range(min(lost, won)):
+        term = term * (differ - k) // (k + 1)
+        total += term
+    return float(min(1.0, 2 * total / 2**differ))
+
+
+def sign_flip_p(difference_D: NDArray[np.float64], seed: int = 0) -> float:
+    """Two-sided p value of a mean difference: as likely with either sign if the models were alike.
+
+    Args:
+        difference_D: Of each document.
+        seed: Of the random flips; up to 12 documents that differ, all flips are tried.
+
+    Returns:
+        The share of sign flips whose sum is at least as large; with random flips, the flip that was seen counts as one.
+    """
+    moved_D = difference_D[difference_D != 0]
+    if not len(moved_D):
+        return 1.0
+    # Sums of the same numbers in another order differ by rounding, and count as equal.
+    least = abs(moved_D.sum()) * (1 - 1e-9) - 1e-12
+    if len(moved_D) <= _EXACT_UP_TO:
+        bits_FD = np.arange(2 ** len(moved_D))[:, None] >> np.arange(len(moved_D)) & 1
+        return float((np.abs((2 * bits_FD - 1) @ moved_D) >= least).mean())
+    generator, reached, done = np.random.default_rng(seed), 0, 0
+    while done < _RANDOM_FLIPS:
+        flips = min(_RANDOM_FLIPS - done, max(1, _CHUNK // len(moved_D)))
+        signs_FD = 2.0 * generator.integers(0, 2, size=(flips, len(moved_D)), dtype=np.int8) - 1
+        reached += int((np.abs(signs_FD @ moved_D) >= least).sum())
+        done += flips
+    return (1 + reached) / (1 + _RANDOM_FLIPS)

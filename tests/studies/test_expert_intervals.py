@@ -1,0 +1,61 @@
+"""Bootstrap intervals, against draws made one by one."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from lightning_mixcn.studies.expert_intervals import Intervals, SourceDocuments
+
+
+def documents(count: int, shift: float, seed: int) -> SourceDocuments:
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(20, 200, count)
+    changed = np.stack([draw.normal(shift, 0.5, count) * sizes, np.zeros(count)])
+    nats = (sizes * 2).astype(np.float64)
+    return SourceDocuments(nats, nats, sizes, sizes * 3, changed, changed)
+
+
+def one_by_one(part: SourceDocuments, seed: int) -> list[float]:
+    draw, count = random.Random(seed), len(part.bytes)
+    found = []
+    for _ in range(4000):
+        chosen = [draw.randrange(count) for _ in range(count)]
+        nats = sum(float(part.changed_text_nats[0, index]) for index in chosen)
+        found.append(nats / math.log(2) / sum(int(part.bytes[index]) for index in chosen))
+    return sorted(found)
+
+
+def test_interval_of_a_source() -> None:
+    part = documents(30, 0.3, seed=0)
+    change = Intervals([part]).of(0)
+    draws = one_by_one(part, seed=1)
+    width = draws[3900] - draws[100]
+    assert change.bits_per_byte[0] == pytest.approx(part.changed_text_nats[0].sum() / math.log(2) / part.bytes.sum())
+    assert change.low[0] == pytest.approx(draws[100], abs=0.08 * width)
+    assert change.high[0] == pytest.approx(draws[3900], abs=0.08 * width)
+    assert (change.low[1], change.high[1]) == (0, 0)
+    assert change.is_clear().tolist() == [True, False]
+
+
+def test_interval_of_a_difference() -> None:
+    parts = [documents(30, 0.3, seed=0), documents(25, 0.1, seed=5)]
+    change = Intervals(parts).difference(0, 1)
+    pairs = zip(one_by_one(parts[0], seed=1), random.Random(0).sample(one_by_one(parts[1], seed=2), 4000), strict=True)
+    draws = sorted(mine - other for mine, other in pairs)
+    width = draws[3900] - draws[100]
+    assert change.low[0] == pytest.approx(draws[100], abs=0.08 * width)
+    assert change.high[0] == pytest.approx(draws[3900], abs=0.08 * width)
+
+
+def test_the_same_documents_give_the_same_interval() -> None:
+    first, again = (Intervals([documents(10, 0.3, seed=0)]).of(0) for _ in range(2))
+    assert np.array_equal(first.low, again.low)
+
+
+def test_one_document_has_no_interval() -> None:
+    change = Intervals([documents(1, 0.3, seed=0)]).of(0)
+    assert np.isfinite(change.bits_per_byte).all()
+    assert np.isnan([change.low, change.high]).all()
+    assert not change.is_clear().any()

@@ -1,0 +1,46 @@
+"""Similarity of weights, against the weights that a merged checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_mixcn.model import find_model, load_found
+from lightning_mixcn.model.export import export
+from lightning_mixcn.studies import expert_similarity
+from lightning_mixcn.studies.expert_similarity import weight_cosines
+from tests.model.adapters_on_disk import save_adapter
+from tests.studies.stock_experts import stock_model
+
+# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def expected(stock: Any, layer: int, one: int, other: int) -> float:
+    experts = stock.model.layers[layer].mlp.experts
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    pairs = [
+        (matrices[one].flatten(), matrices[other].flatten()) for matrices in (gate, up, experts.down_proj.detach())
+    ]
+    return float(sum(F.cosine_similarity(*pair, dim=0) for pair in pairs) / 3)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_cosines_are_those_of_the_merged_weights(
+    quantization: str, routed_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole matrices and pieces of them; with an adapter, which is part of the weights."""
+    adapter = tmp_path / "adapter"
+    save_adapter(routed_base, adapter)
+    precision: Any = {"none": "original", "nf4": "dequantised"}[quantization]
+    export(str(adapter), str(tmp_path / "merged"), base=precision, dtype="float32")
+    stock = stock_model(tmp_path / "merged")
+    model = load_found(find_model(str(adapter)), quantization=quantization, dtype="float32")
+    whole = weight_cosines(model, 1)
+    monkeypatch.setattr(expert_similarity, "_CHUNK", 32 * 7)
+    torch.testing.assert_close(weight_cosines(model, 1), whole)
+    for one in range(4):
+        for other in range(4):
+            assert float(whole[one, other]) == pytest.approx(expected(stock, 1, one, other), abs=1e-5)
