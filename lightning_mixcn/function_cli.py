@@ -2,10 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import Parameter, signature
-from typing import get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -45,13 +45,32 @@ def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]
     return parser, function
 
 
+def add_function_subcommands(subcommands: Any, helps: Mapping[str, str]) -> None:
+    """Add all of them to another program's subcommands.
+
+    Args:
+        subcommands: What jsonargparse's ``add_subcommands`` gave.
+        helps: One line for each.
+    """
+    for command in FUNCTIONS:
+        # jsonargparse wants a parser in its place before it gets subcommands of its own.
+        parser = ArgumentParser(exit_on_error=False) if command in NESTED else function_parser(command)[0]
+        subcommands.add_subcommand(command, parser, help=helps[command])
+        if command in NESTED:
+            _add_nested(parser, command)
+
+
 def _parser_of_several(command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"mixcn {command}", exit_on_error=False)
+    _add_nested(parser, command)
+    return parser
+
+
+def _add_nested(parser: ArgumentParser, command: str) -> None:
     subcommands = parser.add_subcommands(dest="subcommand")
     for name in NESTED[command]:
         nested, function = function_parser(f"{command} {name}")
         subcommands.add_subcommand(name, nested, help=(function.__doc__ or "").partition("\n")[0])
-    return parser
 
 
 def run_function(command: str, arguments: list[str]) -> None:

@@ -30,7 +30,7 @@ from lightning_mixcn.callbacks import (
 from lightning_mixcn.callbacks.finished_output import write_text
 from lightning_mixcn.cli import COMMANDS, UsageError
 from lightning_mixcn.data import PretrainDataModule
-from lightning_mixcn.function_cli import FUNCTIONS, function_parser
+from lightning_mixcn.function_cli import add_function_subcommands
 from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.run_checks import check_precision
@@ -105,8 +105,7 @@ class MixcnCLI(LightningCLI):
         super().setup_parser(*args, **kwargs)
         subcommands = self.parser._subcommands_action  # LightningCLI keeps it to itself
         assert subcommands is not None
-        for command in FUNCTIONS:
-            subcommands.add_subcommand(command, function_parser(command)[0], help=COMMANDS[command])
+        add_function_subcommands(subcommands, COMMANDS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; LightningCLI's own also warns that the arguments might come from Python."""

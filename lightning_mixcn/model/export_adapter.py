@@ -19,6 +19,7 @@ from .model_source import ModelSource
 from .output_path import new_folder
 from .safetensors_file import write_safetensors
 from .tokenizer_files import tokenizer_files
+from .vocabulary_extension import adapter_rows
 
 Layout = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
 
@@ -53,7 +54,7 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         lora.save_pretrained(str(folder))
-        card = model_card(found, src, f"A LoRA adapter in the {text}.", "peft")
+        card = model_card(found, src, f"A LoRA adapter in the {text}.{_resizing(adapter, config)}", "peft")
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         identity = [adapter.folder / IDENTITY_FILE] if (adapter.folder / IDENTITY_FILE).is_file() else []
         for file in [*identity, *tokenizer_files(local_folder(found.tokenizer))]:
@@ -63,3 +64,14 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
 def _normalised(adapter: AdapterFile, config: MixtralConfig) -> NormalisedAdapter:
     factors = {name: adapter.factors(name) for name in adapter.names}
     return normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)
+
+
+def _resizing(adapter: AdapterFile, config: MixtralConfig) -> str:
+    """What its user has to do first where the adapter has more rows of embedding and head than the base."""
+    rows = adapter_rows(adapter, tied=config.tie_word_embeddings) or config.vocab_size
+    if rows <= config.vocab_size:
+        return ""
+    return (
+        f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
+        "mean_resizing=False)` before PEFT loads it."
+    )

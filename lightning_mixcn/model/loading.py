@@ -84,6 +84,10 @@ def load_mixtral(
     todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
     for entry in todo:  # every name and shape is checked before anything is allocated
         check_entry(entry, checkpoint)
+    if adapter is not None and lora is None:
+        raise ValueError(
+            f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
+        )
     extension = find_extension(
         checkpoint, config, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=train_embeddings,
         adapter=adapter, seed=seed,
@@ -92,10 +96,6 @@ def load_mixtral(
         extension.grow(model)
     model.name_or_path = str(path)
     complete = _complete(model, lora, train_embeddings)
-    if adapter is not None and not isinstance(complete, MixtralPeftModel):
-        raise ValueError(
-            f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
-        )
     if quantization == "nf4":
         verify_quantised(model, config)
     if shard is not None:

@@ -7,6 +7,7 @@ successors; `random` is what `resize_token_embeddings` of the paper's predecesso
 Legend: N = new rows, H = hidden.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,22 +66,24 @@ class VocabularyExtension:
         if self.old is None:
             return
         names = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
-        for place, name in enumerate(names):
+        for name in names:
             weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]  # a parameter
             held, first_held = local_rows(weight)
             for first in range(len(self.old), self.rows, _ROWS):
                 last = min(first + _ROWS, self.rows)
                 start, stop = max(first, first_held), min(last, first_held + len(held))
                 if start < stop:
-                    values_NH = self._values(name, place, first, last, model.config)
+                    values_NH = self._values(name, first, last, model.config)
                     held[start - first_held : stop - first_held] = values_NH[start - first : stop - first].to(held)
 
-    def _values(self, name: str, place: int, first: int, last: int, config: MixtralConfig) -> Tensor:
+    def _values(self, name: str, first: int, last: int, config: MixtralConfig) -> Tensor:
         """Rows ``first`` to ``last`` of one matrix, float32 on the CPU."""
         values_NH = torch.zeros(last - first, config.hidden_size)
         if self.new_rows == "random":
-            # A seed for each block: a rank need not draw what it does not hold to draw the same.
-            generator = torch.Generator().manual_seed((self.seed * 2 + place) * 2**32 + first)
+            # A seed for each block, so that a rank need not draw what it does not hold; torch's generator of the CPU
+            # takes 32 bits of it, hence a hash.
+            digest = hashlib.blake2b(f"{self.seed} {name} {first}".encode(), digest_size=4).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest))
             return values_NH.normal_(std=config.initializer_range, generator=generator)
         if self.new_rows in ("mean", "byte_mean"):
             table = self._old_rows[name]

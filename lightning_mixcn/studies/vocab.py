@@ -41,7 +41,7 @@ def train(
         model_type: ``bpe``, whose pieces a BPE tokenizer's merges all reach, or ``unigram``.
         character_coverage: Share of all characters of the text that get a piece of their own; the rarest get none.
         max_piece_characters: Characters of the longest piece.
-        max_sentences: Lines drawn at random, of the whole corpus; 0 takes all.
+        max_sentences: Lines drawn at random, of the whole corpus, more than 100; 0 takes all.
         text_key: JSONL key, or parquet or Arrow column, of the text.
         seed: Of that draw.
 
@@ -56,7 +56,9 @@ def train(
     for name, (value, least) in (limits | {"max_sentences": (max_sentences, 0), "seed": (seed, 0)}).items():
         if value < least:
             raise ValueError(f"`{name}={value}`: expected at least {least}")
-    if not 0.98 <= character_coverage <= 1:  # SentencePiece's own bounds
+    if 0 < max_sentences <= 100:  # SentencePiece's own bounds, here and below
+        raise ValueError(f"`max_sentences={max_sentences}`: expected more than 100, or 0 for all")
+    if not 0.98 <= character_coverage <= 1:
         raise ValueError(f"`character_coverage={character_coverage}`: expected a share from 0.98 to 1")
     lines = sentences(iterate_texts(corpus_files(corpus, text_key), "reading"))
     model = train_pieces(

@@ -1,6 +1,7 @@
 """SentencePiece models as data: training one, and reading the pieces of one."""
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ def train_pieces(
         model_type: ``bpe`` or ``unigram``.
         character_coverage: Share of the characters of the text that get a piece.
         max_piece_characters: Characters of the longest piece.
-        max_sentences: Sentences drawn at random from all; 0 takes all.
+        max_sentences: Sentences drawn at random from all, more than 100; 0 takes all.
         seed: Of that draw.
 
     Returns:
@@ -58,8 +59,9 @@ def train_pieces(
             raise counted.error from None
         if not counted.count:
             raise ValueError("`corpus` holds no text: every document is empty. Give files with text") from error
+        says = re.sub(r"^.*\] *", "", str(error)).rstrip(". ") or str(error)  # behind its own file and condition
         raise ValueError(
-            f"SentencePiece cannot make {vocab_size} pieces of {counted.count} sentences: {error}. Lower `vocab_size`, "
+            f"SentencePiece cannot make {vocab_size} pieces of {counted.count:,} sentences: {says}. Lower `vocab_size`, "
             "or give more text"
         ) from error
     return model.getvalue()

@@ -123,4 +123,4 @@ def test_nothing_held_out_is_refused(tuned: InstructModule, tmp_path: Path, tiny
 )
 def test_bad_arguments_are_refused(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}=0`: {message}"):
-        SampleAnswers(**{argument: 0})  # type: ignore[arg-type]  # of either type
+        SampleAnswers(**{argument: 0})

@@ -59,7 +59,7 @@ def write_ceval(folder: Path, subjects: tuple[str, ...] = ("law", "accountant"),
 
 def write_hellaswag(folder: Path, items: int = 40, training: int = 10) -> Path:
     """HellaSwag's official JSONL out of the real validation items, some of which become the training split."""
-    text = bz2.open(SHARED / "hellaswag_val_full.txt.bz2", "rt", encoding="utf-8").read().split("\n")
+    text = bz2.decompress((SHARED / "hellaswag_val_full.txt.bz2").read_bytes()).decode().split("\n")
     records = []
     for start in range(0, 6 * (items + training), 6):
         context, label, *endings = text[start : start + 6]

@@ -98,7 +98,7 @@ def test_another_tokenizer_is_not_paired(tiny_base: Path, tokenizer: TextTokeniz
     (documents,) = probed_documents([entry])
     found = probe_eos(model, tokenizer, documents, max_tokens=512)
     other = found | {"document_newlines": [1, 1, 1]}
-    assert compare_probes(found, other)["p_value"] is None  # type: ignore[arg-type]  # a dictionary of the same keys
+    assert compare_probes(found, other)["p_value"] is None
 
 
 def test_text_without_line_breaks(tiny_base: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:

@@ -1,7 +1,14 @@
 """`mixcn evaluate`: the harness's scores on stock transformers, resuming, and what is refused before work starts."""
 
+import importlib.util
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ from lightning_mixcn.cli import main
 from lightning_mixcn.studies import benchmark_tasks, evaluate, evaluated_models
 from lightning_mixcn.studies.benchmark_scores import run_task
 from tests.model.adapters_on_disk import save_adapter
-from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, real_files, write_ceval, write_hellaswag
+from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, real_files, write_ceval, write_hellaswag
 
 # transformers 5.23 still reads its own old name of a flag, which PEFT asks for.
 pytestmark = [
@@ -121,7 +128,7 @@ def test_a_four_bit_model_goes_in_as_it_is(tmp_path: Path, few: Any, tiny_base: 
     arguments = ["--limit=4", f"--data_dir={data}", f"--out={out}", "--quantization=nf4", "--device=cpu"]
     assert main(["evaluate", str(tiny_base), "--tasks=ceval_two", *arguments]) == 0
     report = report_of(out)
-    assert [row["task"] for row in report["rows"]][0] == "ceval_two"
+    assert report["rows"][0]["task"] == "ceval_two"
     assert "ceval_two" in report["table"]
     assert "ceval-valid_law" not in report["table"]  # the group stands for its tasks
 
@@ -166,6 +173,62 @@ def test_it_goes_on_where_it_was_killed(
     assert main([*command, "--limit=2", f"--out={out}"]) == 2
 
 
+@pytest.mark.slow  # three processes, each with the harness's whole index
+def test_a_killed_process_is_gone_on_with(tmp_path: Path, tiny_base: Path) -> None:
+    harness()
+    data, out = write_ceval(tmp_path, questions=300), tmp_path / "scores.json"
+    command = [sys.executable, "-m", "lightning_mixcn", "evaluate", str(tiny_base), *TWO, f"--data_dir={data}", *EXACT]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    parts = tmp_path / ".scores.json.unfinished"
+    with subprocess.Popen([*command, f"--out={out}"], env=environment, stderr=subprocess.DEVNULL) as process:
+        while not list(parts.glob("model.task.*")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    first = {path: path.stat().st_mtime_ns for path in parts.glob("model.task.*")}
+    assert len(first) == 1
+    assert not out.exists()
+    for target in (out, tmp_path / "whole.json"):
+        subprocess.run([*command, f"--out={target}"], env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert report_of(out) == report_of(tmp_path / "whole.json")
+
+
+@pytest.mark.slow  # generation, token by token
+def test_generated_answers_are_those_of_stock_transformers(tmp_path: Path, few: Any, stories_base: Path) -> None:
+    """GSM8K, whose answer filters give two figures; the model knows no sums."""
+    for split in ("train", "test"):
+        lines = (real_files() / f"gsm8k_{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
+    out = tmp_path / "scores.json"
+    options = ["--num_fewshot=0", "--limit=4", f"--data_dir={tmp_path}", f"--out={out}", *EXACT]
+    assert main(["evaluate", str(stories_base), "--tasks=gsm8k", *options]) == 0
+    stock = transformers.AutoModelForCausalLM.from_pretrained(stories_base, dtype=torch.float32)
+    expected = by_hand(stock, stories_base, ["gsm8k"], few, num_fewshot=0, limit=4, data=tmp_path)["gsm8k"]
+    found = report_of(out)["tasks"]["model"]["gsm8k"]["metrics"]
+    assert found == {key: value for key, value in expected.items() if key not in ("name", "alias")}
+    assert [(row["metric"], row["filter"], row["language"]) for row in report_of(out)["rows"]] == [
+        ("exact_match", "strict-match", "en"),
+        ("exact_match", "flexible-extract", "en"),
+    ]
+
+
+def test_a_chat_template_is_used(tmp_path: Path, few: Any, tiny_base: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    data, scores = write_ceval(tmp_path), []
+    for number, chat in enumerate(("true", "false")):
+        out = tmp_path / f"{number}.json"
+        options = [f"--apply_chat_template={chat}", f"--data_dir={data}", f"--out={out}", *EXACT]
+        assert main(["evaluate", str(base), "--tasks=ceval-valid_law", *options]) == 0
+        scores.append(report_of(out)["tasks"]["model"]["ceval-valid_law"]["metrics"])
+    stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = by_hand(stock, base, ["ceval-valid_law"], few, data=data, apply_chat_template=True)
+    assert scores[0]["acc,none"] == expected["ceval-valid_law"]["acc,none"]
+    assert scores[0] != scores[1]
+
+
 @pytest.mark.usefixtures("few", "no_model")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -207,7 +270,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
 def test_without_the_harness(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark_tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["evaluate", str(tiny_base), "--tasks=mmlu", f"--out={tmp_path / 'scores.json'}"]) == 2
     assert "pip install 'lightning_mixcn[eval]'" in capsys.readouterr().err
 
