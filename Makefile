@@ -29,7 +29,8 @@ demo-instruct: venv  ## teach the same base to answer in Chinese, and ask it; re
 test: lint  ## every quick check (what CI runs)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-full: lint  ## every check, slow ones too; those of a GPU where there is one
+test-full: lint  ## every check, slow ones too, with lm-evaluation-harness; those of a GPU where there is one
+	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet -c constraints.txt -e '.[dev,demo,eval]'
 	$(BIN)/python -m pytest
 
 lint: venv  ## ruff and mypy

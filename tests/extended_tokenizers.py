@@ -3,13 +3,14 @@
 import contextlib
 import io
 import random
+import re
 from pathlib import Path
 
 from lightning_mixcn.studies.vocab import merge
 from lightning_mixcn.studies.vocab_pieces import train_pieces
 
-HAN = "今天 天气 中国 北京 学生 学习 语言 模型 我们 可以 大家 一起 看书 电视 新闻 报道 经济 发展".split()
-CYRILLIC = "привет мир сегодня хорошая погода книга читать люди город новый язык учить слово дом время".split()
+HAN = re.findall("..", "今天天气中国北京学生学习语言模型我们可以大家一起看书电视新闻报道经济发展")
+CYRILLIC = re.findall(r"\w+", "привет мир сегодня хорошая погода книга читать люди город новый язык учить слово дом")
 TALES = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.",
     "One day, Tom saw a big dog. The dog was very happy and wanted to play with the ball.",
@@ -24,12 +25,11 @@ def write_pieces(file: Path, words: list[str], vocab_size: int, between: str = "
     """Train BPE pieces on random sequences of words."""
     draw = random.Random(0)
     lines = (between.join(draw.choices(words, k=12)) for _ in range(400))
-    file.write_bytes(
-        train_pieces(
-            lines, vocab_size=vocab_size, model_type="bpe", character_coverage=1.0, max_piece_characters=16,
-            max_sentences=0, seed=0,
-        )  # fmt: skip
-    )
+    model = train_pieces(
+        lines, vocab_size=vocab_size, model_type="bpe", character_coverage=1.0, max_piece_characters=16,
+        max_sentences=0, seed=0,
+    )  # fmt: skip
+    file.write_bytes(model)
     return file
 
 

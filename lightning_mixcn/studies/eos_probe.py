@@ -6,7 +6,6 @@ nothing. That is the likely cause of a published GSM8K score of 0.00 after adapt
 Legend: S positions of a row, G documents.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -124,6 +123,7 @@ def compare_probes(first: EosProbe, second: EosProbe) -> dict[str, float | None]
     Args:
         first: Of one model.
         second: Of the other; with another tokenizer, documents may have been cut elsewhere, and are not paired then.
+            Nor is a single document.
 
     Returns:
         ``difference``, ``standard_error``, ``p_value``; ``None`` where there is nothing to compare.
@@ -135,10 +135,11 @@ def compare_probes(first: EosProbe, second: EosProbe) -> dict[str, float | None]
     test = paired_test(first["document_sums"], second["document_sums"])
     # The mean over line breaks is the sum over documents divided by line breaks.
     error = test.standard_error * test.documents / first["newlines"]
+    alone = test.documents < 2  # one document says nothing about others
     return {
         "difference": difference,
-        "standard_error": None if math.isnan(error) else error,
-        "p_value": test.p_value,
+        "standard_error": None if alone else error,
+        "p_value": None if alone else test.p_value,
     }
 
 

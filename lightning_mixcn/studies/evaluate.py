@@ -1,6 +1,7 @@
 """The subcommand ``evaluate``: benchmarks through lm-evaluation-harness, a base beside its adapted self."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,10 @@ def evaluate(
         FileExistsError: an output is there, or belongs to an evaluation with other arguments.
     """
     require_harness()
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"`mixcn evaluate` runs in one process, not in {ranks}. The callback BenchmarkEval shares ranks"
+        )
     _check_numbers(limit, batch_size, eos_probe_tokens)
     more_languages, names = parse_languages(languages), split_names(tasks)
     target, answers = Path(out).expanduser(), Path(submission).expanduser() if submission else None

@@ -120,8 +120,10 @@ def choose_pieces(
         dropped += [spelled[piece] for piece, reached in zip(wanted, flags, strict=True) if not reached]
         wanted = [piece for piece, reached in zip(wanted, flags, strict=True) if reached]
         room = len(wanted) if max_pieces is None else max(max_pieces - len(helpers), 0)
-        beyond, excess = beyond + len(wanted[room:]), len(wanted) > room
-        wanted = wanted[:room]
+        excess = len(wanted) > room
+        if excess:
+            kept = _first(wanted, spelled, room)
+            beyond, wanted = beyond + len(wanted) - len(kept), kept
         if all(flags) and not excess:
             break
     if not wanted:
@@ -132,6 +134,18 @@ def choose_pieces(
         )
     left_out = len(candidates) - len(of_script)
     return ChosenPieces(len(candidates), there, left_out, dropped, beyond, helpers, [*wanted, *helpers])
+
+
+def _first(wanted: Sequence[str], spelled: Mapping[str, str], room: int) -> list[str]:
+    """The first pieces, and the single characters that they are made of, which a BPE's file has at its end."""
+    characters = {spelled[piece]: piece for piece in wanted if len(spelled[piece]) == 1}
+    kept: dict[str, None] = {}
+    for piece in wanted:
+        parts = dict.fromkeys([*(characters[part] for part in spelled[piece] if part in characters), piece])
+        if len(kept | parts) > room:
+            break
+        kept |= parts
+    return [piece for piece in wanted if piece in kept]
 
 
 def _beginnings(base: TokenizerBase, wanted: Sequence[str], spelled: Mapping[str, str]) -> list[str]:

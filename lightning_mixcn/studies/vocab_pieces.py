@@ -61,8 +61,8 @@ def train_pieces(
             raise ValueError("`corpus` holds no text: every document is empty. Give files with text") from error
         says = re.sub(r"^.*\] *", "", str(error)).rstrip(". ") or str(error)  # behind its own file and condition
         raise ValueError(
-            f"SentencePiece cannot make {vocab_size} pieces of {counted.count:,} sentences: {says}. Lower `vocab_size`, "
-            "or give more text"
+            f"SentencePiece cannot make {vocab_size} pieces of {counted.count:,} sentences: {says}. Choose another "
+            "`vocab_size`, or give more text"
         ) from error
     return model.getvalue()
 

@@ -17,9 +17,10 @@ from lightning_mixcn.studies import benchmark_tasks
 from lightning_mixcn.studies.benchmark_files import BenchmarkFiles
 from lightning_mixcn.studies.benchmark_scores import run_task
 from lightning_mixcn.studies.benchmark_tasks import load_benchmarks
-from lightning_mixcn.testing import FixedBatches, random_batch
+from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from lightning_mixcn.text import load_tokenizer
-from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, write_ceval
+from tests.callbacks.benchmark_run import fit
+from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, write_ceval
 
 Make = Callable[..., Any]
 LAW = "ceval-valid_law"
@@ -85,6 +86,18 @@ def test_training_does_not_notice(tmp_path: Path, tiny_base: Path, trainer: Make
         assert all(child.training for child in module.model.modules())
         ends.append(module.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_two_ranks_evaluate_together(strategy: str, tmp_path: Path, tiny_base: Path) -> None:
+    harness()
+    data = str(write_ceval(tmp_path / "data"))
+    (alone,) = run_distributed(fit, 1, str(tiny_base), str(tmp_path / "one"), data, "auto", 1)
+    together = run_distributed(fit, 2, str(tiny_base), str(tmp_path / "two"), data, strategy, 2)
+    assert together[0] == together[1] == alone
+    steps = [[line["step"] for line in lines(tmp_path / name)] for name in ("one", "two")]
+    assert steps == [[0, 1, 2]] * 2  # rank zero alone writes
 
 
 @pytest.mark.usefixtures("few")

@@ -41,7 +41,7 @@ def test_bytes_of_a_byte_level_tokenizer(tiny: Path) -> None:
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     assert not has_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor tokenizer.model"):
         TokenizerPieces(tmp_path)
     for name, kind in (("tokenizer.model", "SentencePiece model"), ("tokenizer.json", "tokenizer.json")):
         (tmp_path / name).write_bytes(b"\x08\xff nonsense")

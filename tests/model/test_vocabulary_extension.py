@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lightning_mixcn.model import (
 from lightning_mixcn.model.export import export
 from lightning_mixcn.model.local_rows import gathered
 from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.vocabulary_extension import NewRows
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
 from tests.extended_tokenizers import HAN, TALES, extend
 from tests.model.adapters_on_disk import TARGETS
@@ -46,7 +48,8 @@ def extended(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weight(model: Any, name: str) -> Tensor:
     inner = model.get_base_model() if isinstance(model, MixtralPeftModel) else model
-    found: Tensor = inner.get_submodule(name).weight
+    found = inner.get_submodule(name).weight
+    assert isinstance(found, Tensor)
     return found
 
 
@@ -80,7 +83,7 @@ def expected_row(base: Path, text: str, rows: NDArray[np.float32], weighted: boo
 
 @pytest.mark.parametrize("new_rows", ["mean", "byte_mean"])
 @pytest.mark.parametrize("kept", ["original", "4-bit folder"])
-def test_means_are_those_of_numpy(base: Path, extended: Path, tmp_path: Path, new_rows: Any, kept: str) -> None:
+def test_means_are_those_of_numpy(base: Path, extended: Path, tmp_path: Path, new_rows: NewRows, kept: str) -> None:
     folder = base
     if kept == "4-bit folder":
         quantize(str(base), str(tmp_path / "small"), dtype="float32")
@@ -162,9 +165,12 @@ def test_what_is_saved_loads_everywhere(base: Path, extended: Path, tmp_path: Pa
     assert len(tokenizer) == rows
     assert base_identity(base) == base_identity(found.base)
     stored = load_file(tmp_path / "out/model.safetensors")
-    assert sum(tensor.nbytes for tensor in stored.values()) == sum(
-        entry.stat().st_size for entry in (tmp_path / "out").glob("*.safetensors")
-    ) - int.from_bytes((tmp_path / "out/model.safetensors").read_bytes()[:8], "little") - 8
+    assert (
+        sum(tensor.nbytes for tensor in stored.values())
+        == sum(entry.stat().st_size for entry in (tmp_path / "out").glob("*.safetensors"))
+        - int.from_bytes((tmp_path / "out/model.safetensors").read_bytes()[:8], "little")
+        - 8
+    )
     # And once more: the merged model is a base like any other.
     again = load_mixtral(tmp_path / "out", quantization="none", dtype="float32", tokenizer=extended)
     assert_close(logits_of(again, ids), expected)
@@ -186,24 +192,25 @@ def test_stock_peft_loads_the_adapter_on_a_resized_base(tiny: Path, tmp_path: Pa
     assert_close(logits_of(peft.PeftModel.from_pretrained(base, str(tmp_path / "out")), ids), logits_of(model, ids))
 
 
-def sharded(base: str, tokenizer: str, new_rows: str) -> list[Tensor]:
-    """Embedding and head, loaded in shares and put together."""
+MODES: tuple[NewRows, ...] = ("byte_mean", "random")
+
+
+def sharded(base: str, tokenizer: str) -> list[Tensor]:
+    """Embedding and head of each mode, loaded in shares and put together."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("shard",))
-    model = load_mixtral(
-        base, tokenizer=tokenizer, new_rows=new_rows, lora=peft.LoraConfig(r=2, target_modules=["w1"]),  # type: ignore[arg-type]  # a str
-        train_embeddings=True, shard=partial(shard_model, mesh=mesh),
-    )  # fmt: skip
-    return [gathered(weight(model, name)) for name in NAMES]
+    lora = peft.LoraConfig(r=2, target_modules=["w1"])
+    load = partial(load_mixtral, base, tokenizer=tokenizer, lora=lora, train_embeddings=True)
+    models = [load(new_rows=mode, shard=partial(shard_model, mesh=mesh)) for mode in MODES]
+    return [gathered(weight(model, name)) for model in models for name in NAMES]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("new_rows", ["byte_mean", "random"])
-def test_shares_are_those_of_the_whole(tiny: Path, tmp_path: Path, new_rows: Any) -> None:
+def test_shares_are_those_of_the_whole(tiny: Path, tmp_path: Path) -> None:
     tokenizer = extend(tiny, tmp_path / "t", HAN, 90)
-    whole = load_mixtral(tiny, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=True)
-    for rank in run_distributed(sharded, 3, str(tiny), str(tokenizer), new_rows):
-        for name, rows in zip(NAMES, rank, strict=True):
-            assert torch.equal(rows, weight(whole, name))
+    models = [load_mixtral(tiny, tokenizer=tokenizer, new_rows=mode, train_embeddings=True) for mode in MODES]
+    whole = [weight(model, name) for model in models for name in NAMES]
+    for rank in run_distributed(sharded, 3, str(tiny), str(tokenizer)):
+        assert all(map(torch.equal, rank, whole))
 
 
 def edit(file: Path, change: Callable[[Any], object]) -> None:
@@ -228,7 +235,7 @@ def test_bad_tokenizers_are_refused(tiny: Path, tmp_path: Path) -> None:
     (bare / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"272 rows, but no tokenizer that fits them .* Put the base's own tokenizer"):
         load_mixtral(bare, tokenizer=tokenizer, train_embeddings=True)
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor tokenizer.model"):
         load_mixtral(tiny, tokenizer=tmp_path)
 
 

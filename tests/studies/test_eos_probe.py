@@ -99,6 +99,8 @@ def test_another_tokenizer_is_not_paired(tiny_base: Path, tokenizer: TextTokeniz
     found = probe_eos(model, tokenizer, documents, max_tokens=512)
     other = found | {"document_newlines": [1, 1, 1]}
     assert compare_probes(found, other)["p_value"] is None
+    one = found | {"document_newlines": [5], "document_sums": [0.5]}
+    assert compare_probes(one, one) == {"difference": 0.0, "standard_error": None, "p_value": None}
 
 
 def test_text_without_line_breaks(tiny_base: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:

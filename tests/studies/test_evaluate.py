@@ -103,7 +103,8 @@ def test_base_beside_adapted(
     """The base's column is the stock model's, the adapted one's stock PEFT's."""
     data, adapter, out = write_ceval(tmp_path), tmp_path / "adapter", tmp_path / "scores.json"
     save_adapter(tiny_base, adapter, scale=0.3)
-    assert main(["evaluate", str(adapter), *TWO, f"--data_dir={data}", f"--out={out}", *EXACT]) == 0
+    command = ["evaluate", str(adapter), "--tasks=ceval-valid_law", f"--data_dir={data}", f"--out={out}", *EXACT]
+    assert main(command) == 0
     report, table = report_of(out), capsys.readouterr().out
     tasks = report["settings"]["tasks"]
     stock = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -265,6 +266,15 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     assert message in error
     assert error.count("\n") == 1
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.usefixtures("few", "no_model")
+def test_several_processes_are_refused(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", str(tiny_base), *TWO, "--out=scores.json"]) == 2
+    assert "runs in one process, not in 2" in capsys.readouterr().err
 
 
 def test_without_the_harness(

@@ -33,7 +33,9 @@ def test_likelihoods_are_the_model_s_own(tiny_base: Path) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "fsdp2"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, id="whole", marks=pytest.mark.slow), pytest.param(True, id="fsdp2")]
+)
 def test_two_ranks_give_what_one_gives(tiny_base: Path, sharded: bool) -> None:
     harness()
     from tests.studies.harness_ranks import answers_of

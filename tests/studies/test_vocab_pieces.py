@@ -42,7 +42,10 @@ def test_a_sample_is_drawn_by_the_seed() -> None:
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot make 5000 pieces of 60 sentences: Vocabulary size too high .*Lower `vocab_size`"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot make 5000 pieces of 60 sentences: Vocabulary size too high .*Choose another `vocab_size`",
+    ):
         train(iter(LINES), vocab_size=5000, model_type="unigram")
     with pytest.raises(ValueError, match=r"cannot make 5000 pieces of 60 sentences"):
         train(iter(LINES), vocab_size=5000)

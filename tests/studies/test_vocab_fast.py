@@ -1,0 +1,74 @@
+"""Merging into a `tokenizer.json` alone: of bytes; of characters as into SentencePiece's model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+
+from lightning_mixcn.studies.vocab_fast import FastBase
+from lightning_mixcn.studies.vocab_merge import choose_pieces, write_tokenizer
+from lightning_mixcn.studies.vocab_pieces import read_pieces
+from lightning_mixcn.studies.vocab_scripts import ScriptFilter
+from lightning_mixcn.studies.vocab_sentencepiece import SentencePieceBase
+from lightning_mixcn.text import load_tokenizer
+from tests.extended_tokenizers import CYRILLIC, HAN, write_pieces
+from tests.studies.vocab_data import small_base
+
+
+def extend(folder: Path, out: Path, pieces: list[str], script: str = "Han") -> list[str]:
+    base = FastBase(folder)
+    chosen = choose_pieces(base, pieces, ScriptFilter(script))
+    write_tokenizer(folder, base, chosen, script, out)
+    return chosen.added
+
+
+def test_it_equals_merging_into_sentencepiece(tmp_path: Path) -> None:
+    base = small_base(tmp_path / "base")
+    pieces = read_pieces(str(write_pieces(tmp_path / "zh.model", HAN, 90)))
+    one = SentencePieceBase(base)
+    chosen = choose_pieces(one, pieces, ScriptFilter("Han"))
+    write_tokenizer(base, one, chosen, "Han", tmp_path / "one")
+    load_tokenizer(base).hf.save_pretrained(tmp_path / "fast")
+    assert extend(tmp_path / "fast", tmp_path / "two", pieces) == chosen.added
+    texts = ["今天天气 the 中国学生", "".join(HAN), "  模型 12"]
+    ours, theirs = (load_tokenizer(tmp_path / name).encode_batch(texts) for name in ("two", "one"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("use_regex", [True, False])
+def test_pieces_of_bytes(tiny_base: Path, tmp_path: Path, use_regex: bool) -> None:
+    """The base has single bytes only, so beginnings of characters are added; ids say what comes back."""
+    content = json.loads((tiny_base / "tokenizer.json").read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["use_regex"] = use_regex
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (base / "tokenizer_config.json").write_bytes((tiny_base / "tokenizer_config.json").read_bytes())
+    zh, ru = write_pieces(tmp_path / "zh.model", HAN, 90), write_pieces(tmp_path / "ru.model", CYRILLIC, 120, " ")
+    extend(base, tmp_path / "zh", read_pieces(str(zh)))
+    extend(tmp_path / "zh", tmp_path / "both", read_pieces(str(ru)), "Cyrillic")  # one on top of the other
+    tokenizer = load_tokenizer(tmp_path / "both")
+    texts = ["今天天气", "привет мир", "plain English, é and 𠮷\n"]
+    zh_ids, ru_ids, other = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in (zh_ids, ru_ids, other)] == texts
+    assert len(zh_ids) <= 2
+    assert len(ru_ids) <= 5  # the first word has no blank in front, as no word of the corpus
+    assert other == load_tokenizer(base).encode_batch(texts)[2]
+    known: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
+    assert known(texts)["input_ids"] == [zh_ids, ru_ids, other]
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    from tokenizers import models
+
+    backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"is a WordLevel. Pieces can be merged into a BPE only"):
+        FastBase(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"is not a tokenizer.json .*Copy it again"):
+        FastBase(tmp_path)
