@@ -1,6 +1,7 @@
 """The whole way with an extended vocabulary: train pieces, merge, fit, resume, validate, export, load elsewhere."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from lightning_mixcn import load_mixtral
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import find_model, load_found
+from lightning_mixcn.testing import run_distributed
 from tests.extended_tokenizers import HAN, TALES
+from tests.modules.strategy_run import train
 
 STORIES = Path(__file__).parents[1].parent / "shared/data/models/stories260K-mixtral-4e"
 CONFIG = """
@@ -113,6 +116,22 @@ def test_the_mean_beats_random_rows_before_any_training() -> None:
     measured = {name: bits_per_byte(name) for name in ("mean", "byte_mean", "random", "zeros")}
     # Measured: 2.05, 2.03, 2.89, 2.91.
     assert max(measured["mean"], measured["byte_mean"]) < 0.8 * min(measured["random"], measured["zeros"])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_train_the_same_rows(tiny_base: Path) -> None:
+    """Under FSDP2, against one process; float32 sums in another order."""
+    extend(tiny_base, ["".join(HAN[number % 7 :]) + f"。{number}" for number in range(60)], 122, "Han")
+    settings: dict[str, Any] = {"max_steps": 3, "tokenizer": str(Path("extended").resolve()), "train_embeddings": True}
+    (one,) = run_distributed(partial(train, **settings), 1, ["one"], str(tiny_base), str(Path.cwd()))
+    for rank in run_distributed(partial(train, **settings), 2, ["fsdp2"], str(tiny_base), str(Path.cwd())):
+        assert rank["fsdp2"]["losses"] == pytest.approx(one["one"]["losses"], rel=1e-5)
+        for name in ("model.embed_tokens", "lm_head"):
+            key = f"base_model.model.{name}.weight"
+            ours, theirs = rank["fsdp2"]["adapter"][key], one["one"]["adapter"][key]
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+            assert len(ours) % 2
 
 
 def test_an_extended_tokenizer_needs_trained_embeddings(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,8 @@ def train(
 ) -> None:
     """Train SentencePiece pieces on a corpus, for `mixcn vocab merge`.
 
-    Text is streamed to SentencePiece line by line, without a copy on disk; it holds its sentences in memory, about
-    the size of the text. 5 MB of Chinese take seconds, 1 GB hours: draw a sample then.
+    Text is streamed to SentencePiece, without a copy on disk; it keeps all sentences in memory. On one core, 4 MB of
+    Chinese gave 8,000 BPE pieces in 11 s, unigram ones in 25 s; for gigabytes draw a sample with `max_sentences`.
 
     Args:
         corpus: Files, folders, globs or URLs: JSONL, text, parquet or Arrow, compressed or not.
