@@ -122,7 +122,7 @@ def test_the_mean_beats_random_rows_before_any_training() -> None:
 @pytest.mark.multiprocess
 def test_two_ranks_train_the_same_rows(tiny_base: Path) -> None:
     """Under FSDP2, against one process; float32 sums in another order."""
-    extend(tiny_base, ["".join(HAN[number % 7 :]) + f"。{number}" for number in range(60)], 122, "Han")
+    extend(tiny_base, ["".join(HAN[number % 7 :]) + f"。{number}" for number in range(60)], 95, "Han")
     settings: dict[str, Any] = {"max_steps": 3, "tokenizer": str(Path("extended").resolve()), "train_embeddings": True}
     (one,) = run_distributed(partial(train, **settings), 1, ["one"], str(tiny_base), str(Path.cwd()))
     for rank in run_distributed(partial(train, **settings), 2, ["fsdp2"], str(tiny_base), str(Path.cwd())):
@@ -131,7 +131,6 @@ def test_two_ranks_train_the_same_rows(tiny_base: Path) -> None:
             key = f"base_model.model.{name}.weight"
             ours, theirs = rank["fsdp2"]["adapter"][key], one["one"]["adapter"][key]
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-            assert len(ours) % 2
 
 
 def test_an_extended_tokenizer_needs_trained_embeddings(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:

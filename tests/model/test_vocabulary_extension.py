@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import sentencepiece
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -29,9 +30,12 @@ from lightning_mixcn.model.export import export
 from lightning_mixcn.model.local_rows import gathered
 from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.model.vocabulary_extension import NewRows
+from lightning_mixcn.studies.vocab_merge import choose_pieces, open_base, write_tokenizer
+from lightning_mixcn.studies.vocab_scripts import ScriptFilter
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
 from tests.extended_tokenizers import HAN, TALES, extend
 from tests.model.adapters_on_disk import TARGETS
+from tests.studies.vocab_data import small_base
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 NAMES = ("model.embed_tokens", "lm_head")
@@ -104,6 +108,27 @@ def test_means_are_those_of_numpy(base: Path, extended: Path, tmp_path: Path, ne
                 np.testing.assert_allclose(rows[index].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
                 checked += 1
     assert checked > 80
+
+
+@pytest.mark.parametrize(("new_rows", "shares"), [("mean", [1, 1, 1, 1]), ("byte_mean", [3, 1, 1, 1])])
+def test_shares_of_a_piece_by_hand(tmp_path: Path, new_rows: NewRows, shares: list[int]) -> None:
+    """中甲 was a piece of three bytes and three single bytes before."""
+    base = save_tiny_mixtral(tmp_path / "base", vocab_size=370)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    small = small_base(tmp_path / "small")
+    for file in small.iterdir():
+        shutil.copyfile(file, base / file.name)
+    tokenizer = open_base(small)
+    chosen = choose_pieces(tokenizer, ["甲", "中甲"], ScriptFilter("Han"))
+    write_tokenizer(small, tokenizer, chosen, "Han", tmp_path / "zh")
+    model = load_mixtral(base, tokenizer=tmp_path / "zh", new_rows=new_rows, train_embeddings=True, dtype="float32")
+    old = sentencepiece.SentencePieceProcessor(model_file=str(small / "tokenizer.model"))
+    ids = [old.piece_to_id(piece) for piece in ("中", "<0xE7>", "<0x94>", "<0xB2>")]
+    for name in NAMES:
+        rows = weight(model, name).detach()
+        expected = (torch.tensor(shares)[:, None] * rows[ids]).sum(0) / sum(shares)
+        torch.testing.assert_close(rows[371], expected)
 
 
 def test_random_and_zeros(tiny: Path, tmp_path: Path) -> None:

@@ -27,15 +27,16 @@ def extend(folder: Path, out: Path, pieces: list[str], script: str = "Han") -> l
 
 def test_it_equals_merging_into_sentencepiece(tmp_path: Path) -> None:
     base = small_base(tmp_path / "base")
-    pieces = read_pieces(str(write_pieces(tmp_path / "zh.model", HAN, 90)))
+    pieces = [*read_pieces(str(write_pieces(tmp_path / "zh.model", HAN, 90))), "中大"]
     one = SentencePieceBase(base)
     chosen = choose_pieces(one, pieces, ScriptFilter("Han"))
     write_tokenizer(base, one, chosen, "Han", tmp_path / "one")
     load_tokenizer(base).hf.save_pretrained(tmp_path / "fast")
     assert extend(tmp_path / "fast", tmp_path / "two", pieces) == chosen.added
-    texts = ["今天天气 the 中国学生", "".join(HAN), "  模型 12"]
+    texts = ["中大中大", "今天天气 the 中国学生", "".join(HAN), "  模型 12"]
     ours, theirs = (load_tokenizer(tmp_path / name).encode_batch(texts) for name in ("two", "one"))
     assert ours == theirs
+    assert len(ours[0]) == 3  # old pieces first: ▁中, 大, 中大
 
 
 @pytest.mark.parametrize("use_regex", [True, False])
