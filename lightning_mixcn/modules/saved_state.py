@@ -79,7 +79,7 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> Non
         ValueError: a parameter is missing, left over, or of another shape.
     """
     trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    remedy = "Give `lora` and `train_embeddings` as they were in the run that wrote the checkpoint"
+    remedy = "Give `lora`, `train_embeddings` and `tokenizer` as they were in the run that wrote the checkpoint"
     if missing := sorted(trainable.keys() - state.keys()):
         raise ValueError(f"The checkpoint lacks {_some(missing)}, which train here. {remedy}")
     if extra := sorted(state.keys() - trainable.keys()):

@@ -80,7 +80,7 @@ def test_a_base_may_move(tmp_path: Path, tiny_base: Path, lora: Make, trainer: M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_embeddings": True}, r"checkpoint lacks model\..*embed_tokens.*Give `lora` and `train_embeddings`"),
+        ({"train_embeddings": True}, r"checkpoint lacks model\..*embed_tokens.*Give `lora`, `train_embeddings`"),
         ({"target_modules": ["w1", "w2", "w3"]}, r"checkpoint holds model\..*do not train here"),
         ({"r": 8}, r"has the shape \(.*\) in the checkpoint and \(.*\) here"),
     ],
