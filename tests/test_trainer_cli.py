@@ -79,7 +79,8 @@ def run(config: dict[str, Any], command: str = "fit", *options: str) -> int:
 def test_a_run_from_training_to_prediction(config: dict[str, Any]) -> None:
     root = Path("runs/tiny")  # the default: the configuration's name
     assert run(config) == 0
-    assert {"adapter", "checkpoints", "config.yaml", "samples.jsonl", "tensorboard"} == {p.name for p in root.iterdir()}
+    names = {"adapter", "adapter_best", "checkpoints", "config.yaml", "samples.jsonl", "tensorboard"}
+    assert names == {path.name for path in root.iterdir()}
     assert (root / "checkpoints" / "last.ckpt").resolve().name == "step=00000004.ckpt"
     assert (root / "adapter" / "adapter_model.safetensors").is_file()
     saved = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))

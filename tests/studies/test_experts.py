@@ -130,7 +130,7 @@ def test_a_planted_expert_is_found_first(mode: str, layer: int, expert: int, tmp
     assert first_of(tmp_path / "out", mode, "own") == (layer, expert)
     if mode == "zero":
         changes = [float(line["bits_per_byte_change"]) for line in lines_of(tmp_path / "out" / "experts.csv")]
-        assert sum(change != 0 for change in changes) == 1
+        assert sum(abs(change) > 1e-5 for change in changes) == 1  # rows that change run in other company: last bits
 
 
 def test_a_planted_expert_of_a_pretrained_model_is_found_first(
