@@ -46,9 +46,6 @@ trainer:
   enable_model_summary: false
 """
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,6 @@ import yaml
 
 from lightning_mixcn.cli import main
 
-pytestmark = [
-    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
-
 CONFIG = """
 model:
   class_path: PretrainModule

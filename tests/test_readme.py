@@ -31,7 +31,6 @@ trainer: {accelerator: cpu, max_steps: 2, enable_progress_bar: false, num_sanity
 """
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_subclass_trains(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -14,11 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from lightning_mixcn.cli import main
 
-pytestmark = [
-    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
-
 
 def write_source(path: Path, sentence: str, documents: int = 40) -> Path:
     lines = (json.dumps({"text": sentence * (1 + number % 4) + str(number)}) for number in range(documents))

@@ -18,9 +18,6 @@ from lightning_mixcn.text import load_tokenizer
 
 Make = Callable[..., Any]
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def test_the_adapter_at_the_end_continues_the_run(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
     batch = random_batch([20])

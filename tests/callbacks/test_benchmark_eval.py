@@ -25,8 +25,6 @@ from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, w
 Make = Callable[..., Any]
 LAW = "ceval-valid_law"
 pytestmark = [
-    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings(HARNESS_WARNINGS),
 ]
 

@@ -13,9 +13,6 @@ from lightning_mixcn.testing import FixedBatches, random_batch
 
 Make = Callable[..., Any]
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 DATA = FixedBatches([random_batch([20, 9], sources=2)], ["zh", "en"])
 
 

@@ -28,8 +28,6 @@ Batch = dict[str, torch.Tensor]
 SOURCES = ["zh", "en"]
 
 pytestmark = [
-    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # Fixed batches are no resumable stream: a resumed run begins with the first one again.
     pytest.mark.filterwarnings(
         "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"

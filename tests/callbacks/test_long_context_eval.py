@@ -22,13 +22,11 @@ from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model.prefill import ChunkedPrefill
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.modules.step_clock import StepClock
-from lightning_mixcn.testing import FixedBatches, random_batch
+from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from lightning_mixcn.text import DocumentSet, Source, all_documents, read_corpus
+from tests.callbacks.long_context_run import fit
 
 Make = Callable[..., Trainer]
-
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture
@@ -105,6 +103,24 @@ def test_at_validation_and_standalone(
     assert [(entry["step"], entry["likelihoods"][0]["length"]) for entry in evaluations(tmp_path)] == [
         (0, 64), (2, 32), (4, 32),
     ]  # fmt: skip
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_evaluate_together(strategy: str, tmp_path: Path, sources: list[Source], tiny_base: Path) -> None:
+    """Of three documents one rank has two; every length is of all tokens of both."""
+    text = Path(str(sources[0].path))
+    text.write_text(text.read_text(encoding="utf-8") + '\n{"text": "第三篇文章，不太长，也不太短。"}', encoding="utf-8")
+    (alone,) = run_distributed(fit, 1, str(tiny_base), str(tmp_path / "one"), str(text), "auto", 1)
+    together, same = run_distributed(fit, 2, str(tiny_base), str(tmp_path / "two"), str(text), strategy, 2)
+    assert together == same
+    assert [entry["step"] for entry in together] == [0, 1, 2]
+    for ours, expected in zip(together, alone, strict=True):
+        assert ours["retrieval"] == expected["retrieval"]
+        for row, other in zip(ours["likelihoods"], expected["likelihoods"], strict=True):
+            assert row["documents"] == 3
+            for name, value in row.items():
+                assert value == (pytest.approx(other[name], rel=1e-5) if isinstance(value, float) else other[name])
 
 
 def test_training_does_not_notice(

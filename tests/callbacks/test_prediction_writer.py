@@ -14,9 +14,6 @@ from lightning_mixcn.testing import FixedBatches, random_batch
 
 Make = Callable[..., Any]
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def test_one_line_a_document(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
     """Document i of both batches is one document, as if its second row had not fitted into the first batch."""

@@ -16,9 +16,6 @@ from lightning_mixcn.callbacks import PreemptionCheckpoint, StepCheckpoint
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 Make = Callable[..., Trainer]
 
 

@@ -21,9 +21,6 @@ from lightning_mixcn.text import ConversationSource
 
 Make = Callable[..., Any]
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def question(number: int, language: str) -> dict[str, Any]:
     return {"instruction": f"{language} {'问' * number}", "output": "答", "history": [["早", "好"]] * (number % 2)}

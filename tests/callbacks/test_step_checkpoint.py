@@ -17,8 +17,6 @@ from lightning_mixcn.testing import FixedBatches, random_batch
 Make = Callable[..., Any]
 
 pytestmark = [
-    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # The batches of these tests are no resumable stream; they are all alike.
     pytest.mark.filterwarnings(
         "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"

@@ -15,9 +15,6 @@ from lightning_mixcn.model import MixtralPeftModel, load_mixtral
 from lightning_mixcn.model.adapters import TARGETS, lora_layers
 
 ALL = list(TARGETS)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*is_gradient_checkpointing:FutureWarning"
-)  # stock PEFT on transformers 5.23
 
 
 def adapted(base: Path, quantization: str = "none", adapter: Path | None = None, **lora: Any) -> MixtralPeftModel:

@@ -22,7 +22,6 @@ assert_close = partial(
     torch.testing.assert_close, rtol=1e-4, atol=1e-4
 )  # float32; PEFT multiplies A and B in another order
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT on transformers 5.23
     # Its conversion of w1 and w3 to the fused layout leaves patterns for what is not adapted.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]

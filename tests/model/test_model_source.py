@@ -17,8 +17,6 @@ from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # stock PEFT asks for it
-
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():

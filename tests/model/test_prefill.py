@@ -14,9 +14,6 @@ from transformers import MixtralForCausalLM
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.prefill import ChunkedPrefill, ChunkScores
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def random_row(length: int) -> Tensor:
     return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(length))

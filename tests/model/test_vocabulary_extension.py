@@ -201,8 +201,6 @@ def test_what_is_saved_loads_everywhere(base: Path, extended: Path, tmp_path: Pa
     assert_close(logits_of(again, ids), expected)
 
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 # PEFT's own conversion of w1 and w3 to the fused layout leaves patterns for what was not adapted.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_stock_peft_loads_the_adapter_on_a_resized_base(tiny: Path, tmp_path: Path) -> None:

@@ -168,7 +168,6 @@ class Checked(PretrainModule):
         check_before_loading(self.trainer)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("weights_only", [None, False])
 def test_a_trainer_refuses_what_is_damaged_or_runs_code(
     tiny_base: Path, lora: Any, trainer: Callable[..., Trainer], tmp_path: Path, weights_only: bool | None

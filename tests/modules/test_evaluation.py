@@ -15,9 +15,6 @@ from lightning_mixcn.testing import FixedBatches, random_batch
 
 Make = Callable[..., Any]
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 BATCHES = [random_batch([20, 24, 9], seed=0, sources=2), random_batch([5, 12], seed=1, sources=2)]
 
 

@@ -23,10 +23,8 @@ from lightning_mixcn.studies.benchmark_scores import run_task
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, real_files, write_ceval, write_hellaswag
 
-# transformers 5.23 still reads its own old name of a flag, which PEFT asks for.
 pytestmark = [
     pytest.mark.filterwarnings(HARNESS_WARNINGS),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # PEFT's conversion of w1 and w3 to the fused layout leaves patterns for what is not adapted.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]

@@ -12,8 +12,6 @@ from lightning_mixcn.studies.evaluated_models import EvaluatedModel, LoadedModel
 from lightning_mixcn.testing import byte_tokenizer
 from tests.model.adapters_on_disk import save_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @pytest.fixture
 def adapter(tiny_base: Path, tmp_path: Path) -> Path:

@@ -14,9 +14,6 @@ from lightning_mixcn.studies.expert_similarity import weight_cosines
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.stock_experts import stock_model
 
-# transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def expected(stock: Any, layer: int, one: int, other: int) -> float:
     experts = stock.model.layers[layer].mlp.experts

@@ -16,8 +16,6 @@ from tests.studies.experts_command import arguments, lines_of
 from tests.studies.stock_experts import evaluation_batches, stock_model, text_bits_per_byte, without_expert
 
 pytestmark = [
-    # transformers 5.23 still reads its own old name of the flag, which PEFT asks for.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.usefixtures("no_pictures"),
 ]
 
