@@ -165,7 +165,7 @@ def measure(options: argparse.Namespace) -> None:
     for _ in range(options.warmup + options.rounds):
         for name in ALL:
             seconds[name].append(answer(name, True))
-    memory = {name: answer(name, None) for name in CONTESTANTS}
+    memory = {name: answer(name, None) for name in ALL}
     report(options, {name: values[options.warmup :] for name, values in seconds.items()}, memory)
 
 
@@ -176,7 +176,7 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], memory:
     ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
     share = record.spread([a / b for a, b in zip(seconds["limit"], seconds["ours"], strict=True)])
     for name, rate in rates.items():
-        peak = f"  peak {memory[name] / 1e9:.2f} GB" if name in memory else "  (its large products alone)"
+        peak = f"  peak {memory[name] / 1e9:.2f} GB" if name in CONTESTANTS else "  (its large products alone)"
         print(f"{name:6} {rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f}){peak}")
     print(f"ours / stock, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
     print(f"ours / limit, pair by pair: {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})")
@@ -184,7 +184,7 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], memory:
     named = {"base": options.preset or Path(options.base).name, "text": options.preset or Path(options.text).name}
     settings = vars(options) | named
     figures = {"settings": settings, "tokens_per_second": rates, "ratio": ratio, "share_of_limit": share}
-    figures["peak_resident_bytes"] = memory
+    figures["peak_resident_bytes"] = {name: memory[name] for name in CONTESTANTS}
     print("written to", record.write(options.result, figures))
 
 
