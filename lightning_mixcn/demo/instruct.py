@@ -20,7 +20,7 @@ PACKAGES = (fetch.BASE, fetch.INSTRUCTIONS, fetch.CHINESE, fetch.ENGLISH)
 _CONFIG = "demo_instruct.yaml"
 _MEMBERS = {language: f"llamafactory-0.9.5/data/alpaca_{language}_demo.json" for language in ("zh", "en")}
 _SAYS = (
-    "This teaches SmolLM2-135M, as a 4-bit mixture of experts, to answer in Chinese: about 10 minutes on two cores,\n"
+    "This teaches SmolLM2-135M, as a 4-bit mixture of experts, to answer in Chinese: about 9 minutes on two cores,\n"
     f"at most 6 GB of memory, 3 GB of disk under {CACHE} and {RUN}."
 )
 _QUESTIONS = ("你好，请介绍一下你自己。", "请列出三种健康的食物。")
