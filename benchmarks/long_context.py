@@ -9,7 +9,6 @@ torch reserved. Without --base, the weights are random, in the demo's sizes (Smo
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import MixtralConfig
 from lightning_mixcn.model import build_mixtral, load_mixtral
 from lightning_mixcn.model.adapters import base_of
 from lightning_mixcn.model.prefill import ChunkedPrefill
+from lightning_mixcn.peak_memory import peak_resident_bytes
 
 DEMO: dict[str, Any] = {
     "vocab_size": 49152,
@@ -38,7 +38,7 @@ DEMO: dict[str, Any] = {
 
 def peak_bytes() -> dict[str, int]:
     """Most memory that this process has had."""
-    peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peaks = {"resident": peak_resident_bytes()}
     return peaks | ({"cuda_reserved": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {})
 
 

@@ -118,12 +118,12 @@ def stepper(model: Any, batches: Iterator[dict[str, Any]]) -> Callable[[], float
 
 def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
     """A contestant's process: a step for every message, answered with its seconds; ``None`` asks for peak memory."""
-    import resource
+    from lightning_mixcn.peak_memory import peak_resident_bytes
 
     step = contestant(name, options)
     while connection.recv() is not None:
         connection.send(step())
-    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    connection.send(peak_resident_bytes())
 
 
 def main() -> None:

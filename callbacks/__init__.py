@@ -8,6 +8,7 @@ if __name__ != "lightning_mixcn.callbacks":
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .benchmark_eval import BenchmarkEval
+from .byte_budget import ByteBudget
 from .data_monitor import DataMonitor
 from .evaluation_report import EvaluationReport
 from .expert_load_monitor import ExpertLoadMonitor
@@ -16,6 +17,7 @@ from .long_context_eval import LongContextEval
 from .prediction_writer import PredictionWriter
 from .preemption_checkpoint import PreemptionCheckpoint
 from .rank_watch import RankWatch
+from .run_facts import RunFacts
 from .sample_answers import SampleAnswers
 from .sample_text import SampleText
 from .step_checkpoint import StepCheckpoint
@@ -26,6 +28,7 @@ from .trainability_check import TrainabilityCheck
 __all__ = [
     "AdapterCheckpoint",
     "BenchmarkEval",
+    "ByteBudget",
     "DataMonitor",
     "EvaluationReport",
     "ExpertLoadMonitor",
@@ -34,6 +37,7 @@ __all__ = [
     "PredictionWriter",
     "PreemptionCheckpoint",
     "RankWatch",
+    "RunFacts",
     "SampleAnswers",
     "SampleText",
     "StepCheckpoint",

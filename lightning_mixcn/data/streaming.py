@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from lightning_mixcn.data.train_loader import Schedule, TrainLoader
 from lightning_mixcn.text import (
     DocumentEncoder,
     DocumentOrigin,
+    Row,
     StreamPlan,
     TextTokenizer,
     load_tokenizer,
@@ -185,6 +188,18 @@ class StreamDataModule(LightningDataModule):
             For example ``{"train/zh/documents": 1504, "train/zh/bytes": 24562707}``.
         """
         return self._documents.describe()
+
+    def training_rows(self) -> Iterator[Row]:
+        """Make the training rows in their order, from the first one of the run; what trains is not moved by it."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._plan.open(range(self.num_streams))
+        for number in count():
+            yield streams[number % self.num_streams].next_row()
+
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows of a batch of all ranks together."""
+        return self.micro_batch_size * self._ranks()[0]
 
     def epochs(self) -> dict[str, float]:
         """How often each training source was read, such as ``{"zh": 0.25}``, by the streams that this rank reads."""

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from lightning_mixcn.demo.commands import CommandFailed
+from lightning_mixcn.commands import CommandFailed
 from lightning_mixcn.demo.instruct import run_instruct_demo
 from lightning_mixcn.demo.run import run_demo
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import time
 import zipfile
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning_mixcn
+from lightning_mixcn.commands import run_mixcn
 from lightning_mixcn.demo import fetch
-from lightning_mixcn.demo.commands import MAXRSS_UNIT, run_mixcn
 from lightning_mixcn.demo.store import digest_of_sources, reuse_or_make
 from lightning_mixcn.demo.text import make_text
+from lightning_mixcn.peak_memory import peak_resident_bytes
 
 Result = TypeVar("Result")
 
@@ -58,9 +58,10 @@ class Demo:
 
     def mixcn(self, *arguments: str | Path, typed: str = "") -> None:
         """Run a ``mixcn`` command, which reads ``typed``, and keep its peak memory."""
-        usage = run_mixcn([str(argument) for argument in arguments], typed)
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
-        self.peak_rss_bytes = max(self.peak_rss_bytes, usage.peak_rss_bytes + own)
+        # What sources are unpacked to lies beside what else is made.
+        unpacked = {"MIXCN_CACHE": os.path.abspath(".cache/mixcn")}
+        usage = run_mixcn([str(argument) for argument in arguments], typed, unpacked)
+        self.peak_rss_bytes = max(self.peak_rss_bytes, usage.peak_rss_bytes + peak_resident_bytes())
 
 
 def announce(says: str, packages: Sequence[fetch.Package]) -> None:

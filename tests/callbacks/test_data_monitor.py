@@ -228,6 +228,7 @@ trainer = Trainer(
 trainer.fit(OneNumber(), Shared([random_batch(rows, sources=2) for rows in lengths], ["zh", "en"]))
 if rank == 0:
     torch.save({name: float(value) for name, value in trainer.callback_metrics.items()}, f"{out}/metrics.pt")
+torch.distributed.destroy_process_group()
 """
 
 

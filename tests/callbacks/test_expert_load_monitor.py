@@ -264,6 +264,7 @@ trainer = Trainer(
     callbacks=[ExpertLoadMonitor(every_n_steps=2), StepCheckpoint(1, keep=3, dirpath=out)],
 )
 trainer.fit(module, Shared(torch.load(f"{out}/batches.pt"), ["zh", "en"]))
+torch.distributed.destroy_process_group()
 """
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from lightning_mixcn.commands import Usage
 from lightning_mixcn.demo import run
-from lightning_mixcn.demo.commands import Usage
 
 SOURCES = {name: {"bits_per_byte": 2.5, "nll_nats_per_token": 3.0, "tokens": 9, "bytes": 9} for name in ("zh", "en")}
 FACTS = {
@@ -28,7 +28,8 @@ class Mixcn:
     calls: list[list[str]] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
 
-    def __call__(self, arguments: list[str], typed: str = "") -> Usage:
+    def __call__(self, arguments: list[str], typed: str, defaults: dict[str, str]) -> Usage:
+        assert Path(defaults["MIXCN_CACHE"]) == Path(".cache/mixcn").absolute()
         self.calls.append(arguments)
         self.typed.append(typed)
         getattr(self, arguments[0])(arguments[1:])

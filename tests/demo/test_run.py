@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from lightning_mixcn.commands import CommandFailed
 from lightning_mixcn.demo import __main__ as program
 from lightning_mixcn.demo import base, run
-from lightning_mixcn.demo.commands import CommandFailed
 from tests.demo.stand_in import Mixcn
 
 

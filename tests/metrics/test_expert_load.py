@@ -157,6 +157,7 @@ sums = load.compute()
 assert sums.tokens.item() == 120
 print(sums.counts.flatten().tolist())
 print(float(imbalance_max_over_mean(sums.counts)))
+torch.distributed.destroy_process_group()
 """
 
 

@@ -23,12 +23,13 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from lightning_mixcn.model import bytes_in_memory, load_mixtral, planned_quantised_bytes
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from lightning_mixcn.peak_memory import peak_resident_bytes
+before = peak_resident_bytes()
 model = load_mixtral(sys.argv[1])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-figures = bytes_in_memory(model) | {"peak": 1024 * (peak - before), "planned": planned_quantised_bytes(model.config)}
+peak = peak_resident_bytes()
+figures = bytes_in_memory(model) | {"peak": peak - before, "planned": planned_quantised_bytes(model.config)}
 print(json.dumps(figures))
 """
 

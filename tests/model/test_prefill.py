@@ -86,10 +86,11 @@ def test_a_sliding_window_is_refused(tiny_base: Path) -> None:
 
 
 LONG_ROW = """
-import resource, sys
+import sys
 import torch
 from transformers import MixtralConfig
 from lightning_mixcn.model import build_mixtral
+from lightning_mixcn.peak_memory import peak_resident_bytes
 from lightning_mixcn.studies import DocumentRow, evaluate_lengths
 
 config = MixtralConfig(
@@ -101,7 +102,7 @@ ids = torch.randint(3, 49152, (length,), generator=torch.Generator().manual_seed
 row = DocumentRow(0, ids, torch.ones_like(ids))
 result = evaluate_lengths(build_mixtral(config), [row], ["random"], [512, length], 512)
 print(result.likelihoods[-1]["tokens"], result.likelihoods[-1]["nll_nats_per_token"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_resident_bytes())
 """
 
 

@@ -130,6 +130,7 @@ fully_shard(model, mesh=mesh)
 sharded = told()
 assert [layer for layer, _ in sharded] == [0, 1]
 assert all(torch.equal(index, other) for (_, index), (_, other) in zip(plain, sharded, strict=True))
+torch.distributed.destroy_process_group()
 """
 
 

@@ -50,6 +50,8 @@ if trainer.is_global_zero:
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     torch.save({"state": module.state_dict(), "values": values, "val": module.source_likelihoods["val"]}, out + ".pt")
 trainer.predict(module, data)
+if ranks > 1:  # gloo left open at exit may abort the process
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -146,6 +146,7 @@ ChunkedPrefill.advance = counting
 result = evaluate_lengths(model, mine, ["even", "odd"], [32, 64, 256], 48)
 with open(f"{out}.{rank}.json", "w") as file:
     json.dump({"passes": passes, "likelihoods": result.likelihoods, "out_of_memory": result.out_of_memory}, file)
+torch.distributed.destroy_process_group()
 """
 
 

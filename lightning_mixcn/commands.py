@@ -5,11 +5,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-# ``ru_maxrss`` is in kibibytes on Linux and in bytes on macOS (getrusage(2) of both).
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+from .peak_memory import MAXRSS_UNIT
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -29,35 +31,37 @@ class CommandFailed(RuntimeError):  # noqa: N818  # reads as what happened
     """A command ended with an error, which it has printed itself."""
 
 
-def run_mixcn(arguments: Sequence[str], typed: str = "") -> Usage:
+def run_mixcn(arguments: Sequence[str], typed: str = "", defaults: Mapping[str, str] = _NOTHING) -> Usage:
     """Run ``mixcn`` with these arguments; what it prints goes to the terminal.
 
     Args:
         arguments: Of ``mixcn``.
         typed: What it reads from its standard input.
+        defaults: Environment variables that it gets unless they are set already.
 
     Raises:
         CommandFailed: the exit code is not 0.
     """
-    return run([sys.executable, "-m", "lightning_mixcn", *arguments], shlex.join(["mixcn", *arguments]), typed)
+    return run(
+        [sys.executable, "-m", "lightning_mixcn", *arguments], shlex.join(["mixcn", *arguments]), typed, defaults
+    )
 
 
-def run(command: Sequence[str], shown: str, typed: str = "") -> Usage:
+def run(command: Sequence[str], shown: str, typed: str = "", defaults: Mapping[str, str] = _NOTHING) -> Usage:
     """Run a command, show it first, and measure it.
 
     Args:
         command: Program and arguments.
         shown: What to print for it.
         typed: What it reads from its standard input, at most what a pipe holds (64 KiB on Linux).
+        defaults: Environment variables that it gets unless they are set already.
 
     Raises:
         CommandFailed: the exit code is not 0.
     """
     print(f"$ {shown}", flush=True)
     start = time.perf_counter()
-    # What the demo unpacks lies beside what else it makes.
-    environment = {"MIXCN_CACHE": os.path.abspath(".cache/mixcn"), **os.environ}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env={**defaults, **os.environ}, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
     with process.stdin:
         process.stdin.write(typed)

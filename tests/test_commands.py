@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from lightning_mixcn.demo.commands import CommandFailed, run, run_mixcn
+from lightning_mixcn.commands import CommandFailed, run, run_mixcn
 
 
 def test_peak_memory_is_that_of_the_child(capfd: pytest.CaptureFixture[str]) -> None:
