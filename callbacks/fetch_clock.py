@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 from lightning.pytorch.profilers import Profiler
 
@@ -20,9 +21,10 @@ class FetchClock(Profiler):
         now: Clock in seconds.
     """
 
-    def __init__(self, profiler: Profiler, now: Callable[[], float] = perf_counter) -> None:
+    # `Any`: the command line offers every Profiler for every argument that is one, this class inside itself without end.
+    def __init__(self, profiler: Any, now: Callable[[], float] = perf_counter) -> None:
         super().__init__()
-        self.profiler = profiler
+        self.profiler: Profiler = profiler
         self._now = now
         self._asked = 0.0
         self._seconds = 0.0

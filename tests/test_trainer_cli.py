@@ -287,3 +287,4 @@ def test_completion_knows_every_subcommand(shell: str, capsys: pytest.CaptureFix
     script = capsys.readouterr().out
     for word in ("fit", "predict", "upcycle", "quantize", "num_experts", "default_root_dir"):
         assert word in script
+    assert len(script) < 5_000_000  # a shell reads it at its start
