@@ -21,7 +21,7 @@ class FetchClock(Profiler):
         now: Clock in seconds.
     """
 
-    # `Any`: the command line offers every Profiler for every argument that is one, this class inside itself without end.
+    # `Any`: the command line offers every Profiler wherever one is asked for, so this class inside itself without end.
     def __init__(self, profiler: Any, now: Callable[[], float] = perf_counter) -> None:
         super().__init__()
         self.profiler: Profiler = profiler
