@@ -1,7 +1,8 @@
 """Attention within documents, without a mask of ``[S, S]``.
 
-transformers isolates the documents of a row with a dense mask; on the CPU that costs the products of the whole square
-and torch's slow masked path. Here every document is one causal call, so work and memory follow its own length.
+transformers isolates the documents of a row with a dense mask; that costs the products of the whole square, and on the
+CPU torch's slow masked path. Here every document is one causal call, so work and memory follow its own length; where
+torch has one call for all documents of a batch, that one, see `packed_attention`.
 """
 
 from collections import defaultdict
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MixtralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .packed_attention import PackedDocuments, document_starts, pack_documents, packed_attention, serves
 
 NAME = "document_sdpa"
 # torch's fused 16-bit attention for the CPU is the slower one up to about this length, by 2 at 128 tokens and 1.4 at
@@ -21,6 +25,27 @@ NAME = "document_sdpa"
 _FLOAT32_ON_CPU_UP_TO = 256
 # Rows that have a document at (start, stop).
 Spans = dict[tuple[int, int], list[int]]
+Documents = PackedDocuments | Spans
+
+
+def locate_documents(position_ids: Tensor, config: MixtralConfig, dtype: torch.dtype) -> Documents | None:
+    """Where the documents of a batch lie, for the ``documents`` of every layer; waits for the device once.
+
+    Args:
+        position_ids: ``[B, S]`` int64.
+        config: The model's.
+        dtype: Compute dtype.
+
+    Returns:
+        What suits the device; ``None`` where only transformers' masks do: a sliding window that is shorter than a row
+        is left to them on the CPU.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if serves(position_ids.device, dtype, size) and not config.attention_dropout:
+        return pack_documents(position_ids)
+    if config.sliding_window is not None and config.sliding_window < position_ids.shape[1]:
+        return None
+    return document_spans(position_ids)
 
 
 def document_spans(position_ids: Tensor) -> Spans:
@@ -33,7 +58,7 @@ def document_spans(position_ids: Tensor) -> Spans:
         For each ``(start, stop)`` the rows that have a document there.
     """
     rows, length = position_ids.shape
-    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    starts = document_starts(position_ids)
     spans: Spans = defaultdict(list)
     for row, row_starts in enumerate(starts.cpu()):
         bounds = [*row_starts.nonzero().flatten().tolist(), length]
@@ -49,7 +74,7 @@ def document_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    document_spans: Spans | None = None,
+    documents: Documents | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -61,8 +86,8 @@ def document_attention(
         query: ``[B, heads, S, head size]``.
         key: ``[B, key-value heads, S, head size]``.
         value: As ``key``.
-        attention_mask: Used only without ``document_spans``.
-        document_spans: From `document_spans`; ``None`` (generation, say) is transformers' own SDPA.
+        attention_mask: Used only without ``documents``.
+        documents: From `locate_documents`; ``None`` (generation, say) is transformers' own SDPA.
         scaling: Factor of the products.
         dropout: Probability.
         kwargs: What else transformers passes.
@@ -70,15 +95,17 @@ def document_attention(
     Returns:
         ``[B, S, heads, head size]``, and no weights.
     """
-    if document_spans is None:
+    if documents is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output, None
+    if isinstance(documents, PackedDocuments):
+        return packed_attention(query, key, value, documents, scaling, kwargs.get("sliding_window")), None
     batch, heads, length, size = query.shape
     output = query.new_empty(batch, length, heads, size)
     pieces = []
-    for (start, stop), rows in document_spans.items():
+    for (start, stop), rows in documents.items():
         index: Any = slice(None) if len(rows) == batch else rows
         q, k, v = (states[index, :, start:stop] for states in (query, key, value))
         if query.device.type == "cpu" and stop - start <= _FLOAT32_ON_CPU_UP_TO:
@@ -86,7 +113,7 @@ def document_attention(
         attended = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         ).to(query.dtype)
-        if len(document_spans) == 1:
+        if len(documents) == 1:
             return attended.transpose(1, 2), None
         pieces.append((index, start, stop, attended.transpose(1, 2)))
     for index, start, stop, attended in pieces:

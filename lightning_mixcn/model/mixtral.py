@@ -86,13 +86,14 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         return some * load_balancing_loss_func(router_logits, experts, top_k, mask | ~some)
 
     def _document_attention(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
-        """Spans instead of a mask, unless a sliding window is shorter than the row."""
+        """Where documents lie instead of a mask, if there is attention for that."""
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if self.config.sliding_window is not None and self.config.sliding_window < input_ids.shape[1]:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        dtype = self.model.embed_tokens.output_dtype
+        documents = attention.locate_documents(position_ids.expand_as(input_ids), self.config, dtype)
+        if documents is None:
             return {}
-        spans = attention.document_spans(position_ids.expand_as(input_ids))
-        return {"document_spans": spans, "attention_mask": attention.no_mask(input_ids.device)}
+        return {"documents": documents, "attention_mask": attention.no_mask(input_ids.device)}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: these weights are not in transformers' layout."""

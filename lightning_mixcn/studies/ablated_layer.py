@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mixcn.model.attention import document_spans, no_mask
+from lightning_mixcn.model.attention import locate_documents, no_mask
 
 from .disabled_expert import DisabledExpert, disabled_routing
 
@@ -110,11 +110,12 @@ def layer_arguments(base: Any, position_ids_BS: Tensor) -> dict[str, Any]:
         base: The `MixtralForCausalLM`, without a sliding window shorter than a row.
         position_ids_BS: int64; each document begins at 0.
     """
-    like = torch.empty(0, dtype=base.model.embed_tokens.output_dtype, device=position_ids_BS.device)
+    dtype = base.model.embed_tokens.output_dtype
+    like = torch.empty(0, dtype=dtype, device=position_ids_BS.device)
     return {
         "position_embeddings": base.model.rotary_emb(like, position_ids=position_ids_BS),
         "attention_mask": no_mask(position_ids_BS.device),
-        "document_spans": document_spans(position_ids_BS),
+        "documents": locate_documents(position_ids_BS, base.config, dtype),
     }
 
 
