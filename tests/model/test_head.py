@@ -32,6 +32,61 @@ def test_nll_and_gradients_equal_cross_entropy(trained: bool, chunk: int, monkey
         torch.testing.assert_close(head.weight.grad.double(), weight.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_the_chunks_of_both_devices_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 and 512 rows of a vocabulary that wide, so four chunks and one."""
+    torch.manual_seed(0)
+    head = Head(4, 2**17, bias=False).requires_grad_()
+    hidden, labels = torch.randn(1, 210, 4), torch.randint(0, 2**17, (1, 210))
+    results = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(head_module._CHUNK_LOGITS, "cpu", head_module._CHUNK_LOGITS[device])
+        given = hidden.clone().requires_grad_()
+        nll = head(given, labels)
+        head.weight.grad = None
+        nll.sum().backward()
+        results.append([nll.detach(), given.grad, head.weight.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 55_296])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_loss_on_a_gpu(vocabulary: int, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where whatever the host would have to wait for is an error, and which holds no memory."""
+    monkeypatch.setitem(head_module._CHUNK_LOGITS, "meta", head_module._CHUNK_LOGITS["cuda"])
+    head = Head(4096, vocabulary, bias=False, device="meta", dtype=torch.bfloat16).requires_grad_(trained)
+    hidden = torch.empty(1, 32_768, 4096, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.empty(1, 32_768, device="meta", dtype=torch.int64)
+    head(hidden, labels).sum().backward()
+    assert hidden.grad is not None
+    assert (head.weight.grad is not None) == trained
+    chunks = head_module._Chunks(hidden[0], head.weight, labels[0])
+    assert len(chunks.rows) <= 32
+    assert sum(len(range(32_768)[rows]) for rows in chunks.rows) == 32_768
+    assert chunks.product_CV.nbytes + chunks.logits_CV.nbytes <= 384 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_loss_on_a_gpu_waits_for_nothing_and_holds_its_bound() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    head = Head(512, 32_000, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(1, 8192, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 32_000, (1, 8192), device="cuda")
+    head(hidden, labels).sum().backward()  # the first call loads libraries, which waits
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head(hidden, labels).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # The chunk's buffers, the kept gradient and the one that it is scaled to, and a tenth for what is small.
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * (384 * 2**20 + 3 * hidden.nbytes)
+
+
 def test_masters_stay_float32_and_compute_is_bfloat16() -> None:
     head, embedding = Head(16, 50, bias=False), Embedding(50, 16)
     embedding.output_dtype = torch.bfloat16
