@@ -242,7 +242,8 @@ class CausalLMModule(SavedStateModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log throughput where a step ended, and start the next one's clock."""
         if (seconds := self._clock.seconds) is not None:
-            self.log("throughput/tokens_per_second", self._positions_of_step / seconds, prog_bar=True)
+            # On the host: a plain number Lightning would move to the device, and read back for the progress bar.
+            self.log("throughput/tokens_per_second", torch.tensor(self._positions_of_step / seconds), prog_bar=True)
             self._clock.start()
 
     # ---- evaluation ----
