@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from lightning_mixcn.data.batch_tensors import batch_tensors
 from lightning_mixcn.text import (
     DocumentEncoder,
     DocumentOrigin,
@@ -87,5 +87,4 @@ class EvaluationLoader:
             start = (batch * self._num_ranks + self._rank) * self._micro_batch_size
             rows = self._set.rows[start : start + self._micro_batch_size]
             rows += [()] * (self._micro_batch_size - len(rows))
-            arrays = collate_evaluation_rows(rows, self._set.sequence_length, self._set.padding_id)
-            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+            yield batch_tensors(collate_evaluation_rows(rows, self._set.sequence_length, self._set.padding_id))

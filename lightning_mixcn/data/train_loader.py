@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lightning_mixcn.data.batch_tensors import batch_tensors
 from lightning_mixcn.text import Row, RowStream, RowTable, StreamPlan, StreamState, collate_table
 
 # Behind a batch: the state of each stream that a worker has rows of, and whether all its streams are at their end.
@@ -149,7 +149,7 @@ class TrainLoader:
             arrays = collate_table(RowTable.joined(tables), self._plan.sequence_length, isolated=isolated)
             for batch, behind in enumerate(zip(*behinds, strict=True)):
                 part = slice(batch * rows, (batch + 1) * rows)
-                yield {name: torch.from_numpy(array[part]) for name, array in arrays.items()}, behind
+                yield batch_tensors({name: array[part] for name, array in arrays.items()}), behind
 
     def _messages(self, schedule: Schedule) -> Iterator[Message]:
         """One message of each worker in turn."""
