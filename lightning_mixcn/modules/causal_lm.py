@@ -23,6 +23,7 @@ from .checkpoint_files import check_before_loading
 from .dropout_seed import seed_micro_batch
 from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
+from .optimizer_states import check_optimizer
 from .run_checks import check_finite_step, check_precision, check_vocabulary
 from .saved_state import SavedStateModule, adapter_folder
 from .schedule import WarmupCosine, scheduled
@@ -167,7 +168,7 @@ class CausalLMModule(SavedStateModule):
             self.model.train()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer over what trains, and its schedule. Raises: ValueError if nothing trains or `max_steps` is -1."""
+        """Optimizer over what trains, and its schedule. Raises: ValueError if nothing trains, or on what cannot be."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError(
@@ -175,6 +176,7 @@ class CausalLMModule(SavedStateModule):
                 "Set model.init_args.lora, e.g. {r: 64, lora_alpha: 128, target_modules: all-linear}"
             )
         optimizer = self.make_optimizer(parameters)
+        check_optimizer(optimizer, self.trainer.strategy)
         return scheduled(optimizer, self.make_lr_scheduler(optimizer), self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
