@@ -17,6 +17,7 @@ from . import attention
 from .experts import Experts, Router
 from .frozen_linear import FrozenLinear
 from .head import IGNORED, Embedding, Head
+from .norm import FusedRMSNorm
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -121,6 +122,7 @@ def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> 
         cast(nn.Module, model).to(dtype)
         for layer in model.model.layers:
             _replace_layer(layer, config, quantization, dtype)
+        model.model.norm = FusedRMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype)
         model.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id, dtype=dtype)
         model.model.embed_tokens.output_dtype = dtype
         model.lm_head = Head(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
@@ -136,6 +138,8 @@ def _replace_layer(layer: Any, config: MixtralConfig, quantization: str, dtype: 
         linear: nn.Linear = getattr(attention, name)
         replacement = FrozenLinear(linear.in_features, linear.out_features, quantization=quantization, dtype=dtype)
         setattr(attention, name, replacement)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        setattr(layer, name, FusedRMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype))
     layer.mlp.gate = Router(config, dtype)
     layer.mlp.experts = Experts(config, quantization, dtype)
 
