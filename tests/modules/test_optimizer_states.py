@@ -96,6 +96,7 @@ model:
     base: {tiny_base}
     dtype: float32
     lora: {{r: 32, target_modules: [w1, w2, w3]}}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3, fused: true}}}}
 data:
   class_path: PretrainDataModule
   init_args:
