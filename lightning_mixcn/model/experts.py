@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from .expert_function import Dropout, ExpertBlock, ExpertWeights
+from .expert_function import ExpertBlock
+from .expert_operands import Dropout, ExpertWeights
 from .frozen_linear import FrozenLinear
 from .weights import Weight
 

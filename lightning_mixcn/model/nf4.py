@@ -42,9 +42,17 @@ def superblocks(numel: int) -> int:
 
 
 @cache
-def _dynamic_code(device: torch.device) -> Tensor:
+def dynamic_code(device: torch.device) -> Tensor:
+    """The 256 values of bitsandbytes' 8-bit dynamic code, float32."""
     code: Tensor = bnb.create_dynamic_map()  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
     return code.to(device)
+
+
+@cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 values of NF4, float32."""
+    code: Tensor = bnb.get_4bit_type("nf4", device=device)  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
+    return code
 
 
 def quantize(values: Tensor) -> NF4Tensors:
@@ -67,7 +75,7 @@ def quantize(values: Tensor) -> NF4Tensors:
         offset_N[-1] = absmax_NB[-1, :-empty_blocks].mean()
         absmax_NB[-1, -empty_blocks:] = offset_N[-1]
     centred = (absmax_NB - offset_N[:, None]).flatten()
-    scales, super_scale = _ops.quantize_blockwise(centred, _dynamic_code(values.device), BLOCKS_PER_SUPERBLOCK)
+    scales, super_scale = _ops.quantize_blockwise(centred, dynamic_code(values.device), BLOCKS_PER_SUPERBLOCK)
     return NF4Tensors(
         codes.view(num_superblocks, SUPERBLOCK // 2), scales.view(num_superblocks, -1), super_scale.float(), offset_N
     )
@@ -84,7 +92,7 @@ def dequantize(packed: NF4Tensors, dtype: torch.dtype) -> Tensor:
 
 def dequantize_scales(packed: NF4Tensors) -> Tensor:
     """The second level alone: the blocks' absolute maxima, ``[N, 256]`` float32."""
-    code = _dynamic_code(packed.scales.device)
+    code = dynamic_code(packed.scales.device)
     centred = _ops.dequantize_blockwise(packed.scales, packed.super_scale, code, BLOCKS_PER_SUPERBLOCK, torch.float32)
     absmax: Tensor = centred.view(len(packed.super_offset), -1).add_(packed.super_offset[:, None])
     return absmax

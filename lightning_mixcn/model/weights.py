@@ -49,7 +49,7 @@ class NF4Weight(nn.Module):
         It holds the blocks' scales of all matrices, decoded once: 1/32 of the bytes of the matrices in 16 bits.
         """
         codes, (_, rows, columns) = self.codes.detach(), self.shape
-        absmax = nf4.dequantize_scales(self._rows(0, len(codes)))
+        absmax = nf4.dequantize_scales(self.packed())
 
         def matrix(index: int) -> Tensor:
             start = index * rows * columns
@@ -77,11 +77,13 @@ class NF4Weight(nn.Module):
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """All elements, ``[G * out * in]`` in ``dtype``."""
-        return nf4.dequantize(self._rows(0, self.codes.shape[0]), dtype)[: prod(self.shape)]
+        return nf4.dequantize(self.packed(), dtype)[: prod(self.shape)]
 
-    def _rows(self, first: int, last: int) -> nf4.NF4Tensors:
-        tensors = (self.codes, self.scales, self.super_scale, self.super_offset)
-        return nf4.NF4Tensors(*(tensor.detach()[first:last] for tensor in tensors))
+    def packed(self) -> nf4.NF4Tensors:
+        """The four tensors, without autograd."""
+        return nf4.NF4Tensors(
+            *(tensor.detach() for tensor in (self.codes, self.scales, self.super_scale, self.super_offset))
+        )
 
 
 class DenseWeight(nn.Module):

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mixcn.model.expert_function import Dropout, ExpertBlock, ExpertWeights, padded_rows, route_rows
+from lightning_mixcn.model.expert_function import ExpertBlock
+from lightning_mixcn.model.expert_operands import Dropout, ExpertWeights
+from lightning_mixcn.model.expert_routing import padded_rows, route_rows
 from lightning_mixcn.model.weights import DenseWeight, NF4Weight, Weight
 
 HIDDEN, INTERMEDIATE, RANK = 32, 48, 4

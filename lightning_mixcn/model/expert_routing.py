@@ -1,0 +1,95 @@
+"""Which row of the expert block is which token: rows are sorted by expert, once.
+
+Legend: T tokens, E experts, K experts a token, S = T·K routed rows, P = rows with each expert's share padded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of one expert on the CPU in 16 bits: a power of two up to 32, then the next multiple of 32.
+
+    oneDNN builds a kernel for each new row count, which costs more than the product; few counts keep its cache warm.
+    """
+    return 1 << (rows - 1).bit_length() if 0 < rows < 32 else -(-rows // 32) * 32
+
+
+@dataclass
+class Routing:
+    """Which row is which token, expert by expert.
+
+    Args:
+        token: ``[P]`` int64, the token of each row; 0 in padding, whose routing weight and gradient are 0.
+        row: ``[T, K]`` int64, where a token's k-th choice stands among the rows.
+        offsets: ``E + 1`` row offsets of the experts.
+    """
+
+    token: Tensor
+    row: Tensor
+    offsets: list[int]
+
+    def experts(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has rows, with them."""
+        for expert, (start, stop) in enumerate(pairwise(self.offsets)):
+            if stop > start:
+                yield expert, slice(start, stop)
+
+
+def route_rows(index_TK: Tensor, num_experts: int, padded: bool) -> Routing:
+    """Sort the routed rows by expert, once; one host synchronisation. ``padded``: apply `padded_rows`."""
+    expert_S = index_TK.reshape(-1)
+    order_S = torch.argsort(expert_S, stable=True)
+    counts = torch.bincount(expert_S, minlength=num_experts).tolist()
+    sizes = [padded_rows(count) for count in counts] if padded else counts
+    offsets = [0, *accumulate(sizes)]
+    first_S = [0, *accumulate(counts)]
+    shift_E = torch.tensor(
+        [start - first for start, first in zip(offsets, first_S, strict=True)], device=expert_S.device
+    )
+    place_S = torch.arange(expert_S.numel(), device=expert_S.device) + shift_E[expert_S[order_S]]
+    token_P = order_S.new_zeros(offsets[-1]).index_copy_(0, place_S, order_S // index_TK.shape[1])
+    row_S = torch.empty_like(order_S).index_copy_(0, order_S, place_S)
+    return Routing(token_P, row_S.view_as(index_TK), offsets)
+
+
+class DeviceRouting(NamedTuple):
+    """The same without padding, and without the host knowing how many rows an expert has.
+
+    Args:
+        token: ``[S]`` int64, the token of each row.
+        row: ``[T, K]`` int64, where a token's k-th choice stands among the rows.
+        ends: ``[E]`` int32, the row behind each expert's last.
+    """
+
+    token: Tensor
+    row: Tensor
+    ends: Tensor
+
+
+def route_rows_on_device(index_TK: Tensor, num_experts: int) -> DeviceRouting:
+    """Sort the routed rows by expert, once; no host synchronisation."""
+    expert_S = index_TK.reshape(-1)
+    sorted_S, order_S = torch.sort(expert_S, stable=True)
+    experts_E = torch.arange(num_experts, device=expert_S.device)
+    # A search instead of `bincount`, which asks the device for the largest expert.
+    ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)
+    place_S = torch.arange(expert_S.numel(), device=expert_S.device)
+    row_S = torch.empty_like(order_S).index_copy_(0, order_S, place_S)
+    return DeviceRouting(order_S // index_TK.shape[1], row_S.view_as(index_TK), ends_E)
+
+
+def sum_choices(rows_PH: Tensor, row_TK: Tensor, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Σₖ weight · row over each token's K rows, in float32; a gather, so that the order of the sum is fixed."""
+    total: Tensor | None = None
+    for k in range(row_TK.shape[1]):
+        rows = rows_PH[row_TK[:, k]].float()
+        rows = rows if weight_TK is None else rows.mul_(weight_TK[:, k, None])
+        total = rows if total is None else total.add_(rows)
+    assert total is not None, "top-k is at least 1"
+    return total.to(dtype)
