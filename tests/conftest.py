@@ -1,9 +1,15 @@
 """Fixtures of all tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Without a GPU, Triton's kernels run in its interpreter. It reads this once, when something first imports it, and
+# bitsandbytes does; nothing else here uses Triton on a CPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

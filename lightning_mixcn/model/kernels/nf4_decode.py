@@ -45,7 +45,7 @@ def block_maxima(block, scales, super_scale, super_offset, dynamic_code, mask):
 
 @triton.jit
 def element_values(codes, maxima, nf4_code):
-    """``[R, 2 C]`` float32 from codes ``[R, C]``, two a byte, and the maxima of their blocks, ``[R, C]`` or ``[R, 1]``."""
+    """``[R, 2 C]`` float32 from codes ``[R, C]``, two a byte, and their blocks' maxima, ``[R, C]`` or ``[R, 1]``."""
     codes = codes.to(tl.int32)
     earlier = tl.load(nf4_code + (codes >> 4)) * maxima
     later = tl.load(nf4_code + (codes & 15)) * maxima

@@ -6,7 +6,6 @@ the device; the host launches as many programs as any routing could need, and th
 Legend: S rows, E experts, W one expert's matrix ``[out, in]``.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -8,8 +8,12 @@ from lightning_mixcn.model.weights import NF4Weight
 
 # The interpreter multiplies bfloat16 as integers; a GPU is asked for it, too.
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 1e-3)] + [(torch.bfloat16, 8e-3)] * torch.cuda.is_available()
-# Rows of each expert: uneven, without rows at the beginning, inside and at the end, more than one tile, one row.
-ROWS = [[3, 0, 17], [0, 5, 0], [70, 1, 2], [1, 1, 1], [0, 0, 2]]
+# Rows of each expert (uneven, none at either end or inside, more than one tile), and `out` and `in`: multiples of a tile
+# or not, rows that begin inside a block of 64, matrices that begin inside a superblock.
+CASES = [
+    ([3, 0, 17], 64, 128), ([0, 5, 0], 40, 192), ([70, 1, 2], 130, 70), ([1, 1, 1], 33, 50), ([0, 0, 2], 100, 256),
+    ([20], 128, 64),
+]  # fmt: skip
 
 
 def expected(rows: Tensor, weight: NF4Weight, counts: list[int], transposed: bool) -> Tensor:
@@ -22,9 +26,7 @@ def expected(rows: Tensor, weight: NF4Weight, counts: list[int], transposed: boo
 
 @pytest.mark.parametrize("transposed", [True, False], ids=["forward", "gradient"])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-# Multiples of a tile and not; rows that begin inside a block of 64; matrices that begin inside a superblock (all).
-@pytest.mark.parametrize(("width_out", "width_in"), [(64, 128), (40, 192), (33, 50), (130, 70)])
-@pytest.mark.parametrize("counts", ROWS, ids=str)
+@pytest.mark.parametrize(("counts", "width_out", "width_in"), CASES)
 def test_equals_decoding_first(
     counts: list[int],
     width_out: int,

@@ -1,0 +1,30 @@
+"""Rows sorted by expert, with and without the host."""
+
+import pytest
+import torch
+
+from lightning_mixcn.model.expert_routing import padded_rows, route_rows, route_rows_on_device
+
+
+def test_few_row_counts() -> None:
+    assert [padded_rows(rows) for rows in (0, 1, 2, 3, 5, 17, 31, 32, 33, 500)] == [0, 1, 2, 4, 8, 32, 32, 32, 64, 512]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_routing_places_every_choice_once(padded: bool) -> None:
+    index = torch.rand(50, 5).topk(2).indices
+    routing = route_rows(index, 5, padded)
+    for expert, rows in routing.experts():
+        token, choice = torch.where(index == expert)
+        assert torch.equal(routing.row[token, choice], torch.arange(rows.start, rows.start + len(token)))
+        assert torch.equal(routing.token[rows][: len(token)], token)
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(50, 5), (1, 9), (3, 40)])
+def test_the_device_finds_the_same_places(tokens: int, experts: int) -> None:
+    index = torch.rand(tokens, experts).topk(2).indices
+    with_host, without = route_rows(index, experts, padded=False), route_rows_on_device(index, experts)
+    assert torch.equal(without.token, with_host.token)
+    assert torch.equal(without.row, with_host.row)
+    assert without.ends.dtype == torch.int32
+    assert without.ends.tolist() == with_host.offsets[1:]
