@@ -17,7 +17,17 @@ from .swiglu import swiglu, swiglu_backward
 
 
 class _Kept(NamedTuple):
-    """What backward needs beside the inputs."""
+    """What backward needs beside the inputs.
+
+    Args:
+        gate: ``[S, I]``, the gate projection's result.
+        up: ``[S, I]``, the up projection's.
+        hidden_gate_up: ``[S, R_gate + R_up]``, the products with LoRA's A.
+        hidden_down: ``[S, R_down]``.
+        token: ``[S]``, see `DeviceRouting`.
+        row: ``[T, K]``.
+        ends: ``[E]``.
+    """
 
     gate: Tensor
     up: Tensor

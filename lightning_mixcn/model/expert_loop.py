@@ -20,7 +20,15 @@ from .expert_routing import Routing, route_rows, sum_choices
 
 
 class _Kept(NamedTuple):
-    """What backward needs beside the inputs."""
+    """What backward needs beside the inputs.
+
+    Args:
+        gate_up: ``[P, 2 I]``, the gate and the up projection's results.
+        hidden_gate_up: ``[P, R_gate + R_up]``, the products with LoRA's A.
+        hidden_down: ``[P, R_down]``.
+        token: ``[P]``, see `Routing`.
+        row: ``[T, K]``.
+    """
 
     gate_up: Tensor
     hidden_gate_up: Tensor | None

@@ -12,9 +12,11 @@ at few rows an expert, to lose at many. LoRA dropout costs the latter two a sync
 expert, the same on each path.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -87,6 +89,10 @@ def _obstacle(path: str, inputs: BlockInputs) -> str | None:
     x, _, weights, _, lora = inputs
     if path == "loop":
         return None
+    if path == "decode" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernel runs on a GPU, not on {x.device.type}"
+    if (path == "decode" or x.is_cuda) and not _has_triton():
+        return "Triton is not installed (torch's CUDA builds for Linux bring it)"
     if x.is_cuda and x.element_size() != 2:
         return f"grouped products need a 16-bit compute dtype on a GPU, not {x.dtype}"
     ranks = [factor.shape[2] for factor in (lora.b_gate, lora.b_up, lora.b_down) if factor is not None]
@@ -94,3 +100,8 @@ def _obstacle(path: str, inputs: BlockInputs) -> str | None:
     if odd:
         return f"rows of {odd[0]} numbers of {x.element_size()} bytes are no multiple of 16 bytes"
     return None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

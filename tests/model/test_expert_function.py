@@ -1,5 +1,7 @@
 """The expert block against dense float64 autograd with W + BA written out."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,11 @@ Names = tuple[str, ...]
 NAMES: Names = ("x", "routing weight", "a_gate_up", "b_gate", "b_up", "a_down", "b_down")
 
 
-def make_weights(experts: int, quantization: str, dtype: torch.dtype) -> ExpertWeights:
+def make_weights(experts: int, quantization: str, dtype: torch.dtype, device: str = "cpu") -> ExpertWeights:
     def weight(*shape: int) -> Weight:
         made: Weight = NF4Weight(shape) if quantization == "nf4" else DenseWeight(shape, dtype)  # type: ignore[arg-type]  # three sizes
         made.write(0, torch.randn(shape).flatten() * 0.2)
-        return made
+        return made.to(device)
 
     return ExpertWeights(
         weight(experts, INTERMEDIATE, HIDDEN),
@@ -28,14 +30,15 @@ def make_weights(experts: int, quantization: str, dtype: torch.dtype) -> ExpertW
     )
 
 
-def make_inputs(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> list[Tensor]:
+def make_inputs(tokens: int, experts: int, top_k: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     shapes = [
         (tokens, HIDDEN), (tokens, top_k), (experts, 2 * RANK, HIDDEN), (experts, INTERMEDIATE, RANK),
         (experts, INTERMEDIATE, RANK), (experts, RANK, INTERMEDIATE), (experts, HIDDEN, RANK),
     ]  # fmt: skip
     inputs = [torch.randn(shape) * (1.0 if number == 0 else 0.3) for number, shape in enumerate(shapes)]
     inputs[1] = inputs[1].softmax(dim=1)
-    return [value.to(torch.float32 if number == 1 else dtype).requires_grad_() for number, value in enumerate(inputs)]
+    dtypes = [dtype, torch.float32, *[dtype] * 5]
+    return [value.to(device, dtype).requires_grad_() for value, dtype in zip(inputs, dtypes, strict=True)]
 
 
 def reference(
@@ -91,14 +94,38 @@ RUNS = [
 ]  # fmt: skip
 
 
+def check(
+    case: tuple[str, int, int, int],
+    quantization: str,
+    precision: tuple[torch.dtype, float],
+    probability: float,
+    device: str,
+    padded: bool = False,
+) -> None:
+    """The block's result and gradients, on the path that the environment names, against `reference` in float64."""
+    (kind, tokens, experts, top_k), (dtype, tolerance) = case, precision
+    torch.manual_seed(tokens)
+    weights = make_weights(experts, quantization, dtype, device)
+    inputs = make_inputs(tokens, experts, top_k, dtype, device)
+    index, dropout = chosen(kind, tokens, experts, top_k).to(device), Dropout(probability, seed=7)
+    upstream = torch.randn(tokens, HIDDEN).to(device, dtype)
+    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, dropout, *inputs[2:])
+    y.backward(upstream)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    expected = reference(exact, index, weights, dropout, padded)
+    expected.backward(upstream.double())
+    assert relative_error(y, expected) <= tolerance, "output"
+    for name, value, truth in zip(NAMES, inputs, exact, strict=True):
+        assert value.grad is not None
+        assert truth.grad is not None
+        assert relative_error(value.grad, truth.grad) <= tolerance, name
+
+
 @pytest.mark.parametrize(("path", "quantization", "precision"), RUNS)
 @pytest.mark.parametrize("probability", [0.0, 0.3])
-@pytest.mark.parametrize(("kind", "tokens", "experts", "top_k"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_dense_float64(
-    kind: str,
-    tokens: int,
-    experts: int,
-    top_k: int,
+    case: tuple[str, int, int, int],
     precision: tuple[torch.dtype, float],
     probability: float,
     quantization: str,
@@ -107,22 +134,23 @@ def test_gradients_equal_dense_float64(
 ) -> None:
     if path == "decode":
         pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("there is a GPU, so Triton does not run on the CPU; the GPU's test has this path")
     monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
-    torch.manual_seed(tokens)
-    dtype, tolerance = precision
-    weights, inputs = make_weights(experts, quantization, dtype), make_inputs(tokens, experts, top_k, dtype)
-    index, dropout = chosen(kind, tokens, experts, top_k), Dropout(probability, seed=7)
-    upstream = torch.randn(tokens, HIDDEN)
-    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, dropout, *inputs[2:])
-    y.backward(upstream.to(dtype))
-    exact = [value.detach().double().requires_grad_() for value in inputs]
-    expected = reference(exact, index, weights, dropout, padded=path == "loop" and dtype == torch.bfloat16)
-    expected.backward(upstream.to(dtype).double())
-    assert relative_error(y, expected) <= tolerance, "output"
-    for name, value, truth in zip(NAMES, inputs, exact, strict=True):
-        assert value.grad is not None
-        assert truth.grad is not None
-        assert relative_error(value.grad, truth.grad) <= tolerance, name
+    check(case, quantization, precision, probability, "cpu", path == "loop" and precision == BFLOAT16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("path", ["loop", "grouped", "decode"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_on_a_gpu(
+    case: tuple[str, int, int, int], probability: float, quantization: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
+    check(case, quantization, BFLOAT16, probability, "cuda")
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -8,7 +8,7 @@ from lightning_mixcn.model.weights import NF4Weight
 
 # The interpreter multiplies bfloat16 as integers; a GPU is asked for it, too.
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 1e-3)] + [(torch.bfloat16, 8e-3)] * torch.cuda.is_available()
-# Rows of each expert (uneven, none at either end or inside, more than one tile), and `out` and `in`: multiples of a tile
+# Rows of each expert (uneven, none at either end or inside, more than a tile), and `out` and `in`: multiples of a tile
 # or not, rows that begin inside a block of 64, matrices that begin inside a superblock.
 CASES = [
     ([3, 0, 17], 64, 128), ([0, 5, 0], 40, 192), ([70, 1, 2], 130, 70), ([1, 1, 1], 33, 50), ([0, 0, 2], 100, 256),
