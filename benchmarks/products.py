@@ -13,12 +13,17 @@ import torch
 Shape = tuple[int, int, int]  # rows, inner, columns
 
 
-def expert_products(config: Any, tokens: int, rank: int) -> list[tuple[Shape, int]]:
-    """Shapes of the products of one layer's experts in a step, with how often each is made."""
+def expert_products(config: Any, tokens: int, rank: int, training: bool = True) -> list[tuple[Shape, int]]:
+    """Shapes of the products of one layer's experts in a step (or forward alone), with how often each is made."""
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     rows = tokens * config.num_experts_per_tok // experts
+    if not training:
+        forward = [((rows, hidden, inner), 2 * experts), ((rows, inner, hidden), experts)]
+        for projections, width_in, width_out in ((2, hidden, inner), (1, inner, hidden)):
+            forward += _lora(rows, width_in, width_out, rank, projections * experts)[:2]
+        return forward
     # Forward of gate and up is backward's shape of down, and the other way round.
-    shapes: list[tuple[Shape, int]] = [((rows, hidden, inner), 3 * experts), ((rows, inner, hidden), 3 * experts)]
+    shapes = [((rows, hidden, inner), 3 * experts), ((rows, inner, hidden), 3 * experts)]
     for projections, width_in, width_out in ((2, hidden, inner), (1, inner, hidden)):
         shapes += _lora(rows, width_in, width_out, rank, projections * experts)
     return shapes
@@ -41,14 +46,14 @@ def flops(shapes: list[tuple[Shape, int]]) -> int:
     return sum(2 * rows * inner * columns * times for (rows, inner, columns), times in shapes)
 
 
-def timed(shapes: list[tuple[Shape, int]]) -> Callable[[], float]:
+def timed(shapes: list[tuple[Shape, int]], device: str = "cpu") -> Callable[[], float]:
     """What makes all products once and gives the seconds that it took; operands are made here, and reused."""
     dtype = torch.bfloat16
     operands = [
         (
-            torch.randn(rows, inner).to(dtype),
-            torch.randn(columns, inner).to(dtype),
-            torch.empty(rows, columns, dtype=dtype),
+            torch.randn(rows, inner, device=device).to(dtype),
+            torch.randn(columns, inner, device=device).to(dtype),
+            torch.empty(rows, columns, dtype=dtype, device=device),
         )
         for (rows, inner, columns), _ in shapes
     ]
@@ -58,6 +63,8 @@ def timed(shapes: list[tuple[Shape, int]]) -> Callable[[], float]:
         for (left, right, out), (_, times) in zip(operands, shapes, strict=True):
             for _ in range(times):
                 torch.mm(left, right.t(), out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return run

@@ -1,0 +1,109 @@
+"""Who takes part in expert_block.py: our block on each of its paths, and the peers that can be imported.
+
+Each is made with the same sizes and routing, and called with ``training``: forward and backward, or forward alone.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mixcn.model.expert_function import ExpertBlock
+from lightning_mixcn.model.expert_operands import Dropout, ExpertWeights
+from lightning_mixcn.model.expert_path import PATHS
+from lightning_mixcn.model.weights import NF4Weight
+
+Contender = Callable[[bool], None]
+
+
+class Rows:
+    """The tokens of a micro-batch, their routing, and the gradient that comes back.
+
+    Args:
+        config: Sizes.
+        tokens: How many.
+        device: Where.
+    """
+
+    def __init__(self, config: Any, tokens: int, device: str) -> None:
+        experts, top_k = config.num_local_experts, config.num_experts_per_tok
+        self.x = torch.randn(tokens, config.hidden_size).bfloat16().to(device).requires_grad_()
+        self.index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).to(device)
+        self.weight = torch.rand(self.index.shape, device=device, requires_grad=True)
+        self.gradient = torch.randn(tokens, config.hidden_size).bfloat16().to(device)
+
+    def run(self, block: Callable[[], Tensor], trained: list[Tensor], training: bool) -> None:
+        """Call ``block``, with backward if ``training``, and forget the gradients."""
+        with torch.set_grad_enabled(training):
+            y = block()
+            if training:
+                y.backward(self.gradient)
+        for tensor in (self.x, self.weight, *trained):
+            tensor.grad = None
+
+
+def ours(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
+    """Our block in NF4: on the CPU as it chooses, called ``ours``; on a GPU on each path, by the path's name."""
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+
+    def frozen(rows: int, columns: int) -> NF4Weight:
+        weight = NF4Weight((experts, rows, columns), device)
+        weight.write(0, torch.randn(experts * rows * columns, device=device) * 0.02)
+        return weight
+
+    def factor(*shape: int) -> Tensor:
+        return (torch.randn(experts, *shape, device=device) * 0.02).bfloat16().requires_grad_()
+
+    weights = ExpertWeights(frozen(inner, hidden), frozen(inner, hidden), frozen(hidden, inner))
+    factors = [factor(2 * rank, hidden), factor(inner, rank), factor(inner, rank), factor(rank, inner)]
+    factors.append(factor(hidden, rank))
+
+    def on(path: str) -> Contender:
+        def run(training: bool) -> None:
+            os.environ["MIXCN_EXPERT_PATH"] = path
+            operands = rows.x, rows.index, rows.weight, weights, Dropout(), *factors
+            rows.run(lambda: ExpertBlock.apply(*operands), factors, training)
+
+        return run
+
+    return {"ours": on("")} if device == "cpu" else {path: on(path) for path in PATHS}
+
+
+def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
+    """Those that can be imported; none on the CPU, where ``train_step.py`` measures stock."""
+    if device == "cpu":
+        return {}
+    found = {"transformers bf16, no LoRA": _transformers(config, rows, device)}
+    if importlib.util.find_spec("experts4bit_qlora"):
+        found["experts4bit-qlora"] = _experts4bit(config, rows, rank, device)
+    return found
+
+
+def _transformers(config: Any, rows: Rows, device: str) -> Contender:
+    """Stock experts in bf16 on torch's grouped product, frozen: no LoRA and no decoding, so less work than ours."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config._experts_implementation = "grouped_mm"
+    with torch.device(device):
+        experts = MixtralExperts(config).bfloat16().requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_(std=0.02)
+    return lambda training: rows.run(lambda: experts(rows.x, rows.index, rows.weight), [], training)
+
+
+def _experts4bit(config: Any, rows: Rows, rank: int, device: str) -> Contender:
+    """PyPI's experts4bit-qlora without its optional kernels; gate and up share one A (ours have one each)."""
+    from experts4bit_qlora import Experts4bit, ExpertsLoRA
+
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    gate_up = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.bfloat16) * 0.02
+    down = torch.randn(experts, hidden, inner, device=device, dtype=torch.bfloat16) * 0.02
+    block = ExpertsLoRA(Experts4bit.from_float(gate_up, down), r=rank).to(device)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.02)  # with B = 0 it would skip LoRA
+    return lambda training: rows.run(lambda: block(rows.x, rows.index, rows.weight), trained, training)
