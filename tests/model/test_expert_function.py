@@ -135,7 +135,7 @@ def test_gradients_equal_dense_float64(
     if path == "decode":
         pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
         if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("there is a GPU, so Triton does not run on the CPU; the GPU's test has this path")
+            pytest.skip("Triton's interpreter is off; on a GPU, test_gradients_on_a_gpu has this path")
     monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
     check(case, quantization, precision, probability, "cpu", path == "loop" and precision == BFLOAT16)
 

@@ -30,7 +30,8 @@ def nf4_decode(packed: nf4.NF4Tensors, dtype: torch.dtype) -> Tensor:
     values = torch.empty(len(packed.codes) * nf4.SUPERBLOCK, dtype=dtype, device=packed.codes.device)
     grid = (values.numel() // (_BLOCKS * nf4.BLOCK),)
     tables = nf4.dynamic_code(values.device), nf4.nf4_code(values.device)
-    _decode[grid](*packed, *tables, values, BLOCKS=_BLOCKS, enable_fp_fusion=False)
+    with torch.cuda.device_of(values):  # Triton launches on the current device, whatever its arguments are on
+        _decode[grid](*packed, *tables, values, BLOCKS=_BLOCKS, enable_fp_fusion=False)
     return values
 
 

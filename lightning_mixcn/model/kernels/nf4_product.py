@@ -6,6 +6,7 @@ the device; the host launches as many programs as any routing could need, and th
 Legend: S rows, E experts, W one expert's matrix ``[out, in]``.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,11 +40,12 @@ def nf4_product(
     block_rows = min(64, max(16, triton.next_power_of_2(count // experts)))
     grid = (count // block_rows + min(experts, count), triton.cdiv(columns, _TILE))
     tables = nf4.dynamic_code(rows.device), nf4.nf4_code(rows.device)
-    _product[grid](
-        rows, *packed, *tables, ends, result, experts, width_out, width_in,
-        EXPERTS=triton.next_power_of_2(experts), TRANSPOSED=transposed, ALIGNED=width_in % nf4.BLOCK == 0,
-        BLOCK_ROWS=block_rows, TILE=_TILE, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, whatever its arguments are on
+        _product[grid](
+            rows, *packed, *tables, ends, result, experts, width_out, width_in,
+            EXPERTS=triton.next_power_of_2(experts), TRANSPOSED=transposed, ALIGNED=width_in % nf4.BLOCK == 0,
+            BLOCK_ROWS=block_rows, TILE=_TILE, enable_fp_fusion=False,
+        )  # fmt: skip
     return result
 
 

@@ -24,7 +24,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.is_contiguous()
     assert up.is_contiguous()
     h = torch.empty_like(gate)
-    _forward[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, h, gate.numel(), BLOCK=_BLOCK)
+    with torch.cuda.device_of(gate):  # Triton launches on the current device, whatever its arguments are on
+        _forward[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, h, gate.numel(), BLOCK=_BLOCK)
     return h
 
 
@@ -43,7 +44,8 @@ def swiglu_backward(gate: Tensor, up: Tensor, dh: Tensor, weight: Tensor) -> tup
     assert all(tensor.is_contiguous() for tensor in (gate, up, dh))
     h, dup = torch.empty_like(gate), torch.empty_like(gate)
     dweight = torch.empty(len(gate), dtype=torch.float32, device=gate.device)
-    _backward[(len(gate),)](gate, up, dh, weight, h, dup, dweight, gate.shape[1], BLOCK=_BLOCK)
+    with torch.cuda.device_of(gate):
+        _backward[(len(gate),)](gate, up, dh, weight, h, dup, dweight, gate.shape[1], BLOCK=_BLOCK)
     return h, dh, dup, dweight
 
 
