@@ -8,8 +8,8 @@
 
 Decoding costs ``grouped`` and ``loop`` the same traffic for any number of rows, and only ``loop`` skips experts without
 rows. ``decode`` reads 4 bits instead of writing and reading 16, but decodes anew for each tile of rows: expected to win
-at few rows an expert, to lose at many. LoRA dropout costs the latter two a synchronisation: masks are drawn expert by
-expert, the same on each path.
+at few rows an expert, to lose at many. LoRA dropout costs the latter two a synchronisation and the memory of a mask for
+all rows: masks are drawn expert by expert, the same on each path.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .expert_grouped import GroupedExperts
@@ -93,8 +94,8 @@ def _obstacle(path: str, inputs: BlockInputs) -> str | None:
         return f"its kernel runs on a GPU, not on {x.device.type}"
     if (path == "decode" or x.is_cuda) and not _has_triton():
         return "Triton is not installed (torch's CUDA builds for Linux bring it)"
-    if x.is_cuda and x.element_size() != 2:
-        return f"grouped products need a 16-bit compute dtype on a GPU, not {x.dtype}"
+    if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return f"torch's grouped product needs bfloat16 and an Ampere GPU or a later one, not {x.dtype}"
     ranks = [factor.shape[2] for factor in (lora.b_gate, lora.b_up, lora.b_down) if factor is not None]
     odd = [size for size in (x.shape[1], weights.gate.shape[1], *ranks) if size * x.element_size() % 16]
     if odd:
