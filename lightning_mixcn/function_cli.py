@@ -19,9 +19,10 @@ FUNCTIONS = {
     "evaluate": "lightning_mixcn.studies.evaluate",
     "experts": "lightning_mixcn.studies.experts",
     "vocab": "lightning_mixcn.studies.vocab",
+    "preference": "lightning_mixcn.studies.preference",
 }
 # Of a module that is several functions: `mixcn vocab train` and so on.
-NESTED = {"vocab": ("train", "merge", "report")}
+NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score")}
 
 
 def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]]:

@@ -3,9 +3,8 @@
 Legend: L layers, E experts, V variants of a layer.
 """
 
-import csv
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from .disabled_expert import MODES
 from .expert_figures import save_heatmaps, save_matrices
 from .expert_intervals import Change, Intervals
 from .expert_results import ExpertResults
+from .study_tables import write_csv
 
 _RANKED = 10
 _MODE_TITLES = {"mask": "masked", "zero": "zeroed"}
@@ -42,12 +42,12 @@ def write_report(folder: Path, results: ExpertResults) -> str:
         The ranking, which is in ``ranking.txt``, too.
     """
     intervals = results.intervals()
-    _write_csv(folder / "experts.csv", _expert_lines(results, intervals))
-    _write_csv(folder / "differences.csv", _difference_lines(results, intervals))
-    _write_csv(folder / "routing.csv", _routing_lines(results))
-    _write_csv(folder / "routing_layers.csv", _routing_layer_lines(results))
-    _write_csv(folder / "coactivation.csv", _pair_lines(results))
-    _write_csv(folder / "similarity.csv", _similarity_lines(results))
+    write_csv(folder / "experts.csv", _expert_lines(results, intervals))
+    write_csv(folder / "differences.csv", _difference_lines(results, intervals))
+    write_csv(folder / "routing.csv", _routing_lines(results))
+    write_csv(folder / "routing_layers.csv", _routing_layer_lines(results))
+    write_csv(folder / "coactivation.csv", _pair_lines(results))
+    write_csv(folder / "similarity.csv", _similarity_lines(results))
     _draw(folder, results, intervals)
     text = ranking(results, intervals)
     (folder / "ranking.txt").write_text(text, encoding="utf-8")
@@ -81,19 +81,6 @@ def _table(title: str, mode: str, results: ExpertResults, change: Change) -> str
         interval = "(one document)" if math.isnan(change.low[place]) else interval
         lines.append(f"  {layer:5} {variant.expert:6}  {change.bits_per_byte[place]:+8.4f}   {interval}")
     return "\n".join(lines) + "\n"
-
-
-def _write_csv(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """A number that there is not is an empty field."""
-    rows = list(lines)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        if not rows:
-            return
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            missing = {key: "" for key, value in row.items() if isinstance(value, float) and math.isnan(value)}
-            writer.writerow(row | missing)
 
 
 def _expert_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
