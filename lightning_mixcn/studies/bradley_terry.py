@@ -37,11 +37,10 @@ def elo_ratings(wins: Floats) -> Floats:
 def _all_linked(beats_RMM: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Whether each model leads to each other along wins, ``[R]``."""
     models = beats_RMM.shape[1]
-    leads_RMM: NDArray[np.bool_] = beats_RMM | np.eye(models, dtype=np.bool_)
+    leads_RMM = np.asarray(beats_RMM | np.eye(models, dtype=np.bool_))
     for _ in range(models.bit_length()):
         leads_RMM = np.asarray(leads_RMM.astype(np.float64) @ leads_RMM, dtype=np.bool_)
-    linked_R: NDArray[np.bool_] = leads_RMM.all(axis=(1, 2))
-    return linked_R
+    return np.asarray(leads_RMM.all(axis=(1, 2)))
 
 
 def _newton(wins_RMM: Floats) -> Floats:

@@ -66,15 +66,17 @@ def test_random_matches_against_lbfgs() -> None:
     wins_RMM = np.stack([draw.poisson(10 ** draw.uniform(-0.5, 3, size=(5, 5))) for _ in range(40)]).astype(float)
     wins_RMM[:, np.arange(5), np.arange(5)] = 0
     elo_RM = elo_ratings(wins_RMM)
-    assert np.isfinite(elo_RM[:, 0]).sum() > 20
-    for wins_MM, elo_M in zip(wins_RMM, elo_RM, strict=True):
-        if not math.isnan(elo_M[0]):
-            np.testing.assert_allclose(elo_M, by_lbfgs(torch.tensor(wins_MM)), atol=0.01)
+    finite = [place for place, elo_M in enumerate(elo_RM) if not math.isnan(elo_M[0])]
+    assert len(finite) > 20
+    for wins_MM, elo_M in zip(wins_RMM[finite[:8]], elo_RM[finite[:8]], strict=True):
+        np.testing.assert_allclose(elo_M, by_lbfgs(torch.tensor(wins_MM)), atol=0.01)
 
 
 def by_lbfgs(wins_MM: torch.Tensor) -> np.ndarray:
     rating_M = torch.zeros(len(wins_MM), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([rating_M], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [rating_M], max_iter=2000, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()

@@ -1,0 +1,105 @@
+"""Known verdicts give known rates, Elo and biases."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+
+from lightning_mixcn.studies.preference_items import Item, lay_out
+from lightning_mixcn.studies.preference_matches import LEFT, MISSING, RIGHT, TIE, Matches
+from lightning_mixcn.studies.preference_scores import PreferenceScores
+
+
+def judged(models: int, questions: int, verdicts: list[list[int]]) -> PreferenceScores:
+    items = [
+        Item(f"p-{q}-{a}{b}", q, a, b) for q, a, b in product(range(questions), range(models), range(models)) if a < b
+    ]
+    names = [f"m{model}" for model in range(models)]
+    judges = [f"j{judge}" for judge in range(len(verdicts))]
+    return PreferenceScores(Matches(names, judges, items, np.array(verdicts, dtype=np.int8)))
+
+
+def test_two_models_by_hand() -> None:
+    """Ten items: the first wins 6, ties 2, loses 2: 7 of 10, and 400 lg (7 / 3) above."""
+    (pair,) = judged(2, 10, [[LEFT] * 6 + [TIE] * 2 + [RIGHT] * 2]).pairs
+    assert (pair.verdicts, pair.win.value, pair.tie.value, pair.loss.value) == (10, 0.6, 0.2, 0.2)
+    assert pair.score.value == pytest.approx(0.7)
+    one, other = judged(2, 10, [[LEFT] * 6 + [TIE] * 2 + [RIGHT] * 2]).models
+    assert [one.elo.value, other.elo.value] == pytest.approx([1000, 1000 - 400 * math.log10(7 / 3)])
+    assert [one.score.value, other.score.value] == pytest.approx([0.7, 0.3])
+    # Sign flips of 6 and -2 among 8 moved questions: P(|sum| >= 4) of 8 coins = 2 * (1 + 8 + 28) / 256.
+    assert pair.p_value == pytest.approx(2 * 37 / 256)
+
+
+def test_a_tie_is_half_a_win_for_both() -> None:
+    """Two ties are a win and a loss."""
+    ties, halves = judged(2, 4, [[LEFT, LEFT, TIE, TIE]]), judged(2, 4, [[LEFT, LEFT, LEFT, RIGHT]])
+    assert ties.models[1].elo.value == pytest.approx(halves.models[1].elo.value, abs=1e-6)
+    assert ties.pairs[0].score.value == halves.pairs[0].score.value
+
+
+def test_the_order_of_verdicts_changes_nothing() -> None:
+    verdicts = [LEFT, RIGHT, TIE, LEFT, RIGHT, LEFT] * 5
+    first, again = judged(3, 10, [verdicts]), judged(3, 10, [verdicts[15:] + verdicts[:15]])
+    assert [m.elo.value for m in first.models] == pytest.approx([m.elo.value for m in again.models], abs=1e-6)
+
+
+def test_intervals_of_a_share_are_those_of_the_normal_distribution() -> None:
+    """400 questions, half won: 0.5 ± 1.96 · 0.025."""
+    pair = judged(2, 400, [[LEFT, RIGHT] * 200]).pairs[0]
+    assert pair.win.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
+    assert pair.win.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+    elo = judged(2, 400, [[LEFT, RIGHT] * 200]).models[1].elo
+    # Its derivative: 400 / ln 10 / (p (1 - p)) = 694.9 Elo for a share of 1.
+    assert elo.high == pytest.approx(1000 + 694.9 * 1.96 * 0.025, abs=5)
+
+
+def test_judges_of_one_question_are_not_independent() -> None:
+    """Five judges who say the same make an interval no narrower than one."""
+    verdicts = [LEFT, RIGHT, LEFT] * 20
+    one, five = (judged(2, 60, [verdicts] * judges) for judges in (1, 5))
+    assert five.pairs[0].verdicts == 300
+    assert five.pairs[0].win == one.pairs[0].win
+    assert five.pairs[0].p_value == one.pairs[0].p_value
+    assert five.agreement()["krippendorff_alpha"] == 1
+
+
+def test_sides() -> None:
+    """A judge who always says left, though models change sides, has no favourite."""
+    items = lay_out(2, 40, sheet="p", seed=0)
+    verdicts = np.array([[LEFT] * 40, [LEFT if item.left == 0 else RIGHT for item in items]], dtype=np.int8)
+    verdicts[0, :10] = MISSING
+    scores = PreferenceScores(Matches(["a", "b"], ["leftist", "judge"], items, verdicts))
+    leftist, judge, together = scores.sides
+    assert (leftist.verdicts, leftist.missing, leftist.left.value, leftist.left.low) == (30, 10, 1.0, 1.0)
+    assert (judge.verdicts, judge.missing, judge.left.value) == (40, 0, 0.5)
+    assert (together.judge, together.verdicts) == ("all", 70)
+    assert together.left.value == pytest.approx(50 / 70)
+    assert together.left.low > 0.5
+    alone = PreferenceScores(Matches(["a", "b"], ["judge"], items, verdicts[1:]))
+    assert alone.pairs[0].win.value == 1
+
+
+def test_where_there_is_nothing_there_is_no_figure() -> None:
+    alone = judged(2, 1, [[LEFT]])
+    assert math.isnan(alone.pairs[0].win.low)
+    assert all(math.isnan(model.elo.value) for model in alone.models)
+    unmet = judged(3, 2, [[LEFT, MISSING, MISSING, RIGHT, MISSING, MISSING]])
+    assert [pair.verdicts for pair in unmet.pairs] == [2, 0, 0]
+    assert math.isnan(unmet.pairs[1].score.value)
+    assert math.isnan(unmet.models[2].score.value)
+    assert math.isnan(unmet.models[0].elo.value)
+    # One loss in five: many draws have none, and an interval of those that have would be wrong.
+    few = judged(2, 5, [[LEFT, LEFT, LEFT, LEFT, RIGHT]]).models[1].elo
+    assert few.value == pytest.approx(1000 - 400 * math.log10(4))
+    assert math.isnan(few.low)
+
+
+def test_agreement_of_two_judges() -> None:
+    scores = judged(2, 4, [[LEFT, RIGHT, TIE, LEFT], [LEFT, RIGHT, RIGHT, MISSING]])
+    found = scores.agreement()
+    assert (found["judges"], found["items_with_several_verdicts"]) == (2, 3)
+    assert found["observed_agreement"] == pytest.approx(2 / 3)
+    # Shares of left, right, tie: (1, 1, 1) / 3 and (1, 2, 0) / 3, so 1/3 by chance.
+    assert found["cohen_kappa"] == pytest.approx(0.5)
