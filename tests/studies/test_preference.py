@@ -37,6 +37,13 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+def save_as_spreadsheets_do(file: Path, rows: list[dict[str, str]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]), delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -68,10 +75,7 @@ def test_sheet_and_key_and_score(
     for row, item in zip(rows, key["items"], strict=True):
         row["verdict"] = "tie" if item["question"] == 0 else "left" if item["left"] < item["right"] else "right"
     for judge in ("anna", "bo"):
-        with (tmp_path / f"{judge}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
-            writer.writeheader()
-            writer.writerows(rows)
+        save_as_spreadsheets_do(tmp_path / f"{judge}.csv", rows)
     capsys.readouterr()
     filled = [str(tmp_path / f"{judge}.csv") for judge in ("anna", "bo")]
     assert (
