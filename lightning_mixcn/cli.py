@@ -22,6 +22,7 @@ COMMANDS = {
     "experts": "disable each expert in turn: what it costs in bits per byte, by source",
     "vocab": "train pieces of another language, merge them into a tokenizer, count tokens",
     "preference": "blind sheets of models' answers for judges; win rates, Elo and agreement from filled-in ones",
+    "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
 }
 _COMPLETION = "--print_completion"
 _TRACEBACK = "MIXCN_TRACEBACK"
@@ -70,7 +71,17 @@ def _run(arguments: list[str]) -> None:
     sys.path.append(os.getcwd())
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if arguments[0] in ("upcycle", "quantize", "export", "chat", "evaluate", "experts", "vocab", "preference"):
+    if arguments[0] in (
+        "upcycle",
+        "quantize",
+        "export",
+        "chat",
+        "evaluate",
+        "experts",
+        "vocab",
+        "preference",
+        "quantization",
+    ):
         from lightning_mixcn.function_cli import run_function
 
         run_function(arguments[0], arguments[1:])

@@ -20,6 +20,7 @@ FUNCTIONS = {
     "experts": "lightning_mixcn.studies.experts",
     "vocab": "lightning_mixcn.studies.vocab",
     "preference": "lightning_mixcn.studies.preference",
+    "quantization": "lightning_mixcn.studies.quantization",
 }
 # Of a module that is several functions: `mixcn vocab train` and so on.
 NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score")}

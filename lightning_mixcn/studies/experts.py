@@ -3,8 +3,6 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +19,8 @@ from lightning_mixcn.model.identity import base_identity
 from lightning_mixcn.model.loading import mixtral_config
 from lightning_mixcn.model.model_source import ModelSource, find_model, load_found
 from lightning_mixcn.model.output_path import new_folder
-from lightning_mixcn.text import (
-    DocumentSet,
-    PlainText,
-    Source,
-    all_documents,
-    load_tokenizer,
-    parse_sources,
-    read_corpus,
-)
-from lightning_mixcn.text.sources import DocumentUnit, list_files
+from lightning_mixcn.text import PlainText, load_tokenizer
+from lightning_mixcn.text.sources import DocumentUnit
 
 from .disabled_expert import MODES, Mode, check_modes
 from .expert_flops import pairs_of_rows
@@ -39,6 +29,7 @@ from .expert_report import write_report
 from .expert_results import BatchParts, ExpertResults
 from .expert_similarity import weight_cosines
 from .study_parts import StudyParts, check_settings
+from .study_text import named_path, read_documents
 
 _REPORT, _RANKING = "experts.json", "ranking.txt"
 
@@ -93,7 +84,7 @@ def experts(
     modes: tuple[Mode, ...] = MODES if mode == "both" else (mode,)
     found, folder = find_model(src), Path(out).expanduser()
     _check_model(found, modes, sequence_length)
-    documents = _read_documents(text, text_key, document_unit)
+    documents = read_documents(text, text_key, document_unit)
     encoder = PlainText(load_tokenizer(local_folder(found.tokenizer)))
     place = _device(device)
     settings: dict[str, Any] = {
@@ -101,7 +92,7 @@ def experts(
         "base_sha256": base_identity(found.base)["sha256"],
         "adapter_sha256": [_adapter_hash(adapter) for adapter in found.adapters],
         "tokenizer": encoder.fingerprint["tokenizer"],
-        "text": dict(_named(entry) for entry in text),
+        "text": dict(named_path(entry) for entry in text),
         "text_fingerprint": {part.name: part.corpus.fingerprint for part in documents},
         "mode": mode, "max_tokens": max_tokens, "sequence_length": sequence_length,
         "micro_batch_size": micro_batch_size, "document_unit": document_unit, "quantization": quantization,
@@ -142,31 +133,6 @@ def _check_model(found: ModelSource, modes: tuple[Mode, ...], sequence_length: i
     longest = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
     if sequence_length > longest:
         raise ValueError(f"`sequence_length={sequence_length}` is more than the model reads. Give at most {longest}")
-
-
-def _named(entry: str) -> tuple[str, str]:
-    name, equals, path = entry.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"`text` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
-    return name, path
-
-
-def _read_documents(text: Sequence[str], text_key: str, document_unit: DocumentUnit) -> list[DocumentSet]:
-    """All documents of the sources, unpacked where they were not yet."""
-    if not text:
-        raise ValueError("`text` is empty. Give at least one source as name=PATH, e.g. zh=data/zh.jsonl")
-    named = [_named(entry) for entry in text]
-    entries = [Source(name, path, text_key=text_key) for name, path in named]
-    documents = []
-    for index, source in enumerate(parse_sources(entries, "text", Source)):
-        place = f"text[{index}]"
-        if document_unit != "file" and any(file.format == "text" for file in list_files(source, place)):
-            source = replace(source, document_unit=document_unit)
-        part = all_documents(read_corpus(source, place))
-        if not part.num_bytes:
-            raise ValueError(f"`{place}` holds empty documents only. Give text, or leave {source.name!r} out")
-        documents.append(part)
-    return documents
 
 
 def _adapter_hash(adapter: str) -> str:
