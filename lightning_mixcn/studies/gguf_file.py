@@ -133,15 +133,21 @@ class GGUFLikelihood:
         path: The file.
         sequence_length: Tokens of the longest piece of a document.
         use_gpu: Whether llama.cpp may, if it was built for one.
+
+    Raises:
+        ValueError: llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path, sequence_length: int, *, use_gpu: bool) -> None:
         from llama_cpp import Llama
 
-        self._llama: Any = Llama(
-            model_path=str(path), n_ctx=sequence_length, logits_all=True, verbose=False,
-            n_gpu_layers=-1 if use_gpu else 0, type_k=_FLOAT32_CACHE, type_v=_FLOAT32_CACHE,
-        )  # fmt: skip
+        try:
+            self._llama: Any = Llama(
+                model_path=str(path), n_ctx=sequence_length, logits_all=True, verbose=False,
+                n_gpu_layers=-1 if use_gpu else 0, type_k=_FLOAT32_CACHE, type_v=_FLOAT32_CACHE,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"`gguf`: llama.cpp cannot load {str(path)!r} ({error}). Make the file again") from error
 
     def nll(self, batch: dict[str, Tensor]) -> Tensor:
         """Score a batch, each document's piece alone, by its token ids.

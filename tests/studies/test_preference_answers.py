@@ -57,3 +57,12 @@ def test_what_the_prompts_are_made_of_is_in_their_hash(base: Path) -> None:
 def test_a_question_without_room_is_named_before_any_weight_is_read(base: Path) -> None:
     with pytest.raises(ValueError, match=r"question 2 has \d+ tokens for .* room for 512"):
         AnsweringModel(str(base), [QUESTIONS[0], [Turn("user", "x" * 600)]], "mixtral")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_an_answer_is_the_seed_s(base: Path) -> None:
+    answering, sampling = AnsweringModel(str(base), QUESTIONS, "mixtral"), Sampling(temperature=1.0, max_new_tokens=12)
+    model = load_found(answering.found, dtype="float32", device="cuda")
+    first = [answering.answer(model, number, sampling, seed=3) for number in range(3)]
+    assert [answering.answer(model, number, sampling, seed=3) for number in (2, 1, 0)] == first[::-1]

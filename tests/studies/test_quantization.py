@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral
@@ -159,3 +160,17 @@ def test_help_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "one forward pass over all tokens" in text
     assert "26 seconds at 200 TFLOP/s" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("no_picture")
+def test_a_gpu_gives_the_figures_of_the_cpu(base: Path, texts: list[Path], tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        assert main(arguments(base, tmp_path / device, texts, f"--device={device}")) == 0
+    cpu, cuda = (report_of(tmp_path / device)["formats"] for device in ("cpu", "cuda"))
+    for one, other in zip(cpu, cuda, strict=True):
+        assert one["bytes"] == other["bytes"]
+        assert one["relative_weight_error"] == pytest.approx(other["relative_weight_error"], rel=1e-4, abs=1e-9)
+        for name, source in one["sources"].items():
+            assert source["bits_per_byte"] == pytest.approx(other["sources"][name]["bits_per_byte"], rel=1e-4)
