@@ -70,8 +70,8 @@ def quantization(
         gguf: GGUF files of the same model (`mixcn export --format gguf`), scored by llama.cpp through the packages gguf
             and llama-cpp-python.
         max_tokens: Tokens of each source, in whole rows, at least one. The cost is, for each format, one forward pass
-            over all tokens and one or two readings of the checkpoint. Mixtral-8x7B (26 GFLOP a token) over 2 sources of
-            32,768 tokens, 3 formats: 5e15 FLOP, by arithmetic 26 seconds at 200 TFLOP/s, beside reading 93 GB six
+            over all tokens and two or three readings of the checkpoint. Mixtral-8x7B (26 GFLOP a token) over 2 sources
+            of 32,768 tokens, 3 formats: 5e15 FLOP, by arithmetic 26 seconds at 200 TFLOP/s, beside reading 93 GB seven
             times. One model is in memory at a time; the largest is the unquantised one (93 GB).
         sequence_length: Tokens of a row. Documents in it do not see each other; a longer one goes on in the next row.
         micro_batch_size: Rows at a time.
