@@ -1,11 +1,6 @@
 """How much worse a model predicts each document when an expert is disabled, for every expert of every layer.
 
-For a batch the residual stream at each layer's input is computed once. A layer with an expert disabled costs next to
-nothing (see `ablated_layer`), so what is left is the layers above it: on average half of the model. They run for
-several experts of one layer in one pass, so 4-bit weights are decoded once for all of them. A row in which no token
-chose the expert is as it was, and is not run.
-
-What is measured of a row is `_change`, the likelihood; everything else would serve for another measure, too.
+`DisabledPasses` runs the model without each expert; what is measured here of a row is `_change`, its likelihood.
 
 Legend: B rows, S positions of a row, T = B·S tokens, H hidden, G sources, L layers, E experts, V variants (mode and
 expert) of a layer, D documents in the batch.
@@ -23,14 +18,13 @@ from torch import Tensor, nn
 from lightning_mixcn.metrics import score_documents, scored_positions
 from lightning_mixcn.metrics.expert_load import ExpertLoad
 from lightning_mixcn.metrics.likelihood import per_position
-from lightning_mixcn.model.adapters import base_of
 from lightning_mixcn.model.routing_observation import observe_routing
 
-from .ablated_layer import AblatedLayer, layer_arguments, output_cosines
-from .disabled_expert import DisabledExpert, Mode
-from .expert_flops import ForwardFlops, StudyFlops, pairs_of_rows
+from .ablated_layer import AblatedLayer, output_cosines
+from .disabled_expert import Mode
+from .disabled_passes import Batch, DisabledPasses
+from .expert_flops import StudyFlops, pairs_of_rows
 
-Batch = dict[str, Tensor]
 Arrays = dict[str, NDArray[Any]]
 SAMPLE_TOKENS = 64
 
@@ -52,13 +46,11 @@ class ExpertImportance:
 
     def __init__(self, model: nn.Module, modes: Sequence[Mode], num_sources: int, micro_batch_size: int) -> None:
         """Nothing is computed yet."""
-        self._model, self._base, self._num_sources = model, base_of(model), num_sources
-        config = self._base.config
-        self.num_layers, self.num_experts = config.num_hidden_layers, config.num_local_experts
-        self.variants = [DisabledExpert(mode, expert) for mode in modes for expert in range(self.num_experts)]
-        self.rows_per_pass = micro_batch_size * self.num_experts
-        self._forward = ForwardFlops.of(model)
-        self.flops = StudyFlops(self._forward, self.num_experts, len(modes), "mask" in modes, SAMPLE_TOKENS)
+        self._model, self._num_sources = model, num_sources
+        self._passes = DisabledPasses(model, modes, micro_batch_size)
+        self.num_layers, self.num_experts = self._passes.num_layers, self._passes.num_experts
+        self.variants = self._passes.variants
+        self.flops = StudyFlops(self._passes.forward, self.num_experts, len(modes), "mask" in modes, SAMPLE_TOKENS)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Arrays:
@@ -77,7 +69,7 @@ class ExpertImportance:
         Raises:
             FloatingPointError: the likelihood is not finite.
         """
-        start, batch = perf_counter(), self._on_device(batch)
+        start, batch = perf_counter(), self._passes.on_device(batch)
         source_BS = per_position(batch["source_ids"], batch["labels"]).long()
         group_T = torch.where(batch["document_ids"] >= 0, source_BS, -1).flatten()
         load = ExpertLoad(self._num_sources, self.num_layers, self.num_experts).to(group_T.device)
@@ -124,30 +116,23 @@ class ExpertImportance:
         Raises:
             FloatingPointError: a likelihood is not finite.
         """
-        batch, start = self._on_device(batch), perf_counter()
-        hidden_BSH = self._base.model.embed_tokens(batch["input_ids"])
-        arguments = layer_arguments(self._base, batch["position_ids"])
-        for number in range(max(layers, default=-1) + 1):
-            wanted = number in layers
-            variants = self.variants if wanted else []
-            layer = AblatedLayer(self._base.model.layers[number], hidden_BSH, arguments, variants)
-            if wanted:
-                yield number, self._measure(number, layer, batch, evaluated, start)
-                start = perf_counter()
-            hidden_BSH = layer.output()
+        batch, start = self._passes.on_device(batch), perf_counter()
+        for number, layer in self._passes.layers(batch, layers):
+            yield number, self._measure(number, layer, batch, evaluated, start)
+            start = perf_counter()
 
     def _measure(self, number: int, layer: AblatedLayer, batch: Batch, evaluated: Arrays, start: float) -> Arrays:
         """All variants of a layer."""
-        real_BS = batch["document_ids"] >= 0
+        base, forward, real_BS = self._passes.base, self._passes.forward, batch["document_ids"] >= 0
         row_pairs = pairs_of_rows(batch["position_ids"])
         change_2VD = np.zeros((2, len(self.variants), len(evaluated["document"])))
         length, flops = batch["labels"].shape[1], 0
-        for units, hidden_nSH in self._passes(layer, real_BS):
+        for units, hidden_nSH in self._passes.above(number, layer, batch):
             rows = [row for _, row in units]
-            changes = _change(self._run_above(number, hidden_nSH, batch, rows), batch, evaluated, rows)
+            changes = _change(base.lm_head(hidden_nSH, batch["labels"][rows]), batch, evaluated, rows)
             for (variant, _), change_2D in zip(units, changes, strict=True):
                 change_2VD[:, variant] += change_2D
-            flops += self._forward.above(number, length * len(rows), sum(row_pairs[row] for row in rows))
+            flops += forward.above(number, length * len(rows), sum(row_pairs[row] for row in rows))
         broken = np.argwhere(~np.isfinite(change_2VD).all(axis=(0, 2)))
         if len(broken):
             raise FloatingPointError(
@@ -156,42 +141,11 @@ class ExpertImportance:
             )
         sample_n = real_BS.flatten().nonzero().flatten()
         sample_n = sample_n[torch.linspace(0, len(sample_n) - 1, min(SAMPLE_TOKENS, len(sample_n))).long()]
-        experts = self._base.model.layers[number].mlp.experts
-        cosines_EE = output_cosines(experts, layer.input_TH[sample_n], self.num_experts)
+        cosines_EE = output_cosines(base.model.layers[number].mlp.experts, layer.input_TH[sample_n], self.num_experts)
         rows_computed = layer.computed_rows + len(sample_n) * self.num_experts
-        flops += self._forward.layer(number, real_BS.numel(), sum(row_pairs), rows_computed)
+        flops += forward.layer(number, real_BS.numel(), sum(row_pairs), rows_computed)
         arrays = {"nats": change_2VD[0], "text_nats": change_2VD[1], "cosine_tokens": np.array(len(sample_n))}
         return arrays | _to_numpy({"cosines": cosines_EE}) | _spent(flops, start)
-
-    def _passes(self, layer: AblatedLayer, real_BS: Tensor) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-        """Changed rows, as many at a time as a pass may have: which variant and row each is, and ``[n, S, H]``."""
-        units: list[tuple[int, int]] = []
-        waiting: list[Tensor] = []
-        for variant in range(len(self.variants)):
-            rows = layer.changed_rows(variant, real_BS)
-            if not len(rows):
-                continue
-            units += [(variant, row) for row in rows.tolist()]
-            waiting.append(layer.output_without(variant, rows))
-            while len(units) >= self.rows_per_pass:
-                hidden_nSH, size = torch.cat(waiting), self.rows_per_pass
-                yield units[:size], hidden_nSH[:size]
-                units, waiting = units[size:], [hidden_nSH[size:]]
-        if units:
-            yield units, torch.cat(waiting)
-
-    def _run_above(self, number: int, hidden_nSH: Tensor, batch: Batch, rows: list[int]) -> Tensor:
-        """Layers above ``number`` and the head; the nats of each label, float32 ``[n, S]``."""
-        model: Any = self._base.model
-        arguments = layer_arguments(self._base, batch["position_ids"][rows])
-        for layer in model.layers[number + 1 :]:
-            hidden_nSH = layer(hidden_nSH, **arguments)
-        nll_nS: Tensor = self._base.lm_head(model.norm(hidden_nSH), batch["labels"][rows])
-        return nll_nS
-
-    def _on_device(self, batch: Batch) -> Batch:
-        device = next(self._model.parameters()).device
-        return {name: part.to(device) for name, part in batch.items()}
 
 
 def _change(nll_nS: Tensor, batch: Batch, evaluated: Arrays, rows: list[int]) -> list[NDArray[np.float64]]:
