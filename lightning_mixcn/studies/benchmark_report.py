@@ -59,7 +59,7 @@ def score_rows(benchmarks: Benchmarks, models: Models, languages: Mapping[str, s
     for name in grouped[first]:
         tasks = [task.task_name for task in benchmarks.groups[name].get_all_tasks()]
         metrics = {model: grouped[model][name] for model in models}
-        rows += _rows(name, tasks, metrics, models, languages, _weighted(benchmarks.groups[name]))
+        rows += _rows(name, tasks, metrics, models, languages, weighted_metrics(benchmarks.groups[name]))
     for name in benchmarks.tasks:
         metrics = {model: scores[name]["metrics"] for model, scores in models.items()}
         rows += _rows(name, [name], metrics, models, languages, None)
@@ -118,7 +118,7 @@ def with_error(value: float | None, error: float | None, *, signed: bool = False
     return shown if error is None or math.isnan(error) else f"{shown} ±{error:.4f}"
 
 
-def _weighted(group: Any) -> set[str]:
+def weighted_metrics(group: Any) -> set[str]:
     """Metrics of a group that are means over all its documents."""
     return {config.metric for config in group.aggregate_metric_list or () if config.weight_by_size}
 

@@ -67,7 +67,7 @@ def run_task(
     from lm_eval.evaluator import evaluate
 
     task = benchmarks.tasks[name]
-    with harness_messages() as messages, _harness_seeds(task), _short_bars():
+    with harness_messages() as messages, harness_seeds(task), _short_bars():
         found = evaluate(
             lm=lm,
             task_dict={"tasks": {name: task}, "groups": {}},
@@ -164,7 +164,7 @@ def _is_number(value: Any) -> bool:
 
 
 @contextmanager
-def _harness_seeds(task: Any) -> Iterator[None]:
+def harness_seeds(task: Any) -> Iterator[None]:
     """The harness's default seeds; afterwards the process's random numbers go on as if nothing had been."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 

@@ -61,6 +61,12 @@ def split_names(tasks: Sequence[str]) -> list[str]:
     return names
 
 
+def check_limit(limit: float | None) -> None:
+    """Raise ValueError unless a limit is a number of documents, or a share of them."""
+    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
+        raise ValueError(f"`limit={limit}`: expected a whole number of documents, or a share of them below 1")
+
+
 @lru_cache(maxsize=1)
 def task_manager() -> Any:
     """The harness's index of its tasks; reading its thousands of files takes 10 to 20 seconds, once a process."""

@@ -54,6 +54,15 @@ class DisabledPasses:
         device = next(self.base.parameters()).device
         return {name: part.to(device) for name, part in batch.items()}
 
+    def whole(self, batch: Batch) -> Tensor:
+        """What the head is given of a batch as the model is, ``[B, S, H]``; arguments as those of `layers`."""
+        arguments = layer_arguments(self.base, batch["position_ids"])
+        hidden_BSH: Tensor = self.base.model.embed_tokens(batch["input_ids"])
+        for layer in self.base.model.layers:
+            hidden_BSH = layer(hidden_BSH, **arguments)
+        normed_BSH: Tensor = self.base.model.norm(hidden_BSH)
+        return normed_BSH
+
     def layers(self, batch: Batch, wanted: Sequence[int]) -> Iterator[tuple[int, AblatedLayer]]:
         """Run the model up to the highest wanted layer, and give those that are wanted with all their variants.
 

@@ -21,7 +21,7 @@ from lightning_mixcn.text import DocumentSet
 from .benchmark_files import BenchmarkFiles
 from .benchmark_report import score_rows, score_table, shown_rows
 from .benchmark_scores import run_task
-from .benchmark_tasks import Benchmarks, load_benchmarks, require_harness, split_names
+from .benchmark_tasks import Benchmarks, check_limit, load_benchmarks, require_harness, split_names
 from .ceval_submission import hidden_test_benchmarks, predict_subject, subject_of
 from .eos_probe import compare_probes, probe_eos, probe_table, probed_documents
 from .evaluated_models import AdapterChoice, EvaluatedModel, LoadedModels, evaluated_models, fingerprint
@@ -223,8 +223,7 @@ def _part(model: EvaluatedModel, kind: str, name: str) -> str:
 
 
 def _check_numbers(limit: float | None, batch_size: int | str, eos_probe_tokens: int) -> None:
-    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise ValueError(f"`limit={limit}`: expected a whole number of documents, or a share of them below 1")
+    check_limit(limit)
     if isinstance(batch_size, int) and batch_size < 1:
         raise ValueError(f"`batch_size={batch_size}`: expected at least 1, or auto")
     if eos_probe_tokens < 2:

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 _PANELS_ACROSS = 8
 
 
-def save_heatmaps(path: Path, panels: Mapping[str, NDArray[np.float64]], columns: int, title: str) -> None:
+def save_heatmaps(
+    path: Path,
+    panels: Mapping[str, NDArray[np.float64]],
+    columns: int,
+    title: str,
+    unit: str = "change of bits per byte",
+) -> None:
     """Layers down, experts across: red where the model is worse without the expert, blue where it is better.
 
     Args:
@@ -21,6 +27,7 @@ def save_heatmaps(path: Path, panels: Mapping[str, NDArray[np.float64]], columns
         panels: float64 ``[L, E]`` under the title of each, row by row; all share one scale.
         columns: Panels in a row.
         title: Over all panels.
+        unit: What the colours measure.
     """
     num_layers, num_experts = next(iter(panels.values())).shape
     lines = -(-len(panels) // columns)
@@ -37,7 +44,7 @@ def save_heatmaps(path: Path, panels: Mapping[str, NDArray[np.float64]], columns
         axis.yaxis.get_major_locator().set_params(integer=True)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label="change of bits per byte")
+    figure.colorbar(image, ax=axes, label=unit)
     figure.savefig(path)
 
 

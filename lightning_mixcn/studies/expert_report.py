@@ -21,14 +21,15 @@ from lightning_mixcn.metrics.expert_load import (
     shares,
 )
 
+from .csv_table import write_csv
 from .disabled_expert import MODES
 from .expert_figures import save_heatmaps, save_matrices
 from .expert_intervals import Change, Intervals
 from .expert_results import ExpertResults
 from .study_tables import write_csv
 
-_RANKED = 10
-_MODE_TITLES = {"mask": "masked", "zero": "zeroed"}
+RANKED = 10
+MODE_TITLES = {"mask": "masked", "zero": "zeroed"}
 
 
 def write_report(folder: Path, results: ExpertResults) -> str:
@@ -39,7 +40,7 @@ def write_report(folder: Path, results: ExpertResults) -> str:
         results: Of the whole study.
 
     Returns:
-        The ranking, which is in ``ranking.txt``, too.
+        The ranking.
     """
     intervals = results.intervals()
     write_csv(folder / "experts.csv", _expert_lines(results, intervals))
@@ -49,9 +50,7 @@ def write_report(folder: Path, results: ExpertResults) -> str:
     write_csv(folder / "coactivation.csv", _pair_lines(results))
     write_csv(folder / "similarity.csv", _similarity_lines(results))
     _draw(folder, results, intervals)
-    text = ranking(results, intervals)
-    (folder / "ranking.txt").write_text(text, encoding="utf-8")
-    return text
+    return ranking(results, intervals)
 
 
 def ranking(results: ExpertResults, intervals: Intervals) -> str:
@@ -73,7 +72,7 @@ def ranking(results: ExpertResults, intervals: Intervals) -> str:
 def _table(title: str, mode: str, results: ExpertResults, change: Change) -> str:
     places = results.places()
     mine = [place for place, (_, variant) in enumerate(places) if variant.mode == mode]
-    best = sorted(mine, key=lambda place: -change.bits_per_byte[place])[:_RANKED]
+    best = sorted(mine, key=lambda place: -change.bits_per_byte[place])[:RANKED]
     lines = [f"{title}\n  layer expert    change   95 % of documents drawn anew"]
     for place in best:
         layer, variant = places[place]
@@ -196,7 +195,7 @@ def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
             for one, other in combinations(range(len(results.names)), 2)
         }
         for name, change in named.items():
-            panels[f"{name}, {_MODE_TITLES[mode]}"] = _by_expert(change.bits_per_byte, mode, results)
+            panels[f"{name}, {MODE_TITLES[mode]}"] = _by_expert(change.bits_per_byte, mode, results)
     columns = len(panels) // len(modes)
     save_heatmaps(folder / "experts.png", panels, columns, "what a disabled expert adds to the bits per byte")
     pictures: Sequence[tuple[str, NDArray[np.float64], tuple[float, float], str]] = (

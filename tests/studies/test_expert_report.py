@@ -40,7 +40,7 @@ def known() -> ExpertResults:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder, known())
+    (folder / "ranking.txt").write_text(write_report(folder, known()), encoding="utf-8")
     return folder
 
 
