@@ -2,11 +2,13 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from torch import nn
 
 from .adapter_file import CONFIG_NAME, AdapterFile
 from .adapters import TARGETS, MixtralPeftModel
@@ -98,6 +100,7 @@ def load_found(
     quantization: str = "nf4",
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device | None = None,
+    shard: Callable[[nn.Module], None] | None = None,
 ) -> MixtralForCausalLM | MixtralPeftModel:
     """Load a model to be used, not trained: in evaluation mode, nothing requires a gradient.
 
@@ -106,6 +109,7 @@ def load_found(
         quantization: As in `load_mixtral`.
         dtype: As in `load_mixtral`.
         device: As in `load_mixtral`.
+        shard: As in `load_mixtral`.
 
     Raises:
         ValueError: more than one adapter, an adapter that does not fit the base, or what `load_mixtral` refuses.
@@ -116,7 +120,7 @@ def load_found(
             "Merge them first with `mixcn export`"
         )
     if not found.adapters:
-        model = load_mixtral(found.base, quantization=quantization, dtype=dtype, device=device)
+        model = load_mixtral(found.base, quantization=quantization, dtype=dtype, device=device, shard=shard)
     else:
         adapter = AdapterFile(found.adapters[0])
         model = load_mixtral(
@@ -127,6 +131,7 @@ def load_found(
             device=device,
             train_embeddings=bool(adapter.saved),
             adapter=adapter.folder,
+            shard=shard,
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,5 +1,6 @@
 """One task run by lm-evaluation-harness: its own figures, and each document's score for paired tests."""
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from .benchmark_tasks import Benchmarks, harness_messages
+from .processes import is_first
 from .significance import PairedTest, paired_test
 
 # The columns of the harness's table that are no metric.
@@ -184,11 +186,11 @@ def harness_seeds(task: Any) -> Iterator[None]:
 
 @contextmanager
 def _short_bars() -> Iterator[None]:
-    """Let the harness's progress bars, three a task, appear only where they last, and go when they are done."""
+    """Let the harness's progress bars, three a task, appear on rank 0 only, where they last, and go when done."""
     modules = [import_module(f"lm_eval.{name}") for name in ("api.task", "api.model", "models.huggingface")]
     bars = [(module, module.tqdm) for module in modules if hasattr(module, "tqdm")]
     for module, bar in bars:
-        vars(module)["tqdm"] = partial(bar, leave=False, delay=2)
+        vars(module)["tqdm"] = partial(bar, leave=False, delay=2 if is_first() else math.inf)
     try:
         yield
     finally:

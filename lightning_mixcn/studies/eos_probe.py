@@ -26,6 +26,7 @@ from lightning_mixcn.text import (
 )
 
 from .benchmark_report import aligned
+from .processes import is_first
 from .significance import paired_test
 
 _SEQUENCE_LENGTH = 2048
@@ -91,7 +92,7 @@ def probe_eos(model: nn.Module, tokenizer: TextTokenizer, documents: DocumentSet
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     after: list[Tensor] = []
     elsewhere, others = 0.0, 0
-    for batch in tqdm(loader, desc=f"EOS in {documents.name}", delay=2, leave=False):
+    for batch in tqdm(loader, desc=f"EOS in {documents.name}", delay=2, leave=False, disable=not is_first()):
         place_S, probability_S, follows_S = _row(model, batch, newline_ids, tokenizer.eos_id, device)
         for index, probability in zip(place_S[follows_S].tolist(), probability_S[follows_S].tolist(), strict=True):
             sums[index] += probability

@@ -1,30 +1,27 @@
 """The subcommand ``evaluate``: benchmarks through lm-evaluation-harness, a base beside its adapted self."""
 
 import json
-import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
-import numpy as np
 import torch
-from tqdm.auto import tqdm
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.model.model_source import find_model
 from lightning_mixcn.model.output_path import clear_disk_errors, flush_to_disk, partial_path
-from lightning_mixcn.text import DocumentSet
+from lightning_mixcn.model.sharding import shard_model
 
 from .benchmark_files import BenchmarkFiles
-from .benchmark_report import score_rows, score_table, shown_rows
-from .benchmark_scores import run_task
-from .benchmark_tasks import Benchmarks, check_limit, load_benchmarks, require_harness, split_names
-from .ceval_submission import hidden_test_benchmarks, predict_subject, subject_of
-from .eos_probe import compare_probes, probe_eos, probe_table, probed_documents
+from .benchmark_tasks import check_limit, load_benchmarks, require_harness, split_names
+from .ceval_submission import hidden_test_benchmarks
+from .eos_probe import probed_documents
 from .evaluated_models import AdapterChoice, EvaluatedModel, LoadedModels, evaluated_models, fingerprint
+from .evaluation_plan import EvaluationPlan
+from .processes import Processes, is_first, joined_processes
 from .study_parts import StudyParts, check_settings
 from .task_languages import parse_languages
 
@@ -50,10 +47,13 @@ def evaluate(
     quantization: str = "nf4",
     dtype: str = "bfloat16",
     device: str | None = None,
+    shard: bool = False,
 ) -> None:
     """Benchmarks of lm-evaluation-harness, its definitions and scoring untouched. It goes on where it was killed.
 
-    Prints a table by language: base beside adapted, standard errors, and a paired test over the same documents.
+    Prints a table by language: base beside adapted, standard errors, and a paired test over the same documents. On
+    several GPUs: torchrun --nproc-per-node N -m lightning_mixcn evaluate …; each process has the model, and takes every
+    N-th batch, so that the figures are those of one process.
 
     Args:
         src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder.
@@ -77,7 +77,9 @@ def evaluate(
         eos_probe_tokens: Tokens of each text; the cost is one forward pass.
         quantization: ``nf4`` (4 bits) or ``none``.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
-        device: ``cuda``, ``cpu`` …; by default the GPU if there is one.
+        device: ``cuda``, ``cpu`` …; by default the GPU if there is one, of several processes each its own.
+        shard: Let several processes share the weights (FSDP2) instead of holding all of them each, for a model that
+            one GPU does not hold. Slower; figures agree with one process's but for rounding.
 
     Raises:
         ValueError: an unknown task, an option out of its range, or lm-evaluation-harness is not installed.
@@ -85,10 +87,6 @@ def evaluate(
         FileExistsError: an output is there, or belongs to an evaluation with other arguments.
     """
     require_harness()
-    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ValueError(
-            f"`mixcn evaluate` runs in one process, not in {ranks}. The callback BenchmarkEval shares ranks"
-        )
     _check_numbers(limit, batch_size, eos_probe_tokens)
     more_languages, names = parse_languages(languages), split_names(tasks)
     target, answers = Path(out).expanduser(), Path(submission).expanduser() if submission else None
@@ -97,27 +95,44 @@ def evaluate(
     models = evaluated_models(src, found, adapter)
     if apply_chat_template:
         _check_template(models)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings: dict[str, Any] = {
-        "src": src, **fingerprint(found), "tasks": names, "models": [model.name for model in models],
-        "num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template,
-        "data_dir": data_dir, "submission": bool(submission), "eos_probe": list(eos_probe),
-        "eos_probe_tokens": eos_probe_tokens, "quantization": quantization, "dtype": dtype,
-        "device": torch.device(device).type, "lm_eval": version("lm_eval"),
-    }  # fmt: skip
-    if _is_finished(target, settings, answers):
-        return
-    files = BenchmarkFiles(data_dir) if data_dir else None
-    probed = probed_documents(eos_probe)
-    hidden = hidden_test_benchmarks(num_fewshot, files) if answers else None
-    benchmarks = load_benchmarks(names, num_fewshot=num_fewshot, files=files)
-    parts = StudyParts(target, settings)
-    plan = _Plan(
-        models, benchmarks, hidden, probed, eos_probe_tokens, limit, apply_chat_template, batch_size, parts
-    )  # fmt: skip
-    _say(f"{len(plan.benchmarks.tasks)} tasks on {' and '.join(model.name for model in models)}")
-    plan.run(LoadedModels(quantization, dtype, device))
-    report, table = plan.report(settings, more_languages)
+    with joined_processes(device or ("cuda" if torch.cuda.is_available() else "cpu")) as processes:
+        _check_processes(processes, shard, batch_size)
+        settings: dict[str, Any] = {
+            "src": src, **fingerprint(found), "tasks": names, "models": [model.name for model in models],
+            "num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template,
+            "data_dir": data_dir, "submission": bool(submission), "eos_probe": list(eos_probe),
+            "eos_probe_tokens": eos_probe_tokens, "quantization": quantization, "dtype": dtype,
+            "device": processes.device.type, "shard": shard, "lm_eval": version("lm_eval"),
+        }  # fmt: skip
+        if processes.from_first(lambda: _is_finished(target, settings, answers)):
+            return
+        files = BenchmarkFiles(data_dir) if data_dir else None
+        with processes.first_before_others():
+            probed = probed_documents(eos_probe)
+            hidden = hidden_test_benchmarks(num_fewshot, files) if answers else None
+            benchmarks = load_benchmarks(names, num_fewshot=num_fewshot, files=files)
+        plan = EvaluationPlan(
+            models, benchmarks, hidden, probed, eos_probe_tokens, limit, apply_chat_template, batch_size,
+            StudyParts(target, settings),
+        )  # fmt: skip
+        _say(f"{len(plan.benchmarks.tasks)} tasks on {' and '.join(model.name for model in models)}")
+        plan.run(
+            LoadedModels(quantization, dtype, processes.device, _sharding(processes) if shard else None), processes
+        )
+        if processes.rank == 0:
+            _finish(plan, settings, more_languages, target, answers)
+
+
+def _sharding(processes: Processes) -> Callable[[nn.Module], None]:
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    return lambda model: shard_model(model, mesh)
+
+
+def _finish(
+    plan: EvaluationPlan, settings: dict[str, Any], languages: dict[str, str], target: Path, answers: Path | None
+) -> None:
+    """Write the outputs, and show the table."""
+    report, table = plan.report(settings, languages)
     if answers is not None:
         _write_whole(answers, plan.answers())
     _write_whole(target, report)
@@ -125,101 +140,11 @@ def evaluate(
     print(table)
 
 
-@dataclass
-class _Plan:
-    """What is measured, part by part; a part that is kept is not measured again."""
-
-    models: list[EvaluatedModel]
-    benchmarks: Benchmarks
-    hidden: Benchmarks | None
-    probed: list[DocumentSet]
-    probe_tokens: int
-    limit: float | None
-    apply_chat_template: bool
-    batch_size: int | str
-    parts: StudyParts
-    _total: int = field(init=False, default=0)
-
-    def run(self, loaded: LoadedModels) -> None:
-        """Measure what is missing."""
-        work = {model.name: self._missing(model) for model in self.models}
-        with tqdm(total=sum(map(len, work.values())), desc="tasks", unit="task") as progress:
-            for model in self.models:
-                if not work[model.name]:
-                    continue
-                from .harness_model import HarnessModel
-
-                tokenizer = model.tokenizer()
-                with loaded.use(model) as module:
-                    lm = HarnessModel(module, tokenizer, self.batch_size)
-                    for kind, name in work[model.name]:
-                        if kind == "eos":
-                            documents = next(part for part in self.probed if part.name == name)
-                            made: Any = probe_eos(module, tokenizer, documents, self.probe_tokens)
-                        else:
-                            made = self._measure(lm, kind, name)
-                        content = json.dumps(made, ensure_ascii=False, default=str).encode()
-                        self.parts.save(_part(model, kind, name), {"json": np.frombuffer(content, dtype=np.uint8)})
-                        progress.update()
-
-    def report(self, settings: dict[str, Any], languages: dict[str, str]) -> tuple[str, str]:
-        """The JSON file and the table."""
-        scores = {
-            model.name: {task: self._load(model, "task", task) for task in self.benchmarks.tasks}
-            for model in self.models
-        }
-        rows = score_rows(self.benchmarks, scores, languages)
-        names = [model.name for model in self.models]
-        report: dict[str, Any] = {
-            "settings": settings,
-            "rows": rows,
-            "tasks": {
-                name: {task: {k: v for k, v in part.items() if k != "documents"} for task, part in of_model.items()}
-                for name, of_model in scores.items()
-            },
-        }
-        tables = [score_table(shown_rows(self.benchmarks, rows), names)]
-        if self.probed:
-            probes = {
-                model.name: {part.name: self._load(model, "eos", part.name) for part in self.probed}
-                for model in self.models
-            }
-            report["eos_probe"] = {"models": probes}
-            if len(names) > 1:
-                first, second = (probes[name] for name in names)
-                report["eos_probe"]["comparison"] = {
-                    source: compare_probes(first[source], second[source]) for source in first
-                }
-            tables.append(probe_table(probes))
-        report["table"] = "\n\n".join(tables)
-        return json.dumps(report, ensure_ascii=False, indent=1) + "\n", report["table"]
-
-    def answers(self) -> str:
-        """C-Eval's submission, of the adapted model where there are two."""
-        assert self.hidden is not None
-        model, hidden = self.models[-1], self.hidden
-        subjects = {subject_of(hidden, name): self._load(model, "hidden", name) for name in hidden.tasks}
-        return json.dumps(subjects, ensure_ascii=False, indent=1) + "\n"
-
-    def _missing(self, model: EvaluatedModel) -> list[tuple[str, str]]:
-        hidden = self.hidden.tasks if self.hidden and model is self.models[-1] else ()
-        wanted = [("task", name) for name in self.benchmarks.tasks] + [("hidden", name) for name in hidden]
-        wanted += [("eos", part.name) for part in self.probed]
-        return [(kind, name) for kind, name in wanted if _part(model, kind, name) not in self.parts]
-
-    def _measure(self, lm: Any, kind: str, name: str) -> Any:
-        options: dict[str, Any] = {"limit": self.limit, "apply_chat_template": self.apply_chat_template}
-        if kind == "task":
-            return run_task(lm, self.benchmarks, name, **options)[0]
-        assert self.hidden is not None
-        return predict_subject(lm, self.hidden, name, **options)
-
-    def _load(self, model: EvaluatedModel, kind: str, name: str) -> Any:
-        return json.loads(self.parts.load(_part(model, kind, name))["json"].tobytes())
-
-
-def _part(model: EvaluatedModel, kind: str, name: str) -> str:
-    return f"{model.name}.{kind}.{quote(name, safe='')}"
+def _check_processes(processes: Processes, shard: bool, batch_size: int | str) -> None:
+    if shard and processes.count == 1:
+        raise ValueError("`shard` shares the weights of several processes. Start them with torchrun, or leave it out")
+    if batch_size == "auto" and processes.count > 1:
+        raise ValueError("`batch_size=auto` is for one process: each would find another size. Give a number")
 
 
 def _check_numbers(limit: float | None, batch_size: int | str, eos_probe_tokens: int) -> None:
@@ -279,4 +204,5 @@ def _write_whole(target: Path, content: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)

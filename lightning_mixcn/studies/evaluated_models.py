@@ -1,11 +1,12 @@
 """What SRC stands for in a benchmark table: one model, or a base beside its adapted self."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lightning_mixcn.model.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFile
@@ -84,10 +85,15 @@ class LoadedModels:
         quantization: As in `load_mixtral`.
         dtype: As in `load_mixtral`.
         device: As in `load_mixtral`.
+        shard: As in `load_mixtral`.
     """
 
-    def __init__(self, quantization: str, dtype: str, device: str) -> None:
-        self._arguments = {"quantization": quantization, "dtype": dtype, "device": device}
+    def __init__(
+        self, quantization: str, dtype: str, device: torch.device, shard: Callable[[nn.Module], None] | None = None
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "quantization": quantization, "dtype": dtype, "device": device, "shard": shard
+        }  # fmt: skip
         self._found: ModelSource | None = None
         self._model: Any = None
 

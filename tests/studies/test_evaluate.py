@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies import benchmark_tasks, evaluate, evaluated_models
+from lightning_mixcn.studies import benchmark_tasks, evaluated_models, evaluation_plan
 from lightning_mixcn.studies.benchmark_scores import run_task
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, real_files, write_ceval, write_hellaswag
@@ -153,11 +153,11 @@ def test_it_goes_on_where_it_was_killed(
 
     out = tmp_path / "scores.json"
     for limit in (1, 3):
-        monkeypatch.setattr(evaluate, "run_task", run_until(limit))
+        monkeypatch.setattr(evaluation_plan, "run_task", run_until(limit))
         with pytest.raises(KeyboardInterrupt):
             main([*command, f"--out={out}"])
         assert not out.exists()
-    monkeypatch.setattr(evaluate, "run_task", run_until(99))
+    monkeypatch.setattr(evaluation_plan, "run_task", run_until(99))
     assert main([*command, "--limit=2", f"--out={out}"]) == 2  # other arguments
     assert "limit=3" in capsys.readouterr().err
     assert main([*command, f"--out={out}"]) == 0
@@ -166,7 +166,7 @@ def test_it_goes_on_where_it_was_killed(
     assert {path.name for path in tmp_path.iterdir()} == {"ceval-exam", "adapter", "scores.json", "whole.json"}
     # Again: nothing is done, the table is shown, and other arguments do not replace it.
     capsys.readouterr()
-    monkeypatch.setattr(evaluate, "run_task", run_until(0))
+    monkeypatch.setattr(evaluation_plan, "run_task", run_until(0))
     assert main([*command, f"--out={out}"]) == 0
     assert report_of(out)["table"] in capsys.readouterr().out
     assert main([*command, "--limit=2", f"--out={out}"]) == 2
@@ -239,6 +239,8 @@ def test_a_chat_template_is_used(tmp_path: Path, few: Any, tiny_base: Path) -> N
         ([*TWO, "--apply_chat_template=true"], "has no chat template"),
         ([*TWO, "--limit=2.5"], "`limit=2.5`"),
         ([*TWO, "--batch_size=0"], "`batch_size=0`"),
+        ([*TWO, "--shard=true"], "`shard` shares the weights of several processes"),
+        ([*TWO, "--device=abacus"], "`device='abacus'` is not known"),
         ([*TWO, "--num_fewshot=-1"], "`num_fewshot=-1`"),
         ([*TWO, "--languages=thai"], "pattern=language"),
         ([*TWO, "--eos_probe=en"], "expected name=PATH"),
@@ -264,15 +266,6 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     assert message in error
     assert error.count("\n") == 1
     assert sorted(Path().iterdir()) == before
-
-
-@pytest.mark.usefixtures("few", "no_model")
-def test_several_processes_are_refused(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["evaluate", str(tiny_base), *TWO, "--out=scores.json"]) == 2
-    assert "runs in one process, not in 2" in capsys.readouterr().err
 
 
 def test_without_the_harness(
