@@ -17,12 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .causal_attention import causal_attention
 from .packed_attention import PackedDocuments, document_starts, pack_documents, packed_attention, serves
 
 NAME = "document_sdpa"
-# torch's fused 16-bit attention for the CPU is the slower one up to about this length, by 2 at 128 tokens and 1.4 at
-# 256 (forward and backward, 9 heads of 64, AVX-512 without AMX).
-_FLOAT32_ON_CPU_UP_TO = 256
 # Rows that have a document at (start, stop).
 Spans = dict[tuple[int, int], list[int]]
 Documents = PackedDocuments | Spans
@@ -108,17 +106,22 @@ def document_attention(
     for (start, stop), rows in documents.items():
         index: Any = slice(None) if len(rows) == batch else rows
         q, k, v = (states[index, :, start:stop] for states in (query, key, value))
-        if query.device.type == "cpu" and stop - start <= _FLOAT32_ON_CPU_UP_TO:
-            q, k, v = q.float(), k.float(), v.float()
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-        ).to(query.dtype)
+        attended = _causal(q, k, v, scaling, dropout)
         if len(documents) == 1:
             return attended.transpose(1, 2), None
         pieces.append((index, start, stop, attended.transpose(1, 2)))
     for index, start, stop, attended in pieces:
         output[index, start:stop] = attended
     return output, None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and dropout == 0.0:
+        return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+    )
 
 
 def no_mask(device: torch.device) -> Tensor:

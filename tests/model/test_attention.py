@@ -55,3 +55,15 @@ def test_a_sliding_window_is_respected(tiny: Path, ids: Tensor) -> None:
         model.set_attn_implementation(implementation)
         losses.append(model(input_ids=ids, labels=ids, position_ids=POSITIONS).nll)
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+def test_documents_in_bfloat16_are_as_near_to_float32_as_transformers(base: Path, ids: Tensor) -> None:
+    """The CPU's own path for bfloat16, with documents of several lengths in a row."""
+    nll = {}
+    for dtype, implementation in (("float32", "sdpa"), ("bfloat16", "sdpa"), ("bfloat16", NAME)):
+        model = load_mixtral(base, quantization="none", dtype=dtype)
+        model.set_attn_implementation(implementation)
+        nll[dtype, implementation] = model(input_ids=ids, labels=ids, position_ids=POSITIONS).nll.detach()
+    exact = nll["float32", "sdpa"]
+    error = {name: (values - exact).norm() for (_, name), values in nll.items() if values is not exact}
+    assert error[NAME] <= 1.2 * error["sdpa"]
