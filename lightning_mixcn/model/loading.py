@@ -235,7 +235,8 @@ def pieces(entry: Entry, checkpoint: Checkpoint, held: range | None = None) -> I
     wanted = range(prod(entry.shape)) if held is None else held
     for start in range(wanted.start, wanted.stop, CHUNK):
         values = checkpoint.read_segments(entry.segments, start, min(start + CHUNK, wanted.stop))
-        if values.is_floating_point() and not torch.isfinite(values).all():
+        # The extremes tell as much as isfinite of every element, which takes 20 times as long on the CPU.
+        if values.is_floating_point() and not torch.stack(values.aminmax()).isfinite().all():
             raise ValueError(
                 f"{checkpoint.path}: {entry.segments[0].name} holds NaN or infinite values. Download it again"
             )

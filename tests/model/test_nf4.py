@@ -40,3 +40,19 @@ def test_relative_error_is_that_of_double_quantised_nf4() -> None:
 
 def test_zeros_stay_zeros() -> None:
     assert not nf4.dequantize(nf4.quantize(torch.zeros(nf4.SUPERBLOCK + 3)), torch.float32).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.02, 1e-6, 3e4])
+def test_codes_and_maxima_are_bitsandbytes_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float
+) -> None:
+    monkeypatch.setattr(nf4, "_CPU_CHUNK", 64 * 40)  # three chunks, the last one shorter
+    values = torch.randn(64 * 100, generator=torch.Generator().manual_seed(0)).clamp_(-2, 2).mul_(scale).to(dtype)
+    values[64:128] = 0
+    values[128:144] = torch.tensor([*nf4._code_bounds(), 1.0]).to(dtype)  # equal to a bound, which goes down
+    values[144:192] = 0
+    codes, absmax = nf4.quantize_codes(values)
+    expected_codes, expected_absmax = torch.ops.bitsandbytes.quantize_4bit(values, 64, "nf4", torch.uint8)
+    assert torch.equal(codes, expected_codes.flatten())
+    assert torch.equal(absmax, expected_absmax.float())
