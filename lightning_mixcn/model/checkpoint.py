@@ -100,7 +100,7 @@ class Checkpoint:
         first, last = self._span(Segment(name, rows=(start, stop)))
         return self._file_of[name].read(name, first, last).reshape(stop - start, *shape[1:])
 
-    def read_segments(self, segments: Sequence[Segment], start: int, stop: int) -> Tensor:
+    def read_segments(self, segments: Sequence[Segment], start: int, stop: int, target: Tensor | None = None) -> Tensor:
         """Read a range of elements of several weights laid end to end.
 
         With experts as segments in order this gives each rank its own superblocks of a fused weight, in either naming,
@@ -110,9 +110,10 @@ class Checkpoint:
             segments: What is laid end to end, each flattened (row-major), all of one dtype.
             start: First element of the concatenation.
             stop: Element after the last.
+            target: Where to read to, contiguous ``[stop - start]`` on the CPU in the file's dtype; ``None`` makes it.
 
         Returns:
-            ``[stop - start]`` in the file's dtype, a private copy.
+            ``target``, or a private copy of that kind.
 
         Raises:
             ValueError: a segment is not in the checkpoint or has another dtype than the first, the range lies outside
@@ -126,7 +127,7 @@ class Checkpoint:
             raise ValueError(
                 f"elements [{start}, {stop}) were asked of segments that hold {total}: ask within [0, {total}]"
             )
-        target = torch.empty(stop - start, dtype=dtype)
+        target = torch.empty(stop - start, dtype=dtype) if target is None else target
         base = 0
         for segment, (first, last) in zip(segments, spans, strict=True):
             low, high = max(start, base), min(stop, base + last - first)

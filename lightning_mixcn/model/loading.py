@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .frozen_linear import FrozenLinear
 from .inventory import verify_quantised
 from .layout import Entry, entries, stored_entries
-from .local_rows import held_elements, write_elements
+from .local_rows import held_elements, local_rows, write_elements
 from .mixtral import MixtralForCausalLM, meta_model, move_to_device
 from .nf4 import SUPERBLOCK
 from .vocabulary_extension import NewRows, find_extension
@@ -217,24 +217,39 @@ def fill(entry: Entry, checkpoint: Checkpoint) -> None:
     held = held_elements(entry.parameter) if entry.attribute else entry.storage.held()
     if entry.attribute and held.stop > (stored := _stored_elements(entry, checkpoint)):
         held = range(min(held.start, stored), stored)  # the rows of an extended vocabulary are not in the checkpoint
-    for start, values in pieces(entry, checkpoint, held):
+    target = _readable(entry, checkpoint)
+    for start, values in pieces(entry, checkpoint, held, target):
         if entry.attribute is None:
             entry.storage.write(start, values)
-        else:
+        elif target is None:
             write_elements(entry.parameter, start, values)
 
 
-def pieces(entry: Entry, checkpoint: Checkpoint, held: range | None = None) -> Iterator[tuple[int, Tensor]]:
+def _readable(entry: Entry, checkpoint: Checkpoint) -> Tensor | None:
+    """The parameter's memory, flat, where the file's bytes can go straight into it."""
+    if entry.attribute is None:
+        return None
+    rows, _ = local_rows(entry.parameter)
+    fits = rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype == checkpoint.dtype(entry.segments[0].name)
+    return rows.view(-1) if fits else None
+
+
+def pieces(
+    entry: Entry, checkpoint: Checkpoint, held: range | None = None, target: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """``(first element, flat values)`` of an entry, at most `CHUNK` elements each; refuses NaN and infinity.
 
     Args:
         entry: What is read.
         checkpoint: Where from.
         held: The elements wanted; ``None`` for all.
+        target: Flat memory that they are read into, the first of ``held`` at its beginning; ``None`` for new tensors.
     """
     wanted = range(prod(entry.shape)) if held is None else held
     for start in range(wanted.start, wanted.stop, CHUNK):
-        values = checkpoint.read_segments(entry.segments, start, min(start + CHUNK, wanted.stop))
+        stop = min(start + CHUNK, wanted.stop)
+        part = None if target is None else target[start - wanted.start : stop - wanted.start]
+        values = checkpoint.read_segments(entry.segments, start, stop, part)
         # The extremes tell as much as isfinite of every element, which takes 20 times as long on the CPU.
         if values.is_floating_point() and not torch.stack(values.aminmax()).isfinite().all():
             raise ValueError(

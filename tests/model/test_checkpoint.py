@@ -103,6 +103,11 @@ def test_every_range_of_segments(folder: Path) -> None:
         for stop in range(start, len(whole) + 1, 5):
             assert torch.equal(checkpoint.read_segments(segments, start, stop), whole[start:stop])
     assert torch.equal(checkpoint.read_segments(segments, 0, len(whole)), whole)
+    target = torch.zeros(len(whole) + 2)
+    checkpoint.read_segments(segments, 7, len(whole), target[8 : len(whole) + 1])
+    assert torch.equal(target[8:-1], whole[7:])
+    assert not target[:8].any()
+    assert target[-1] == 0
 
 
 def test_segments_of_both_namings_hold_the_same_elements(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MixtralConfig
 
-from lightning_mixcn.model import base_identity, build_mixtral, count_parameters, load_mixtral
+from lightning_mixcn.model import base_identity, build_mixtral, count_parameters, load_mixtral, loading
+from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral, tiny_mixtral_config
 
 
@@ -46,6 +47,21 @@ def test_per_expert_and_fused_names_load_alike(tmp_path: Path, ids: Tensor) -> N
         assert any("experts.0.w1" in name for name in names) == (style == "per-expert")
         loaded = load_mixtral(tmp_path / style, quantization="none", dtype="float32")
         assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
+def test_bytes_that_need_no_conversion_go_straight_into_the_parameters(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(*args: object) -> None:
+        raise AssertionError("a tensor was read and then copied")
+
+    quantize(str(tiny), str(tmp_path / "out"), dtype="float32")
+    expected = load_mixtral(tiny, dtype="float32").state_dict()
+    monkeypatch.setattr(loading, "write_elements", copy)
+    found = load_mixtral(tmp_path / "out", dtype="float32").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(AssertionError, match="read and then copied"):
+        load_mixtral(tmp_path / "out", dtype="bfloat16")
 
 
 def test_sharded_and_tied_checkpoints_load(tmp_path: Path, ids: Tensor) -> None:
