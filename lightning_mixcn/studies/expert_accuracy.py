@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .csv_table import write_csv
 from .disabled_expert import DisabledExpert
 from .expert_figures import save_heatmaps
 from .expert_report import MODE_TITLES, RANKED
 from .expert_results import BatchParts
 from .expert_tasks import ExpertTasks
 from .significance import PairedTest, paired_test
+from .study_tables import write_csv
 
 
 @dataclass(frozen=True)

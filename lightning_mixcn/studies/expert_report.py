@@ -21,7 +21,6 @@ from lightning_mixcn.metrics.expert_load import (
     shares,
 )
 
-from .csv_table import write_csv
 from .disabled_expert import MODES
 from .expert_figures import save_heatmaps, save_matrices
 from .expert_intervals import Change, Intervals
