@@ -1,6 +1,8 @@
 """The choice of a path, and whole models that give the same numbers on each."""
 
 import math
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_mixcn.model import expert_path, load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model import expert_path, load_mixtral, set_activation_checkpointing, shard_model
 from lightning_mixcn.model.expert_operands import BlockInputs, Dropout, ExpertFactors, ExpertWeights
 from lightning_mixcn.model.expert_path import choose_expert_path
 from lightning_mixcn.model.weights import DenseWeight
+from lightning_mixcn.testing import run_distributed
 
 INDEX = torch.zeros(6, 2, dtype=torch.int64)
 
@@ -118,3 +122,31 @@ def test_logits_and_generation_are_those_of_transformers(
     torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids[:1], **kwargs), stock.generate(ids[:1], **kwargs))
+
+
+def trained_gradients(base: str, ids: Tensor, path: str, sharded: bool) -> dict[str, Tensor]:
+    """Gradients of all adapters, gathered where they are sharded."""
+    os.environ["MIXCN_EXPERT_PATH"] = path
+    shard = None
+    if sharded:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        shard = partial(shard_model, mesh=mesh)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model: Any = load_mixtral(base, dtype="float32", lora=lora, shard=shard).train()
+    set_activation_checkpointing(model, "full")
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: grad.full_tensor() if sharded else grad for name, grad in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sharded_weights(tiny: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = run_distributed(trained_gradients, 2, str(tiny), ids, "grouped", True)
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", "loop")
+    alone = trained_gradients(str(tiny), ids, "loop", False)
+    # Both ranks see the same rows, so the mean of their gradients is the gradient of one process.
+    for found in ranks:
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
