@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 import torch
-from expert_contenders import Rows, ours, peers
+from expert_contenders import Rows, kernels, ours, peers
 from products import expert_products, flops, timed
 from random_base import PRESETS, config_of
 
@@ -27,7 +27,7 @@ from lightning_mixcn.model.expert_path import PATHS
 GIGABYTE = 1e9
 
 
-def seconds_of(work: Callable[[], None], device: str) -> float:
+def seconds_of(work: Callable[[], Any], device: str) -> float:
     """Seconds until all is computed."""
     start = time.perf_counter()
     work()
@@ -68,6 +68,21 @@ def measure(config: Any, tokens: int, training: bool, options: argparse.Namespac
     figures["share_of_limit"] = shares.get("ours", shares)
     figures["limit_gflops_per_second"] = record.spread([flops(shapes) / value / 1e9 for value in seconds["limit"]])
     return figures
+
+
+def measure_kernels(config: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of our kernels and of what they stand in for, in turns."""
+    pairs, found = kernels(config, tokens), {}
+    for name, ways in pairs.items():
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(options.warmup + options.rounds):
+            for way, run in ways.items():
+                seconds[way].append(seconds_of(run, options.device))
+        found[name] = {
+            way: record.spread([1e3 * part for part in parts[options.warmup :]]) for way, parts in seconds.items()
+        }
+        print(f"{name}: " + ", ".join(f"{way} {value['median']:.3g} ms" for way, value in found[name].items()))
+    return found
 
 
 def report(tokens: int, figures: dict[str, Any]) -> None:
@@ -132,6 +147,8 @@ def main() -> None:
             report(tokens, figures[name][str(tokens)])
         if options.device == "cuda":
             print("fastest path:", fastest(figures[name]))
+    if options.device == "cuda":
+        figures["kernels"] = measure_kernels(config, options.tokens[-1], options)
     print("written to", record.write(options.result, figures))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_mixcn.model.expert_function import ExpertBlock
 from lightning_mixcn.model.expert_operands import Dropout, ExpertWeights
 from lightning_mixcn.model.expert_path import PATHS
+from lightning_mixcn.model.swiglu import swiglu_backward_of_torch, swiglu_of_torch
 from lightning_mixcn.model.weights import NF4Weight
 
 Contender = Callable[[bool], None]
@@ -80,6 +81,29 @@ def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contende
     if importlib.util.find_spec("experts4bit_qlora"):
         found["experts4bit-qlora"] = _experts4bit(config, rows, rank, device)
     return found
+
+
+def kernels(config: Any, tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Our kernels that stand in for several operations, each beside those; on a GPU."""
+    from lightning_mixcn.model import nf4
+    from lightning_mixcn.model.kernels import nf4_decode, swiglu
+
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    packed = nf4.quantize(torch.randn(experts * inner * hidden, device="cuda") * 0.02)
+    size = tokens * config.num_experts_per_tok, inner
+    gate, up, dh = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    weight = torch.rand(size[0], device="cuda", dtype=torch.bfloat16)
+    return {
+        "decoding a projection": {
+            "kernel": lambda: nf4_decode.nf4_decode(packed, torch.bfloat16),
+            "bitsandbytes": lambda: nf4.dequantize(packed, torch.bfloat16),
+        },
+        "SwiGLU": {"kernel": lambda: swiglu.swiglu(gate, up), "torch": lambda: swiglu_of_torch(gate, up)},
+        "SwiGLU backward": {
+            "kernel": lambda: swiglu.swiglu_backward(gate, up, dh, weight),
+            "torch": lambda: swiglu_backward_of_torch(gate, up, dh, weight),
+        },
+    }
 
 
 def _transformers(config: Any, rows: Rows, device: str) -> Contender:

@@ -32,7 +32,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         from .kernels.swiglu import swiglu as kernel
 
         return kernel(gate, up)
-    return F.silu(gate).mul_(up)
+    return swiglu_of_torch(gate, up)
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, dh: Tensor, weight: Tensor) -> SwigluGradients:
@@ -51,6 +51,16 @@ def swiglu_backward(gate: Tensor, up: Tensor, dh: Tensor, weight: Tensor) -> Swi
         from .kernels.swiglu import swiglu_backward as kernel
 
         return SwigluGradients(*kernel(gate, up, dh, weight))
+    return swiglu_backward_of_torch(gate, up, dh, weight)
+
+
+def swiglu_of_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in torch's operations."""
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward_of_torch(gate: Tensor, up: Tensor, dh: Tensor, weight: Tensor) -> SwigluGradients:
+    """`swiglu_backward` in torch's operations."""
     silu = F.silu(gate)
     h = silu * up
     dweight = torch.sum(h * dh, dim=1, dtype=torch.float32)
