@@ -145,6 +145,7 @@ class GGUFLikelihood:
             self._llama: Any = Llama(
                 model_path=str(path), n_ctx=sequence_length, logits_all=True, verbose=False,
                 n_gpu_layers=-1 if use_gpu else 0, type_k=_FLOAT32_CACHE, type_v=_FLOAT32_CACHE,
+                n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"`gguf`: llama.cpp cannot load {str(path)!r} ({error}). Make the file again") from error
