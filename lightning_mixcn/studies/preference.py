@@ -113,7 +113,7 @@ def score(sheets: list[str], *, out: str, key: str | None = None, seed: int = 0)
             empty where there is none.
         out: Folder to make: pairs.csv, models.csv, judges.csv, table.txt and preference.json. Elo is the maximum of
             the Bradley-Terry likelihood, which knows no order of the matches; a tie is half a win for both; the first
-            model has 1000. Intervals (95 %) draw the questions anew.
+            model has 1000. Intervals are of 95 %: Wilson's over questions; of Elo, questions are drawn anew.
         key: The sheets' key.json; null takes the one beside the first sheet.
         seed: Of the intervals' resampling.
 

@@ -1,7 +1,9 @@
 """Win rates, Elo, agreement and the judges' bias for a side, with intervals.
 
-The questions are drawn anew (Efron and Tibshirani, An Introduction to the Bootstrap, 1993), each with all verdicts on
-it: those of several judges, or of several pairs of models on the same question, go together.
+Verdicts on one question go together: those of several judges, and of several pairs of models. So what counts for an
+interval is how many questions there are. Shares have Wilson's interval (Wilson 1927) of as many trials, which is not
+empty where all verdicts are alike; it is too wide rather than too narrow where questions have several verdicts or ties.
+For Elo the questions are drawn anew (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
 
 Legend: Q questions, M models, J judges, I items, R resamples.
 """
@@ -20,6 +22,7 @@ from .significance import sign_flip_p
 
 Floats = NDArray[np.float64]
 _RESAMPLES, _TAILS = 2000, (2.5, 97.5)
+_Z_95 = 1.959963984540054
 # Resamples that may be without a finite Elo for an interval to be given.
 _MOST_WITHOUT_ELO = 0.01
 
@@ -29,7 +32,7 @@ class Figure(NamedTuple):
 
     Args:
         value: NaN where there is none.
-        low: Lower end; NaN where there is none, as with fewer than two questions.
+        low: Lower end; NaN where there is none.
         high: Upper end.
     """
 
@@ -113,19 +116,10 @@ class PreferenceScores:
     def __init__(self, matches: Matches, seed: int = 0) -> None:
         """Compute them."""
         self.matches = matches
-        questions = 1 + max(item.question for item in matches.items)
         self._question_I = np.array([item.question for item in matches.items])
-        judged = np.unique(self._question_I[(matches.verdicts != MISSING).any(axis=0)])
-        self._several = len(judged) > 1
-        draws = np.random.default_rng(seed).multinomial(len(judged), np.full(len(judged), 1 / len(judged)), _RESAMPLES)
-        # The first row is the questions as they are, the others are drawn.
-        self._times_RQ = np.zeros((1 + _RESAMPLES, questions))
-        self._times_RQ[0] = 1
-        self._times_RQ[1:, judged] = draws
-        self._wins_QMM, self._ties_QMM = _sums(matches, questions)
-        wins_RMM, ties_RMM = (self._resampled(sums) for sums in (self._wins_QMM, self._ties_QMM))
-        self.pairs = [self._pair(*pair, wins_RMM, ties_RMM) for pair in combinations(range(len(matches.models)), 2)]
-        self.models = self._models(wins_RMM + ties_RMM / 2)
+        self._wins_QMM, self._ties_QMM = _sums(matches, 1 + int(self._question_I.max()))
+        self.pairs = [self._pair(*pair) for pair in combinations(range(len(matches.models)), 2)]
+        self.models = self._models(np.random.default_rng(seed))
         self.sides = [self._side(name, slice(j, j + 1)) for j, name in enumerate(matches.judges)]
         self.sides.append(self._side("all", slice(None)))
 
@@ -140,57 +134,74 @@ class PreferenceScores:
             "krippendorff_alpha": krippendorff_alpha(verdicts_JI),
         }
 
-    def _resampled(self, sums_Q: NDArray[Any]) -> Floats:
-        resampled: Floats = np.tensordot(self._times_RQ, sums_Q, axes=1)
-        return resampled
-
-    def _pair(self, model: int, other: int, wins_RMM: Floats, ties_RMM: Floats) -> PairScore:
-        win_R, loss_R, tie_R = wins_RMM[:, model, other], wins_RMM[:, other, model], ties_RMM[:, model, other]
-        count_R = win_R + loss_R + tie_R
-        balance_Q = self._wins_QMM[:, model, other] - self._wins_QMM[:, other, model]
+    def _pair(self, model: int, other: int) -> PairScore:
+        win_Q, loss_Q = self._wins_QMM[:, model, other], self._wins_QMM[:, other, model]
+        tie_Q = self._ties_QMM[:, model, other]
+        count_Q = win_Q + loss_Q + tie_Q
         return PairScore(
             self.matches.models[model],
             self.matches.models[other],
-            int(count_R[0]),
-            win=self._share(win_R, count_R),
-            tie=self._share(tie_R, count_R),
-            loss=self._share(loss_R, count_R),
-            score=self._share(win_R + tie_R / 2, count_R),
-            p_value=sign_flip_p(balance_Q) if count_R[0] else math.nan,
+            int(count_Q.sum()),
+            win=share(win_Q, count_Q),
+            tie=share(tie_Q, count_Q),
+            loss=share(loss_Q, count_Q),
+            score=share(win_Q + tie_Q / 2, count_Q),
+            p_value=sign_flip_p(win_Q - loss_Q) if count_Q.any() else math.nan,
         )
 
-    def _models(self, score_RMM: Floats) -> list[ModelScore]:
-        elo_RM = elo_ratings(score_RMM)
-        won_RM, count_RM = score_RMM.sum(2), (score_RMM + score_RMM.transpose(0, 2, 1)).sum(2)
-        without = np.isnan(elo_RM[1:, 0]).mean()
-        scores = []
-        for model, name in enumerate(self.matches.models):
-            elo = self._figure(elo_RM[:, model])
-            if model == 0 or without > _MOST_WITHOUT_ELO:
-                elo = Figure(elo.value, math.nan, math.nan)
-            share = self._share(won_RM[:, model], count_RM[:, model])
-            scores.append(ModelScore(name, int(count_RM[0, model]), share, elo))
-        return scores
+    def _models(self, draw: np.random.Generator) -> list[ModelScore]:
+        score_QMM = self._wins_QMM + self._ties_QMM / 2
+        won_QM, count_QM = score_QMM.sum(2), (score_QMM + score_QMM.transpose(0, 2, 1)).sum(2)
+        elo_M, low_M, high_M = _elo(score_QMM[count_QM.any(axis=1)], draw)
+        return [
+            ModelScore(
+                name,
+                int(count_QM[:, model].sum()),
+                share(won_QM[:, model], count_QM[:, model]),
+                Figure(float(elo_M[model]), float(low_M[model]), float(high_M[model])),
+            )
+            for model, name in enumerate(self.matches.models)
+        ]
 
     def _side(self, judge: str, chosen: slice) -> SideScore:
         verdicts_JI = self.matches.verdicts[chosen]
-        count, missing = int((verdicts_JI != MISSING).sum()), int((verdicts_JI == MISSING).sum())
-        weight_I = (verdicts_JI == LEFT).sum(0) + (verdicts_JI == TIE).sum(0) / 2
-        questions = self._times_RQ.shape[1]
-        left_Q = np.bincount(self._question_I, weights=weight_I, minlength=questions)
-        count_Q = np.bincount(self._question_I, weights=(verdicts_JI != MISSING).sum(0), minlength=questions)
-        left = self._share(self._resampled(left_Q), self._resampled(count_Q))
-        return SideScore(judge, count, missing, float((verdicts_JI == TIE).sum()) / count, left)
+        given_JI = verdicts_JI != MISSING
+        left_I = (verdicts_JI == LEFT).sum(0) + (verdicts_JI == TIE).sum(0) / 2
+        left = share(np.bincount(self._question_I, left_I), np.bincount(self._question_I, given_JI.sum(0)))
+        ties = float((verdicts_JI == TIE).sum() / given_JI.sum())
+        return SideScore(judge, int(given_JI.sum()), int((~given_JI).sum()), ties, left)
 
-    def _share(self, part_R: Floats, count_R: Floats) -> Figure:
-        with np.errstate(invalid="ignore"):  # a draw without a verdict on it has no share
-            return self._figure(part_R / count_R)
 
-    def _figure(self, values_R: Floats) -> Figure:
-        drawn = values_R[1:][~np.isnan(values_R[1:])]
-        if not self._several or not len(drawn) or math.isnan(values_R[0]):
-            return Figure(float(values_R[0]), math.nan, math.nan)
-        return Figure(float(values_R[0]), *map(float, np.percentile(drawn, _TAILS)))
+def share(part_Q: NDArray[Any], count_Q: NDArray[Any]) -> Figure:
+    """A share of all verdicts, with Wilson's interval.
+
+    Args:
+        part_Q: Verdicts of some kind on each question, half ones too, ``[Q]``.
+        count_Q: All verdicts on it.
+
+    Returns:
+        NaN where there is no verdict.
+    """
+    trials = int((count_Q > 0).sum())
+    if not trials:
+        return Figure(math.nan, math.nan, math.nan)
+    value, z2 = float(part_Q.sum() / count_Q.sum()), _Z_95**2
+    centre = (value + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z_95 / (1 + z2 / trials) * math.sqrt(value * (1 - value) / trials + z2 / (4 * trials**2))
+    return Figure(value, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def _elo(score_QMM: Floats, draw: np.random.Generator) -> tuple[Floats, Floats, Floats]:
+    """Elo ``[M]`` and the ends of its intervals; none for the first model, or where too few resamples have an Elo."""
+    questions = len(score_QMM)
+    times_RQ = draw.multinomial(questions, np.full(questions, 1 / questions), _RESAMPLES)
+    drawn_RMM = np.tensordot(times_RQ, score_QMM, axes=1)
+    elo_RM = elo_ratings(np.concatenate([score_QMM.sum(0, keepdims=True), drawn_RMM]))
+    ends_2M = np.full((2, score_QMM.shape[1]), math.nan)
+    has_elo_R = ~np.isnan(elo_RM[1:, 0])
+    if not np.isnan(elo_RM[0, 0]) and questions > 1 and has_elo_R.mean() >= 1 - _MOST_WITHOUT_ELO:
+        ends_2M[:, 1:] = np.percentile(elo_RM[1:][has_elo_R][:, 1:], _TAILS, axis=0)
+    return elo_RM[0], ends_2M[0], ends_2M[1]
 
 
 def _sums(matches: Matches, questions: int) -> tuple[Floats, Floats]:

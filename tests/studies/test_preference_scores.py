@@ -8,7 +8,7 @@ import pytest
 
 from lightning_mixcn.studies.preference_items import Item, lay_out
 from lightning_mixcn.studies.preference_matches import LEFT, MISSING, RIGHT, TIE, Matches
-from lightning_mixcn.studies.preference_scores import PreferenceScores
+from lightning_mixcn.studies.preference_scores import PreferenceScores, share
 
 
 def judged(models: int, questions: int, verdicts: list[list[int]]) -> PreferenceScores:
@@ -55,6 +55,16 @@ def test_intervals_of_a_share_are_those_of_the_normal_distribution() -> None:
     assert elo.high == pytest.approx(1000 + 694.9 * 1.96 * 0.025, abs=5)
 
 
+def test_wilson_s_interval() -> None:
+    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
+    for part, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        successes = np.array([1.0] * part + [0.0] * (trials - part))
+        found = share(successes, np.ones(trials))
+        assert [found.low, found.high] == pytest.approx([low, high], abs=5e-5)
+    # What is not judged is no trial.
+    assert share(np.array([1.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0])) == share(np.array([1.0, 0.0]), np.ones(2))
+
+
 def test_judges_of_one_question_are_not_independent() -> None:
     """Five judges who say the same make an interval no narrower than one."""
     verdicts = [LEFT, RIGHT, LEFT] * 20
@@ -72,7 +82,8 @@ def test_sides() -> None:
     verdicts[0, :10] = MISSING
     scores = PreferenceScores(Matches(["a", "b"], ["leftist", "judge"], items, verdicts))
     leftist, judge, together = scores.sides
-    assert (leftist.verdicts, leftist.missing, leftist.left.value, leftist.left.low) == (30, 10, 1.0, 1.0)
+    assert (leftist.verdicts, leftist.missing, leftist.left.value) == (30, 10, 1.0)
+    assert leftist.left.low == pytest.approx(30 / (30 + 1.96**2), abs=1e-4)  # Wilson's, of nothing but successes
     assert (judge.verdicts, judge.missing, judge.left.value) == (40, 0, 0.5)
     assert (together.judge, together.verdicts) == ("all", 70)
     assert together.left.value == pytest.approx(50 / 70)
@@ -83,7 +94,6 @@ def test_sides() -> None:
 
 def test_where_there_is_nothing_there_is_no_figure() -> None:
     alone = judged(2, 1, [[LEFT]])
-    assert math.isnan(alone.pairs[0].win.low)
     assert all(math.isnan(model.elo.value) for model in alone.models)
     unmet = judged(3, 2, [[LEFT, MISSING, MISSING, RIGHT, MISSING, MISSING]])
     assert [pair.verdicts for pair in unmet.pairs] == [2, 0, 0]
