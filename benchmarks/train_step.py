@@ -1,13 +1,16 @@
-"""Tokens per second of a training step: ours beside stock transformers + PEFT on bf16 experts, interleaved in one run.
+"""Tokens per second of a training step: ours, its peers and the limit, step by step in turn in one run.
 
     python benchmarks/train_step.py --base .cache/demo/base --text .cache/demo/text/train/zh.jsonl
-    python benchmarks/train_step.py --preset cpu-small --sequence_length 1024 --rank 64 --result train_step_1024
+    python benchmarks/train_step.py --preset cpu-small --sequence_length 1024 --result train_step_1024
+    python benchmarks/train_step.py --preset full-8x7b            # one GPU of 80 GB; see WORKLOADS for the others
+    python benchmarks/train_step.py --preset full-8x7b --layers 1 --hidden 256 --intermediate 512  # the same, tried small
 
-Both train the same LoRA (on attention, router and every expert) of the same base on the same rows, loss with the
-auxiliary term, fused AdamW; rows are packed documents, positions restart at each. The limit beside them is the step's
-large products alone, as plain GEMMs (`products.py`). With a preset the base and the token ids are random. Each runs in
-a process of its own, as a user would run it: ours with the allocator settings of `mixcn fit`, stock with none. They
-take turns, step by step, and the one that waits sleeps. A step is timed from the forward pass to the optimizer's end.
+All train LoRA of the same base on the same rows, loss with the auxiliary term; rows are packed documents, positions
+restart at each. With a preset the base and the token ids are random; where only ours and the limit take part it is made
+in memory, else in a temporary folder (94 GB at full size). Each runs in a process of its own, as a user would run it:
+ours with the allocator settings of `mixcn fit`. They take turns, and the one that waits sleeps. A step is timed from
+the forward pass to the optimizer's end. What the limit is stands in `step_limit.py`, who the peers are and what they
+leave out in `step_models.py`; a peer that is not here or breaks is named with the reason.
 """
 
 import argparse
@@ -21,40 +24,62 @@ from pathlib import Path
 from typing import Any
 
 import record
+from random_base import config_of, write_random_base
+from step_models import CONTESTANTS, NOTES
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
-
-
-def lora(rank: int) -> Any:
-    """The same adapter for both."""
-    import peft
-
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-
-
-def ours(base: str, rank: int) -> Any:
-    """4-bit experts, split LoRA."""
-    from lightning_mixcn.allocator import keep_freed_memory
-    from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
-
-    keep_freed_memory()
-    model = load_mixtral(base, lora=lora(rank))
-    set_activation_checkpointing(model, "none")
-    return model.train()
-
-
-def stock(base: str, rank: int) -> Any:
-    """Experts of transformers in bf16; PEFT adapts them as parameters and materialises W + BA."""
-    import peft
-    import torch
-    import transformers
-
-    model = transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    return peft.get_peft_model(model, lora(rank)).train()
-
-
-CONTESTANTS = {"ours": ours, "stock": stock}
-ALL = (*CONTESTANTS, "limit")
+# What a preset measures unless options say otherwise. 32,768 tokens a micro-batch, and a row of 131,072 tokens, are the
+# two largest things that a GPU of 80 GB is meant to train.
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "cpu-small": {"preset": "cpu-small", "sequence_length": 1024, "rank": 64, "contestants": ["ours", "stock"]},
+    "layer-8x7b": {
+        "preset": "layer-8x7b",
+        "sequence_length": 4096,
+        "micro_batch_size": 2,
+        "rank": 64,
+        "contestants": ["ours", "stock", "bitsandbytes", "experts4bit", "unsloth", "axolotl"],
+    },
+    "full-8x7b": {
+        "preset": "full-8x7b",
+        "sequence_length": 4096,
+        "micro_batch_size": 2,
+        "rank": 64,
+        "activation_checkpointing": "full",
+    },
+    "full-8x7b-selective": {
+        "preset": "full-8x7b",
+        "sequence_length": 4096,
+        "rank": 64,
+        "activation_checkpointing": "selective",
+    },
+    "full-8x7b-32k": {
+        "preset": "full-8x7b",
+        "sequence_length": 4096,
+        "micro_batch_size": 8,
+        "rank": 64,
+        "activation_checkpointing": "full",
+        "optimizer": "adamw8bit",
+    },
+    "full-8x7b-128k": {
+        "preset": "full-8x7b",
+        "sequence_length": 131072,
+        "rank": 64,
+        "activation_checkpointing": "offload",
+        "optimizer": "adamw8bit",
+        "warmup": 1,
+        "rounds": 5,
+    },
+}
+DEFAULTS: dict[str, Any] = {
+    "sequence_length": 512,
+    "micro_batch_size": 1,
+    "rank": 16,
+    "warmup": 4,
+    "rounds": 12,
+    "activation_checkpointing": "none",
+    "optimizer": "adamw",
+    "result": "train_step",
+    "contestants": ["ours"],
+}
 
 
 def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -78,114 +103,188 @@ def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def random_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Micro-batches of random token ids, a document a row."""
     import torch
-    from random_base import config_of
 
-    generator, vocabulary = torch.Generator().manual_seed(0), config_of(options.preset).vocab_size
+    generator, shape = torch.Generator().manual_seed(0), (options.micro_batch_size, options.sequence_length)
     while True:
-        ids = torch.randint(vocabulary, (options.micro_batch_size, options.sequence_length), generator=generator)
+        ids = torch.randint(options.config.vocab_size, shape, generator=generator)
         yield {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
 
 
 def contestant(name: str, options: argparse.Namespace) -> Callable[[], float]:
     """What makes one step of a contestant and gives its seconds."""
     if name == "limit":
-        import transformers
-        from products import step_products, timed
+        from step_limit import limit
 
-        config = transformers.AutoConfig.from_pretrained(options.base)
-        return timed(step_products(config, options.micro_batch_size * options.sequence_length, options.rank))
+        tokens = options.micro_batch_size * options.sequence_length
+        return limit(options.config, tokens, options.rank, options.activation_checkpointing, options.device)
     batches = random_rows(options) if options.preset else packed_rows(options)
-    return stepper(CONTESTANTS[name](options.base, options.rank), batches)
+    return stepper(CONTESTANTS[name](options), batches, options)
 
 
-def stepper(model: Any, batches: Iterator[dict[str, Any]]) -> Callable[[], float]:
+def stepper(model: Any, batches: Iterator[dict[str, Any]], options: argparse.Namespace) -> Callable[[], float]:
     """One optimizer step on the next batch; returns its seconds."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if options.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: Any = AdamW8bit(trained, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> float:
-        batch = next(batches)
+        batch = {name: values.to(options.device) for name, values in next(batches).items()}
+        _synchronize(options.device)
         start = time.perf_counter()
         model(**batch, output_router_logits=True, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        _synchronize(options.device)
         return time.perf_counter() - start
 
     return step
 
 
-def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
-    """A contestant's process: a step for every message, answered with its seconds; ``None`` asks for peak memory."""
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that this process has had: on a GPU, what torch allocated there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     from lightning_mixcn.peak_memory import peak_resident_bytes
 
-    step = contestant(name, options)
-    while connection.recv() is not None:
-        connection.send(step())
-    connection.send(peak_resident_bytes())
+    return peak_resident_bytes()
 
 
-def main() -> None:
-    """Measure and write results/train_step.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["cpu-small", "layer-8x7b"], help="a random base instead of --base, --text")
-    parser.add_argument("--base", help="a Mixtral folder in bf16")
-    parser.add_argument("--text", help="JSON lines with a field text; enough for all steps")
-    parser.add_argument("--sequence_length", type=int, default=512, help="tokens a row")
-    parser.add_argument("--micro_batch_size", type=int, default=1, help="rows")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--warmup", type=int, default=4, help="untimed steps of each")
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each")
-    parser.add_argument("--result", default="train_step", help="name of the JSON under benchmarks/results")
-    options = parser.parse_args()
-    if (options.preset is None) == (options.base is None or options.text is None):
-        parser.error("give --preset, or --base and --text")
-    with tempfile.TemporaryDirectory() as folder:
-        if options.preset:
-            from random_base import write_random_base
+def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
+    """A contestant's process: a step for every ``True``, answered with its seconds; ``None`` asks for peak memory.
 
-            write_random_base(options.preset, Path(folder))
-            options.base, options.text = folder, ""
-        measure(options)
+    Before that, and instead of an answer, a text says why it cannot take part.
+    """
+    try:
+        step = contestant(name, options)
+        connection.send(None)
+        while connection.recv() is not None:
+            connection.send(step())
+        connection.send(peak_bytes(options.device))
+    except Exception as error:  # whatever breaks in a peer is its result
+        connection.send(f"{type(error).__name__}: {error}".split("\n")[0])
+        if name in ("ours", "limit"):
+            raise
 
 
 def measure(options: argparse.Namespace) -> None:
     """Let the contestants take turns, and report."""
-    context, connections = multiprocessing.get_context("spawn"), {}
-    for name in ALL:
+    context, connections, absent = multiprocessing.get_context("spawn"), {}, {}
+    for name in (*options.contestants, "limit"):
         connections[name], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, name, options), daemon=True).start()
-
-    def answer(name: str, message: bool | None) -> Any:
-        connections[name].send(message)
-        return connections[name].recv()
-
-    seconds: dict[str, list[float]] = {name: [] for name in ALL}
+        # One after the other: models are larger while they are loaded.
+        if (reason := connections[name].recv()) is not None:
+            absent[name] = reason
+    seconds: dict[str, list[float]] = {name: [] for name in connections if name not in absent}
     for _ in range(options.warmup + options.rounds):
-        for name in ALL:
-            seconds[name].append(answer(name, True))
-    memory = {name: answer(name, None) for name in ALL}
-    report(options, {name: values[options.warmup :] for name, values in seconds.items()}, memory)
+        for name in [name for name in seconds if name not in absent]:
+            connections[name].send(True)
+            answer = connections[name].recv()
+            if isinstance(answer, str):
+                absent[name] = answer
+            else:
+                seconds[name].append(answer)
+    memory = {}
+    for name in [name for name in seconds if name not in absent]:
+        connections[name].send(None)
+        memory[name] = connections[name].recv()
+    if not {"ours", "limit"} <= set(memory):
+        raise SystemExit(f"no result: {absent}")
+    report(options, {name: seconds[name][options.warmup :] for name in memory}, memory, absent)
 
 
-def report(options: argparse.Namespace, seconds: dict[str, list[float]], memory: dict[str, int]) -> None:
+def report(
+    options: argparse.Namespace, seconds: dict[str, list[float]], memory: dict[str, int], absent: dict[str, str]
+) -> None:
     """Print and record."""
     tokens = options.sequence_length * options.micro_batch_size
     rates = {name: record.spread([tokens / value for value in values]) for name, values in seconds.items()}
-    ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
+    ratios = {
+        name: record.spread([theirs / ours for theirs, ours in zip(values, seconds["ours"], strict=True)])
+        for name, values in seconds.items()
+        if name not in ("ours", "limit")
+    }
     share = record.spread([a / b for a, b in zip(seconds["limit"], seconds["ours"], strict=True)])
     for name, rate in rates.items():
-        peak = f"  peak {memory[name] / 1e9:.2f} GB" if name in CONTESTANTS else "  (its large products alone)"
-        print(f"{name:6} {rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f}){peak}")
-    print(f"ours / stock, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        peak = "  (its products and traffic alone)" if name == "limit" else f"  peak {memory[name] / 1e9:.2f} GB"
+        print(f"{name:12} {rate['median']:9.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f}){peak}")
+    for name, ratio in ratios.items():
+        print(f"ours / {name}, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
     print(f"ours / limit, pair by pair: {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})")
+    for name, reason in absent.items():
+        print(f"{name} did not take part: {reason}")
+    for name in [name for name in ratios if name in NOTES]:
+        print(f"{name}: {NOTES[name]}")
     # No path of a machine in a result.
     named = {"base": options.preset or Path(options.base).name, "text": options.preset or Path(options.text).name}
-    settings = vars(options) | named
-    figures = {"settings": settings, "tokens_per_second": rates, "ratio": ratio, "share_of_limit": share}
-    figures["peak_resident_bytes"] = {name: memory[name] for name in CONTESTANTS}
+    settings = {key: value for key, value in vars(options).items() if key != "config"} | named
+    figures = {"settings": settings, "tokens_per_second": rates, "share_of_limit": share}
+    figures |= {"ratio_to": ratios, "absent": absent, "notes": {name: NOTES[name] for name in ratios}}
+    figures["peak_bytes"] = {name: memory[name] for name in memory if name != "limit"}
     print("written to", record.write(options.result, figures))
+
+
+def parse() -> argparse.Namespace:
+    """Options, with those of the preset and then the defaults where they are not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(WORKLOADS), help="a random base instead of --base and --text")
+    parser.add_argument("--base", help="a Mixtral folder in bf16")
+    parser.add_argument("--text", help="JSON lines with a field text; enough for all steps")
+    parser.add_argument("--sequence_length", type=int, help="tokens a row")
+    parser.add_argument("--micro_batch_size", type=int, help="rows")
+    parser.add_argument("--rank", type=int, help="of LoRA on attention, router and experts")
+    parser.add_argument("--activation_checkpointing", choices=["none", "selective", "full", "offload"])
+    parser.add_argument("--optimizer", choices=["adamw", "adamw8bit"])
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="beside the limit")
+    parser.add_argument("--warmup", type=int, help="untimed steps of each")
+    parser.add_argument("--rounds", type=int, help="timed steps of each, at least 5")
+    parser.add_argument("--result", help="name of the JSON under benchmarks/results")
+    for name in ("layers", "hidden", "intermediate"):
+        parser.add_argument(f"--{name}", type=int, help=f"instead of the preset's; a small {name} to try the script")
+    options = parser.parse_args()
+    if (options.preset is None) == (options.base is None or options.text is None):
+        parser.error("give --preset, or --base and --text")
+    for key, value in (DEFAULTS | WORKLOADS.get(options.preset, {"contestants": ["ours", "stock"]})).items():
+        if key != "preset" and getattr(options, key) is None:
+            setattr(options, key, value)
+    if "ours" not in options.contestants:
+        parser.error("--contestants needs ours: ratios are to it")
+    return options
+
+
+def main() -> None:
+    """Measure and write results/train_step.json."""
+    import torch
+    import transformers
+
+    options = parse()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        if options.preset:
+            sizes = {"num_hidden_layers": options.layers, "hidden_size": options.hidden}
+            preset = WORKLOADS[options.preset]["preset"]
+            options.config = config_of(preset, **sizes, intermediate_size=options.intermediate)
+            if options.contestants != ["ours"]:
+                write_random_base(options.config, Path(folder))
+                options.base = folder
+        else:
+            options.config = transformers.AutoConfig.from_pretrained(options.base)
+        measure(options)
 
 
 if __name__ == "__main__":
