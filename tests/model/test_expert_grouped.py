@@ -27,6 +27,7 @@ def train_on_nothing() -> None:
 
 
 def test_no_value_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", "loop")
     with pytest.raises(DynamicOutputShapeException):
         train_on_nothing()  # the loop counts rows
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "grouped")

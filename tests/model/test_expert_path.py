@@ -22,6 +22,12 @@ from lightning_mixcn.testing import run_distributed
 INDEX = torch.zeros(6, 2, dtype=torch.int64)
 
 
+@pytest.fixture(autouse=True)
+def no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is unset, whatever whoever runs the tests has set."""
+    monkeypatch.delenv("MIXCN_EXPERT_PATH", raising=False)
+
+
 def inputs(hidden: int = 32, rank: int = 8) -> BlockInputs:
     """Six tokens and three experts: four rows an expert."""
     dtype = torch.bfloat16
