@@ -8,8 +8,12 @@
 
 Decoding costs ``grouped`` and ``loop`` the same traffic for any number of rows, and only ``loop`` skips experts without
 rows. ``decode`` reads 4 bits instead of writing and reading 16, but decodes anew for each tile of rows: expected to win
-at few rows an expert, to lose at many. LoRA dropout costs the latter two a synchronisation and the memory of a mask for
-all rows: masks are drawn expert by expert, the same on each path.
+at few rows an expert, to lose at many. By count, one token of Mixtral-8x7B moves 0.2 GB a layer with ``decode``, 2.0
+with ``loop`` and 4.3 with ``grouped``.
+
+LoRA dropout costs ``grouped`` and ``decode`` a synchronisation and the memory of a mask for all rows: masks are drawn
+expert by expert, the same on each path. On the CPU these two are for tests: their rows are not padded, and oneDNN keeps
+a kernel for each row count.
 """
 
 import importlib.util
