@@ -171,3 +171,18 @@ def test_a_projection_without_adapter(path: str, monkeypatch: pytest.MonkeyPatch
         padded += [torch.zeros_like(inputs[3]), inputs[4], torch.zeros_like(inputs[5]), torch.zeros_like(inputs[6])]
         torch.testing.assert_close(y, reference(padded, index, weights, Dropout()))
     assert a_up.grad is not None
+
+
+@pytest.mark.parametrize("path", ["loop", "grouped"])
+def test_an_input_that_needs_no_gradient(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
+    torch.manual_seed(0)
+    weights, inputs = make_weights(4, "nf4", torch.float32), make_inputs(9, 4, 2, torch.float32)
+    index = chosen("random", 9, 4, 2)
+    with_dx, without = (
+        torch.autograd.grad(
+            ExpertBlock.apply(x, index, inputs[1], weights, Dropout(0.3, 5), *inputs[2:]).sum(), inputs[1:]
+        )
+        for x in (inputs[0], inputs[0].detach())
+    )
+    assert all(torch.equal(one, other) for one, other in zip(with_dx, without, strict=True))
