@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import base_of
-from .lora import LoraFrozenLinear
+from .lora import adapter_rank
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _Chain:
     def run(self, module: nn.Module) -> tuple[Flops, bool]:
         """One projection: its cost a row, and whether it has an adapter."""
         linear: Any = module
-        inputs, outputs, rank = linear.in_features, linear.out_features, _rank(module)
+        inputs, outputs, rank = linear.in_features, linear.out_features, adapter_rank(module)
         product, a, b = 2 * inputs * outputs, 2 * rank * inputs, 2 * rank * outputs
         # Of LoRA: dA and dB, the gradient that goes back through B, and on through A where the input needs it.
         backward = (a + 2 * b) + (product + a if self.needs_gradient else 0)
@@ -146,7 +146,7 @@ def _experts(mlp: Any, chain: _Chain, top_k: int) -> Flops:
     """Cost a token of the router and of the ``top_k`` experts that it chooses."""
     router, router_adapted = chain.run(mlp.gate.linear)
     inputs = [chain.run(projection) for projection in (mlp.experts.gate_proj, mlp.experts.up_proj)]
-    adapted = router_adapted or any(adapted for _, adapted in inputs) or _rank(mlp.experts.down_proj) > 0
+    adapted = router_adapted or any(adapted for _, adapted in inputs) or adapter_rank(mlp.experts.down_proj) > 0
     # Routing weights, and the adapters of gate and up, need the gradient of the hidden rows.
     output, _ = _Chain(chain.needs_gradient or adapted).run(mlp.experts.down_proj)
     chain.needs_gradient = chain.needs_gradient or adapted
@@ -163,10 +163,3 @@ def _head(head: Any, needs_gradient: bool) -> Flops:
 def _again(flops: Flops) -> Flops:
     """With its forward computed a second time."""
     return Flops(flops.forward, flops.backward, flops.recompute + flops.forward)
-
-
-def _rank(module: nn.Module) -> int:
-    """Rank of the active adapters, 0 without any."""
-    if not isinstance(module, LoraFrozenLinear) or module.disable_adapters:
-        return 0
-    return sum(module.r[name] for name in module.active_adapters if name in module.lora_A)

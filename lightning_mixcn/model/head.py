@@ -17,6 +17,11 @@ IGNORED = -100
 _CHUNK_LOGITS = {"cpu": 7 * 2**20, "cuda": 2**26}
 
 
+def chunk_positions(device_type: str, vocabulary: int) -> int:
+    """Positions whose logits are held at a time."""
+    return max(64, _CHUNK_LOGITS.get(device_type, 2**24) // vocabulary // 64 * 64)
+
+
 class _TokenNLL(torch.autograd.Function):
     """Negative log-likelihood of each position, chunk by chunk.
 
@@ -69,8 +74,7 @@ class _Chunks:
         self.hidden_NH, self.weight_VH = hidden_NH, master_VH.to(hidden_NH.dtype)
         self.target_N1 = labels_N[:, None].clamp_min(0)  # what is ignored is masked later
         positions, vocabulary = len(hidden_NH), len(master_VH)
-        fit = _CHUNK_LOGITS.get(hidden_NH.device.type, 2**24) // vocabulary
-        size = max(64, fit // 64 * 64)
+        size = chunk_positions(hidden_NH.device.type, vocabulary)
         self.rows = [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
         self.product_CV = hidden_NH.new_empty(min(size, positions), vocabulary)
         in_float32 = hidden_NH.dtype == torch.float32

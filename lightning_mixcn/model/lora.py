@@ -174,3 +174,10 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
                 f"merging adapter {adapter!r} gives NaN or infinite weights; the adapter seems to be broken"
             )
         self.storage.write(0, merged)
+
+
+def adapter_rank(module: nn.Module) -> int:
+    """Rank of a projection's active adapters together, 0 without any."""
+    if not isinstance(module, LoraFrozenLinear) or module.disable_adapters:
+        return 0
+    return sum(module.r[name] for name in module.active_adapters if name in module.lora_A)

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, counted from outside: what a plan of memory is compared with where there is no GPU."""
+"""Bytes of tensors that are alive, counted operation by operation: real ones, or those of a run on no memory at all."""
 
 import weakref
 from typing import Any
