@@ -9,6 +9,7 @@ kernels compute the scores again (FlashAttention, https://arxiv.org/abs/2205.141
 Legend: B rows, S positions of a row, R rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation_checkpointing import layer_modes
 from .adapters import base_of
 from .lora import adapter_rank
 
@@ -70,24 +72,25 @@ class TrainingFlops:
         return self.per_token * tokens + self.per_pair * pairs
 
 
-def count_training_flops(model: nn.Module, activation_checkpointing: str) -> TrainingFlops:
+def count_training_flops(model: nn.Module, activation_checkpointing: str | Sequence[str]) -> TrainingFlops:
     """Count a model's training step; on the meta device, too.
 
     Args:
         model: A `MixtralForCausalLM` or the PeftModel around it: its sizes, its adapters and what of it trains count.
-        activation_checkpointing: ``none``, ``selective`` or ``full``, see `set_activation_checkpointing`.
+        activation_checkpointing: A mode, or one for each layer, see `set_activation_checkpointing`.
     """
     base: Any = base_of(model)
     pair = 4 * base.config.num_attention_heads * base.model.layers[0].self_attn.head_dim
     token, attention = Flops(), Flops()
     needs_gradient = base.model.embed_tokens.weight.requires_grad
-    for layer in base.model.layers:
+    modes = layer_modes(activation_checkpointing, len(base.model.layers))
+    for layer, mode in zip(base.model.layers, modes, strict=True):
         chain = _Chain(needs_gradient)
         layer_token, layer_pair = _attention(layer.self_attn, chain, pair)
-        if activation_checkpointing == "selective" and chain.needs_gradient:
+        if mode == "selective" and chain.needs_gradient:
             layer_token, layer_pair = _again(layer_token), _again(layer_pair)
         layer_token += _experts(layer.mlp, chain, base.config.num_experts_per_tok)
-        if activation_checkpointing == "full" and chain.needs_gradient:
+        if mode in ("full", "offload") and chain.needs_gradient:
             layer_token, layer_pair = _again(layer_token), _again(layer_pair)
         token, attention, needs_gradient = token + layer_token, attention + layer_pair, chain.needs_gradient
     return TrainingFlops(token + _head(base.lm_head, needs_gradient), attention)

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from .activation_memory import MicroBatch, model_activations
+from .activation_memory import model_activations
 from .adapters import base_of
 from .inventory import bytes_in_memory
+from .layer_memory import MicroBatch
 from .optimizer_memory import OptimizerMemory
 from .shard_plan import Sharing
 

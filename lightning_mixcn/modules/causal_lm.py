@@ -24,7 +24,15 @@ from .dropout_seed import seed_micro_batch
 from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
 from .optimizer_states import check_optimizer
-from .run_checks import check_finite_step, check_precision, check_vocabulary
+from .planned_run import budgeted_modes
+from .run_checks import (
+    check_activation_settings,
+    check_finite_step,
+    check_labels,
+    check_precision,
+    check_trains,
+    check_vocabulary,
+)
 from .saved_state import SavedStateModule, adapter_folder
 from .schedule import WarmupCosine, scheduled
 from .step_clock import StepClock
@@ -46,12 +54,15 @@ class CausalLMModule(SavedStateModule):
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully, as the paper does.
         adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer.
         router_aux_loss_coef: Weight of the auxiliary load-balancing loss; 0.02 as in Mixtral's configuration.
-        activation_checkpointing: ``none`` keeps activations, ``selective`` recomputes attention, ``full`` whole layers.
+        activation_checkpointing: ``none`` keeps activations, ``selective`` recomputes attention, ``full`` whole layers,
+            of which ``offload`` keeps the inputs in the host's memory.
         optimizer: Made from the parameters that train.
         lr_scheduler: Made from the optimizer and stepped once an optimizer step.
         seed: Of LoRA's random start, and of dropout.
         new_rows: How rows for an extended tokenizer's new pieces start: the ``mean`` or ``byte_mean`` of the rows of
             their old pieces, ``random``, ``zeros``.
+        activation_memory: Bytes for activations, or ``auto`` for what the device has left: as many layers as fit are
+            ``selective``, the others ``full``. It takes precedence over `activation_checkpointing`, to be left out.
     """
 
     def __init__(
@@ -64,11 +75,12 @@ class CausalLMModule(SavedStateModule):
         train_embeddings: bool = False,
         adapter: str | None = None,
         router_aux_loss_coef: float = 0.02,
-        activation_checkpointing: Literal["none", "selective", "full"] = "selective",
+        activation_checkpointing: Literal["none", "selective", "full", "offload"] = "selective",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable = WarmupCosine,
         seed: int = 0,
         new_rows: Literal["mean", "byte_mean", "random", "zeros"] = "mean",
+        activation_memory: int | Literal["auto"] | None = None,
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
         super().__init__()
@@ -78,7 +90,10 @@ class CausalLMModule(SavedStateModule):
         self.tokenizer_path, self.new_rows = tokenizer or base, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.router_aux_loss_coef = router_aux_loss_coef
-        self.activation_checkpointing = activation_checkpointing
+        check_activation_settings(activation_checkpointing, activation_memory)
+        self.activation_memory = activation_memory
+        # Once the model is there and `activation_memory` is given, a mode for each layer.
+        self.activation_checkpointing: str | list[str] = activation_checkpointing
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.seed = seed
         self.model: nn.Module | None = None
@@ -164,17 +179,15 @@ class CausalLMModule(SavedStateModule):
             if self.shard is not None and not is_sharded(self.model):
                 self.shard(self.model)
             keep_base_whole(self._strategy, self)
+            if self.activation_memory is not None and self._trainer and self.trainer.state.fn == "fit":
+                self.activation_checkpointing = budgeted_modes(self)
             set_activation_checkpointing(self.model, self.activation_checkpointing)
             self.model.train()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what trains, and its schedule. Raises: ValueError if nothing trains, or on what cannot be."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise ValueError(
-                "Nothing trains: `lora` is null and `train_embeddings` is false. "
-                "Set model.init_args.lora, e.g. {r: 64, lora_alpha: 128, target_modules: all-linear}"
-            )
+        check_trains(parameters)
         optimizer = self.make_optimizer(parameters)
         check_optimizer(optimizer, self.trainer.strategy)
         return scheduled(optimizer, self.make_lr_scheduler(optimizer), self.trainer.max_steps)
@@ -209,10 +222,7 @@ class CausalLMModule(SavedStateModule):
         step, totals = self.trainer.global_step, self._window.close(self.trainer.strategy)
         count = float(totals.count)
         check_finite_step(step, "loss", float(totals.minimised), self.trainer)
-        if count <= 0:
-            raise ValueError(
-                f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)"
-            )
+        check_labels(step, count)
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
         group = gradient_group(self.trainer.strategy.model)
         norm = rescale_gradients(trainable, count, self.trainer.world_size, group)

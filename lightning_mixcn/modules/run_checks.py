@@ -47,6 +47,49 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
         )
 
 
+def check_trains(parameters: list[Any]) -> None:
+    """Refuse to train nothing. Args: parameters: those that train. Raises: ValueError if there are none."""
+    if not parameters:
+        raise ValueError(
+            "Nothing trains: `lora` is null and `train_embeddings` is false. "
+            "Set model.init_args.lora, e.g. {r: 64, lora_alpha: 128, target_modules: all-linear}"
+        )
+
+
+def check_activation_settings(checkpointing: str, memory: int | str | None) -> None:
+    """Refuse to choose recomputation twice.
+
+    Args:
+        checkpointing: `activation_checkpointing`, of which ``selective`` is the default.
+        memory: `activation_memory`.
+
+    Raises:
+        ValueError: both are given, or the budget is no budget.
+    """
+    if memory is None:
+        return
+    if checkpointing != "selective":
+        raise ValueError(
+            f"`activation_memory={memory!r}` chooses between selective and full for each layer, but "
+            f"`activation_checkpointing={checkpointing!r}` is given beside it. Leave one of them out"
+        )
+    if memory != "auto" and (isinstance(memory, str) or memory <= 0):
+        raise ValueError(f"`activation_memory={memory!r}`: expected auto, a number of bytes such as 20e9, or null")
+
+
+def check_labels(step: int, count: float) -> None:
+    """Stop before an update that nothing is learnt from. Raises: ValueError.
+
+    Args:
+        step: Its number from 0.
+        count: What its loss is divided by.
+    """
+    if count <= 0:
+        raise ValueError(
+            f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)"
+        )
+
+
 def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
     """Stop before the update when a number is not finite.
 
