@@ -34,6 +34,7 @@ from lightning_mixcn.function_cli import add_function_subcommands
 from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.run_checks import check_precision
+from lightning_mixcn.run_plan import RunPlan
 
 __all__ = ["MixcnCLI", "PretrainDataModule", "RunConfig", "run_trainer"]
 
@@ -68,6 +69,7 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, and show it in TensorBoard."""
+        self.config.pop("plan", None)  # which other subcommands do not know
         text = self.parser.dump(self.config, skip_none=False)
         command = trainer.state.fn.value if trainer.state.fn else stage
         name = "config.yaml" if command == "fit" else f"config.{command}.yaml"
@@ -112,7 +114,13 @@ class MixcnCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give the data the model's tokenizer."""
+        """Give the data the model's tokenizer; give `fit` the option to plan."""
+        if parser.prog.endswith(" fit"):
+            parser.add_argument(
+                "--plan",
+                action="store_true",
+                help="print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit",
+            )
         parser.link_arguments(
             ("model.init_args.tokenizer", "model.init_args.base"), "data.init_args.tokenizer", compute_fn=_tokenizer
         )
@@ -133,11 +141,29 @@ class MixcnCLI(LightningCLI):
             name = Path(str(configs[0])).stem if configs else "default"
             self._settings.trainer.default_root_dir = str(Path("runs", name))
         tokenizer = self._settings.get("data", {}).get("init_args", {}).get("tokenizer")
-        if tokenizer is not None:
+        if tokenizer is not None and not self._planning:
             self._settings.data.init_args.tokenizer = str(local_folder(tokenizer))
         if torch.cuda.is_available():
             # TF32 for what is float32: router and LoRA where the compute dtype is float32.
             torch.set_float32_matmul_precision("high")
+
+    @property
+    def _planning(self) -> bool:
+        return bool(self._settings.get("plan"))
+
+    def instantiate_classes(self) -> None:
+        """Make the classes; for a plan no trainer, whose devices need not be there."""
+        if not self._planning:
+            super().instantiate_classes()
+            return
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._planning:
+            print(RunPlan(self._get(self.config_init, "trainer"), self.model, self.datamodule).text())
+        else:
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks and the logger of a run where the configuration has none of its own."""
@@ -160,6 +186,8 @@ class MixcnCLI(LightningCLI):
 
         A checkpoint that is not there is one: Lightning would evaluate the base without a word.
         """
+        if self._planning:
+            return
         check_precision(self.trainer.precision)
         path = self._settings.get("ckpt_path")
         folders = [str(getattr(callback, "dirpath", "")) for callback in self.trainer.checkpoint_callbacks]

@@ -191,22 +191,21 @@ class LayerCounter:
         gate_up = 2 * rows * experts.gate_proj.out_features * self.size
         routing = 8 * rows + 8 * tokens * top_k  # the token of each row, the row of each choice
         # Probabilities, chosen experts, their probabilities before and after division, and the sum that divides.
-        scores = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
+        scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
         router_trains = needs_gradient or adapter_rank(mlp.gate.linear) > 0
-        adapters = sum(self._adapter(module, needs_gradient, rows) for module in self._stack(experts))
+        adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in self._stack(experts))
         if self.size == 4:  # gate's and up's As are put side by side, whatever their type
             pair = [experts.gate_proj, experts.up_proj]
             adapters += sum(4 * module.groups * adapter_rank(module) * module.in_features for module in pair)
-        kept: int = (
+        kept = int(
             tokens * experts.gate_proj.in_features * self.size + gate_up + routing + 4 * tokens * top_k + adapters
         )
         return kept + scores * router_trains + self._adapter(mlp.gate.linear, needs_gradient, tokens)
 
     def _experts_forward(self, experts: Any) -> int:
         """Results of all rows, scales, and one expert's; or the sum of choices."""
-        gate, tokens = experts.gate_proj, self.tokens
-        rows = self._rows(experts)
-        hidden, inner, each = gate.in_features, gate.out_features, rows // gate.groups
+        gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
+        hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
         dropped = any(_drops(module) for module in self._stack(experts))
         one = 2 * each * (hidden + inner) * self.size + self.decoded(gate)
         if dropped:
@@ -220,9 +219,8 @@ class LayerCounter:
 
     def _experts_backward(self, experts: Any) -> int:
         """Gradients of all rows and of the factors, scales, and one expert's while the one before is still there."""
-        gate, tokens = experts.gate_proj, self.tokens
-        rows = self._rows(experts)
-        hidden, inner, each = gate.in_features, gate.out_features, rows // gate.groups
+        gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
+        hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
         stack = self._stack(experts)
         dropped = any(_drops(module) for module in stack)
         factors = sum(m.groups * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size

@@ -11,7 +11,7 @@ from torch import nn
 from .adapters import base_of
 from .memory_plan import MemoryPlan, Run, plan_memory
 
-# Of a device, left to what no plan knows: the driver's context and libraries, pieces between blocks, a plan's own error.
+# Of a device, for what no plan knows: the driver's context and libraries, pieces between blocks, a plan's own error.
 RESERVE = 0.08
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -25,8 +25,8 @@ def usable_bytes(device: torch.device, processes: int = 1) -> int:
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    usable = psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss
+        return int(free) + torch.cuda.memory_reserved(device)
+    usable: int = psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     return usable if limit == "max" else min(usable, int(limit) // processes)
 
@@ -66,7 +66,7 @@ def fitting_modes(model: nn.Module, run: Run, budget: int | Literal["auto"], usa
         raise ValueError(
             f"`activation_memory={budget!r}`: even with all layers computed again a micro-batch of {run.batch.rows} x "
             f"{run.batch.length} tokens needs {excess / 1e9:.2f} GB more than {there}. Lower "
-            "`data.init_args.micro_batch_size`, or set `activation_memory: null` and `activation_checkpointing: offload`"
+            "`data.init_args.micro_batch_size`, or replace it by `activation_checkpointing: offload`"
         )
     while too_many - fits > 1:
         middle = (fits + too_many) // 2

@@ -18,6 +18,7 @@ from lightning_mixcn.metrics import DocumentScores, Likelihood, score_documents,
 from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.mixtral import CausalLMOutput
 
+from . import run_checks
 from .accumulation import Contribution, GradientWindow, clip_gradients, micro_batch_scale, rescale_gradients
 from .checkpoint_files import check_before_loading
 from .dropout_seed import seed_micro_batch
@@ -25,14 +26,6 @@ from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
 from .optimizer_states import check_optimizer
 from .planned_run import budgeted_modes
-from .run_checks import (
-    check_activation_settings,
-    check_finite_step,
-    check_labels,
-    check_precision,
-    check_trains,
-    check_vocabulary,
-)
 from .saved_state import SavedStateModule, adapter_folder
 from .schedule import WarmupCosine, scheduled
 from .step_clock import StepClock
@@ -90,7 +83,7 @@ class CausalLMModule(SavedStateModule):
         self.tokenizer_path, self.new_rows = tokenizer or base, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.router_aux_loss_coef = router_aux_loss_coef
-        check_activation_settings(activation_checkpointing, activation_memory)
+        run_checks.check_activation_settings(activation_checkpointing, activation_memory)
         self.activation_memory = activation_memory
         # Once the model is there and `activation_memory` is given, a mode for each layer.
         self.activation_checkpointing: str | list[str] = activation_checkpointing
@@ -164,7 +157,7 @@ class CausalLMModule(SavedStateModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a precision that would cast LoRA's masters and the quantisation scales; have checkpoints checked."""
-        check_precision(self.trainer.precision)
+        run_checks.check_precision(self.trainer.precision)
         check_before_loading(self.trainer)
 
     @property
@@ -187,14 +180,14 @@ class CausalLMModule(SavedStateModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimizer over what trains, and its schedule. Raises: ValueError if nothing trains, or on what cannot be."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        check_trains(parameters)
+        run_checks.check_trains(parameters)
         optimizer = self.make_optimizer(parameters)
         check_optimizer(optimizer, self.trainer.strategy)
         return scheduled(optimizer, self.make_lr_scheduler(optimizer), self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
         """Check that the data's tokenizer fits the model."""
-        check_vocabulary(self.trainer, self.model)
+        run_checks.check_vocabulary(self.trainer, self.model)
 
     def on_train_start(self) -> None:
         """Start the clock of the first step."""
@@ -221,13 +214,13 @@ class CausalLMModule(SavedStateModule):
         """Divide by the step's count, before clipping. Raises: FloatingPointError, ValueError; nothing is updated."""
         step, totals = self.trainer.global_step, self._window.close(self.trainer.strategy)
         count = float(totals.count)
-        check_finite_step(step, "loss", float(totals.minimised), self.trainer)
-        check_labels(step, count)
+        run_checks.check_finite_step(step, "loss", float(totals.minimised), self.trainer)
+        run_checks.check_labels(step, count)
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
         group = gradient_group(self.trainer.strategy.model)
         norm = rescale_gradients(trainable, count, self.trainer.world_size, group)
         self._gradient_norm = float(norm)
-        check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
+        run_checks.check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
         labels = totals.labels.clamp_min(1)
         self._positions_of_step = float(totals.positions)
         self.log("train/nll_nats_per_token", totals.nats / labels, prog_bar=True)
@@ -294,7 +287,7 @@ class CausalLMModule(SavedStateModule):
         return score_documents(self(batch).nll, batch)
 
     def _start_evaluation(self, stage: str) -> None:
-        check_vocabulary(self.trainer, self.model)
+        run_checks.check_vocabulary(self.trainer, self.model)
         self._evaluation = SourceEvaluation(stage, self.trainer, self.device)
 
     def _finish_evaluation(self) -> None:

@@ -74,7 +74,7 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
             f"`activation_checkpointing={checkpointing!r}` is given beside it. Leave one of them out"
         )
     if memory != "auto" and (isinstance(memory, str) or memory <= 0):
-        raise ValueError(f"`activation_memory={memory!r}`: expected auto, a number of bytes such as 20e9, or null")
+        raise ValueError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
 
 
 def check_labels(step: int, count: float) -> None:

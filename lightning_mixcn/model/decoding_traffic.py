@@ -1,0 +1,34 @@
+"""Bytes that decoding 4-bit weights reads and writes: the part of a step that no larger product hides."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from .adapters import base_of
+from .weights import NF4Weight
+
+
+def decoding_bytes(model: nn.Module, modes: Sequence[str]) -> int:
+    """Bytes read and written to decode the base in one micro-batch: forward, backward, and what is computed again.
+
+    What the products then read is counted as theirs.
+
+    Args:
+        model: A `MixtralForCausalLM` or the PeftModel around it; on the meta device, too.
+        modes: Activation checkpointing of each layer.
+    """
+    base: Any = base_of(model)
+    size, total = base.model.embed_tokens.output_dtype.itemsize, 0
+    for layer, mode in zip(base.model.layers, modes, strict=True):
+        whole = _pass(layer, size)
+        again = {"none": 0, "selective": _pass(layer.self_attn, size)}.get(mode, whole)
+        total += 2 * whole + again
+    return total
+
+
+def _pass(module: nn.Module, size: int) -> int:
+    weights = [child for child in module.modules() if isinstance(child, NF4Weight)]
+    packed = sum(parameter.nbytes for weight in weights for parameter in weight.parameters())
+    return packed + size * sum(prod(weight.shape) for weight in weights)
