@@ -30,6 +30,7 @@ from transformers import MixtralConfig
 
 from lightning_mixcn import build_mixtral, load_mixtral
 from lightning_mixcn.model import bytes_in_memory, local_bytes, set_gradient_sync, shard_model
+from lightning_mixcn.model.shard_plan import Sharing
 from lightning_mixcn.testing import random_batch, run_distributed, save_tiny_mixtral
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
@@ -96,18 +97,6 @@ def measure(base: str, shape: tuple[int, ...], reshard: bool) -> dict[str, Any]:
     return {"held": local_bytes(model), "whole": sum(held.values()), "trained": trained, "moved": dict(traffic.bytes)}
 
 
-def planned(whole: int, trained: int, shape: tuple[int, ...], reshard: bool) -> dict[str, float]:
-    """Bytes that a rank moves in a step."""
-    share = (shape[-1] - 1) / shape[-1]
-    plan = {
-        "all_gather": share * whole * (2 if reshard else 1) * MICRO_BATCHES,
-        "reduce_scatter": share * 4 * trained,
-    }
-    if len(shape) == 2:
-        plan["all_reduce"] = 2 * (shape[0] - 1) / shape[0] * 4 * trained / shape[-1]
-    return plan
-
-
 def measured_part() -> list[dict[str, Any]]:
     """Every mesh in turn."""
     sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -116,15 +105,15 @@ def measured_part() -> list[dict[str, Any]]:
         base = str(save_tiny_mixtral(folder, head_dim=128, **sizes))
         for shape, reshard in (((2,), True), ((2,), False), ((4,), True), ((2, 2), True)):
             ranks = run_distributed(measure, torch.Size(shape).numel(), base, shape, reshard)
-            first = ranks[0]
+            first, sharing = ranks[0], Sharing("fsdp2", shape[-1], shape[0] if len(shape) == 2 else 1, reshard)
             found.append(
                 {
                     "mesh": shape,
                     "reshard_after_forward": reshard,
                     "bytes_held": [rank["held"] for rank in ranks],
-                    "bytes_held_planned": first["whole"] / shape[-1],
+                    "bytes_held_planned": sharing.base(first["whole"]),
                     "bytes_moved_a_step": first["moved"],
-                    "bytes_moved_a_step_planned": planned(first["whole"], first["trained"], shape, reshard),
+                    "bytes_moved_a_step_planned": sharing.moved(first["whole"], 4 * first["trained"], MICRO_BATCHES),
                 }
             )
             print(json.dumps(found[-1]))

@@ -91,7 +91,9 @@ class RunPlan:
         assert self.usable is not None
         available = (1 - RESERVE) * self.usable
         # With a budget, layers are computed again until the micro-batch fits.
-        modes = ["full"] * len(self.run.modes) if self.module.activation_memory is not None else self.run.modes
+        modes = self.run.modes
+        if self.module.activation_memory is not None:
+            modes = [*["full"] * (len(modes) - 1), "selective"]
 
         def fits(rows: int) -> bool:
             run = replace(self.run, batch=self.run.batch._replace(rows=rows), modes=modes)

@@ -34,7 +34,8 @@ def usable_bytes(device: torch.device, processes: int = 1) -> int:
 def fitting_modes(model: nn.Module, run: Run, budget: int | Literal["auto"], usable: int) -> list[str]:
     """Keep the experts' products of as many layers as fit (``selective``); the others run again in backward (``full``).
 
-    The last layers keep theirs: backward frees them before it runs an earlier layer again.
+    The last layers keep theirs: backward frees them before it runs an earlier layer again. The very last one always
+    does, since backward would begin by computing them again.
 
     Args:
         model: As in `plan_memory`.
@@ -47,7 +48,7 @@ def fitting_modes(model: nn.Module, run: Run, budget: int | Literal["auto"], usa
         A mode for each layer.
 
     Raises:
-        ValueError: not even ``full`` in all layers fits.
+        ValueError: not even ``full`` in all layers but the last one fits.
     """
     layers = base_of(model).config.num_hidden_layers
 
@@ -60,12 +61,12 @@ def fitting_modes(model: nn.Module, run: Run, budget: int | Literal["auto"], usa
             return plan.peak - int((1 - RESERVE) * usable)
         return activation_bytes(plan) - budget
 
-    fits, too_many = 0, layers + 1
-    if (excess := missing(0)) > 0:
+    fits, too_many = 1, layers + 1
+    if (excess := missing(1)) > 0:
         there = f"{(1 - RESERVE) * usable / 1e9:.2f} GB of the device" if budget == "auto" else f"{budget / 1e9:.2f} GB"
         raise ValueError(
-            f"`activation_memory={budget!r}`: even with all layers computed again a micro-batch of {run.batch.rows} x "
-            f"{run.batch.length} tokens needs {excess / 1e9:.2f} GB more than {there}. Lower "
+            f"`activation_memory={budget!r}`: even with all layers but one computed again a micro-batch of "
+            f"{run.batch.rows} x {run.batch.length} tokens needs {excess / 1e9:.2f} GB more than {there}. Lower "
             "`data.init_args.micro_batch_size`, or replace it by `activation_checkpointing: offload`"
         )
     while too_many - fits > 1:

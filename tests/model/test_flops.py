@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 from transformers import MixtralForCausalLM as StockMixtral
 
-from lightning_mixcn.model import build_mixtral
+from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.flops import Flops, attended_pairs, count_training_flops
 from lightning_mixcn.testing import tiny_mixtral_config
 
@@ -106,6 +106,20 @@ def test_checkpointing_and_trained_embeddings() -> None:
     assert 0 < selective.recompute < full.recompute
     trained, _ = counted(config, lora=lora, train_embeddings=True)
     assert trained.recompute == 2 * config.hidden_size * config.vocab_size
+
+
+def test_layers_of_different_modes() -> None:
+    """Torch's own count of what runs again, layer by layer."""
+    config, labels = tiny_mixtral_config(), ids()
+    model: Any = build_mixtral(config, dtype="float32", lora=LoraConfig(r=4, target_modules=TARGETS)).train()
+    in_place = {torch.ops.aten.addmm_: lambda result, a, b, out_shape, **_: 2 * a[0] * a[1] * b[1]}
+    for modes in (["full", "selective"], ["selective", "none"], ["offload", "full"]):
+        set_activation_checkpointing(model, modes)
+        # Else torch stops to run a layer again where nothing more is needed of it, before its last product.
+        counter = FlopCounterMode(display=False, custom_mapping=in_place)
+        with torch.utils.checkpoint.set_checkpoint_early_stop(False), counter:
+            model(input_ids=labels, labels=labels, output_router_logits=True).loss.backward()
+        assert counter.get_total_flops() == count_training_flops(model, modes).per_token.total * 48
 
 
 def test_pairs() -> None:
