@@ -119,7 +119,12 @@ def test_a_fit_is_as_large_as_planned(mode: Any, tmp_path: Path) -> None:
     module = PretrainModule(str(base), lora=lora, activation_checkpointing=mode)
     data = FixedBatches([random_batch([512, 512], 512, seed=seed) for seed in range(3)])
     data.micro_batch_size, data.sequence_length, data.packing = 2, 512, "concatenate"  # type: ignore[attr-defined]  # as stream modules have them
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+    }
     watch = Watch()
     trainer = Trainer(
         accelerator="cpu",

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 from torch import nn
 from torch.optim import Optimizer
 
@@ -39,9 +39,9 @@ def test_eight_bits() -> None:
     """Two bytes a weight, and an absolute maximum for each 256; few weights stay in float32."""
     parameters = [torch.empty(shape, device="meta") for shape in SHAPES]
     large = 64 * 512 + 8192
-    planned = optimizer_memory(bitsandbytes.optim.AdamW8bit, parameters, "cuda").states
+    planned = optimizer_memory(AdamW8bit, parameters, "cuda").states
     assert planned == 2 * large + 2 * 4 * large // 256 + 2 * 4 * 100
-    assert optimizer_memory(bitsandbytes.optim.PagedAdamW8bit, parameters, "cuda").states == planned
+    assert optimizer_memory(PagedAdamW8bit, parameters, "cuda").states == planned
 
 
 def test_the_update_of_all_at_once_needs_a_copy_of_all() -> None:

@@ -16,8 +16,8 @@ def test_between_two_copies() -> None:
 
 
 def test_what_is_held() -> None:
-    assert [Sharing(kind, 4).base(101) for kind in ("whole", "fsdp1", "fsdp2")] == [101, 101, 26]  # type: ignore[arg-type]  # mypy takes them for str
-    assert [Sharing(kind, 4).trained(101) for kind in ("whole", "fsdp1", "fsdp2")] == [101, 26, 26]  # type: ignore[arg-type]
+    assert [Sharing(kind, 4).base(101) for kind in ("whole", "fsdp1", "fsdp2")] == [101, 101, 26]
+    assert [Sharing(kind, 4).trained(101) for kind in ("whole", "fsdp1", "fsdp2")] == [101, 26, 26]
 
 
 def test_what_is_gathered() -> None:
