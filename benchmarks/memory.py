@@ -14,11 +14,11 @@ from typing import Any
 import record
 import torch
 from peft import LoraConfig
-from random_base import PRESETS, config_of
+from random_base import PRESETS, config_of, random_model
 from torch import Tensor
 
 from lightning_mixcn.allocator import keep_freed_memory
-from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
+from lightning_mixcn.model import set_activation_checkpointing
 from lightning_mixcn.model.layer_memory import MicroBatch
 from lightning_mixcn.model.live_bytes import LiveBytes
 from lightning_mixcn.model.memory_plan import MemoryPlan, Run, plan_memory
@@ -116,7 +116,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, rows = MicroBatch(options.micro_batch_size, options.sequence_length), []
     lora = LoraConfig(r=options.rank, target_modules=TARGETS)
-    model: Any = build_mixtral(config_of(options.preset), lora=lora, device=device).train()
+    model: Any = random_model(config_of(options.preset), lora, device).train()
     for mode in options.modes:
         set_activation_checkpointing(model, mode)
         plan, found = by_purpose(planned(model, mode, batch, device)), measure(model, batch, device)

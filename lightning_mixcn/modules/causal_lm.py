@@ -101,14 +101,13 @@ class CausalLMModule(SavedStateModule):
         Returns:
             A Mixtral as `lightning_mixcn.load_mixtral` gives it, sharded with `self.shard` where that is given.
         """
-        device = build_device(self._strategy)
         with torch.device("cpu"):  # what is not placed explicitly, such as pieces of the checkpoint, stays on the host
             return load_mixtral(
                 self.base,
                 quantization=self.quantization,
                 lora=self.lora,
                 dtype=self.dtype_name,
-                device=device,
+                device=build_device(self._strategy),
                 train_embeddings=self.train_embeddings,
                 seed=self.seed,
                 adapter=adapter_folder(self.adapter),
@@ -217,8 +216,7 @@ class CausalLMModule(SavedStateModule):
         run_checks.check_finite_step(step, "loss", float(totals.minimised), self.trainer)
         run_checks.check_labels(step, count)
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        group = gradient_group(self.trainer.strategy.model)
-        norm = rescale_gradients(trainable, count, self.trainer.world_size, group)
+        norm = rescale_gradients(trainable, count, self.trainer.world_size, gradient_group(self.trainer.strategy.model))
         self._gradient_norm = float(norm)
         run_checks.check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
         labels = totals.labels.clamp_min(1)
