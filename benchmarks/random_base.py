@@ -1,4 +1,4 @@
-"""Mixtrals with random weights of a preset's sizes, for measurements without a download: in a folder, or in memory."""
+"""Mixtrals with random weights, for measurements without a download: in a folder, or in memory."""
 
 import json
 from collections.abc import Iterator

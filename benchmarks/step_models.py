@@ -141,7 +141,7 @@ def _quantised_experts(options: argparse.Namespace) -> Any:
 
 
 def _checkpointed(model: Any, options: argparse.Namespace) -> Any:
-    """The own switch of transformers knows whole layers only: selective is full for peers."""
+    """The switch of transformers knows whole layers only: selective is full for peers."""
     if options.activation_checkpointing != "none":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

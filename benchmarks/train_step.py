@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --base .cache/demo/base --text .cache/demo/text/train/zh.jsonl
     python benchmarks/train_step.py --preset cpu-small --sequence_length 1024 --result train_step_1024
     python benchmarks/train_step.py --preset full-8x7b            # one GPU of 80 GB; see WORKLOADS for the others
-    python benchmarks/train_step.py --preset full-8x7b --layers 1 --hidden 256 --intermediate 512  # tried small
+    python benchmarks/train_step.py --preset full-8x7b --layers 1 --hidden 256 --intermediate 512  # to try it
 
 All train LoRA of the same base on the same rows, loss with the auxiliary term; rows are packed documents, positions
 restart at each. With a preset the base and the token ids are random; where only ours and the limit take part it is made

@@ -1,0 +1,170 @@
+"""Tokens per second of decoding: ours with 4-bit experts beside stock transformers in bf16, and the limit of memory.
+
+    python benchmarks/generate.py --preset cpu-small
+
+Both run transformers' `generate` with a KV cache, greedily, on the same random prompts. The seconds of one new token
+are subtracted from those of all, so that reading the prompt does not count. The limit is a GPU's or a CPU's memory: the
+bytes of the weights that a token needs (those of the experts that a batch is expected to choose, in 4 bits), over the
+rate of a copy measured in turn with the rest: nothing that reads these weights from memory for each token is faster.
+Each runs in a process of its own; they take turns.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import record
+from random_base import PRESETS, config_of, write_random_base
+
+_COPIED = 2**28  # bytes of the buffer that is copied to and fro
+_STORED_BYTES = 0.516  # of a weight in NF4, double quantised
+
+
+def bytes_per_step(config: Any, batch: int) -> float:
+    """Bytes of weights that decoding one token of each row of a batch reads, with ours' storage.
+
+    An expert is chosen by none of ``batch`` rows with probability (1 - K / E) ** batch, if routing is even.
+    """
+    hidden, layers, experts = config.hidden_size, config.num_hidden_layers, config.num_local_experts
+    width = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    chosen = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
+    quantised = 2 * hidden * (hidden + width) + chosen * 3 * hidden * config.intermediate_size
+    return layers * (quantised * _STORED_BYTES + 2 * hidden * experts) + 2 * hidden * config.vocab_size
+
+
+def model_of(name: str, base: str, device: str) -> Any:
+    """A contestant's model."""
+    import torch
+    import transformers
+
+    if name == "ours":
+        from lightning_mixcn.allocator import keep_freed_memory
+        from lightning_mixcn.model import load_mixtral
+
+        keep_freed_memory()
+        return load_mixtral(base, device=device).eval()
+    return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device).eval()
+
+
+def decoder(name: str, base: str, device: str, options: argparse.Namespace) -> Callable[[int], float]:
+    """What gives the seconds that the tokens after the first take, for a batch."""
+    import torch
+
+    model = model_of(name, base, device)
+
+    def seconds(ids: Any, count: int) -> float:
+        start = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def run(batch: int) -> float:
+        generator = torch.Generator().manual_seed(batch)
+        shape = (batch, options.prompt_tokens)
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+        prompt = seconds(ids, 1)
+        return seconds(ids, 1 + options.new_tokens) - prompt
+
+    return run
+
+
+def memory(base: str, device: str, options: argparse.Namespace) -> Callable[[int], float]:
+    """The same of a memory that reads every weight once a token."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(base)
+    source, target = (torch.empty(_COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def run(batch: int) -> float:
+        start = time.perf_counter()
+        for _ in range(8):
+            target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rate = 8 * 2 * _COPIED / (time.perf_counter() - start)
+        return options.new_tokens * bytes_per_step(config, batch) / rate
+
+    return run
+
+
+def serve(connection: Connection, name: str, base: str, device: str, options: argparse.Namespace) -> None:
+    """A contestant's process: answers a batch size with seconds, and ``None`` with its peak memory."""
+    from train_step import peak_bytes
+
+    run = memory(base, device, options) if name == "limit" else decoder(name, base, device, options)
+    while (batch := connection.recv()) is not None:
+        connection.send(run(batch))
+    connection.send(peak_bytes(device))
+
+
+def measure(base: str, device: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Let them take turns, batch size by batch size; print, and give what is recorded."""
+    context, connections = multiprocessing.get_context("spawn"), {}
+    for name in ("ours", "stock", "limit"):
+        connections[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, name, base, device, options), daemon=True).start()
+    figures: dict[str, Any] = {"by_batch": {}}
+    for batch in options.batches:
+        seconds: dict[str, list[float]] = {name: [] for name in connections}
+        for _ in range(1 + options.rounds):
+            for name, connection in connections.items():
+                connection.send(batch)
+                seconds[name].append(connection.recv())
+        figures["by_batch"][str(batch)] = report(batch, {name: s[1:] for name, s in seconds.items()}, options)
+    peak = {}
+    for name, connection in connections.items():
+        connection.send(None)
+        peak[name] = connection.recv()
+    figures["peak_bytes"] = {name: peak[name] for name in ("ours", "stock")}
+    print(", ".join(f"{name}: peak {peak[name] / 1e9:.2f} GB" for name in figures["peak_bytes"]))
+    return figures
+
+
+def report(batch: int, seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    """One batch size."""
+    tokens = batch * options.new_tokens
+    rates = {name: record.spread([tokens / value for value in values]) for name, values in seconds.items()}
+    print(f"batch {batch}, prompt {options.prompt_tokens}, {options.new_tokens} new tokens a row:")
+    for name, rate in rates.items():
+        print(f"  {name:6} {rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f})")
+    ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
+    share = record.spread([a / b for a, b in zip(seconds["limit"], seconds["ours"], strict=True)])
+    print(f"  ours / stock {ratio['median']:.2f}, ours / limit {share['median']:.2f}, pair by pair")
+    return {"tokens_per_second": rates, "ratio": ratio, "share_of_limit": share}
+
+
+def main() -> None:
+    """Measure and write results/generate.json."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="cpu-small", help="sizes of the random base")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows")
+    parser.add_argument("--prompt_tokens", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=64, help="timed tokens of each row, after the first")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each, after one that is not")
+    parser.add_argument("--result", default="generate", help="name of the JSON under benchmarks/results")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_base(config_of(options.preset), Path(folder))
+        figures = measure(folder, device, options)
+    print("written to", record.write(options.result, {"settings": vars(options)} | figures))
+
+
+if __name__ == "__main__":
+    main()
