@@ -38,8 +38,13 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## a training step beside stock transformers + PEFT, on the base that `make demo` makes (12 GB)
-	$(BIN)/python benchmarks/train_step.py --base .cache/demo/base --text .cache/demo/text/train/zh.jsonl
+bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the README's table (5 GB, half an hour)
+	$(BIN)/python benchmarks/train_step.py --preset cpu-small --result train_step_1024
+	$(BIN)/python benchmarks/train_step.py --preset cpu-small --micro_batch_size 4 --result train_step_4096
+	$(BIN)/python benchmarks/expert_block.py
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/readme_table.py
 
 clean:  ## remove what was built and cached; runs/ and .venv stay
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

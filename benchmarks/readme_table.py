@@ -1,0 +1,124 @@
+"""Write the table of the project's README anew from ``results/*.json``, between its two marks.
+
+    python benchmarks/readme_table.py
+
+What has no result has no row. Medians, and in brackets the least and the most of the rounds.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import record
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_HEAD = (
+    "| | lightning_mixcn | beside it | ratio | share of the limit | peak memory, ours and beside |\n"
+    "|---|---|---|---|---|---|\n"
+)
+_STEPS = ("train_step", "train_step_1024", "train_step_4096")
+
+Results = dict[str, dict[str, Any]]
+
+
+def number(value: float) -> str:
+    """Three digits that count: 1,174, 169, 16.9, 1.69."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def with_range(spread: dict[str, float]) -> str:
+    """``169 (148 to 188)``."""
+    return f"{number(spread['median'])} ({number(spread['min'])} to {number(spread['max'])})"
+
+
+def row(
+    what: str,
+    unit: str,
+    ours: dict[str, float],
+    *,
+    peer: tuple[str, dict[str, float]] | None = None,
+    ratio: dict[str, float] | None = None,
+    share: dict[str, float] | None = None,
+    peaks: tuple[int, ...] = (),
+) -> str:
+    """One line of the table; a column without a figure is empty."""
+    cells = (
+        what,
+        f"{with_range(ours)} {unit}",
+        "" if peer is None else f"{peer[0]}: {with_range(peer[1])} {unit}",
+        "" if ratio is None else with_range(ratio),
+        "" if share is None else f"{share['median']:.2f}",
+        " and ".join(f"{peak / 1e9:.2f}" for peak in peaks) + (" GB" if peaks else ""),
+    )
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def rows(results: Results) -> Iterator[str]:
+    """All lines, in the order of the README."""
+    for name in _STEPS:
+        if name in results:
+            yield from _step(results[name])
+    for tokens, figures in results.get("expert_block", {}).get("by_tokens", {}).items():
+        milliseconds = figures["milliseconds"]["ours"]
+        yield row(f"expert block, {int(tokens):,} tokens", "ms", milliseconds, share=figures["share_of_limit"])
+    names = {"quantising": "loading, bf16 to NF4", "stored": "loading a 4-bit folder"}
+    for case, figures in results.get("load", {}).get("cases", {}).items():
+        yield from _load(names[case], figures)
+    generated = results.get("generate", {})
+    for batch, figures in generated.get("by_batch", {}).items():
+        rates = figures["tokens_per_second"]
+        peer, peaks = ("stock, bf16", rates["stock"]), tuple(generated["peak_bytes"][who] for who in ("ours", "stock"))
+        what = f"decoding, {batch} rows" if int(batch) > 1 else "decoding, 1 row"
+        share = figures["share_of_limit"]
+        yield row(what, "tokens/s", rates["ours"], peer=peer, ratio=figures["ratio"], share=share, peaks=peaks)
+
+
+def _step(figures: dict[str, Any]) -> Iterator[str]:
+    settings, rates, peaks = figures["settings"], figures["tokens_per_second"], figures["peak_bytes"]
+    tokens = settings["sequence_length"] * settings["micro_batch_size"]
+    of = f"`{settings['preset']}`" if settings.get("preset") else "the demo's base"
+    for peer, ratio in figures["ratio_to"].items():
+        yield row(
+            f"step of {tokens:,} tokens, {of}",
+            "tokens/s",
+            rates["ours"],
+            peer=(peer, rates[peer]),
+            ratio=ratio,
+            share=figures.get("share_of_limit"),
+            peaks=(peaks["ours"], peaks[peer]),
+        )
+
+
+def _load(what: str, figures: dict[str, Any]) -> Iterator[str]:
+    rates = figures["gigabytes_per_second"]
+    peers = [name for name in rates if name not in ("ours", "limit")]
+    peer = (peers[0], rates[peers[0]]) if peers else None
+    yield row(what, "GB/s", rates["ours"], peer=peer, share=figures["share_of_limit"])
+
+
+def replaced(text: str, lines: str) -> str:
+    """The README with another table between the marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in this order.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in tail:
+        raise ValueError(f"{README.name} needs {BEGIN} and behind it {END}, once each. Put them around the table")
+    return f"{head}{BEGIN}\n{lines}{END}{tail}"
+
+
+def main() -> None:
+    """Rewrite the README."""
+    results = {path.stem: json.loads(path.read_text()) for path in record.RESULTS.glob("*.json")}
+    README.write_text(replaced(README.read_text(encoding="utf-8"), _HEAD + "".join(rows(results))), encoding="utf-8")
+    print("written to", README.name)
+
+
+if __name__ == "__main__":
+    main()

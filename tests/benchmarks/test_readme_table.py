@@ -1,0 +1,73 @@
+"""The README's table: figures by hand, and what stands in the repository."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("readme_table", "record"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return __import__("readme_table")
+
+
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "min": 0.9 * median, "max": 1.1 * median}
+
+
+def test_numbers_have_three_digits(table: Any) -> None:
+    assert [table.number(value) for value in (1173.97, 169.3, 16.93, 1.693, 0.0451)] == [
+        "1,174", "169", "16.9", "1.69", "0.05",
+    ]  # fmt: skip
+
+
+def test_rows_of_every_kind(table: Any) -> None:
+    step = {
+        "settings": {"preset": "cpu-small", "sequence_length": 1024, "micro_batch_size": 4},
+        "tokens_per_second": {"ours": spread(1000), "stock": spread(500), "limit": spread(2000)},
+        "ratio_to": {"stock": spread(2)},
+        "share_of_limit": spread(0.5),
+        "peak_bytes": {"ours": 3_290_000_000, "stock": 4_930_000_000},
+    }
+    load = {"gigabytes_per_second": {"ours": spread(0.1), "limit": spread(0.02)}, "share_of_limit": spread(5)}
+    generated = {
+        "tokens_per_second": {"ours": spread(20), "stock": spread(40)},
+        "ratio": spread(0.5),
+        "share_of_limit": spread(0.1),
+    }
+    results = {
+        "train_step_4096": step,
+        "expert_block": {"by_tokens": {"1024": {"milliseconds": {"ours": spread(300)}, "share_of_limit": spread(0.7)}}},
+        "load": {"cases": {"stored": load}},
+        "generate": {"by_batch": {"1": generated}, "peak_bytes": {"ours": 10**9, "stock": 2 * 10**9}},
+        "scale": {"of no row": 1},
+    }
+    assert list(table.rows(results)) == [
+        "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | stock: 500 (450 to 550) tokens/s | "
+        "2.00 (1.80 to 2.20) | 0.50 | 3.29 and 4.93 GB |\n",
+        "| expert block, 1,024 tokens | 300 (270 to 330) ms |  |  | 0.70 |  |\n",
+        "| loading a 4-bit folder | 0.10 (0.09 to 0.11) GB/s |  |  | 5.00 |  |\n",
+        "| decoding, 1 row | 20.0 (18.0 to 22.0) tokens/s | stock, bf16: 40.0 (36.0 to 44.0) tokens/s | "
+        "0.50 (0.45 to 0.55) | 0.10 | 1.00 and 2.00 GB |\n",
+    ]
+
+
+def test_only_what_is_between_the_marks_changes(table: Any) -> None:
+    text = f"a\n{table.BEGIN}\nold\n{table.END}\nb\n"
+    assert table.replaced(text, "new\n") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb\n"
+    for broken in ("a", f"{table.END}{table.BEGIN}", text + text):
+        with pytest.raises(ValueError, match="once each"):
+            table.replaced(broken, "new\n")
+
+
+def test_the_readme_shows_the_results_that_lie_in_the_repository(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(Path, "write_text", lambda path, text, encoding: written.append((path, text)))
+    table.main()
+    assert written == [(table.README, table.README.read_text(encoding="utf-8"))]
