@@ -1,0 +1,67 @@
+"""Work and traffic of a step's limit, and random bases, against a model that is really there."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model.frozen_linear import FrozenLinear
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("step_limit", "products", "random_base"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return __import__
+
+
+def test_a_random_base_is_what_transformers_and_we_load(imported: Callable[[str], Any], tmp_path: Path) -> None:
+    random_base = imported("random_base")
+    random_base.write_random_base(random_base.config_of("layer-8x7b", **SIZES), tmp_path)
+    stock = transformers.MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = load_mixtral(tmp_path, quantization="none")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(ours(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
+    assert 0.019 < stock.model.layers[1].mlp.experts.down_proj.float().std() < 0.021
+
+
+def test_a_model_drawn_in_memory_has_every_weight_and_trains(imported: Callable[[str], Any]) -> None:
+    random_base = imported("random_base")
+    config = random_base.config_of("layer-8x7b", **SIZES)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear")
+    model = random_base.random_model(config, lora, torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            assert 0.019 < module.storage.flat(torch.float32).std() < 0.021
+    ids = torch.arange(20)[None]
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert abs(loss - torch.tensor(2048.0).log()) < 0.5
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("none", (2, 2)), ("selective", (3, 2)), ("full", (3, 3))])
+def test_traffic_and_recomputation(imported: Callable[[str], Any], mode: str, passes: tuple[int, int]) -> None:
+    limit, random_base = imported("step_limit"), imported("random_base")
+    config = random_base.config_of("layer-8x7b", **SIZES)
+    with torch.device("meta"):
+        layer = transformers.MixtralForCausalLM(config).model.layers[0]
+    attention = sum(parameter.numel() for parameter in layer.self_attn.parameters())
+    experts = sum(parameter.numel() for parameter in layer.mlp.experts.parameters())
+    expected = 2 * (passes[0] * attention + passes[1] * experts) * (0.516 + 2)
+    assert limit.decoding_bytes(config, mode) == pytest.approx(expected)
+    flops = sum(2 * a * b * c * times for (a, b, c), times in limit.recomputed_products(config, 64, mode))
+    # Two of eight experts see each token.
+    again = 2 * (passes[0] - 2) * attention + 2 * (passes[1] - 2) * experts * 2 / 8
+    assert flops == 2 * 64 * again
