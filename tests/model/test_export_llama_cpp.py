@@ -136,7 +136,7 @@ def test_llama_cpp_scores_every_token_as_the_trained_model(
         assert float(error.abs().max()) < 1e-3
         return
     assert root_mean_square(error) < 2 * root_mean_square(allowed)
-    assert root_mean_square(allowed) < 0.1
+    assert root_mean_square(allowed) < 0.2  # nats; at a width of 64, q8_0 sends some tokens to other experts
 
 
 def root_mean_square(values: Tensor) -> float:
