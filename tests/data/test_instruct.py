@@ -1,6 +1,7 @@
 """Batches of conversations, through the data module and real runs of Lightning."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -174,3 +175,24 @@ def test_bad_arguments(make: Make, changes: dict[str, Any], message: str) -> Non
 def test_a_template_that_is_not_there(make: Make) -> None:
     with pytest.raises(FileNotFoundError, match=r"`template='nowhere\.jinja'` is not there"):
         first(make(template="nowhere.jinja"), 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "问", "completion": "答"}, "its keys are 'prompt', 'completion'"),
+        ({"messages": []}, "the conversation is empty"),
+        ({"messages": [{"role": "user", "content": "问"}] * 2}, "turns 0 and 1 are both the user's"),
+        ({"conversations": [{"from": "gpt", "value": "答"}]}, "the assistant speaks first"),
+    ],
+)
+def test_a_bad_record_is_named_with_its_place(
+    make: Make, tmp_path: Path, records: list[dict[str, Any]], record: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(json.dumps(one) for one in [*records[:2], record]), encoding="utf-8")
+    data = make(sources=[ConversationSource("bad", str(file))], val_fraction=0.0)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        first(data, 1)
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -1,5 +1,6 @@
 """GGUF: how llama.cpp's programs are called, with stand-ins for them; and with the real converter where it is."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from transformers import MixtralForCausalLM
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.model import export_gguf
 from lightning_mixcn.model.export_gguf import CONVERTER, QUANTIZER
 from lightning_mixcn.testing import save_tiny_mixtral
 
@@ -62,9 +64,18 @@ def test_other_types_go_through_llama_quantize(base: Path, llama_cpp: Path, tmp_
     assert sorted(tmp_path.iterdir()) == sorted([base, llama_cpp, out])
 
 
-@pytest.mark.parametrize("failure", ["code", "no tokenizer.model", "no llama-quantize", "output is there"])
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", ["code", "no tokenizer.model", "no llama-quantize", "output is there", "full disk"])
 def test_failures_leave_nothing(
-    base: Path, llama_cpp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: str
+    base: Path,
+    llama_cpp: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: str,
 ) -> None:
     out, outtype = tmp_path / "model.gguf", "f16"
     if failure == "code":
@@ -76,6 +87,9 @@ def test_failures_leave_nothing(
     elif failure == "no llama-quantize":
         (llama_cpp / "build/bin" / QUANTIZER).unlink()
         outtype, message = "q4_k_m", "llama-quantize is not in"
+    elif failure == "full disk":
+        monkeypatch.setattr(export_gguf, "flush_to_disk", full)
+        message = "no space to write"
     else:
         out.write_text("mine")
         message = "is a file, expected a new"
