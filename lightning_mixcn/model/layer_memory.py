@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .expert_function import padded_rows
+from .expert_routing import padded_rows
 from .head import chunk_positions
 from .lora import adapter_rank
 from .weights import NF4Weight
