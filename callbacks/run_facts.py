@@ -10,27 +10,40 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_mixcn.model import bytes_in_memory, count_parameters
+from lightning_mixcn.peak_memory import peak_resident_bytes
 
 from .finished_output import write_text
 
 FACTS_FILE = "facts.json"
 
+# Attributes that a checkpoint keeps, `validations` aside.
+_STATE = ("tokens", "text_bytes", "training_seconds", "fit_seconds", "peak_memory_bytes")
+
 
 class RunFacts(Callback):
     """Write ``facts.json`` into the run's folder: size of the model, tokens, speed and each validation's likelihoods.
 
-    It holds ``parameters`` (total, trainable, quantised), ``bytes_in_memory``, ``tokens_seen`` (positions that are not
-    padding) and ``text_bytes_seen`` (UTF-8 bytes of their text, null without a tokenizer in the data module), both of
-    all ranks; ``training_seconds`` (steps and waiting for data; no validation, no samples), ``tokens_per_second``, and
-    ``validations``: a list of ``step``, ``text_bytes_seen`` and ``sources``, which has ``nll_nats_per_token``,
-    ``bits_per_byte``, ``tokens`` and ``bytes`` by source. A resumed run goes on counting.
+    It holds ``parameters`` (total, trainable, quantised), ``bytes_in_memory``, ``steps`` of ``planned_steps``,
+    ``tokens_seen`` (positions that are not padding) and ``text_bytes_seen`` (UTF-8 bytes of their text, null without a
+    tokenizer in the data module), both of all ranks; ``training_seconds`` (steps and waiting for data; no validation,
+    no samples), ``fit_seconds`` (everything since the model is there), ``tokens_per_second``, ``peak_memory_bytes``
+    (of the rank with most: allocated on a GPU, else resident in the process), and ``validations``: a list of ``step``,
+    ``text_bytes_seen`` and ``sources``, which has ``nll_nats_per_token``, ``bits_per_byte``, ``tokens`` and ``bytes``
+    by source. A resumed run goes on counting.
     """
 
     def __init__(self) -> None:
         self._tokens = self._text_bytes = 0  # of all ranks
         self._training_seconds = 0.0
         self._mark: float | None = None
+        self._fit_seconds = 0.0
+        self._fit_mark: float | None = None
+        self._peak_memory_bytes = 0
         self._validations: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the whole."""
+        self._fit_mark = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock at the first step."""
@@ -49,6 +62,7 @@ class RunFacts(Callback):
         now = time.perf_counter()
         self._training_seconds += now - self._mark
         self._mark = now
+        self._measure(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the likelihoods, and leave validation out of the training time."""
@@ -62,34 +76,45 @@ class RunFacts(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, complete or not at all."""
+        self._measure(pl_module)
+        peak: Any = trainer.strategy.reduce(
+            torch.tensor(self._peak_memory_bytes, device=pl_module.device), reduce_op="max"
+        )
         if not trainer.is_global_zero:
             return
         facts = {
             "parameters": count_parameters(pl_module),
             "bytes_in_memory": bytes_in_memory(pl_module),
             "steps": trainer.global_step,
+            "planned_steps": trainer.max_steps,
             "tokens_seen": self._tokens,
             "text_bytes_seen": self._bytes_seen(trainer),
             "training_seconds": self._training_seconds,
+            "fit_seconds": self._fit_seconds,
             "tokens_per_second": self._tokens / self._training_seconds if self._training_seconds else 0.0,
+            "peak_memory_bytes": int(peak),
             "validations": self._validations,
         }
         write_text(Path(trainer.default_root_dir, FACTS_FILE), json.dumps(facts, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted so far, in plain values."""
-        return {
-            "tokens": self._tokens,
-            "text_bytes": self._text_bytes,
-            "training_seconds": self._training_seconds,
-            "validations": list(self._validations),
-        }
+        return {name: getattr(self, f"_{name}") for name in _STATE} | {"validations": list(self._validations)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
-        self._tokens, self._text_bytes = state_dict["tokens"], state_dict["text_bytes"]
-        self._training_seconds = state_dict["training_seconds"]
+        for name in _STATE:
+            setattr(self, f"_{name}", state_dict[name])
         self._validations = list(state_dict["validations"])
+
+    def _measure(self, pl_module: LightningModule) -> None:
+        """Bring time and memory up to date."""
+        now = time.perf_counter()
+        self._fit_seconds += 0.0 if self._fit_mark is None else now - self._fit_mark
+        self._fit_mark = now
+        device = pl_module.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+        self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
 
     def _bytes_seen(self, trainer: Trainer) -> int | None:
         return None if _tokenizer(trainer) is None else self._text_bytes
@@ -103,5 +128,4 @@ def _tokens_and_bytes(batch: dict[str, Tensor], tokenizer: Any) -> tuple[int, in
     """Of this rank's batch: positions that are no padding, and bytes of their text."""
     is_token = batch["document_ids"] >= 0
     rows = [] if tokenizer is None else zip(batch["input_ids"], is_token, strict=True)
-    texts = (tokenizer.decode(row[kept].tolist()) for row, kept in rows)
-    return int(is_token.sum()), sum(len(text.encode()) for text in texts)
+    return int(is_token.sum()), sum(tokenizer.num_bytes(row[kept].tolist()) for row, kept in rows)

@@ -41,7 +41,14 @@ class StepCheckpoint(ModelCheckpoint):
             # A step that is saved again after a kill takes its old name, and `last.ckpt` has no second.
             enable_version_counter=False,
         )
-        self._requested = False
+        self._requested = self._postponed = False
+
+    def postpone(self) -> None:
+        """Leave this step to `request`, whatever ``every_n_steps`` says; called on all ranks, before the step's save.
+
+        For a step that is validated: the checkpoint of before would be continued behind the validation, without it.
+        """
+        self._postponed = True
 
     def request(self) -> None:
         """Save at the end of the hook that runs, whatever ``every_n_steps`` says; called on all ranks.
@@ -62,7 +69,9 @@ class StepCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save a step that is a multiple of ``every_n_steps``, or that was requested."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not self._postponed:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._postponed = False
         self._save_requested(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

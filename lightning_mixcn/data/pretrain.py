@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar, get_args
 
 from lightning_mixcn.data.document_sets import DocumentSets
 from lightning_mixcn.data.streaming import StreamDataModule
-from lightning_mixcn.text import PACKINGS, BadRecordPolicy, DocumentSet, PlainText, Source
+from lightning_mixcn.text import PACKINGS, BadRecordPolicy, DocumentSet, PlainText, Source, WeightUnit
+
+Value = TypeVar("Value", bound=str)
 
 
 class PretrainDataModule(StreamDataModule):
@@ -33,6 +36,8 @@ class PretrainDataModule(StreamDataModule):
         max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
         on_bad_record: What to do with a record that is no text: `error` names file and line, `skip` counts and goes on.
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
+        weight_unit: What the sources' weights are shares of: `tokens`, or `bytes` of text, which mix the sources alike
+            whatever the tokenizer.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class PretrainDataModule(StreamDataModule):
         max_eval_rows: int | None = 256,
         on_bad_record: BadRecordPolicy = "error",
         tokenizer: str | None = None,
+        weight_unit: WeightUnit = "tokens",
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
@@ -61,10 +67,11 @@ class PretrainDataModule(StreamDataModule):
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,
             num_workers=num_workers,
-            packing=_known_packing(packing),
+            packing=_known("packing", packing, PACKINGS),
             seed=seed,
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
+            weight_unit=_known("weight_unit", weight_unit, get_args(WeightUnit)),
         )
 
     def make_encoder(self) -> PlainText:
@@ -76,7 +83,7 @@ class PretrainDataModule(StreamDataModule):
         return self._documents.read(stage, required=False)
 
 
-def _known_packing(packing: str) -> str:
-    if packing not in PACKINGS:
-        raise ValueError(f"`packing={packing!r}`: expected one of {', '.join(PACKINGS)}")
-    return packing
+def _known(name: str, value: Value, expected: Sequence[str]) -> Value:
+    if value not in expected:
+        raise ValueError(f"`{name}={value!r}`: expected one of {', '.join(expected)}")
+    return value

@@ -122,6 +122,8 @@ def order_of(plan: StreamPlan) -> Order:
         order[f"weight of source {source.name}"] = float(source.weight)
         order[f"max_epochs of source {source.name}"] = source.max_epochs
         order[f"training texts of source {source.name}"] = documents.fingerprint
+    if plan.weight_unit != "tokens":  # checkpoints of runs that had no choice name none
+        order["weight_unit"] = plan.weight_unit
     return order
 
 

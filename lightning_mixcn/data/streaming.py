@@ -21,6 +21,7 @@ from lightning_mixcn.text import (
     Row,
     StreamPlan,
     TextTokenizer,
+    WeightUnit,
     load_tokenizer,
 )
 
@@ -42,6 +43,7 @@ class StreamDataModule(LightningDataModule):
         seed: Seed of the order of documents.
         max_eval_rows: Rows of each source that validation and test use at most; None uses all.
         tokenizer: Folder of the tokenizer.
+        weight_unit: What weights are shares of.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StreamDataModule(LightningDataModule):
         seed: int,
         max_eval_rows: int | None,
         tokenizer: str | None,
+        weight_unit: WeightUnit = "tokens",
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         super().__init__()
@@ -67,8 +70,7 @@ class StreamDataModule(LightningDataModule):
         self.max_eval_rows = (
             max_eval_rows if max_eval_rows is None else _at_least("max_eval_rows", max_eval_rows, 1, "null for all")
         )
-        self.packing = packing
-        self.seed = seed
+        self.packing, self.weight_unit, self.seed = packing, weight_unit, seed
         self.tokenizer_path = tokenizer
         self._tokenizer: TextTokenizer | None = None
         self._evaluation_sets: dict[str, EvaluationSet] = {}
@@ -116,8 +118,9 @@ class StreamDataModule(LightningDataModule):
             documents = self._documents.read_training()
             self._documents.read("val", required=False)
             self._plan = StreamPlan(
-                documents, self.make_encoder(), self.sequence_length, self.num_streams, self.seed, self.packing
-            )
+                documents, self.make_encoder(), self.sequence_length, self.num_streams, self.seed, self.packing,
+                self.weight_unit,
+            )  # fmt: skip
             self._progress.set_order(order_of(self._plan))
 
     def train_dataloader(self) -> TrainLoader:

@@ -16,7 +16,7 @@ from lightning_mixcn.text.encoders import DocumentEncoder, PlainText
 from lightning_mixcn.text.packing import PACKINGS, Row, ScoredRow, evaluation_rows
 from lightning_mixcn.text.sources import AnySource, ConversationSource, Source, SourceKind, parse_sources
 from lightning_mixcn.text.stores import BadRecordPolicy
-from lightning_mixcn.text.streams import RowStream, StreamPlan, StreamState
+from lightning_mixcn.text.streams import RowStream, StreamPlan, StreamState, WeightUnit
 from lightning_mixcn.text.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "TooLongPolicy",
     "TrainingDocuments",
     "Turn",
+    "WeightUnit",
     "all_documents",
     "collate_evaluation_rows",
     "collate_rows",

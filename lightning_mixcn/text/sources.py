@@ -35,7 +35,8 @@ class Source:
         name: Short name, unique in its list; it appears in TensorBoard tags such as `val/<name>/bits_per_byte`.
         path: A file, a folder (searched recursively for known suffixes), a glob with `*` and `**`, one of these as an
             URL that fsspec has a driver for, such as `s3://bucket/zh/*.jsonl.gz`, or a list of these.
-        weight: Share of the training tokens relative to the other sources' weights.
+        weight: Share of the training text relative to the other sources' weights, in tokens or, by the data module's
+            `weight_unit`, in bytes.
         format: Format of the files; null tells it from each file's suffix, before `.gz`, `.zst`, `.bz2` or `.xz`.
         text_key: JSONL key, or parquet or Arrow column, that holds a document's text.
         document_unit: What one document is in a text file: the whole file, a line, or a block between blank lines.

@@ -3,8 +3,8 @@
 Row k of a run is row ``k // num_streams`` of stream ``k % num_streams``; it depends on the sources, the seed, the
 number of streams, the sequence length and the packing, and not on ranks, loader workers or batch sizes. Each epoch of a
 source is a seeded permutation of its documents, dealt to the streams like cards. Within a stream, the source that is
-furthest behind its weight, counted in tokens, gives the next segment; it may change at the end of a document, or where
-a row's end cuts a document (which goes on when its source's turn comes again).
+furthest behind its weight, counted in tokens or in bytes of text, gives the next segment; it may change at the end of a
+document, or where a row's end cuts a document (which goes on when its source's turn comes again).
 
 A stream's state is a few numbers: the document and the token each source stands at. No text is in it, and going on from
 it reads no document but those.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,9 @@ _POOL_PIECES = 64
 # Dropped one after the other, so many mean that a source has none that fits: else a stream would seek for ever.
 _HOPELESS_DOCUMENTS = 1000
 
+# What sources' weights are shares of.
+WeightUnit = Literal["tokens", "bytes"]
+
 # Plain values, see `RowStream.state`.
 StreamState = dict[str, Any]
 
@@ -47,6 +50,7 @@ class StreamPlan:
         num_streams: Number of streams.
         seed: Seed of the permutations.
         packing: One of `PACKINGS`.
+        weight_unit: What the sources' weights are shares of; bytes of text are the same for every tokenizer.
     """
 
     documents: Sequence[TrainingDocuments]
@@ -55,6 +59,7 @@ class StreamPlan:
     num_streams: int
     seed: int
     packing: str = "documents"
+    weight_unit: WeightUnit = "tokens"
 
     def open(self, indices: Sequence[int], states: Mapping[int, StreamState] | None = None) -> dict[int, RowStream]:
         """Open streams.
@@ -104,9 +109,10 @@ class RowStream:
         """Where the stream stands, in plain values.
 
         Returns:
-            ``position`` (rows made), ``documents`` (number and token offset each source stands at), ``served`` (tokens
-            each source gave, with its head start), ``pool`` (source, number, offset and length of pieces that wait
-            for a row in `best_fit`), and ``too_long`` (documents of each source that were dropped and shortened).
+            ``position`` (rows made), ``documents`` (number and token offset each source stands at), ``served`` (tokens,
+            or bytes, that each source gave, with its head start), ``pool`` (source, number, offset and length of pieces
+            that wait for a row in `best_fit`), and ``too_long`` (documents of each source that were dropped and
+            shortened).
         """
         return {
             "position": self.position,
@@ -139,7 +145,7 @@ class RowStream:
                 return None
             segment = self._readers[source].take(space)
             if len(segment.tokens):  # else the document was dropped
-                self._served[source] += len(segment.tokens)
+                self._served[source] += self._readers[source].taken
                 return segment
         return None
 
@@ -186,6 +192,7 @@ class _Reader:
         self._source = source
         self.number = stream
         self.offset = 0
+        self.taken = 0.0  # tokens, or bytes, of the last segment
         self.too_long = [0, 0]  # documents dropped and shortened
         self._dropped_since_last = 0
         self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
@@ -215,6 +222,7 @@ class _Reader:
         if self.offset == 0:
             self._count_too_long(document)
         segment = self._cut(document, self.number, self.offset, space)
+        self.taken = self._size(len(segment.tokens), len(document.tokens))
         self.offset += len(segment.tokens)
         if self.offset == len(document.tokens):
             self.number, self.offset = self.number + self._plan.num_streams, 0
@@ -231,6 +239,13 @@ class _Reader:
         if self._document is None:
             self._document = self._encode(self._index)
         return self._document
+
+    def _size(self, tokens: int, of_document: int) -> float:
+        """How much some tokens of the document count; in bytes, a part of it has its share of the document's."""
+        if self._plan.weight_unit == "tokens" or not tokens:
+            return tokens
+        assert self._index is not None, "exhausted"
+        return self._documents.corpus.num_bytes_of(self._index) * tokens / of_document
 
     def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> Segment:
         part = slice(offset, offset + space)

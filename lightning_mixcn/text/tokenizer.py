@@ -119,6 +119,14 @@ class TextTokenizer:
         """
         return str(self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens))
 
+    def num_bytes(self, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of the text of some tokens, without BOS and EOS.
+
+        A character of which only a part is there counts as a byte for each replacement character that it decodes to:
+        one byte less than there are, at most, where a row cuts a character of three bytes.
+        """
+        return len(self.decode(ids).replace("\N{REPLACEMENT CHARACTER}", "?").encode())
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""

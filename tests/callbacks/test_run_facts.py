@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mixcn.callbacks.run_facts import FACTS_FILE, RunFacts
+from lightning_mixcn.peak_memory import peak_resident_bytes
 
 ROWS = {
     "document_ids": torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]]),
@@ -30,22 +31,22 @@ class Host(nn.Module):
 class Pieces:
     """Stands for the tokenizer: piece 3 is a letter of three bytes, the others of one."""
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join("\u4e2d" if piece == 3 else "a" for piece in ids)
+    def num_bytes(self, ids: list[int]) -> int:
+        return sum(3 if piece == 3 else 1 for piece in ids)
 
 
 class TwoRanks:
     """Stands for the strategy: another rank that has counted the same."""
 
     def reduce(self, here: Tensor, reduce_op: str) -> Tensor:
-        assert reduce_op == "sum"
-        return 2 * here
+        return {"sum": 2 * here, "max": here + 1_000_000}[reduce_op]
 
 
 def stand_in(tmp_path: Path, tokenizer: Any = None) -> Any:
     return SimpleNamespace(
         default_root_dir=str(tmp_path),
         global_step=0,
+        max_steps=5,
         sanity_checking=False,
         is_global_zero=True,
         strategy=TwoRanks(),
@@ -54,6 +55,7 @@ def stand_in(tmp_path: Path, tokenizer: Any = None) -> Any:
 
 
 def train(facts: RunFacts, trainer: Any, host: Any, steps: int) -> None:
+    facts.on_fit_start(trainer, host)
     for step in range(steps):
         facts.on_train_batch_start(trainer, host, ROWS, step)
         facts.on_train_batch_end(trainer, host, None, ROWS, step)
@@ -72,7 +74,10 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     callback.on_validation_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
     callback.on_fit_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
     facts = written(tmp_path)
-    assert facts["steps"] == 2
+    assert (facts["steps"], facts["planned_steps"]) == (2, 5)
+    peak = peak_resident_bytes()
+    assert 0 < facts["peak_memory_bytes"] - 1_000_000 <= peak
+    assert facts["training_seconds"] <= facts["fit_seconds"]
     assert facts["tokens_seen"] == 2 * 2 * 7
     assert facts["text_bytes_seen"] == 2 * 2 * (1 + 1 + 3 + 4)  # padding is no text
     assert facts["parameters"] == {"total": 13, "trainable": 3, "quantised": 0}
@@ -99,6 +104,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     second.on_fit_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
     facts = written(tmp_path)
     assert facts["tokens_seen"] == 28
+    assert facts["fit_seconds"] > first.state_dict()["fit_seconds"]
     assert [validation["step"] for validation in facts["validations"]] == [1]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from lightning_mixcn.callbacks import StepCheckpoint, step_checkpoint
 from lightning_mixcn.modules import PretrainModule
@@ -45,6 +46,21 @@ def test_the_newest_two_and_the_last_step(tmp_path: Path, module: PretrainModule
     assert names(tmp_path) == ["last.ckpt", "step=00000006.ckpt", "step=00000007.ckpt"]
     assert (tmp_path / "last.ckpt").resolve().name == "step=00000007.ckpt"
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_a_step_is_left_to_a_request(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    class Postpones(StepCheckpoint):
+        def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+            if trainer.global_step in (2, 4):
+                self.postpone()
+            if trainer.global_step == 4:
+                self.request()
+            super().on_train_batch_end(trainer, *arguments)
+
+    checkpoint = Postpones(every_n_steps=2, keep=9, dirpath=str(tmp_path))
+    run = trainer(max_steps=7, enable_checkpointing=True, callbacks=[checkpoint])
+    run.fit(module, FixedBatches([random_batch([9])] * 20))
+    assert names(tmp_path) == ["last.ckpt", *(f"step=0000000{step}.ckpt" for step in (4, 6, 7))]
 
 
 def test_a_resumed_run_does_not_save_amid_an_accumulation(

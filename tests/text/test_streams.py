@@ -26,7 +26,8 @@ from lightning_mixcn.text import (
 )
 
 Documents = Callable[..., TrainingDocuments]
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60)
+# A record of nothing but NUL bytes is refused as a broken file.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁\0"), max_size=60)
 
 
 def plan_of(documents: list[TrainingDocuments], tokenizer: TextTokenizer, **changes: Any) -> StreamPlan:
@@ -188,6 +189,30 @@ def test_weights_are_honoured_in_tokens(
     for start in range(0, 14_001, 2_000):
         window = counts[start : start + 10_000].sum(0)
         assert window[0] / window.sum() == pytest.approx(share, abs=0.01 * min(share, 1 - share))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_weights_in_bytes_mix_the_same_text_whatever_the_tokenizer(
+    packing: str, tokenizer: TextTokenizer, tiny_base: Path, training: Documents
+) -> None:
+    draw = random.Random(0)
+    texts = {
+        "en": ["the of that " * draw.randint(1, 9) for _ in range(300)],
+        "zh": ["大中这有" * draw.randint(1, 9) for _ in range(300)],
+    }
+    parts = [training(text, name=name, weight={"en": 3, "zh": 1}[name]) for name, text in texts.items()]
+    in_tokens = []
+    for each in (tokenizer, load_tokenizer(tiny_base)):  # the second one has a token for each byte
+        plan = plan_of(parts, each, num_streams=1, sequence_length=64, packing=packing, weight_unit="bytes")
+        stream, tokens, text_bytes = plan.open([0])[0], [0, 0], [0, 0]
+        while sum(text_bytes) < 60_000:
+            for part in stream.next_row():
+                tokens[part.source] += len(part.tokens)
+                ids = part.tokens[part.tokens > 2].tolist()  # no control tokens
+                text_bytes[part.source] += len(each.decode(ids).encode())
+        assert text_bytes[0] / sum(text_bytes) == pytest.approx(0.75, abs=0.015)
+        in_tokens.append(tokens[0] / sum(tokens))
+    assert abs(in_tokens[0] - in_tokens[1]) > 0.03
 
 
 def test_the_first_rows_mix_the_sources(tokenizer: TextTokenizer, training: Documents) -> None:

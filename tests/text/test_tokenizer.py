@@ -114,6 +114,13 @@ def test_decode_can_show_special_tokens(tokenizer: TextTokenizer) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s> the</s>"
 
 
+def test_bytes_of_tokens(tokenizer: TextTokenizer) -> None:
+    (ids,) = tokenizer.encode_batch(["the 鑫"])  # not in the vocabulary: three tokens of one byte each
+    assert tokenizer.num_bytes([1, *ids, 2]) == len("the 鑫".encode())
+    assert tokenizer.num_bytes(ids[:-2]) == len("the ") + 1
+    assert tokenizer.num_bytes(ids[-1:]) == 1
+
+
 def test_special_tokens_map_and_chat_template_are_read(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     tokens = {"bos_token": {"content": "</s>"}, "eos_token": "<s>"}
