@@ -39,7 +39,7 @@ class ByteBudget(Callback):
 
         Raises:
             TypeError: the data module is none of this project's streams.
-            ValueError: the sources end before the budget.
+            ValueError: the sources end before the budget, or it has fewer steps than validations.
         """
         if stage != "fit":
             return
@@ -50,8 +50,13 @@ class ByteBudget(Callback):
                 f"not of {type(data).__name__}"
             )
         rows = self._rows(data)
-        steps = max(1, round(rows / (data.rows_a_batch * trainer.accumulate_grad_batches)))
-        self._due = sorted({max(1, round(steps * part / self.validations)) for part in range(1, self.validations + 1)})
+        steps = round(rows / (data.rows_a_batch * trainer.accumulate_grad_batches))
+        if steps < self.validations:
+            raise ValueError(
+                f"`text_bytes={self.text_bytes}` are {steps} steps, fewer than `validations={self.validations}`. Give "
+                "more text, smaller steps or fewer validations"
+            )
+        self._due = [round(steps * part / self.validations) for part in range(1, self.validations + 1)]
         # Where Lightning keeps them; `Trainer(max_steps=…)` writes there too.
         trainer.fit_loop.epoch_loop.max_steps = steps
         # In micro-batches since the beginning of the run, whatever an epoch is.

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lightning_mixcn.commands import CommandFailed
+
 # Each with the line that `mixcn --help` shows.
 COMMANDS = {
     "fit": "train from a YAML configuration; --ckpt_path last resumes",
@@ -21,9 +23,11 @@ COMMANDS = {
     "evaluate": "benchmarks of lm-evaluation-harness, a base beside its adapted self",
     "experts": "disable each expert in turn: what it costs in bits per byte, by source",
     "vocab": "train pieces of another language, merge them into a tokenizer, count tokens",
+    "compare": "run a recipe's arms on the same bytes of text: table and figure",
     "preference": "blind sheets of models' answers for judges; win rates, Elo and agreement from filled-in ones",
     "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
 }
+_OF_THE_TRAINER = ("fit", "validate", "test", "predict")
 _COMPLETION = "--print_completion"
 _TRACEBACK = "MIXCN_TRACEBACK"
 
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
             raise
-        hint = "" if isinstance(error, UsageError) else f" ({_TRACEBACK}=1 shows the traceback)"
+        hint = "" if isinstance(error, UsageError | CommandFailed) else f" ({_TRACEBACK}=1 shows the traceback)"
         return _report(message + hint)
     return 0
 
@@ -71,17 +75,7 @@ def _run(arguments: list[str]) -> None:
     sys.path.append(os.getcwd())
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if arguments[0] in (
-        "upcycle",
-        "quantize",
-        "export",
-        "chat",
-        "evaluate",
-        "experts",
-        "vocab",
-        "preference",
-        "quantization",
-    ):
+    if arguments[0] in COMMANDS and arguments[0] not in _OF_THE_TRAINER:
         from lightning_mixcn.function_cli import run_function
 
         run_function(arguments[0], arguments[1:])
@@ -115,7 +109,7 @@ def _report(message: str) -> int:
 
 def _explained(error: Exception) -> str | None:
     """The message for the user, where the error is the user's to mend: else the traceback is worth more."""
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | CommandFailed):
         return str(error)
     if not isinstance(error, ValueError | OSError | FloatingPointError) or error.__traceback__ is None:
         return None

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from .peak_memory import MAXRSS_UNIT
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_MIXCN = (sys.executable, "-m", "lightning_mixcn")
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,46 @@ class CommandFailed(RuntimeError):  # noqa: N818  # reads as what happened
     """A command ended with an error, which it has printed itself."""
 
 
-def run_mixcn(arguments: Sequence[str], typed: str = "", defaults: Mapping[str, str] = _NOTHING) -> Usage:
+def run_mixcn(
+    arguments: Sequence[str],
+    typed: str = "",
+    defaults: Mapping[str, str] = _NOTHING,
+    inherited: Sequence[int] = (),
+) -> Usage:
     """Run ``mixcn`` with these arguments; what it prints goes to the terminal.
 
     Args:
         arguments: Of ``mixcn``.
         typed: What it reads from its standard input.
         defaults: Environment variables that it gets unless they are set already.
+        inherited: Open file descriptors that it keeps open, such as a lock's.
 
     Raises:
         CommandFailed: the exit code is not 0.
     """
-    return run(
-        [sys.executable, "-m", "lightning_mixcn", *arguments], shlex.join(["mixcn", *arguments]), typed, defaults
-    )
+    return run([*_MIXCN, *arguments], shlex.join(["mixcn", *arguments]), typed, defaults, inherited)
 
 
-def run(command: Sequence[str], shown: str, typed: str = "", defaults: Mapping[str, str] = _NOTHING) -> Usage:
+def output_of_mixcn(arguments: Sequence[str]) -> str:
+    """What ``mixcn`` prints with these arguments; nothing goes to the terminal.
+
+    Raises:
+        CommandFailed: the exit code is not 0; the message is the last line of its standard error.
+    """
+    done = subprocess.run([*_MIXCN, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        raise CommandFailed("".join(last).removeprefix("mixcn: error: ") or f"exit code {done.returncode}")
+    return done.stdout
+
+
+def run(
+    command: Sequence[str],
+    shown: str,
+    typed: str = "",
+    defaults: Mapping[str, str] = _NOTHING,
+    inherited: Sequence[int] = (),
+) -> Usage:
     """Run a command, show it first, and measure it.
 
     Args:
@@ -55,13 +79,16 @@ def run(command: Sequence[str], shown: str, typed: str = "", defaults: Mapping[s
         shown: What to print for it.
         typed: What it reads from its standard input, at most what a pipe holds (64 KiB on Linux).
         defaults: Environment variables that it gets unless they are set already.
+        inherited: Open file descriptors that it keeps open.
 
     Raises:
         CommandFailed: the exit code is not 0.
     """
     print(f"$ {shown}", flush=True)
     start = time.perf_counter()
-    process = subprocess.Popen(command, env={**defaults, **os.environ}, stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env={**defaults, **os.environ}, stdin=subprocess.PIPE, text=True, pass_fds=inherited
+    )
     assert process.stdin is not None
     with process.stdin:
         process.stdin.write(typed)

@@ -19,6 +19,7 @@ FUNCTIONS = {
     "evaluate": "lightning_mixcn.studies.evaluate",
     "experts": "lightning_mixcn.studies.experts",
     "vocab": "lightning_mixcn.studies.vocab",
+    "compare": "lightning_mixcn.studies.compare",
     "preference": "lightning_mixcn.studies.preference",
     "quantization": "lightning_mixcn.studies.quantization",
 }
@@ -85,15 +86,31 @@ def run_function(command: str, arguments: list[str]) -> None:
     Raises:
         UsageError: the arguments cannot be used.
     """
+    function, parsed = parse_function(command, arguments)
+    function(**parsed)
+
+
+def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., object], dict[str, Any]]:
+    """Parse the arguments of a subcommand.
+
+    Args:
+        command: A name in the table of this file.
+        arguments: Those behind the subcommand.
+
+    Returns:
+        The function, and what to call it with.
+
+    Raises:
+        UsageError: the arguments cannot be used.
+    """
     if arguments and arguments[0] in NESTED.get(command, ()):
-        run_function(f"{command} {arguments[0]}", arguments[1:])
-        return
+        return parse_function(f"{command} {arguments[0]}", arguments[1:])
     parser, function = function_parser(command)
     try:
         parsed = parser.parse_args(_positional_list(_list_items(arguments, function), function))
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see mixcn {command} --help") from error
-    function(**parsed.as_dict())
+    return function, parsed.as_dict()
 
 
 def _list_items(arguments: list[str], function: Callable[..., object]) -> list[str]:

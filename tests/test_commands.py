@@ -1,8 +1,9 @@
 import sys
+from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.commands import CommandFailed, run, run_mixcn
+from lightning_mixcn.commands import CommandFailed, output_of_mixcn, run, run_mixcn
 
 
 def test_peak_memory_is_that_of_the_child(capfd: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +28,17 @@ def test_mixcn_is_run_by_this_python(capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     assert out.startswith("$ mixcn --help\n")
     assert "fit" in out
+
+
+def test_output_and_errors_can_be_read() -> None:
+    assert output_of_mixcn(["--version"]).startswith("mixcn ")
+    with pytest.raises(CommandFailed, match=r"^unknown subcommand 'x'"):
+        output_of_mixcn(["x"])
+
+
+def test_a_descriptor_can_be_inherited(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        run(
+            [sys.executable, "-c", f"import os; os.write({file.fileno()}, b'kept')"], "write", inherited=[file.fileno()]
+        )
+    assert (tmp_path / "file").read_text() == "kept"

@@ -1,8 +1,9 @@
 """What is compared with what: the recipes under ``configs/studies/``."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ import yaml
 PREPARED = "{prepared}"
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "config": (str, "the path of a configuration of `mixcn fit`, seen from the recipe"),
+    "config": ((str, list), "the path of a configuration of `mixcn fit`, seen from the recipe, or a list of them"),
     "text_bytes": (int, "bytes of text that each run sees, e.g. 100_000_000"),
     "arms": (dict, "at least two names, each with the settings by which it differs"),
     "title": (str, "a line of text"),
     "validations": (int, "a number of validations, 1 or more"),
     "seeds": (list, "whole numbers, e.g. [0, 1, 2]"),
     "settings": (dict, "settings that all runs share, e.g. {trainer.devices: 8}"),
+    "needs": (dict, "paths that must be there, each with what makes it"),
     "prepare": (dict, "names of outputs, each with the `mixcn` command that makes it, as a list"),
     "evaluate": (list, "options of `mixcn evaluate`, e.g. [--tasks, ceval-valid]"),
     "quick": (dict, "values of the other keys for a run of minutes"),
 }
+_REQUIRED = ("config", "text_bytes", "arms")
+_NAME = re.compile(r"[^\W_][\w .+-]*")
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,26 @@ class Recipe:
     """A comparison.
 
     Args:
-        config: Configuration of `mixcn fit` that all runs begin with.
+        config: Configurations of `mixcn fit` that all runs begin with, later ones over earlier ones.
         text_bytes: UTF-8 bytes of text that each run sees.
         arms: Settings by which the runs differ, by name: dotted keys of the configuration, and values.
         title: Over table and figure.
         validations: How often each run is validated on its way, the last time at its end.
         seeds: A run of each arm for each; it seeds adapters and the order of the text.
         settings: Settings that all runs share.
+        needs: Paths that must be there before anything starts, and what makes each.
         prepare: Commands that make what the runs need, by the name of their output.
         evaluate: Options of `mixcn evaluate` on each finished run; empty for none.
     """
 
-    config: str
+    config: tuple[str, ...]
     text_bytes: int
     arms: Mapping[str, Mapping[str, Any]]
     title: str = ""
     validations: int = 4
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, str] = field(default_factory=dict)
     prepare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluate: tuple[str, ...] = ()
 
@@ -58,7 +64,8 @@ class Recipe:
             arm: Its name.
             prepared: Folder of what `prepare` made.
         """
-        return [
+        configs = [part for config in self.config for part in ("--config", config)]
+        return configs + [
             f"--{key}={_filled(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), prepared)}"
             for key, value in {**self.settings, **self.arms[arm]}.items()
         ]
@@ -69,16 +76,35 @@ class Recipe:
 
 
 def read_recipe(path: Path, quick: bool) -> Recipe:
-    """Read a recipe and check all that can be checked before work starts.
+    """Read a recipe and check all that can be checked without `mixcn` itself.
 
     Args:
         path: YAML file.
         quick: Whether its ``quick`` values take the place of the others.
 
     Raises:
-        FileNotFoundError: the recipe, or its configuration, is not there.
+        FileNotFoundError: the recipe, its configuration or what it needs is not there.
         ValueError: something in it is not what it should be; names the key.
     """
+    values = _read(path, quick)
+    for name in _REQUIRED:
+        if name not in values:
+            raise ValueError(f"`recipe={str(path)!r}` has no `{name}`: expected {_KINDS[name][1]}")
+    _check_values(path, values)
+    for needed, maker in values.get("needs", {}).items():
+        if not Path(needed).expanduser().exists():
+            raise FileNotFoundError(f"{needed!r}, which {str(path)!r} needs, is not there. First run: {maker}")
+    configs = [values["config"]] if isinstance(values["config"], str) else values["config"]
+    values["config"] = tuple(_found(path, config) for config in configs)
+    values["arms"] = {str(name): dict(arm or {}) for name, arm in values["arms"].items()}
+    values["prepare"] = {str(name): tuple(map(str, command)) for name, command in values.get("prepare", {}).items()}
+    values["seeds"] = tuple(values.get("seeds", (0,)))
+    values["evaluate"] = tuple(map(str, values.get("evaluate", ())))
+    return Recipe(**values | {"title": values.get("title", path.stem)})
+
+
+def _read(path: Path, quick: bool) -> dict[str, Any]:
+    """The values that hold."""
     if not path.is_file():
         raise FileNotFoundError(f"`recipe={str(path)!r}` is not there. Those of the project are under configs/studies/")
     try:
@@ -89,36 +115,22 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
         raise ValueError(f"`recipe={str(path)!r}`: expected keys such as config, arms and text_bytes")
     if quick and "quick" not in content:
         raise ValueError(f"`quick`: {str(path)!r} has no `quick` values. Leave the option out, or add them")
-    shorter = content.get("quick", {})
-    for values in (content, shorter):
-        _check_keys(path, values)
-    values = content | (shorter if quick else {})
-    values.pop("quick", None)
-    for name in ("config", "text_bytes", "arms"):
-        if name not in values:
-            raise ValueError(f"`recipe={str(path)!r}` has no `{name}`: expected {_KINDS[name][1]}")
-    _check_values(path, values)
-    config = (path.parent / values["config"]).resolve()
-    if not config.is_file():
-        raise FileNotFoundError(f"`config={values['config']!r}` of {str(path)!r} is not there: {config}")
-    values["arms"] = {str(name): dict(arm or {}) for name, arm in values["arms"].items()}
-    values["prepare"] = {name: tuple(map(str, command)) for name, command in values.get("prepare", {}).items()}
-    for name in ("seeds", "evaluate"):
-        if name in values:
-            values[name] = tuple(values[name])
-    return Recipe(**values | {"config": str(config), "title": values.get("title", path.stem)})
+    _check_keys(path, content)
+    shorter = content.pop("quick", {})
+    _check_keys(path, shorter, "quick.")
+    return content | (shorter if quick else {})
 
 
-def _check_keys(path: Path, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"`quick` of {str(path)!r}: expected {_KINDS['quick'][1]}, got {values!r}")
-    known = {part.name for part in fields(Recipe)} | {"quick"}
+def _check_keys(path: Path, values: Mapping[Any, Any], inside: str = "") -> None:
+    expected = [name for name in _KINDS if not (inside and name == "quick")]
     for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"`{name}` of {str(path)!r} is no key of a recipe. Expected one of {', '.join(known)}")
+        if name not in expected:
+            raise ValueError(
+                f"`{inside}{name}` of {str(path)!r} is no key of a recipe. Expected one of {', '.join(expected)}"
+            )
         kind, says = _KINDS[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"`{name}` of {str(path)!r}: expected {says}, got {value!r}")
+            raise ValueError(f"`{inside}{name}` of {str(path)!r}: expected {says}, got {value!r}")
 
 
 def _check_values(path: Path, values: Mapping[str, Any]) -> None:
@@ -126,17 +138,24 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
         if values.get(name, 1) < 1:
             raise ValueError(f"`{name}={values[name]}` of {str(path)!r}: expected {_KINDS[name][1]}")
     seeds = values.get("seeds", [0])
-    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds={seeds}` of {str(path)!r}: expected {_KINDS['seeds'][1]}, each once")
     arms = values["arms"]
     if len(arms) < 2 or not all(arm is None or isinstance(arm, dict) for arm in arms.values()):
         raise ValueError(f"`arms` of {str(path)!r}: expected {_KINDS['arms'][1]}")
-    for name in arms:
-        if not str(name) or not all(letter.isalnum() or letter in " -_.+" for letter in str(name)):
-            raise ValueError(f"`arms` of {str(path)!r}: {name!r} is no name of letters, digits, blanks and -_.+")
+    for name in (*arms, *values.get("prepare", {})):  # they become names of folders
+        if not _NAME.fullmatch(str(name)):
+            raise ValueError(f"{str(path)!r}: {name!r} is no name. Expected letters, digits, blanks and - _ . +")
     for name, command in values.get("prepare", {}).items():
         if not isinstance(command, list) or not command:
             raise ValueError(f"`prepare` of {str(path)!r}: {name!r} has no command: expected e.g. [vocab, train, …]")
+
+
+def _found(path: Path, config: Any) -> str:
+    file = (path.parent / str(config)).resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"`config={config!r}` of {str(path)!r} is not there: {file}")
+    return str(file)
 
 
 def _filled(text: str, prepared: Path) -> str:

@@ -152,6 +152,14 @@ def test_sources_that_end_are_too_little(
         fit.fit(model(tiny_base, tiny_base), data(tiny_base, max_epochs=1))
 
 
+def test_validations_need_steps(
+    tmp_path: Path, tiny_base: Path, data: Callable[..., PretrainDataModule], trainer: Any
+) -> None:
+    fit = run(tmp_path, trainer, ByteBudget(600, validations=2))
+    with pytest.raises(ValueError, match=r"`text_bytes=600` are 1 steps, fewer than `validations=2`"):
+        fit.fit(model(tiny_base, tiny_base), data(tiny_base))
+
+
 def test_evaluation_is_left_alone(
     tmp_path: Path, tiny_base: Path, data: Callable[..., PretrainDataModule], trainer: Any
 ) -> None:
