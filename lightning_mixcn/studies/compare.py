@@ -22,7 +22,7 @@ from lightning_mixcn.model.output_path import flush_to_disk
 from .benchmark_tasks import require_harness
 from .compare_figure import save_curves
 from .compare_inputs import check_inputs, files_fingerprint, fingerprint
-from .compare_recipe import Recipe, read_recipe
+from .compare_recipe import PREPARED, Recipe, read_recipe
 from .compare_report import as_csv, as_json, as_markdown, costs_as_csv
 from .compare_results import require_same_text, run_cost, run_result
 from .compare_run import ComparedRun
@@ -209,7 +209,8 @@ def _settings(study: Recipe, configs: dict[str, Any], prepared: Path) -> dict[st
         inputs |= {path: of for path, of in fingerprint(config).items() if not path.startswith(str(prepared))}
     settings = asdict(study) | {"configurations": configs, "inputs": inputs}
     del settings["config"]  # where it was; its content is in the arms' configurations
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    # Not where the study lies: the same one elsewhere has the same settings.
+    plain: dict[str, Any] = json.loads(json.dumps(settings).replace(json.dumps(str(prepared))[1:-1], PREPARED))
     return plain
 
 

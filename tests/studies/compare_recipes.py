@@ -70,7 +70,7 @@ def write_study(folder: Path, base: Path, language: str = "zh", **changes: Any) 
     recipe: dict[str, Any] = {
         "config": "run.yaml",
         "title": "Vocabulary",
-        "text_bytes": 1_500,
+        "text_bytes": 800,
         "validations": 2,
         "arms": {"base": {}, "longer": {"model.init_args.tokenizer": "{prepared}/longer"}},
         "prepare": {
