@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
+import lightning_mixcn.studies.compare as compare
 from lightning_mixcn.cli import main
+from lightning_mixcn.studies.compare_recipe import Recipe, read_recipe
 from lightning_mixcn.trainer_cli import MixcnCLI
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = sorted(FOLDER.glob("*.yaml"))
-OVERLAYS = sorted(FOLDER.glob("*/*.yaml"))
+OVERLAYS = sorted(FOLDER.glob("trainer/*.yaml"))
+RECIPES = sorted(FOLDER.glob("studies/*.yaml"))
 
 
 class ParsedError(Exception):
@@ -34,6 +37,44 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_there_are_some() -> None:
     assert {path.name for path in RUNS} >= {"pretrain_mixtral_8x7b.yaml"}
     assert {path.name for path in OVERLAYS} >= {"cpu.yaml", "gpu.yaml"}
+    assert {path.stem for path in RECIPES} == {"vocabulary", "initialisation", "training", "replay"}
+    assert {*RUNS, *OVERLAYS, *RECIPES} == {*FOLDER.rglob("*.yaml")}
+
+
+def read_shipped(path: Path, quick: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe, read where the files are that it needs."""
+    monkeypatch.chdir(folder)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for needed in (content | (content["quick"] if quick else {})).get("needs", {}):
+        Path(needed).mkdir(parents=True, exist_ok=True)
+    return read_recipe(path, quick)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_parses(
+    path: Path, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after_parsing: list[Any]
+) -> None:
+    monkeypatch.setattr(compare, "require_harness", lambda: None)
+    recipe = read_shipped(path, quick, tmp_path, monkeypatch)
+    compare._check_commands(recipe, Path("prepared"))
+    # An option given twice is checked twice: one parse for all arms.
+    with pytest.raises(ParsedError):
+        main(["fit", *(option for arm in recipe.arms for option in recipe.options(arm, Path("prepared")))])
+    config = stop_after_parsing[0]
+    for key in (key for arm in recipe.arms.values() for key in (*recipe.settings, *arm)):
+        compare._require_key(config.as_dict(), key, "an arm")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_an_unknown_key_of_a_recipe_fails(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for place in (content, content["quick"]):
+        place["no_such_key"] = 1
+        (tmp_path / "changed.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"no_such_key` of .* is no key of a recipe"):
+            read_recipe(tmp_path / "changed.yaml", quick=False)
+        del place["no_such_key"]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
