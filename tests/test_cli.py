@@ -7,6 +7,7 @@ import pytest
 
 import lightning_mixcn
 from lightning_mixcn import cli
+from lightning_mixcn.commands import CommandFailed
 
 
 def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,7 +32,8 @@ def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
         "mixcn: error: unknown subcommand 'train'. Expected one of fit, validate, test, predict, upcycle, quantize, "
-        "export, chat, evaluate, experts, vocab, preference, quantization; see mixcn --help\n"
+        "export, chat, evaluate, experts, vocab, compare, preference, quantization; see mixcn --help
+"
     )
 
 
@@ -110,6 +112,14 @@ def test_other_errors_of_loader_workers_keep_their_traceback(monkeypatch: pytest
     monkeypatch.setattr(cli, "_run", raising(error, "torch._utils"))
     with pytest.raises(ValueError, match="Original Traceback"):
         cli.main(["fit"])
+
+
+def test_a_command_that_failed_has_said_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_run", raising(CommandFailed("`mixcn fit` ended with exit code 2"), "subprocess"))
+    assert cli.main(["compare"]) == 2
+    assert capsys.readouterr().err == "mixcn: error: `mixcn fit` ended with exit code 2\n"
 
 
 def test_the_class_is_found_here() -> None:

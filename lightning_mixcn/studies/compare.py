@@ -104,8 +104,8 @@ class _Study:
         for run in runs:
             self._fit(run)
         for run in runs if recipe.evaluate else ():
-            command = partial(run.evaluate_command, recipe.evaluate)
-            self._do("evaluate", run.name, run.scores() is not None, command)
+            evaluates = partial(run.evaluate_command, recipe.evaluate)
+            self._do("evaluate", run.name, run.scores() is not None, evaluates)
         self._write(runs, settings)
 
     def _fit(self, run: ComparedRun) -> None:

@@ -73,7 +73,7 @@ def test_a_result() -> None:
 
 def test_spread() -> None:
     assert Spread.of([1.0]) == (1.0, None)
-    assert Spread.of([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert Spread.of([1.0, 3.0]).deviation == pytest.approx(2**0.5)
 
 
 def test_tables() -> None:
