@@ -107,10 +107,19 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
         return parse_function(f"{command} {arguments[0]}", arguments[1:])
     parser, function = function_parser(command)
     try:
-        parsed = parser.parse_args(_positional_list(_list_items(arguments, function), function))
+        parsed = parser.parse_args(_positional_list(_list_items(_flags(arguments, function), function), function))
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see mixcn {command} --help") from error
     return function, parsed.as_dict()
+
+
+def _flags(arguments: list[str], function: Callable[..., object]) -> list[str]:
+    """Write ``--option``, where it is true or false and neither follows, as jsonargparse has it: ``--option=true``."""
+    flags = {f"--{name}" for name, hint in get_type_hints(function).items() if hint is bool}
+    return [
+        f"{argument}=true" if argument in flags and following not in ("true", "false") else argument
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True)
+    ]
 
 
 def _list_items(arguments: list[str], function: Callable[..., object]) -> list[str]:

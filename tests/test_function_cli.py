@@ -39,6 +39,23 @@ def test_a_list_is_several_values(given: list[str], monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--quick"], True),
+        (["--quick", "true"], True),
+        (["--quick", "false"], False),
+        (["--quick=false"], False),
+        ([], False),
+        (["--quick", "--out=b"], True),
+    ],
+)
+def test_a_flag_needs_no_value(given: list[str], expected: bool) -> None:
+    _, parsed = function_cli.parse_function("compare", ["recipe.yaml", "--out=a", *given])
+    assert parsed["quick"] is expected
+    assert parsed["recipe"] == "recipe.yaml"
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["upcycle"], "the following arguments are required: src, out; see mixcn upcycle --help"),
