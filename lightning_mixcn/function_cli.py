@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import Parameter, signature
+from itertools import pairwise
 from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
@@ -118,7 +119,7 @@ def _flags(arguments: list[str], function: Callable[..., object]) -> list[str]:
     flags = {f"--{name}" for name, hint in get_type_hints(function).items() if hint is bool}
     return [
         f"{argument}=true" if argument in flags and following not in ("true", "false") else argument
-        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True)
+        for argument, following in pairwise([*arguments, ""])
     ]
 
 
