@@ -77,6 +77,7 @@ def check_table(shown: str, lines: list[dict[str, str]]) -> None:
             assert row[column] == f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_files(
     mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(
     assert main(["compare", str(recipe), "--out=whole"]) == 0
     for name in SAME:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    # Between the last checkpoint and the facts.
+    for name in ("runs/longer/seed0/fit/facts.json", "comparison.json"):
+        (whole / name).unlink()
+    mixcn.ran.clear()
+    assert main(["compare", str(recipe), "--out=whole"]) == 0
+    assert mixcn.ran == ["fit"]
+    assert (killed / "comparison.json").read_bytes() == (whole / "comparison.json").read_bytes()
 
 
 @pytest.mark.parametrize(
