@@ -155,8 +155,8 @@ def test_sources_that_end_are_too_little(
 def test_validations_need_steps(
     tmp_path: Path, tiny_base: Path, data: Callable[..., PretrainDataModule], trainer: Any
 ) -> None:
-    fit = run(tmp_path, trainer, ByteBudget(600, validations=2))
-    with pytest.raises(ValueError, match=r"`text_bytes=600` are 1 steps, fewer than `validations=2`"):
+    fit = run(tmp_path, trainer, ByteBudget(200, validations=2))
+    with pytest.raises(ValueError, match=r"`text_bytes=200` are 1 steps, fewer than `validations=2`"):
         fit.fit(model(tiny_base, tiny_base), data(tiny_base))
 
 
