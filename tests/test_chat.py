@@ -253,6 +253,7 @@ def test_an_answer_stopped_before_it_began_leaves_no_turn(base: Path, monkeypatc
         (["BASE", "--template=tokenizer"], "has no chat template. Use `template=mixtral`"),
         (["BASE", "--quantization=int3"], "`quantization='int3'` is not known"),
         (["BASE", "--warmth=1"], "--warmth"),
+        (["BASE", "--device=abacus"], "`device='abacus'` is not known. Expected cpu"),
         ([], "the following arguments are required: src; see mixcn chat --help"),
         (["BASE", *GREEDY], "the prompt has 616 tokens, but the model's context has room for 512"),
     ],

@@ -39,7 +39,7 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
         layout: ``peft`` or ``peft-per-expert``.
 
     Raises:
-        ValueError: no adapter, or more than one.
+        ValueError: no adapter, more than one, or one without factors.
         OSError: the disk is full.
     """
     if len(found.adapters) != 1:
@@ -48,6 +48,10 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
             "Give a run or an adapter folder, or merge with `--format hf`"
         )
     adapter = AdapterFile(found.adapters[0])
+    if not adapter.names:
+        raise ValueError(
+            f"the adapter {found.adapters[0]!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
+        )
     config = mixtral_config(Checkpoint(found.base))
     write, text = LAYOUTS[layout]
     tensors, lora = write(_normalised(adapter, config), found.base, config.num_hidden_layers)

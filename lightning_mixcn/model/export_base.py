@@ -1,6 +1,5 @@
 """Which weights an export merges adapters onto."""
 
-from pathlib import Path
 from typing import Literal
 
 from .base_weights import BaseWeights
@@ -48,12 +47,17 @@ def open_base(found: ModelSource, precision: Precision, original: str | None) ->
 
 
 def _recorded_original(checkpoint: Checkpoint) -> str:
-    """Path of what a 4-bit folder was quantised from."""
+    """Folder or hub id of what a 4-bit folder was quantised from."""
     recorded = read_identity(checkpoint.path)
     where = f"made from {recorded['path']!r}, which is not there" if recorded else "and does not say of what"
-    if recorded is None or not Path(recorded["path"]).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"the base {str(checkpoint.path)!r} is in 4 bits, {where}. Give the unquantised base with "
-            "`--original FOLDER`, or `--base dequantised` to merge onto what the 4 bits hold"
-        )
-    return recorded["path"]
+    try:
+        if recorded is not None:
+            local_folder(recorded["path"])
+            return recorded["path"]
+        reason = None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = error
+    raise FileNotFoundError(
+        f"the base {str(checkpoint.path)!r} is in 4 bits, {where}. Give the unquantised base with "
+        "`--original FOLDER`, or `--base dequantised` to merge onto what the 4 bits hold"
+    ) from reason

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .output_path import check_output, clear_disk_errors, flush_to_disk, partial_path
+from .tokenizer_pieces import TokenizerPieces
 
 CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
@@ -91,7 +92,8 @@ def _find(folder: str | None, program: str) -> Path:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    if not (folder / "tokenizer.model").is_file():
+    """Byte-level pieces (GPT-2's kind) the converter takes from ``tokenizer.json``, SentencePiece's it gets wrong."""
+    if not (folder / "tokenizer.model").is_file() and not TokenizerPieces(folder).is_byte_level:
         raise ValueError(
             "the model has no tokenizer.model, without which llama.cpp's converter writes a tokenizer that splits text "
             "differently. Put the SentencePiece file beside the tokenizer.json of the base or adapter"

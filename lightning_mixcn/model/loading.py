@@ -100,7 +100,7 @@ def load_mixtral(
         verify_quantised(model, config)
     if shard is not None:
         shard(complete)
-    move_to_device(model, torch.device(device or "cpu"))
+    move_to_device(model, torch_device(device or "cpu"))
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that a launcher started on this machine
     for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
         fill(entry, checkpoint)
@@ -135,7 +135,7 @@ def build_mixtral(
         train_embeddings: As in `load_mixtral`.
         seed: Of the random weights and of LoRA's start.
     """
-    model, device = meta_model(config, quantization, torch_dtype(dtype)), torch.device(device or "cpu")
+    model, device = meta_model(config, quantization, torch_dtype(dtype)), torch_device(device or "cpu")
     model.name_or_path = ""
     complete = _complete(model, lora, train_embeddings)
     if quantization == "nf4":
@@ -186,6 +186,14 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found is None:
         raise ValueError(f"`dtype={dtype!r}` is not known. Expected one of {', '.join(_DTYPES)}")
     return found
+
+
+def torch_device(device: str | torch.device) -> torch.device:
+    """``cpu``, ``cuda``, ``cuda:1`` … as torch's. Raises: ValueError."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
 def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:

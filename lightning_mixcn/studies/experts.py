@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
 from lightning_mixcn.model.checkpoint import Checkpoint
 from lightning_mixcn.model.hub import local_folder
-from lightning_mixcn.model.loading import mixtral_config
+from lightning_mixcn.model.loading import mixtral_config, torch_device
 from lightning_mixcn.model.model_source import ModelSource, find_model, load_found
 from lightning_mixcn.model.output_path import new_folder
 from lightning_mixcn.text import PlainText, load_tokenizer
@@ -105,7 +105,7 @@ def experts(
     longest = _check_model(found, modes, sequence_length)
     documents = read_documents(text, text_key, document_unit)
     tokenizer = load_tokenizer(local_folder(found.tokenizer))
-    encoder, place = PlainText(tokenizer), _device(device)
+    encoder, place = PlainText(tokenizer), torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings: dict[str, Any] = {
         "src": src, **fingerprint(found), "tokenizer": encoder.fingerprint["tokenizer"],
         "text": dict(named_path(entry) for entry in text),
@@ -135,13 +135,6 @@ def experts(
     shown = asked.shown if asked else []
     _finish(folder, settings, results, accuracies, shown, cost)
     parts.delete()
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"`device={name!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
 def _check_numbers(max_tokens: int, sequence_length: int, micro_batch_size: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import distributed
 
+from lightning_mixcn.model.loading import torch_device
+
 Result = TypeVar("Result")
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Processes wait for each other's share of a benchmark. One that dies is noticed by the launcher, which ends the others.
@@ -65,10 +67,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
     Raises:
         ValueError: several processes, but no launcher that says where they meet; or no such device.
     """
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
+    place = torch_device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes(0, 1, place)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model import shard_writer
+from lightning_mixcn.model import hub, shard_writer
 from lightning_mixcn.model.export import export
 from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.model.shard_writer import ShardWriter
@@ -192,6 +193,27 @@ def test_four_bits_whose_original_is_gone_need_a_choice(tmp_path: Path, capsys: 
     save_tiny_mixtral(tmp_path / "wrong", seed=9)
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "three"), f"--original={tmp_path / 'wrong'}"]) == 2
     assert "another one" in capsys.readouterr().err
+
+
+def test_four_bits_of_a_hub_model_find_their_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_tiny_mixtral(tmp_path / "base")
+    monkeypatch.setattr(hub, "_from_hub", lambda name: {"owner/name": base}[name])
+    quantize("owner/name", str(tmp_path / "small"), dtype="float32")
+    save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
+    export(str(tmp_path / "adapter"), str(tmp_path / "one"))
+    export(str(tmp_path / "adapter"), str(tmp_path / "two"), original=str(base))
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("format", ["peft", "peft-per-expert"])
+def test_an_adapter_without_factors_is_refused(
+    tiny: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    weights = run / "adapter/adapter_model.safetensors"
+    save_file({"base_model.model.lm_head.weight": torch.zeros(272, 32)}, weights)
+    assert main(["export", str(run), str(tmp_path / "out"), f"--format={format}"]) == 2
+    assert "holds no LoRA factors" in capsys.readouterr().err
 
 
 def test_overflow_in_half_precision_is_refused(tiny: Path, tmp_path: Path) -> None:

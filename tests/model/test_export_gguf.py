@@ -1,6 +1,7 @@
 """GGUF: how llama.cpp's programs are called, with stand-ins for them; and with the real converter where it is."""
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
@@ -83,6 +84,9 @@ def test_failures_leave_nothing(
         message = "convert_hf_to_gguf.py ended with code 3"
     elif failure == "no tokenizer.model":
         (base / "tokenizer.model").unlink()
+        pieces = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+        pieces["decoder"] = {"type": "ByteFallback"}  # SentencePiece's
+        (base / "tokenizer.json").write_text(json.dumps(pieces), encoding="utf-8")
         message = "has no tokenizer.model"
     elif failure == "no llama-quantize":
         (llama_cpp / "build/bin" / QUANTIZER).unlink()

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model.export_gguf import CONVERTER
+from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.conftest import STORIES
 
@@ -137,6 +138,22 @@ def test_llama_cpp_scores_every_token_as_the_trained_model(
         return
     assert root_mean_square(error) < 2 * root_mean_square(allowed)
     assert root_mean_square(allowed) < 0.2  # nats; at a width of 64, q8_0 sends some tokens to other experts
+
+
+def test_a_byte_level_tokenizer_is_taken_from_its_json(llama_cpp: Any, tmp_path: Path) -> None:
+    """The one of the demo's base; SentencePiece's pieces need ``tokenizer.model``."""
+    source = Path(__file__).parents[2] / ".cache/demo/base"
+    if not source.is_dir():
+        pytest.skip(".cache/demo/base is not there: run `make demo` once")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    base = save_tiny_mixtral(tmp_path / "base", vocab_size=len(tokenizer))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((source / name).read_bytes())
+    gguf = tmp_path / "model.gguf"
+    assert main(["export", str(base), str(gguf), "--format=gguf", "--outtype=f32"]) == 0
+    theirs = llama_cpp.Llama(model_path=str(gguf), vocab_only=True, verbose=False)
+    for text in TEXTS:
+        assert theirs.tokenize(text.encode(), add_bos=False) == tokenizer(text).input_ids
 
 
 def root_mean_square(values: Tensor) -> float:
