@@ -26,8 +26,9 @@ from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model import build_mixtral, load_mixtral
 from lightning_mixcn.model.adapters import base_of
 from lightning_mixcn.studies.disabled_expert import disabled_expert
+from lightning_mixcn.studies.disabled_passes import Batch
 from lightning_mixcn.studies.expert_flops import pairs_of_rows
-from lightning_mixcn.studies.expert_importance import Arrays, Batch, ExpertImportance
+from lightning_mixcn.studies.expert_importance import Arrays, ExpertImportance
 
 Result = TypeVar("Result")
 

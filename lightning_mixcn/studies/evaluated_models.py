@@ -89,7 +89,11 @@ class LoadedModels:
     """
 
     def __init__(
-        self, quantization: str, dtype: str, device: torch.device, shard: Callable[[nn.Module], None] | None = None
+        self,
+        quantization: str,
+        dtype: str,
+        device: str | torch.device,
+        shard: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "quantization": quantization, "dtype": dtype, "device": device, "shard": shard
