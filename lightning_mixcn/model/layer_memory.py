@@ -146,8 +146,8 @@ class LayerCounter:
         return found, needed
 
     def _norm(self, hidden: int) -> int:
-        """The float32 input (a copy unless that is the compute dtype) and one number a token."""
-        return hidden // self.size * 4 + 4 * self.tokens
+        """Its input, which only CUDA's fused kernel does not keep in float32, and one number a token."""
+        return (hidden if self.device_type == "cuda" else hidden // self.size * 4) + 4 * self.tokens
 
     def _adapter(self, module: Any, needs_gradient: bool, rows: int) -> int:
         """What LoRA keeps beside its undropped input: products with A, dropped inputs, factors as they are used."""
@@ -176,11 +176,14 @@ class LayerCounter:
         kept = sum(self._adapter(module, needs_gradient, tokens) for module in inputs)
         kept += self._adapter(attention.o_proj, inner, tokens)
         output = tokens * attention.q_proj.out_features * self.size
+        # `causal_attention` computes it all again.
+        keeps_output = inner and not (self.device_type == "cpu" and self.dtype == torch.bfloat16)
         if inner:
-            key_value = 2 * tokens * attention.k_proj.out_features * self.size
-            kept += 2 * output + key_value + 4 * tokens * heads
+            kept += output + 2 * tokens * attention.k_proj.out_features * self.size
+        if keeps_output:
+            kept += output + 4 * tokens * heads
         # A copy of the documents' results side by side; else attention's own result is what the projection reads.
-        if self._shared_input([attention.o_proj]) and (self.batch.packed or not inner):
+        if self._shared_input([attention.o_proj]) and (self.batch.packed or not keeps_output):
             kept += output
         return kept
 
