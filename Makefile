@@ -45,6 +45,7 @@ bench: venv  ## every measurement that a CPU can make, beside peers and limits; 
 	$(BIN)/python benchmarks/expert_block.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/readme_table.py
 
 clean:  ## remove what was built and cached; runs/ and .venv stay
