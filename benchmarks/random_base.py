@@ -74,6 +74,8 @@ def write_random_base(config: transformers.MixtralConfig, folder: Path) -> None:
 
 def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.device) -> nn.Module:
     """Ours in 4 bits with adapters, its weights drawn on the device; nothing is read, and no 16-bit model is held."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+
     from lightning_mixcn.model import build_mixtral
     from lightning_mixcn.model.adapters import base_of, reset_lora
     from lightning_mixcn.model.frozen_linear import FrozenLinear
@@ -90,8 +92,8 @@ def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.de
                 module.storage.write(start, values)
         elif isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=config.initializer_range, generator=generator)
-        elif type(module).__name__ == "MixtralRMSNorm":
-            nn.init.ones_(module.weight)  # type: ignore[arg-type]  # a norm's
+        elif isinstance(module, MixtralRMSNorm):
+            nn.init.ones_(module.weight)
     reset_lora(model, 0)  # type: ignore[arg-type]  # it has adapters
     return model
 

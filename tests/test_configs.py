@@ -13,8 +13,8 @@ from lightning_mixcn.trainer_cli import MixcnCLI
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = sorted(FOLDER.glob("*.yaml"))
-OVERLAYS = sorted(FOLDER.glob("trainer/*.yaml"))
 RECIPES = sorted(FOLDER.glob("studies/*.yaml"))
+OVERLAYS = sorted({*FOLDER.glob("*/*.yaml")} - {*RECIPES})
 
 
 class ParsedError(Exception):

@@ -77,7 +77,7 @@ def test_help_explains_a_source() -> None:
     parser.add_class_arguments(Source, "source")
     text = " ".join(parser.format_help().split())
     assert "Tokens of a row" in text
-    assert "Share of the training tokens relative to the other sources' weights" in text
+    assert "Share of the training text relative to the other sources' weights" in text
 
 
 @pytest.mark.parametrize(
