@@ -26,13 +26,16 @@ demo: venv  ## adapt a real base to Chinese in 4 bits; results in runs/demo
 demo-instruct: venv  ## teach the same base to answer in Chinese, and ask it; results in runs/demo_instruct
 	$(BIN)/python -m lightning_mixcn.demo instruct
 
-# A process a core, one thread each: threads of several processes would wait for one another.
+# Two processes of one thread each: threads of both would wait for one another.
+QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
 test: lint  ## every quick check (what CI runs)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(QUICK)
 
 test-full: lint  ## every check, slow ones too, with lm-evaluation-harness; those of a GPU where there is one
 	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet -c constraints.txt -e '.[dev,demo,eval]'
-	$(BIN)/python -m pytest
+	$(QUICK)
+	$(BIN)/python -m pytest -m "slow or gpu"
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .
