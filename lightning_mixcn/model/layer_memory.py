@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .expert_routing import padded_rows
+from .expert_routing import padded_rows, row_step
 from .head import chunk_positions
 from .lora import adapter_rank
 from .weights import NF4Weight
@@ -240,7 +240,8 @@ class LayerCounter:
         """Routed rows when every expert has as many, which padding on the CPU rounds up by half a step on average."""
         rows, groups = self.tokens * self.top_k, int(experts.gate_proj.groups)
         if self.device_type == "cpu" and self.size < 4:
-            return groups * padded_rows(-(-rows // groups)) if rows < 32 * groups else rows + 16 * groups
+            each = -(-rows // groups)
+            return groups * padded_rows(each) if each < 32 else rows + groups * row_step(each) // 2
         return rows
 
     def decoded(self, module: Any) -> int:

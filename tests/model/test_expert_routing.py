@@ -8,6 +8,14 @@ from lightning_mixcn.model.expert_routing import padded_rows, route_rows, route_
 
 def test_few_row_counts() -> None:
     assert [padded_rows(rows) for rows in (0, 1, 2, 3, 5, 17, 31, 32, 33, 500)] == [0, 1, 2, 4, 8, 32, 32, 32, 64, 512]
+    assert [padded_rows(rows) for rows in (1023, 1025, 1857, 2049, 4000)] == [1024, 1088, 1920, 2176, 4096]
+
+
+def test_row_counts_are_bounded_and_little_is_padding() -> None:
+    padded = [padded_rows(rows) for rows in range(512, 16385)]
+    assert padded == sorted(padded)
+    assert all(rows <= size <= rows * 17 / 16 for rows, size in enumerate(padded, 512))
+    assert len(set(padded)) <= 16 * 5 + 1  # 16 from one power of two to the next
 
 
 @pytest.mark.parametrize("padded", [True, False])
