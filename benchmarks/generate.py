@@ -45,9 +45,12 @@ def model_of(name: str, base: str, device: str) -> Any:
     if name == "ours":
         from lightning_mixcn.allocator import keep_freed_memory
         from lightning_mixcn.model import load_mixtral
+        from lightning_mixcn.model.generation import prepare_for_generation
 
         keep_freed_memory()
-        return load_mixtral(base, device=device).eval()
+        model = load_mixtral(base, device=device).eval()
+        prepare_for_generation(model)
+        return model
     return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device).eval()
 
 

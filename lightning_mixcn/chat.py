@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_mixcn.model import MixtralPeftModel
 from lightning_mixcn.model.adapter_file import AdapterFile
-from lightning_mixcn.model.generation import PrefixCache, Sampling, stream_tokens
+from lightning_mixcn.model.generation import PrefixCache, Sampling, prepare_for_generation, stream_tokens
 from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.model.model_source import find_model, load_found
 from lightning_mixcn.text import ChatTemplate, TextTokenizer, Turn, load_template, load_tokenizer
@@ -70,6 +70,7 @@ def chat(
     laid_out = load_template(template, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_found(found, quantization=quantization, dtype=dtype, device=device)
+    prepare_for_generation(model)
     talk = Chat(model, tokenizer, laid_out, sampling, torch.Generator(device).manual_seed(seed))
     talk.set_system(system or "")
     fixed = [name for adapter in found.adapters for name in AdapterFile(adapter).saved]

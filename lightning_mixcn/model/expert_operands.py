@@ -4,12 +4,29 @@ Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, R LoRA
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .weights import Weight
+
+
+class Factors(Protocol):
+    """LoRA factors of one projection, see `lora.Factors`."""
+
+    a: Tensor
+    b: Tensor
+    dropout: float
+
+
+class Projection(Protocol):
+    """What the expert block asks of its children: a `FrozenLinear` or the LoRA layer around it."""
+
+    storage: Weight
+
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> Factors | None:
+        """The active LoRA factors of some groups in ``dtype``."""
 
 
 class ExpertWeights(NamedTuple):

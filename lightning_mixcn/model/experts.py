@@ -3,7 +3,7 @@
 Children are named as PEFT sees them: ``gate_proj``, ``up_proj``, ``down_proj`` are the paper's w1, w3, w2.
 """
 
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from .expert_function import ExpertBlock
-from .expert_operands import Dropout, ExpertWeights
+from .expert_operands import Dropout, ExpertWeights, Projection
+from .few_rows import experts_of_few_rows
 from .frozen_linear import FrozenLinear
-from .weights import Weight
-
-
-class Factors(Protocol):
-    """LoRA factors of one projection, see `lora.Factors`."""
-
-    a: Tensor
-    b: Tensor
-    dropout: float
-
-
-class Projection(Protocol):
-    """What the expert block asks of its children: a `FrozenLinear` or the LoRA layer around it."""
-
-    storage: Weight
-
-    def factors(self, dtype: torch.dtype) -> Factors | None:
-        """The active LoRA factors in ``dtype``."""
 
 
 class Router(MixtralTopKRouter):
@@ -100,6 +83,10 @@ class Experts(nn.Module):
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
         projections = [cast(Projection, child) for child in (self.gate_proj, self.up_proj, self.down_proj)]
+        if not self.training:
+            few = experts_of_few_rows(hidden_states, top_k_index, top_k_weights, projections)
+            if few is not None:
+                return few
         gate, up, down = (projection.factors(hidden_states.dtype) for projection in projections)
         a_gate_up = [factors.a for factors in (gate, up) if factors is not None]
         factors = (

@@ -55,10 +55,13 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         assert self.groups == 1, "a stack of experts is called through its expert block"
+        few = self.storage.few_rows
+        if few is not None and few.serves(x):
+            return few.product(x)
         y: Tensor = _FrozenProduct.apply(x, self.storage)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return y
 
-    def factors(self, dtype: torch.dtype) -> None:
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> None:
         """No LoRA factors here; `LoraFrozenLinear.factors` has them."""
         return
 

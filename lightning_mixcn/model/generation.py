@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +24,9 @@ from transformers import (
 )
 
 from .adapters import base_of
+from .few_rows import FewRows
+from .memory_budget import usable_bytes
+from .weights import NF4Weight
 
 # Tokens of a prompt in one forward pass, which bounds its attention mask and the experts' activations.
 _CHUNK = 1024
@@ -133,6 +137,27 @@ class PrefixCache:
         if kept < len(self._ids):
             self._states.crop(kept - len(self._ids))
             del self._ids[kept:]
+
+
+def prepare_for_generation(model: nn.Module) -> int:
+    """Make generation on a CPU fast, at the price of the 4 bits' memory once more; see `few_rows`.
+
+    Nothing changes on a GPU, on a CPU without bfloat16 instructions, for weights that are not in 4 bits, or where the
+    copies would take more than half of the free memory. A weight that is written later is no longer served by its copy.
+
+    Args:
+        model: A Mixtral of `load_mixtral`, or the PeftModel around it.
+
+    Returns:
+        Bytes of the copies.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, NF4Weight) and FewRows.can_hold(module)]
+    free = usable_bytes(torch.device("cpu")) - psutil.Process().memory_info().rss
+    if FewRows.planned_bytes(stacks) > free // 2:
+        return 0
+    for stack in stacks:
+        stack.few_rows = FewRows(stack)
+    return FewRows.planned_bytes(stacks)
 
 
 def stream_tokens(

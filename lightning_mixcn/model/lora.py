@@ -120,14 +120,19 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         for weight, values in zip(self.weights(adapter), (a, torch.zeros_like(b) if init else b), strict=True):
             copy_rows(weight, values)
 
-    def factors(self, dtype: torch.dtype) -> Factors | None:
-        """The active adapters' factors side by side, in ``dtype``; ``None`` when disabled or merged."""
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> Factors | None:
+        """The active adapters' factors side by side, in ``dtype``; ``None`` when disabled or merged.
+
+        Args:
+            dtype: Compute dtype.
+            groups: Of which groups; the others' are not converted.
+        """
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return None
         masters = [self.masters(name) for name in names]
-        a = [a.to(dtype) for a, _ in masters]
-        b = [b.to(dtype) * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
+        a = [a[groups].to(dtype) for a, _ in masters]
+        b = [b[groups].to(dtype) * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
         dropout = max(cast(nn.Dropout, self.lora_dropout[name]).p for name in names) if self.training else 0.0
         return Factors(a[0], b[0], dropout) if len(names) == 1 else Factors(torch.cat(a, 1), torch.cat(b, 2), dropout)
 

@@ -7,12 +7,16 @@ Under FSDP2 a rank fills its share with ``write``; ``decoder`` and ``flat`` need
 
 from collections.abc import Callable
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import nf4
 from .local_rows import held_elements, local_rows, write_elements
+
+if TYPE_CHECKING:  # it imports this module
+    from .few_rows import FewRows
 
 
 class NF4Weight(nn.Module):
@@ -27,6 +31,7 @@ class NF4Weight(nn.Module):
     scales: Tensor
     super_scale: Tensor
     super_offset: Tensor
+    few_rows: "FewRows | None" = None  # see `generation.prepare_for_generation`
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -94,6 +99,8 @@ class DenseWeight(nn.Module):
         dtype: Floating point type of the parameter ``values``.
         device: Where the (uninitialised) tensor is made; ``meta`` works.
     """
+
+    few_rows: None = None
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str | None = None
