@@ -57,6 +57,8 @@ def config_of(preset: str, **sizes: int | None) -> transformers.MixtralConfig:
 
 def write_random_base(config: transformers.MixtralConfig, folder: Path) -> None:
     """Write a Hugging Face folder in bf16 with the published names, a shard a layer; one layer is held at a time."""
+    from lightning_mixcn.testing import byte_tokenizer
+
     generator = torch.Generator().manual_seed(0)
     width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     shards = [_layer(config, layer, width) for layer in range(config.num_hidden_layers)] + [_ends(config)]
@@ -70,6 +72,7 @@ def write_random_base(config: transformers.MixtralConfig, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)  # Unsloth loads one
 
 
 def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.device) -> nn.Module:

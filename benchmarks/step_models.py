@@ -19,7 +19,7 @@ NOTES = {
         "target_parameters find nothing under its parametrisation (a warning) and would train half of it by full path"
     ),
     "experts4bit": "experts4bit-qlora: adapters on experts and attention, none on the router",
-    "unsloth": "Unsloth: its own LoRA on the same names; the router's is left out",
+    "unsloth": "Unsloth: its own LoRA, none on the router; on a CPU on attention alone, beside experts in bf16",
     "axolotl": "axolotl's quantize_moe_experts with its PEFT patches, without its trainer",
 }
 

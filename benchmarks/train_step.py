@@ -16,6 +16,7 @@ leave out in `step_models.py`; a peer that is not here or breaks is named with t
 import argparse
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,60 +27,7 @@ from typing import Any
 import record
 from random_base import config_of, write_random_base
 from step_models import CONTESTANTS, NOTES
-
-# What a preset measures unless options say otherwise. 32,768 tokens a micro-batch, and a row of 131,072 tokens, are the
-# two largest things that a GPU of 80 GB is meant to train.
-WORKLOADS: dict[str, dict[str, Any]] = {
-    "cpu-small": {"preset": "cpu-small", "sequence_length": 1024, "rank": 64, "contestants": ["ours", "stock"]},
-    "layer-8x7b": {
-        "preset": "layer-8x7b",
-        "sequence_length": 4096,
-        "micro_batch_size": 2,
-        "rank": 64,
-        "contestants": ["ours", "stock", "bitsandbytes", "experts4bit", "unsloth", "axolotl"],
-    },
-    "full-8x7b": {
-        "preset": "full-8x7b",
-        "sequence_length": 4096,
-        "micro_batch_size": 2,
-        "rank": 64,
-        "activation_checkpointing": "full",
-    },
-    "full-8x7b-selective": {
-        "preset": "full-8x7b",
-        "sequence_length": 4096,
-        "rank": 64,
-        "activation_checkpointing": "selective",
-    },
-    "full-8x7b-32k": {
-        "preset": "full-8x7b",
-        "sequence_length": 4096,
-        "micro_batch_size": 8,
-        "rank": 64,
-        "activation_checkpointing": "full",
-        "optimizer": "adamw8bit",
-    },
-    "full-8x7b-128k": {
-        "preset": "full-8x7b",
-        "sequence_length": 131072,
-        "rank": 64,
-        "activation_checkpointing": "offload",
-        "optimizer": "adamw8bit",
-        "warmup": 1,
-        "rounds": 5,
-    },
-}
-DEFAULTS: dict[str, Any] = {
-    "sequence_length": 512,
-    "micro_batch_size": 1,
-    "rank": 16,
-    "warmup": 4,
-    "rounds": 12,
-    "activation_checkpointing": "none",
-    "optimizer": "adamw",
-    "result": "train_step",
-    "contestants": ["ours"],
-}
+from step_options import WORKLOADS, parse
 
 
 def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -110,15 +58,19 @@ def random_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
 
 
-def contestant(name: str, options: argparse.Namespace) -> Callable[[], float]:
-    """What makes one step of a contestant and gives its seconds."""
+def contestant(name: str, options: argparse.Namespace) -> tuple[Callable[[], float], int]:
+    """What makes one step of a contestant and gives its seconds, and how many parameters it trains."""
     if name == "limit":
         from step_limit import limit
 
         tokens = options.micro_batch_size * options.sequence_length
-        return limit(options.config, tokens, options.rank, options.activation_checkpointing, options.device)
+        return limit(options.config, tokens, options.rank, options.activation_checkpointing, options.device), 0
+    if name in options.packages:
+        sys.path.insert(0, options.packages[name])
+    model = CONTESTANTS[name](options)
     batches = random_rows(options) if options.preset else packed_rows(options)
-    return stepper(CONTESTANTS[name](options), batches, options)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return stepper(model, batches, options), trained
 
 
 def stepper(model: Any, batches: Iterator[dict[str, Any]], options: argparse.Namespace) -> Callable[[], float]:
@@ -167,11 +119,11 @@ def peak_bytes(device: str) -> int:
 def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
     """A contestant's process: a step for every ``True``, answered with its seconds; ``None`` asks for peak memory.
 
-    Before that, and instead of an answer, a text says why it cannot take part.
+    Before that it says how many parameters it trains. A text instead of an answer says why it cannot take part.
     """
     try:
-        step = contestant(name, options)
-        connection.send(None)
+        step, trained = contestant(name, options)
+        connection.send(trained)
         while connection.recv() is not None:
             connection.send(step())
         connection.send(peak_bytes(options.device))
@@ -183,13 +135,18 @@ def serve(connection: Connection, name: str, options: argparse.Namespace) -> Non
 
 def measure(options: argparse.Namespace) -> None:
     """Let the contestants take turns, and report."""
-    context, connections, absent = multiprocessing.get_context("spawn"), {}, {}
+    context, connections = multiprocessing.get_context("spawn"), {}
+    absent: dict[str, str] = {}
+    trained: dict[str, int] = {}
     for name in (*options.contestants, "limit"):
         connections[name], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, name, options), daemon=True).start()
         # One after the other: models are larger while they are loaded.
-        if (reason := connections[name].recv()) is not None:
-            absent[name] = reason
+        answer = connections[name].recv()
+        if isinstance(answer, str):
+            absent[name] = answer
+        else:
+            trained[name] = answer
     seconds: dict[str, list[float]] = {name: [] for name in connections if name not in absent}
     for _ in range(options.warmup + options.rounds):
         for name in [name for name in seconds if name not in absent]:
@@ -205,11 +162,15 @@ def measure(options: argparse.Namespace) -> None:
         memory[name] = connections[name].recv()
     if not {"ours", "limit"} <= set(memory):
         raise SystemExit(f"no result: {absent}")
-    report(options, {name: seconds[name][options.warmup :] for name in memory}, memory, absent)
+    report(options, {name: seconds[name][options.warmup :] for name in memory}, memory, trained, absent)
 
 
 def report(
-    options: argparse.Namespace, seconds: dict[str, list[float]], memory: dict[str, int], absent: dict[str, str]
+    options: argparse.Namespace,
+    seconds: dict[str, list[float]],
+    memory: dict[str, int],
+    trained: dict[str, int],
+    absent: dict[str, str],
 ) -> None:
     """Print and record."""
     tokens = options.sequence_length * options.micro_batch_size
@@ -221,7 +182,9 @@ def report(
     }
     share = record.spread([a / b for a, b in zip(seconds["limit"], seconds["ours"], strict=True)])
     for name, rate in rates.items():
-        peak = "  (its products and traffic alone)" if name == "limit" else f"  peak {memory[name] / 1e9:.2f} GB"
+        peak = "  (its products and traffic alone)"
+        if name != "limit":
+            peak = f"  peak {memory[name] / 1e9:.2f} GB, trains {trained[name] / 1e6:.2f} M parameters"
         print(f"{name:12} {rate['median']:9.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f}){peak}")
     for name, ratio in ratios.items():
         print(f"ours / {name}, pair by pair: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
@@ -232,39 +195,12 @@ def report(
         print(f"{name}: {NOTES[name]}")
     # No path of a machine in a result.
     named = {"base": options.preset or Path(options.base).name, "text": options.preset or Path(options.text).name}
-    settings = {key: value for key, value in vars(options).items() if key != "config"} | named
+    settings = {key: value for key, value in vars(options).items() if key not in ("config", "packages")} | named
     figures = {"settings": settings, "tokens_per_second": rates, "share_of_limit": share}
     figures |= {"ratio_to": ratios, "absent": absent, "notes": {name: NOTES[name] for name in ratios}}
+    figures["trained_parameters"] = {name: trained[name] for name in memory if name != "limit"}
     figures["peak_bytes"] = {name: memory[name] for name in memory if name != "limit"}
     print("written to", record.write(options.result, figures))
-
-
-def parse() -> argparse.Namespace:
-    """Options, with those of the preset and then the defaults where they are not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(WORKLOADS), help="a random base instead of --base and --text")
-    parser.add_argument("--base", help="a Mixtral folder in bf16")
-    parser.add_argument("--text", help="JSON lines with a field text; enough for all steps")
-    parser.add_argument("--sequence_length", type=int, help="tokens a row")
-    parser.add_argument("--micro_batch_size", type=int, help="rows")
-    parser.add_argument("--rank", type=int, help="of LoRA on attention, router and experts")
-    parser.add_argument("--activation_checkpointing", choices=["none", "selective", "full", "offload"])
-    parser.add_argument("--optimizer", choices=["adamw", "adamw8bit"])
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="beside the limit")
-    parser.add_argument("--warmup", type=int, help="untimed steps of each")
-    parser.add_argument("--rounds", type=int, help="timed steps of each, at least 5")
-    parser.add_argument("--result", help="name of the JSON under benchmarks/results")
-    for name in ("layers", "hidden", "intermediate"):
-        parser.add_argument(f"--{name}", type=int, help=f"instead of the preset's; a small {name} to try the script")
-    options = parser.parse_args()
-    if (options.preset is None) == (options.base is None or options.text is None):
-        parser.error("give --preset, or --base and --text")
-    for key, value in (DEFAULTS | WORKLOADS.get(options.preset, {"contestants": ["ours", "stock"]})).items():
-        if key != "preset" and getattr(options, key) is None:
-            setattr(options, key, value)
-    if "ours" not in options.contestants:
-        parser.error("--contestants needs ours: ratios are to it")
-    return options
 
 
 def main() -> None:
@@ -272,7 +208,7 @@ def main() -> None:
     import torch
     import transformers
 
-    options = parse()
+    options = parse(__doc__)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         if options.preset:
