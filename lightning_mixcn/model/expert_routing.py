@@ -50,25 +50,8 @@ class Routing:
                 yield expert, slice(start, stop)
 
 
-def route_rows(index_TK: Tensor, num_experts: int, padded: bool) -> Routing:
-    """Sort the routed rows by expert, once; one host synchronisation. ``padded``: apply `padded_rows`."""
-    expert_S = index_TK.reshape(-1)
-    order_S = torch.argsort(expert_S, stable=True)
-    counts = torch.bincount(expert_S, minlength=num_experts).tolist()
-    sizes = [padded_rows(count) for count in counts] if padded else counts
-    offsets = [0, *accumulate(sizes)]
-    first_S = [0, *accumulate(counts)]
-    shift_E = torch.tensor(
-        [start - first for start, first in zip(offsets, first_S, strict=True)], device=expert_S.device
-    )
-    place_S = torch.arange(expert_S.numel(), device=expert_S.device) + shift_E[expert_S[order_S]]
-    token_P = order_S.new_zeros(offsets[-1]).index_copy_(0, place_S, order_S // index_TK.shape[1])
-    row_S = torch.empty_like(order_S).index_copy_(0, order_S, place_S)
-    return Routing(token_P, row_S.view_as(index_TK), offsets)
-
-
 class DeviceRouting(NamedTuple):
-    """The same without padding, and without the host knowing how many rows an expert has.
+    """Which row is which token, without padding and without the host knowing how many rows an expert has.
 
     Args:
         token: ``[S]`` int64, the token of each row.
@@ -91,6 +74,21 @@ def route_rows_on_device(index_TK: Tensor, num_experts: int) -> DeviceRouting:
     place_S = torch.arange(expert_S.numel(), device=expert_S.device)
     row_S = torch.empty_like(order_S).index_copy_(0, order_S, place_S)
     return DeviceRouting(order_S // index_TK.shape[1], row_S.view_as(index_TK), ends_E)
+
+
+def route_rows(index_TK: Tensor, num_experts: int, padded: bool) -> Routing:
+    """The same with the host knowing, by one synchronisation; ``padded``: apply `padded_rows`, on the CPU."""
+    token_S, row_TK, ends_E = route_rows_on_device(index_TK, num_experts)
+    offsets = [0, *ends_E.tolist()]
+    if not padded:
+        return Routing(token_S, row_TK, offsets)
+    places = [0, *accumulate(padded_rows(stop - start) for start, stop in pairwise(offsets))]
+    shift_E = torch.tensor([place - offset for place, offset in zip(places, offsets, strict=True)][:-1])
+    row_TK = row_TK + shift_E[index_TK]
+    # The token of each choice, where the choice stands.
+    tokens_TK = torch.arange(len(index_TK))[:, None].expand_as(index_TK)
+    token_P = token_S.new_zeros(places[-1]).index_copy_(0, row_TK.flatten(), tokens_TK.flatten())
+    return Routing(token_P, row_TK, places)
 
 
 def sum_choices(rows_PH: Tensor, row_TK: Tensor, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
