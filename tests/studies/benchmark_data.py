@@ -58,8 +58,8 @@ def write_ceval(folder: Path, subjects: tuple[str, ...] = ("law", "accountant"),
 
 
 def write_hellaswag(folder: Path, items: int = 40, training: int = 10) -> Path:
-    """HellaSwag's official JSONL out of the real validation items, some of which become the training split."""
-    text = bz2.decompress((SHARED / "hellaswag_val_full.txt.bz2").read_bytes()).decode().split("\n")
+    """HellaSwag's official JSONL out of the real validation items, some of which become training; or a skipped test."""
+    text = bz2.decompress((real_files() / "hellaswag_val_full.txt.bz2").read_bytes()).decode().split("\n")
     records = []
     for start in range(0, 6 * (items + training), 6):
         context, label, *endings = text[start : start + 6]
