@@ -18,7 +18,7 @@ _HEAD = (
     "| | lightning_mixcn | beside it | ratio | share of the limit | peak memory, ours and beside |\n"
     "|---|---|---|---|---|---|\n"
 )
-_STEPS = ("train_step", "train_step_1024", "train_step_4096")
+_STEPS = ("train_step", "train_step_1024", "train_step_4096", "train_step_1024_peers", "train_step_4096_peers")
 
 Results = dict[str, dict[str, Any]]
 
@@ -81,12 +81,14 @@ def _step(figures: dict[str, Any]) -> Iterator[str]:
     settings, rates, peaks = figures["settings"], figures["tokens_per_second"], figures["peak_bytes"]
     tokens = settings["sequence_length"] * settings["micro_batch_size"]
     of = f"`{settings['preset']}`" if settings.get("preset") else "the demo's base"
+    trained = figures.get("trained_parameters", {})
     for peer, ratio in figures["ratio_to"].items():
         yield row(
             f"step of {tokens:,} tokens, {of}",
             "tokens/s",
             rates["ours"],
-            peer=(peer, rates[peer]),
+            # A peer that trains less than a quarter of what ours does is not taken for more than it is.
+            peer=(peer + " (attention only)" * (4 * trained.get(peer, 0) < trained.get("ours", 0)), rates[peer]),
             ratio=ratio,
             share=figures.get("share_of_limit"),
             peaks=(peaks["ours"], peaks[peer]),

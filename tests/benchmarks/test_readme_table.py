@@ -28,12 +28,18 @@ def test_numbers_have_three_digits(table: Any) -> None:
 
 
 def test_rows_of_every_kind(table: Any) -> None:
-    step = {
+    step: dict[str, Any] = {
         "settings": {"preset": "cpu-small", "sequence_length": 1024, "micro_batch_size": 4},
         "tokens_per_second": {"ours": spread(1000), "stock": spread(500), "limit": spread(2000)},
         "ratio_to": {"stock": spread(2)},
         "share_of_limit": spread(0.5),
         "peak_bytes": {"ours": 3_290_000_000, "stock": 4_930_000_000},
+    }
+    peers = step | {
+        "ratio_to": {"stock": spread(2), "partly": spread(2)},
+        "tokens_per_second": step["tokens_per_second"] | {"partly": spread(500)},
+        "peak_bytes": step["peak_bytes"] | {"partly": 10**9},
+        "trained_parameters": {"ours": 100, "stock": 120, "partly": 10},
     }
     load = {"gigabytes_per_second": {"ours": spread(0.1), "limit": spread(0.02)}, "share_of_limit": spread(5)}
     generated = {
@@ -43,6 +49,7 @@ def test_rows_of_every_kind(table: Any) -> None:
     }
     results = {
         "train_step_4096": step,
+        "train_step_4096_peers": peers,
         "expert_block": {"by_tokens": {"1024": {"milliseconds": {"ours": spread(300)}, "share_of_limit": spread(0.7)}}},
         "load": {"cases": {"stored": load}},
         "generate": {"by_batch": {"1": generated}, "peak_bytes": {"ours": 10**9, "stock": 2 * 10**9}},
@@ -51,6 +58,10 @@ def test_rows_of_every_kind(table: Any) -> None:
     assert list(table.rows(results)) == [
         "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | stock: 500 (450 to 550) tokens/s | "
         "2.00 (1.80 to 2.20) | 0.50 | 3.29 and 4.93 GB |\n",
+        "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | stock: 500 (450 to 550) tokens/s | "
+        "2.00 (1.80 to 2.20) | 0.50 | 3.29 and 4.93 GB |\n",
+        "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | partly (attention only): "
+        "500 (450 to 550) tokens/s | 2.00 (1.80 to 2.20) | 0.50 | 3.29 and 1.00 GB |\n",
         "| expert block, 1,024 tokens | 300 (270 to 330) ms |  |  | 0.70 |  |\n",
         "| loading a 4-bit folder | 0.10 (0.09 to 0.11) GB/s |  |  | 5.00 |  |\n",
         "| decoding, 1 row | 20.0 (18.0 to 22.0) tokens/s | stock, bf16: 40.0 (36.0 to 44.0) tokens/s | "
