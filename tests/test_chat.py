@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import has_avx512bf16
 from peft import LoraConfig
 
 import lightning_mixcn.chat
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import MixtralPeftModel, find_model, load_found, load_mixtral
+from lightning_mixcn.model.generation import prepare_for_generation
 from lightning_mixcn.testing import save_tiny_mixtral
 from lightning_mixcn.text import Turn, load_template, load_tokenizer
 
@@ -172,6 +174,20 @@ def test_four_bits_and_a_template_of_ones_own(
     assert main(["chat", str(base), f"--template={template}", *GREEDY, "--quantization=nf4"]) == 0
     model = load_mixtral(base, dtype="float32")
     assert capsys.readouterr().out == printed(expected_answers(model, base, "a", "b", template=str(template)))
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes has its kernel for CPUs with AVX-512 and bfloat16 alone")
+def test_four_bits_on_a_cpu_go_through_the_kernel_of_few_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_mixtral(tmp_path, hidden_size=64, intermediate_size=128)
+    held = []
+    monkeypatch.setattr(
+        lightning_mixcn.chat, "prepare_for_generation", lambda model: held.append(prepare_for_generation(model))
+    )
+    pipe(monkeypatch, "Hello?")
+    assert main(["chat", str(base), "--device=cpu", "--max_new_tokens=3"]) == 0
+    assert held[0] > 0
 
 
 def test_no_half_characters(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
