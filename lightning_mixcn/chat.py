@@ -46,7 +46,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; from a pipe, every line is a question. /help lists the commands.
 
-    On a CPU, 4-bit weights are held twice where memory allows: answers then come about three times as fast.
+    On a CPU, 4-bit weights are held twice where memory allows: answers then come two to three times as fast.
 
     Args:
         src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder.
