@@ -43,8 +43,9 @@ lint: venv  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the README's table (5 GB, half an hour)
-	$(BIN)/python benchmarks/train_step.py --preset cpu-small --result train_step_1024
-	$(BIN)/python benchmarks/train_step.py --preset cpu-small --micro_batch_size 4 --result train_step_4096
+	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --result train_step_1024
+	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --micro_batch_size 4 --result train_step_4096
+	$(BIN)/python benchmarks/train_step.py --preset cpu-small --result train_step_1024_peers
 	$(BIN)/python benchmarks/expert_block.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/generate.py

@@ -82,13 +82,16 @@ def _step(figures: dict[str, Any]) -> Iterator[str]:
     tokens = settings["sequence_length"] * settings["micro_batch_size"]
     of = f"`{settings['preset']}`" if settings.get("preset") else "the demo's base"
     trained = figures.get("trained_parameters", {})
+    # Each has its model in memory while others take their turn: with more of them everyone is slower.
+    beside = len(figures["ratio_to"])
+    company = f", {1 + beside} models in memory" if beside > 1 else ""
     for peer, ratio in figures["ratio_to"].items():
         yield row(
-            f"step of {tokens:,} tokens, {of}",
+            f"step of {tokens:,} tokens, {of}{company}",
             "tokens/s",
             rates["ours"],
-            # A peer that trains less than a quarter of what ours does is not taken for more than it is.
-            peer=(peer + " (attention only)" * (4 * trained.get(peer, 0) < trained.get("ours", 0)), rates[peer]),
+            # Who trains less has less to do.
+            peer=(f"{peer}, trains {number(trained[peer] / 1e6)} M" if peer in trained else peer, rates[peer]),
             ratio=ratio,
             share=figures.get("share_of_limit"),
             peaks=(peaks["ours"], peaks[peer]),

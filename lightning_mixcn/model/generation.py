@@ -153,11 +153,12 @@ def prepare_for_generation(model: nn.Module) -> int:
     """
     stacks = [module for module in model.modules() if isinstance(module, NF4Weight) and FewRows.can_hold(module)]
     free = usable_bytes(torch.device("cpu")) - psutil.Process().memory_info().rss
-    if FewRows.planned_bytes(stacks) > free // 2:
+    needed = FewRows.planned_bytes(stacks)
+    if needed > free // 2:
         return 0
     for stack in stacks:
         stack.few_rows = FewRows(stack)
-    return FewRows.planned_bytes(stacks)
+    return needed
 
 
 def stream_tokens(

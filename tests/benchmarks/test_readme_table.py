@@ -39,7 +39,7 @@ def test_rows_of_every_kind(table: Any) -> None:
         "ratio_to": {"stock": spread(2), "partly": spread(2)},
         "tokens_per_second": step["tokens_per_second"] | {"partly": spread(500)},
         "peak_bytes": step["peak_bytes"] | {"partly": 10**9},
-        "trained_parameters": {"ours": 100, "stock": 120, "partly": 10},
+        "trained_parameters": {"ours": 15_140_000, "stock": 22_480_000, "partly": 851_000},
     }
     load = {"gigabytes_per_second": {"ours": spread(0.1), "limit": spread(0.02)}, "share_of_limit": spread(5)}
     generated = {
@@ -58,10 +58,10 @@ def test_rows_of_every_kind(table: Any) -> None:
     assert list(table.rows(results)) == [
         "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | stock: 500 (450 to 550) tokens/s | "
         "2.00 (1.80 to 2.20) | 0.50 | 3.29 and 4.93 GB |\n",
-        "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | stock: 500 (450 to 550) tokens/s | "
-        "2.00 (1.80 to 2.20) | 0.50 | 3.29 and 4.93 GB |\n",
-        "| step of 4,096 tokens, `cpu-small` | 1,000 (900 to 1,100) tokens/s | partly (attention only): "
-        "500 (450 to 550) tokens/s | 2.00 (1.80 to 2.20) | 0.50 | 3.29 and 1.00 GB |\n",
+        "| step of 4,096 tokens, `cpu-small`, 3 models in memory | 1,000 (900 to 1,100) tokens/s | "
+        "stock, trains 22.5 M: 500 (450 to 550) tokens/s | 2.00 (1.80 to 2.20) | 0.50 | 3.29 and 4.93 GB |\n",
+        "| step of 4,096 tokens, `cpu-small`, 3 models in memory | 1,000 (900 to 1,100) tokens/s | "
+        "partly, trains 0.85 M: 500 (450 to 550) tokens/s | 2.00 (1.80 to 2.20) | 0.50 | 3.29 and 1.00 GB |\n",
         "| expert block, 1,024 tokens | 300 (270 to 330) ms |  |  | 0.70 |  |\n",
         "| loading a 4-bit folder | 0.10 (0.09 to 0.11) GB/s |  |  | 5.00 |  |\n",
         "| decoding, 1 row | 20.0 (18.0 to 22.0) tokens/s | stock, bf16: 40.0 (36.0 to 44.0) tokens/s | "

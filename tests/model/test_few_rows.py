@@ -109,6 +109,23 @@ def test_a_model_says_the_same(folder: Path, adapter: bool) -> None:
     assert (few - exact).norm() < 1.5 * (usual - exact).norm()
 
 
+def test_attention_and_experts_go_through_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = set()
+    product = FewRows.product
+
+    def recorded(few: FewRows, rows: Tensor, group: int = 0) -> Tensor:
+        served.add(few)
+        return product(few, rows, group)
+
+    monkeypatch.setattr(FewRows, "product", recorded)
+    prepare_for_generation(model)
+    with torch.no_grad():
+        model(torch.arange(3, 23).view(4, 5))
+    held = {module.few_rows: module.shape[0] for module in model.modules() if isinstance(module, NF4Weight)}
+    assert set(held.values()) == {1, 4}, "one matrix of attention, or four experts"
+    assert served == set(held)
+
+
 def test_bytes_are_those_of_the_copies(model: Any) -> None:
     held = prepare_for_generation(model)
     copies = [module.few_rows for module in model.modules() if isinstance(module, NF4Weight)]
