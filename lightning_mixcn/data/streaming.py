@@ -215,6 +215,18 @@ class StreamDataModule(LightningDataModule):
             for index, part in enumerate(self._plan.documents)
         }
 
+    def token_shares(self) -> dict[str, float]:
+        """Give the share of tokens that the weights ask of each training source now, such as ``{"zh": 0.55}``.
+
+        Weights in bytes are turned into tokens by what was read so far; a source that has ended has the share 0. Both
+        are of the streams that this rank reads.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._plan.open(range(self.num_streams), self._progress.streams)
+        started = [streams[index] for index in self._progress.streams] or [streams[0]]
+        shares = zip(*(stream.token_shares() for stream in started), strict=True)
+        return {name: sum(share) / len(started) for name, share in zip(self.source_names("train"), shares, strict=True)}
+
     def too_long(self) -> dict[str, tuple[int, int]]:
         """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""
         assert self._plan is not None, "Lightning calls setup('fit') first"

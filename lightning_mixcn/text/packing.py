@@ -49,6 +49,11 @@ class Segment:
     offset: int
     learnt: NDArray[np.bool_] | None = field(default=None, kw_only=True)
 
+    def part(self, start: int, stop: int) -> Segment:
+        """Cut out tokens ``[start, stop)``."""
+        learnt = None if self.learnt is None else self.learnt[start:stop]
+        return Segment(self.tokens[start:stop], self.source, self.document, self.offset + start, learnt=learnt)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredSegment(Segment):
