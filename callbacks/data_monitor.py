@@ -22,12 +22,12 @@ class DataMonitor(Callback):
     ``<source>/tokens`` are all tokens of a source that were trained on since the beginning of the run, by all ranks;
     they go on exactly when a run is resumed. ``<source>/token_share`` is the source's share of the tokens of the last
     2 × ``num_streams`` rows, and ``<source>/token_share_asked`` the share that the sources' weights ask for, where the
-    data module has a method `token_shares`; a difference of more than 5 points is warned of once. ``padding_share`` is the share of positions that are padding, since the
-    last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the loader for
-    a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the time since
-    then without validation. Where the data module has methods `epochs`, `too_long` or `bad_records`, they tell
-    ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, and ``bad_records``. Without `source_names`, as
-    in a data module of your own, only the waiting is logged.
+    data module has a method `token_shares`; a difference of more than 5 points is warned of once. ``padding_share`` is
+    the share of positions that are padding, since the last log. ``seconds_waiting`` are the seconds since the last log
+    in which the training loop had asked the loader for a batch and had not got it, on the rank that waited longest, and
+    ``wait_share`` is their share of the time since then without validation. Where the data module has methods `epochs`,
+    `too_long` or `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, and
+    ``bad_records``. Without `source_names`, as in a data module of your own, only the waiting is logged.
     """
 
     def __init__(self) -> None:
@@ -144,9 +144,12 @@ class DataMonitor(Callback):
     def shares(self, data: Any) -> dict[str, tuple[float, float]]:
         """Give each source's share of all tokens trained on, and the share that its weight asks for.
 
+        While `fit` runs, all ranks must call it.
+
         Args:
             data: The data module; without a method `token_shares` there is no share to compare with.
         """
+        self._sum_up()
         return _beside_asked(self._tokens, data)
 
     def _recent_shares(self, data: Any) -> dict[str, float]:

@@ -21,9 +21,9 @@ class FitSummary(Callback):
     """Prints a table when `fit` ends: steps, tokens, duration, speed, mixture, likelihoods, and where the results are.
 
     Tokens are those of this process's steps, of all ranks, without padding; the duration is that of training with
-    validation and checkpoints, and the speed is their quotient. Of each source there is its share of the run's tokens
-    beside the share that its weight asks for, where `DataMonitor` runs. Likelihoods are negative log-likelihoods in nats per
-    token: of the first and the last training step, and of each validation source the last and the best.
+    validation and checkpoints, and the speed is their quotient. Each source's share of all tokens of the run stands
+    beside the share that its weight asks for, where `DataMonitor` runs. Likelihoods are negative log-likelihoods in
+    nats per token: of the first and the last training step, and of each validation source the last and the best.
     """
 
     def __init__(self) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lightning_mixcn.text.document_set import TrainingDocuments
     from lightning_mixcn.text.encoders import DocumentEncoder, EncodedDocument
 
-# Documents that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free. Each
-# source has its share of them, and no fewer than the second number.
+# Documents that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
+# Each source has its share of them, and no fewer than the second number.
 _POOL_DOCUMENTS, _LEAST_POOL_DOCUMENTS = 64, 16
 
 # A document is not cut for the mixture's sake where less than this share of a row would be on either side of the cut.

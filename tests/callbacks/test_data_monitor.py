@@ -286,7 +286,7 @@ def test_a_mixture_that_does_not_hold_is_warned_of_once(trainer: Make) -> None:
     run = trainer(max_steps=6, log_every_n_steps=1, callbacks=[DataMonitor()])
     with pytest.warns(UserWarning, match=message) as warnings:
         run.fit(OneNumber(), Weighted({"zh": 0.63, "en": 0.37}))
-    assert len(warnings) == 1
+    assert len([warning for warning in warnings if "do not hold" in str(warning.message)]) == 1
 
 
 def test_a_mixture_within_five_points_is_not_warned_of(trainer: Make) -> None:
