@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -70,6 +72,8 @@ def _is_damage(error: Exception) -> bool:
     """Whether an error tells of the file's contents rather than of the file system or a lost connection."""
     import pyarrow
 
+    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):  # of a table in an archive
+        return True
     if isinstance(error, OSError) and not isinstance(error, pyarrow.ArrowException):
         return type(error) is OSError and error.errno is None
     return isinstance(error, (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, KeyError, IndexError))
@@ -169,11 +173,12 @@ def _as_bytes(column: Any) -> Any:
 def _wanted_columns(file: SourceFile, names: list[str]) -> list[str]:
     """The column of the text, or those of records; a table may have others, of any type and size."""
     if file.records:
-        return [name for name in names if name in RECORD_KEYS]
+        renamed = {name for _, name in file.columns}
+        return [name for name in names if name in RECORD_KEYS or name in renamed]
     if file.text_key not in names:
         raise MissingColumnError(
-            f"`{file.path}` has no column {file.text_key!r}. Set the source's `text_key` to one of its "
-            f"columns: {', '.join(map(repr, names))}"
+            f"`{file.path}` has no column {file.text_key!r}. Set the source's `columns.text` or `text_key` to one of "
+            f"its columns: {', '.join(map(repr, names))}"
         )
     return [file.text_key]
 
