@@ -162,7 +162,9 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
         but = f" but {' and '.join(filter(None, (empty, bad)))}" if bad or empty else ". Give files with text"
         raise ValueError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{but}")
     if is_first_rank():
-        _tell(corpus, left_out)
+        empty = corpus.empty_records
+        without = f", {empty} records without text left out, too" if empty else ""
+        left_out.tell(_logger, source.name, len(stores), f"; {len(corpus)} documents{without}", warn=empty > 0)
         _warn_of_bad_records(corpus)
     return corpus
 
@@ -179,18 +181,6 @@ def _check_columns(corpus: Corpus, place: str) -> None:
                 f"`{place}.columns.{key}={name!r}`: no record has that key. Give one of those that the first record of "
                 f"`{first.file}` has: {', '.join(map(repr, first.counts.keys))}"
             )
-
-
-def _tell(corpus: Corpus, left_out: LeftOut) -> None:
-    """Say once a source what was read, and what was not."""
-    level = logging.WARNING if len(left_out) or corpus.empty_records else logging.INFO
-    empty = (
-        f"; {corpus.empty_records} of its records have no text and are left out, too" if corpus.empty_records else ""
-    )
-    _logger.log(
-        level, "Source %r: %d files read, %s; %d documents%s",
-        corpus.source.name, len(corpus.stores), left_out, len(corpus), empty,
-    )  # fmt: skip
 
 
 def _warn_of_bad_records(corpus: Corpus) -> None:

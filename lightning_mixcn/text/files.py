@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ def list_zip(archive: str | Path, place: str) -> dict[str, str]:
     """
     try:
         members = _directory(archive)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, UnicodeError) as error:
         raise ValueError(f"`{place}.path`: `{archive}` is not a readable zip archive: {error}. Get it again") from error
     outside = archive if isinstance(archive, str) else archive.absolute()
     for name, member in members.items():

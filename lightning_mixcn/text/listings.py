@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,19 @@ class LeftOut:
         """
         count, first = self._reasons.get(reason, (0, str(name)))
         self._reasons[reason] = (count + 1, first)
+
+    def tell(self, logger: logging.Logger, name: str, num_files: int, more: str = "", *, warn: bool = False) -> None:
+        """Log one line that says what was read of a source, and what was not.
+
+        Args:
+            logger: Where to; as a warning if anything is left out.
+            name: Name of the source.
+            num_files: Files that are read.
+            more: What else there is to say.
+            warn: Whether that is a loss, too.
+        """
+        level = logging.WARNING if len(self) or warn else logging.INFO
+        logger.log(level, "Source %r: %d files read, %s%s", name, num_files, self, more)
 
     def __len__(self) -> int:
         """Count all that is left out."""
