@@ -72,12 +72,12 @@ def _records(
     if file.records:
         return iterate_conversations(file, on_bad_record, on_read, tally)
     if file.format in ("parquet", "arrow"):
-        return iterate_rows(file, on_bad_record, on_read)
+        return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
     if file.format == "jsonl":
         return _json_lines(split_lines(chunks), file, on_bad_record)
     if file.format == "json":
-        return _json_array(b"".join(chunks), file, on_bad_record)
+        return _json_array(chunks, file, on_bad_record)
     if file.document_unit == "file":
         return _whole(chunks, file, on_bad_record)
     if file.document_unit == "line":
@@ -118,9 +118,9 @@ def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
     return encoded
 
 
-def _json_array(data: bytes, file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
+def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
     """Texts of an array, whose elements are texts or objects with one."""
-    for number, element in iterate_elements(data, file):
+    for number, element in iterate_elements(b"".join(chunks), file):
         record = {file.text_key: element} if isinstance(element, str) else element
         encoded = _text_of(record, file.text_key, f"`{file.path}` line {number}")
         if isinstance(encoded, ValueError):

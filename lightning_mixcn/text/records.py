@@ -25,7 +25,7 @@ class RecordTally:
     Args:
         empty: Records without text, or with an answer without any: nothing to learn from, and no fault of the file.
         columns: Keys or columns named by the source's `columns` that some record has.
-        keys: Keys of the first record.
+        keys: Keys of the first record, or all columns of a table.
     """
 
     empty: int = 0
@@ -52,14 +52,13 @@ def iterate_conversations(
     """
     form = None if file.records == "any" else file.records
     unit = "row" if file.format in ("parquet", "arrow") else "line"
-    for number, record in _records(file, on_bad_record, on_read):
+    for number, record in _records(file, on_bad_record, on_read, tally):
         try:
             if not isinstance(record, Mapping):
                 raise ValueError(f"expected an object, got a {type(record).__name__}")
             turns = read_conversation(_renamed(record, file.columns, tally), form)
         except ValueError as error:
-            absent = [name for _, name in file.columns if isinstance(record, Mapping) and name not in record]
-            told = f". It has no {absent[0]!r}, which `columns` names" if absent else ""
+            told = _absent_column(record, file, tally.keys) if isinstance(record, Mapping) else ""
             on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {error}{told}"))
         else:
             if all(turn.content.strip() for turn in turns if turn.role == "assistant"):
@@ -80,11 +79,20 @@ def _renamed(record: Mapping[str, Any], columns: Sequence[tuple[str, str]], tall
     return {key: value for key, value in {**kept, **named}.items() if value is not None}
 
 
+def _absent_column(record: Mapping[str, Any], file: SourceFile, table: tuple[str, ...]) -> str:
+    """What to add to an error of a record that lacks a key which `columns` names."""
+    for key, name in file.columns:
+        if name not in record:
+            keys = table if file.format in ("parquet", "arrow") else record
+            return f". `columns.{key}` names {name!r}, but its keys are {', '.join(map(repr, keys)) or 'none'}"
+    return ""
+
+
 def _records(
-    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, Any]]:
     if file.format in ("parquet", "arrow"):
-        return iterate_rows(file, on_bad_record, on_read)
+        return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
     if file.format == "json":
         return iterate_elements(b"".join(chunks), file)

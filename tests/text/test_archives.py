@@ -81,7 +81,11 @@ def test_a_folder_with_archives(folder: Path, tmp_path: Path) -> None:
 
 def test_members_are_chosen_by_a_glob(folder: Path, tmp_path: Path) -> None:
     archive = pack(folder, tmp_path / "x.zip")
-    for pattern, names in {"*.jsonl*": ["a.jsonl", "b.jsonl.gz"], "**/*.txt": ["deep/d.txt"], "a.jsonl": ["a.jsonl"]}.items():
+    for pattern, names in {
+        "*.jsonl*": ["a.jsonl", "b.jsonl.gz"],
+        "**/*.txt": ["deep/d.txt"],
+        "a.jsonl": ["a.jsonl"],
+    }.items():
         found = [file.path for file in list_files(Source("zh", f"zip://{pattern}::{archive}"))]
         assert found == [f"zip://{name}::{archive}" for name in names]
     with pytest.raises(FileNotFoundError, match=r"path='zip://nothing::.*x.zip'` matches no file"):
@@ -124,9 +128,7 @@ def flag(data: bytes, offset_local: int, offset_central: int, value: int) -> byt
     ],
     ids=["encrypted", "method", "nested", "name", "cut", "nothing"],
 )
-def test_archives_that_are_refused(
-    name: str, change: Callable[[bytes], bytes], message: str, tmp_path: Path
-) -> None:
+def test_archives_that_are_refused(name: str, change: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
         packed.writestr(name, '{"text": "a"}')
     (tmp_path / "x.zip").write_bytes(change((tmp_path / "x.zip").read_bytes()))

@@ -82,7 +82,18 @@ def test_files_alike_are_two(tmp_path: Path) -> None:
     assert len(read_corpus(Source("zh", str(tmp_path)))) == 2
 
 
-PATTERNS = ["**", "**/*.jsonl", "*/**/*.txt", "**/a/**/*", "a/**", "**/.h/*", "**/*/a.jsonl", "*/*", "**/[ab].*", "?/**"]
+PATTERNS = [
+    "**",
+    "**/*.jsonl",
+    "*/**/*.txt",
+    "**/a/**/*",
+    "a/**",
+    "**/.h/*",
+    "**/*/a.jsonl",
+    "*/*",
+    "**/[ab].*",
+    "?/**",
+]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -204,7 +215,9 @@ def test_a_dataset_that_is_not_whole(saved: Callable[..., Path]) -> None:
     folder = saved("ds", TEXTS, num_shards=2)
     shard = next(folder.glob("data-00001*.arrow"))
     shard.rename(folder.parent / "away")
-    with pytest.raises(FileNotFoundError, match=r"ds/state.json` lists `data-00001-of-00002.arrow`, which is not there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"ds/state.json` lists `data-00001-of-00002.arrow`, which is not there"
+    ):
         listed(folder)
     (folder.parent / "away").rename(shard)
     state = json.loads((folder / "state.json").read_text())
