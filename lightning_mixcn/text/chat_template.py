@@ -24,10 +24,12 @@ class Turn:
     Args:
         role: ``system``, ``user`` or ``assistant``.
         content: The text; may be empty.
+        learned: Whether it is learned from if it is an answer.
     """
 
     role: str
     content: str
+    learned: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class Segment:
 
     Args:
         text_ids: Token ids, control tokens included.
-        answer: Whether they are the assistant's, its end token included: what the loss is taken over.
+        answer: Whether they are the assistant's, its end token included: what the loss is taken over, unless the turn
+            is not learned.
         turn: Index of the turn; where a template joins two turns, of the later one.
     """
 

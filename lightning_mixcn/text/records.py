@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, one_line, read_chunks, split_lines
-from lightning_mixcn.text.conversations import dump_conversation, read_conversation
+from lightning_mixcn.text.conversations import EmptyTurnError, dump_conversation, read_training_conversation
 from lightning_mixcn.text.tables import iterate_rows
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ def iterate_conversations(
                 raise ValueError(f"expected an object, got a {type(record).__name__}")
             # A table has a column for what some records have; the others have null there.
             present = {key: value for key, value in record.items() if value is not None}
-            encoded = dump_conversation(read_conversation(present, form))
+            encoded = dump_conversation(read_training_conversation(present, form, dict(file.roles)))
         except ValueError as error:
-            on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {error}"))
+            kind = EmptyTurnError if isinstance(error, EmptyTurnError) else ValueError
+            on_bad_record(kind(f"`{file.path}` {unit} {number}: {error}"))
         else:
             yield number, encoded
 

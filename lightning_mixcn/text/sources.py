@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from lightning_mixcn.text.chat_template import ROLES
 from lightning_mixcn.text.conversations import RecordFormat
 from lightning_mixcn.text.files import is_url, match_urls
 
@@ -53,6 +54,7 @@ class Source:
 
     suffixes: ClassVar[dict[str, TextFormat]] = {**_TABLES, ".txt": "text", ".text": "text"}
     records: ClassVar[None] = None
+    roles: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class ConversationSource:
             held in memory while it is unpacked.
         records: Form of the records; null tells it from each record's keys. `alpaca` has `instruction`, `input`,
             `output` and perhaps `system` and `history`; `sharegpt` has `conversations`; `messages` has `messages`.
+        roles: What roles of the records mean, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
+            chatgpt, assistant, system), such as `{tool: user, developer: system}`; a role without a meaning is a bad
+            record.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
     """
 
@@ -76,6 +81,7 @@ class ConversationSource:
     weight: float = 1.0
     format: RecordFileFormat | None = None
     records: RecordFormat | None = None
+    roles: dict[str, str] | None = None
     max_epochs: int | None = None
 
     suffixes: ClassVar[dict[str, RecordFileFormat]] = {".json": "json", **_TABLES}
@@ -97,6 +103,7 @@ class SourceFile:
         text_key: JSONL key, or parquet or Arrow column, of the text.
         document_unit: What one document is in a text file.
         records: Form of the records if they are conversations, `any` tells it from each record; None if they are text.
+        roles: Pairs of a role of the records and what it means.
     """
 
     path: Path | str
@@ -104,6 +111,7 @@ class SourceFile:
     text_key: str
     document_unit: DocumentUnit
     records: RecordFormat | Literal["any"] | None = None
+    roles: tuple[tuple[str, str], ...] = ()
 
 
 def parse_sources(
@@ -167,9 +175,17 @@ def _check(source: AnySource, place: str) -> None:
     if isinstance(source, Source):
         keyed = isinstance(source.text_key, str) and bool(source.text_key)
         expectations["text_key"] = (keyed, "the key or column of the text")
+    else:
+        expectations["roles"] = (_are_roles(source.roles), f"roles and what each means, one of {', '.join(ROLES)}")
     for field, (holds, expected) in expectations.items():
         if not holds:
             raise ValueError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
+
+
+def _are_roles(roles: Any) -> bool:
+    if roles is None:
+        return True
+    return isinstance(roles, Mapping) and all(isinstance(name, str) and role in ROLES for name, role in roles.items())
 
 
 def list_files(source: AnySource, place: str = "sources[0]") -> list[SourceFile]:
@@ -189,9 +205,10 @@ def list_files(source: AnySource, place: str = "sources[0]") -> list[SourceFile]
     patterns = [source.path] if isinstance(source.path, str) else source.path
     found = [path for pattern in patterns for path in _match(pattern, source, place)]
     records = None if isinstance(source, Source) else source.records or "any"
+    roles = tuple(sorted((source.roles or {}).items()))
     files = [
         SourceFile(
-            path, source.format or _format_of(path, source, place), source.text_key, source.document_unit, records
+            path, source.format or _format_of(path, source, place), source.text_key, source.document_unit, records, roles
         )
         for path in dict.fromkeys(found)
     ]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BadRecordPolicy: TypeAlias = Literal["error", "skip"]
 
-VERSION = 1
+VERSION = 2
 NAMED_PLACES = 5
 _ITEM_BYTES = 8
 _BUFFER_BYTES, _BUFFER_DOCUMENTS = 1 << 20, 1 << 14

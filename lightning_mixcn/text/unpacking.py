@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.text.byte_streams import OnRead, ignore_progress
+from lightning_mixcn.text.conversations import EmptyTurnError
 from lightning_mixcn.text.documents import iterate_documents, refuse
 from lightning_mixcn.text.files import identify
 from lightning_mixcn.text.sources import SourceFile
@@ -94,8 +95,11 @@ def _write(
 ) -> None:
     bad_records, bad_places = 0, list[str]()
 
-    def count(error: ValueError) -> None:
+    def judge(error: ValueError) -> None:
         nonlocal bad_records
+        # An empty answer is no damage that a person must mend before training.
+        if on_bad_record == "error" and not isinstance(error, EmptyTurnError):
+            refuse(error)
         bad_records += 1
         if len(bad_places) < NAMED_PLACES:
             bad_places.append(str(error)[:_PLACE_CHARACTERS])
@@ -105,7 +109,7 @@ def _write(
         writer = StoreWriter(scratch)
     # A full disk shows when a file is closed, too.
     with _naming_cache(scratch, only_space=True), writer:
-        for record, encoded in iterate_documents(file, refuse if on_bad_record == "error" else count, on_read):
+        for record, encoded in iterate_documents(file, judge, on_read):
             writer.append(record, encoded)
             if writer.is_full:
                 with _naming_cache(scratch):
@@ -151,7 +155,7 @@ def _settled(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]
     return made_from
 
 
-def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, str]:
+def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
     path = str(file.path.absolute()) if isinstance(file.path, Path) else file.path
     return {
         "file": path,
@@ -160,6 +164,8 @@ def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, str]
         "document_unit": file.document_unit,
         "on_bad_record": on_bad_record,
         **({"records": file.records} if file.records else {}),
+        # As read back from JSON, or no store would ever be found again.
+        **({"roles": dict(file.roles)} if file.roles else {}),
     }
 
 

@@ -22,7 +22,7 @@ BOS, EOS, FIRST_BYTE = 1, 2, 3
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     return [
-        {"instruction": f"问{number}", "output": "答" * (number % 5), "history": [["早", "好"]] * (number % 3)}
+        {"instruction": f"问{number}", "output": "答" * (1 + number % 4), "history": [["早", "好"]] * (number % 3)}
         for number in range(120)
     ]
 

@@ -152,3 +152,31 @@ def test_what_tokens_depend_on(bytes_tokenizer: TextTokenizer) -> None:
     one, other = (Conversations(MixtralTemplate(), bytes_tokenizer, 64, answers=answers) for answers in ("all", "last"))
     assert one.fingerprint != other.fingerprint
     assert one.fingerprint.keys() == {"tokenizer", "template", "on_too_long", "answers"}
+
+
+FLAGGED = [LONG[0], Turn("assistant", "甲", learned=False), *LONG[2:]]
+
+
+@pytest.mark.parametrize("answers", ["all", "last"])
+def test_an_answer_that_is_not_to_be_learned_is_only_read(bytes_tokenizer: TextTokenizer, answers: Any) -> None:
+    document = encode(bytes_tokenizer, FLAGGED, answers=answers)
+    assert document.tokens.tolist() == encode(bytes_tokenizer, LONG).tokens.tolist()
+    assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == ["乙乙</s>"]
+    (scored,) = Conversations(MixtralTemplate(), bytes_tokenizer, 4096, answers=answers).score([text_of(FLAGGED)])
+    assert scored.label_bytes.sum() == len("乙乙".encode())
+    assert scored.learnt is not None
+    assert document.learnt is not None
+    assert scored.learnt.tolist() == document.learnt.tolist()
+
+
+def test_the_last_answer_is_the_last_one_to_be_learned(bytes_tokenizer: TextTokenizer) -> None:
+    turns = [*LONG[:3], Turn("assistant", "乙乙", learned=False)]
+    for answers in ("all", "last"):
+        document = encode(bytes_tokenizer, turns, answers=answers)
+        assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == ["甲</s>"]
+
+
+def test_without_a_learned_answer_nothing_is_left(bytes_tokenizer: TextTokenizer) -> None:
+    whole = len(encode(bytes_tokenizer, LONG).tokens)
+    for policy in ("cut_at_turn", "drop", "truncate"):  # the second answer, which alone is learned, does not fit
+        assert encode(bytes_tokenizer, FLAGGED, whole - 8, on_too_long=policy).too_long == "dropped"
