@@ -1,5 +1,6 @@
 """Labels of conversations against masks written by hand, with a tokenizer of bytes: what is learnt can be read."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mixcn.text import Conversations, TextTokenizer, Turn
-from lightning_mixcn.text.chat_template import MixtralTemplate
+from lightning_mixcn.testing.tiny import byte_tokenizer
+from lightning_mixcn.text import Conversations, TextTokenizer, Turn, load_template, load_tokenizer
+from lightning_mixcn.text.chat_template import MixtralControlTemplate, MixtralTemplate
 from lightning_mixcn.text.conversations import dump_conversation
 from lightning_mixcn.text.encoders import EncodedDocument
 
@@ -18,8 +20,6 @@ FIRST = "<s>[INST] 一 [/INST] 甲</s>"
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer(train_sentencepiece: Any) -> TextTokenizer:
-    from lightning_mixcn.text import load_tokenizer
-
     return load_tokenizer(train_sentencepiece())
 
 
@@ -180,3 +180,21 @@ def test_without_a_learned_answer_nothing_is_left(bytes_tokenizer: TextTokenizer
     whole = len(encode(bytes_tokenizer, LONG).tokens)
     for policy in ("cut_at_turn", "drop", "truncate"):  # the second answer, which alone is learned, does not fit
         assert encode(bytes_tokenizer, FLAGGED, whole - 8, on_too_long=policy).too_long == "dropped"
+
+
+def test_a_cut_conversation_is_written_as_a_shorter_one(tmp_path: Path) -> None:
+    """Where tags are control tokens, the system's text stands before the last question: cutting must not lose it."""
+    saved = byte_tokenizer()
+    saved.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    saved.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    template = load_template("mixtral", tokenizer)
+    assert isinstance(template, MixtralControlTemplate)
+    turns = [Turn("system", "系统"), *LONG]
+    whole = Conversations(template, tokenizer, 4096).encode(text_of(turns))
+    first = Conversations(template, tokenizer, 4096).encode(text_of(turns[:3]))
+    assert whole.tokens.tolist()[: len(first.tokens)] != first.tokens.tolist()
+    for length in range(len(first.tokens), len(whole.tokens)):
+        document = Conversations(template, tokenizer, length).encode(text_of(turns))
+        assert (document.tokens.tolist(), document.too_long) == (first.tokens.tolist(), "shortened")
+    assert Conversations(template, tokenizer, len(first.tokens) - 1).encode(text_of(turns)).too_long == "dropped"
