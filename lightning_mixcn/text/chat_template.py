@@ -74,6 +74,9 @@ class ChatTemplate(Protocol):
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
         """Tokens that end an answer."""
 
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise the ValueError that `encode` would raise, without encoding."""
+
 
 def check_turns(turns: Sequence[Turn]) -> None:
     """Raise unless it is a conversation: perhaps a system turn, then user and assistant by turns.
@@ -151,6 +154,10 @@ class MixtralTemplate:
         """EOS."""
         return frozenset([tokenizer.eos_id])
 
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise unless it is a conversation."""
+        check_turns(turns)
+
 
 @dataclass(frozen=True)
 class MixtralControlTemplate:
@@ -188,6 +195,10 @@ class MixtralControlTemplate:
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
         """EOS."""
         return frozenset([tokenizer.eos_id])
+
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise unless it is a conversation."""
+        check_turns(turns)
 
 
 def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplate:

@@ -61,16 +61,31 @@ class Conversations:
         return self.tokenizer.eos_id
 
     def encode(self, text: str) -> EncodedDocument:
-        """Encode a conversation of a corpus as ``[n]``."""
-        laid_out = self._lay_out(load_conversation(text))
+        """Encode a conversation of a corpus as ``[n]``; one that the template refuses has no tokens."""
+        try:
+            laid_out = self._lay_out(load_conversation(text))
+        except ValueError as error:
+            return EncodedDocument(np.zeros(0, np.int32), np.zeros(0, np.bool_), refused=str(error))
         return EncodedDocument(laid_out.tokens, laid_out.learnt, laid_out.too_long)
 
     def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
         """Encode conversations; the bytes of an answer that is scored are credited to its first token."""
         return [self._score(load_conversation(text)) for text in texts]
 
+    def refusal(self, text: str) -> str | None:
+        """Say why the template refuses a conversation, None if it does not; quick, since nothing is tokenized."""
+        try:
+            self.template.check_conversation(load_conversation(text), self.tokenizer)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _score(self, turns: list[Turn]) -> ScoredDocument:
-        laid_out = self._lay_out(turns)
+        try:
+            laid_out = self._lay_out(turns)
+        except ValueError as error:
+            none = np.zeros(0, np.bool_)
+            return ScoredDocument(np.zeros(0, np.int32), np.zeros(0, np.int32), none, none, refused=str(error))
         is_text = laid_out.learnt.copy()
         label_bytes = np.zeros(len(laid_out.tokens), dtype=np.int32)
         for segment, begin, end in zip(laid_out.segments, *_bounds(laid_out.segments), strict=True):

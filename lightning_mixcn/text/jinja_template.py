@@ -56,6 +56,11 @@ class JinjaTemplate:
         """EOS, and the special tokens that the template writes behind an answer."""
         return _stop_ids(self, tokenizer)
 
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise unless it is a conversation that the template writes."""
+        check_turns(turns)
+        self._pieces(turns, tokenizer, _control_tokens(tokenizer), prompt=False)
+
     def check(self, tokenizer: TextTokenizer) -> None:
         """Raise unless the template can be used, and every answer ends with a token that is learned and ends a chat.
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from lightning_mixcn.text.packing import Row, Segment, fill_row
 from lightning_mixcn.text.permutation import Permutation
+from lightning_mixcn.text.stores import NAMED_PLACES
 
 if TYPE_CHECKING:
     from lightning_mixcn.text.document_set import TrainingDocuments
@@ -111,8 +112,8 @@ class RowStream:
         Returns:
             ``position`` (rows made), ``documents`` (number and token offset each source stands at), ``served`` (tokens,
             or bytes, that each source gave, with its head start), ``pool`` (source, number, offset and length of pieces
-            that wait for a row in `best_fit`), and ``too_long`` (documents of each source that were dropped and
-            shortened).
+            that wait for a row in `best_fit`), and ``too_long`` (documents of each source that were dropped,
+            shortened, and refused by the encoder).
         """
         return {
             "position": self.position,
@@ -193,7 +194,7 @@ class _Reader:
         self.number = stream
         self.offset = 0
         self.taken = 0.0  # tokens, or bytes, of the last segment
-        self.too_long = [0, 0]  # documents dropped and shortened
+        self.too_long = [0, 0, 0]  # documents dropped, shortened and refused
         self._dropped_since_last = 0
         self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
         self._document: EncodedDocument | None = None
@@ -255,11 +256,17 @@ class _Reader:
     def _count_too_long(self, document: EncodedDocument) -> None:
         self.too_long[0] += document.too_long == "dropped"
         self.too_long[1] += document.too_long == "shortened"
+        if document.refused is not None:
+            assert self._index is not None, "exhausted"
+            if self._documents.corpus.on_bad_record == "error" or self.too_long[2] < NAMED_PLACES:
+                self._documents.corpus.refuse(self._index, document.refused)
+            self.too_long[2] += 1
         self._dropped_since_last = 0 if len(document.tokens) else self._dropped_since_last + 1
         if self._dropped_since_last == _HOPELESS_DOCUMENTS:
             raise ValueError(
                 f"{_HOPELESS_DOCUMENTS} documents of source {self._documents.name!r}, one after the other, were longer "
-                "than a row and dropped. Raise `sequence_length`, or choose another `on_too_long`"
+                "than a row and dropped, or refused by the template. Raise `sequence_length`, choose another "
+                "`on_too_long`, or another `template`"
             )
 
     def _encode(self, index: int) -> EncodedDocument:
