@@ -19,8 +19,8 @@ class DataMonitor(Callback):
     last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the loader for
     a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the time since
     then without validation. Where the data module has methods `epochs`, `too_long`, `refused` or `bad_records`, they
-    tell ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, ``<source>/refused``, and ``bad_records``. Without `source_names`, as
-    in a data module of your own, only the waiting is logged.
+    tell ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, ``<source>/refused``, and ``bad_records``.
+    Without `source_names`, as in a data module of your own, only the waiting is logged.
     """
 
     def __init__(self) -> None:

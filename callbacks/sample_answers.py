@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.text import Turn
 
 from .sampling import Sampling
 
@@ -66,7 +67,7 @@ class SampleAnswers(Sampling):
         of_sources = data.evaluation_conversations("val")
         deepest = max(map(len, of_sources))
         in_turn = [part[place] for place in range(deepest) for part in of_sources if place < len(part)]
-        asked, prompts = [], []
+        asked, prompts = list[list[Turn]](), list[list[int]]()
         for turns in in_turn:
             if len(asked) == self.questions:
                 break

@@ -20,7 +20,6 @@ from lightning_mixcn.text import (
     load_template,
 )
 
-
 _TRIED_CONVERSATIONS = 4096  # about a second and a half
 
 

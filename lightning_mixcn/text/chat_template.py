@@ -161,7 +161,7 @@ class MixtralTemplate:
 
 @dataclass(frozen=True)
 class MixtralControlTemplate:
-    """``<s>[INST] question[/INST] answer</s>`` with control tokens as tags, ids as mistral_common's V2 and V3 tokenizers.
+    """``<s>[INST] question[/INST] answer</s>`` with control tokens as tags, ids as mistral_common's V2 and V3.
 
     Mixtral-8x22B-Instruct has V3; without tools the two are the same. The system's text goes in front of the *last*
     question, two newlines between, and blanks at the end of an answer are left out.
@@ -250,8 +250,8 @@ def _mixtral_template(tokenizer: TextTokenizer) -> ChatTemplate:
         reason = "it has [SYSTEM_PROMPT], as Mistral's formats of version 7 and later"
     if reason:
         raise ValueError(
-            f"`template=mixtral` writes versions 1 to 3 of Mistral's format, and the vocabulary of `{tokenizer.path}` is "
-            f"of none of them: {reason}. Use `template=tokenizer`, or give a Jinja file"
+            f"`template=mixtral` writes versions 1 to 3 of Mistral's format, and the vocabulary of `{tokenizer.path}` "
+            f"is of none of them: {reason}. Use `template=tokenizer`, or give a Jinja file"
         )
     return MixtralControlTemplate()
 

@@ -128,9 +128,7 @@ def load_conversation(text: str) -> list[Turn]:
 
 
 def _form_of(record: Mapping[str, Any]) -> RecordFormat:
-    found = [
-        form for form, key in _TELLING_KEYS.items() if key in record and (form != "alpaca" or "output" in record)
-    ]
+    found = [form for form, key in _TELLING_KEYS.items() if key in record and (form != "alpaca" or "output" in record)]
     if not found:
         raise ValueError(
             "expected `messages`, `conversations`, or `instruction` and `output`; "
@@ -149,7 +147,7 @@ def _keys(record: Mapping[str, Any]) -> str:
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
     if not is_empty(record.get("context")):
-        raise ValueError("`context` is no key of alpaca records and would not be read. Rename it to `input`")
+        raise ValueError("`context` is no key of alpaca records. Say `columns: {input: context}` in the source, or remove it")
     turns = _system(record)
     history = record.get("history")
     if history is not None and not isinstance(history, (list, tuple)):
@@ -256,4 +254,3 @@ def _string(value: Any, place: str) -> str:
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
         raise ValueError(f"`{place}` is not valid Unicode: {error.reason} at {error.start}") from error
     return value
-

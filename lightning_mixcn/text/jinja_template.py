@@ -86,9 +86,9 @@ class JinjaTemplate:
         end = f"ends an answer with {behind!r}, which begins with no special token" if behind else "ends no answer"
         eos = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
         return (
-            f"`{self.name}` {end} of the tokenizer of `{tokenizer.path}`: no end would be learned, and chat would never "
-            f"stop. Use a template that writes {eos!r} behind every answer, such as `template=mixtral`, or a tokenizer in "
-            "which the end is a special token"
+            f"`{self.name}` {end} of the tokenizer of `{tokenizer.path}`: no end would be learned, and chat would "
+            f"never stop. Use a template that writes {eos!r} behind every answer, such as `template=mixtral`, or a "
+            "tokenizer in which the end is a special token"
         )
 
     def _pieces(
@@ -265,7 +265,7 @@ def _control_tokens(tokenizer: TextTokenizer) -> _ControlTokens:
     return _ControlTokens(tokenizer)
 
 
-_EXCHANGE = (Turn("user", "?"), Turn("assistant", "!"))
+_EXCHANGE: tuple[Turn, ...] = (Turn("user", "?"), Turn("assistant", "!"))
 
 
 def _probe(template: JinjaTemplate, tokenizer: TextTokenizer) -> list[tuple[tuple[Turn, ...], list[Segment]]]:

@@ -32,7 +32,7 @@ _PROMPT = {
     "documents": "no template writes documents",
     "chat_template": "the template is the data module's",
     "chat_template_kwargs": "templates get no other arguments",
-    "system_prompt": "the system prompt is expected under `system`",
+    "system_prompt": "the system prompt is read from `system`, say `columns: {system: system_prompt}` in the source",
 }
 REFUSED_KEYS: dict[str, str] = _TOOLS | _MEDIA | _REASONING | _MASKS | _PROMPT
 """Keys of records that change what is learned, and why they are refused."""
@@ -49,7 +49,7 @@ def check_record_keys(record: Mapping[str, Any]) -> None:
     """
     for key, reason in REFUSED_KEYS.items():
         if not is_empty(record.get(key)):
-            raise ValueError(f"`{key}={shorten(record[key])}`: {reason}. Write it into the text, or remove the key")
+            raise ValueError(f"`{key}={shorten(record[key])}`: {reason}. Write it into the text, or remove it")
 
 
 def check_turn_keys(turn: Mapping[str, Any], known: tuple[str, str], place: str) -> None:

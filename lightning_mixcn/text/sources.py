@@ -208,7 +208,12 @@ def list_files(source: AnySource, place: str = "sources[0]") -> list[SourceFile]
     roles = tuple(sorted((source.roles or {}).items()))
     files = [
         SourceFile(
-            path, source.format or _format_of(path, source, place), source.text_key, source.document_unit, records, roles
+            path,
+            source.format or _format_of(path, source, place),
+            source.text_key,
+            source.document_unit,
+            records,
+            roles,
         )
         for path in dict.fromkeys(found)
     ]

@@ -135,7 +135,8 @@ class TextTokenizer:
     @cached_property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
         """Tokens beside the vocabulary's pieces: the id of each, and whether it is special (never read out of text)."""
-        return {token.content: (int(index), token.special) for index, token in self._backend.get_added_tokens_decoder().items()}
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: (int(index), token.special) for index, token in added.items()}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -116,7 +116,9 @@ def test_any_conversation_equals_mistral_common(
 
 
 @pytest.fixture(scope="session", params=["240216.model.v2", "240323.model.v3"])
-def later_version(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TextTokenizer, Encode]:
+def later_version(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TextTokenizer, Encode]:
     """A tokenizer in which [INST] is a control token, and how mistral_common encodes a conversation with it."""
     file = bundled_model(f"mistral_instruct_tokenizer_{request.param}")
     return load_tokenizer(tokenizer_json(file, tmp_path_factory.mktemp("later"))), mistral_common_of(file)
@@ -180,12 +182,16 @@ def test_a_vocabulary_of_another_version_is_refused(tmp_path: Path) -> None:
         load_template("mixtral", load_tokenizer(folder))
 
 
-@pytest.mark.parametrize(("names", "special"), [(["[INST]"], True), (["[/INST]"], True), (["[INST]", "[/INST]"], False)])
+@pytest.mark.parametrize(
+    ("names", "special"), [(["[INST]"], True), (["[/INST]"], True), (["[INST]", "[/INST]"], False)]
+)
 def test_half_a_version_is_refused(names: list[str], special: bool, tmp_path: Path) -> None:
     saved = byte_tokenizer()
     saved.add_tokens([AddedToken(name, special=special, normalized=False) for name in names], special_tokens=special)
     saved.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"only one of \[INST\] and \[/INST\] is a token, or one of them is not special"):
+    with pytest.raises(
+        ValueError, match=r"only one of \[INST\] and \[/INST\] is a token, or one of them is not special"
+    ):
         load_template("mixtral", load_tokenizer(tmp_path))
 
 

@@ -67,7 +67,10 @@ def test_a_stated_form_is_taken() -> None:
         ({"messages": [{"role": "user"}]}, "`messages[0]`: expected `role` and `content`, got {'role': 'user'}"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "`messages[0].role='tool'`: expected one of"),
         ({"messages": [{"role": "user", "content": 3}]}, "`messages[0].content`: expected a string, got int"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "`messages[0].content[0]`: expected a part of type text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "`messages[0].content[0]`: expected a part of type text",
+        ),
         ({"messages": [*MESSAGES["messages"], MESSAGES["messages"][0]]}, "the last turn is the user's"),
         ({"messages": [MESSAGES["messages"][0]] * 2}, "turns 0 and 1 are both the user's"),
         ({"messages": [MESSAGES["messages"][1]]}, "the assistant speaks first"),

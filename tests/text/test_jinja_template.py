@@ -265,7 +265,9 @@ def test_a_template_of_one_exchange_can_be_used(chat_tokenizer: TextTokenizer, t
         template.encode(CONVERSATION, chat_tokenizer)
 
 
-@pytest.mark.parametrize("body", ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ 'a' + 1 }}", "{{ messages[0]['x'].y }}"])
+@pytest.mark.parametrize(
+    "body", ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ 'a' + 1 }}", "{{ messages[0]['x'].y }}"]
+)
 def test_whatever_a_template_raises_is_said_in_one_line(body: str, chat_tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match=r"^`template` cannot be used for this conversation: [^\n]*$"):
         JinjaTemplate(body + CHATML).encode(CONVERSATION, chat_tokenizer)

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lightning_mixcn.text import ConversationSource, load_conversation, read_corpus
+from lightning_mixcn.text import BadRecordPolicy, ConversationSource, Turn, load_conversation, read_corpus
 from lightning_mixcn.text.conversations import EmptyTurnError, read_conversation, read_training_conversation
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -100,14 +100,17 @@ def test_what_cannot_be_rendered_is_refused_by_name(key: str, value: Any) -> Non
 
 @pytest.mark.parametrize("key", sorted({key for key, _ in VALUES}))
 def test_what_is_empty_counts_as_absent(key: str) -> None:
-    for nothing in (None, "", [], {}, False, "[]", " ", {"name": None, "arguments": ""}):
+    nothings: list[Any] = [None, "", [], {}, False, "[]", " ", {"name": None, "arguments": ""}]
+    for nothing in nothings:
         record = {"messages": [USER, {**ANSWER, key: nothing}], key: nothing}
         assert learned(record) == ["So."]
 
 
 @pytest.mark.parametrize("key", ["name", "tool_call_id", "refusal", "prefix", "weights", "Train", "loss_mask", "value"])
 def test_an_unknown_key_of_a_turn_is_refused_by_name(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"`messages\[1\]` has `{key}='x'`: a turn may have only role, content, weight"):
+    with pytest.raises(
+        ValueError, match=rf"`messages\[1\]` has `{key}='x'`: a turn may have only role, content, weight"
+    ):
         learned({"messages": [USER, {**ANSWER, key: "x"}]})
 
 
@@ -151,7 +154,7 @@ def test_parts_of_other_types_are_refused(kind: str | None) -> None:
 @pytest.mark.parametrize("form", ["messages", "conversations"])
 def test_a_system_prompt_beside_the_turns(form: str) -> None:
     turns = read_conversation({form: [USER, ANSWER], "system": "Be kind."})
-    assert [(turn.role, turn.content) for turn in turns][0] == ("system", "Be kind.")
+    assert turns[0] == Turn("system", "Be kind.")
     assert [turn.role for turn in read_conversation({form: [USER, ANSWER], "system": " "})] == ["user", "assistant"]
     system = {"role": "system", "content": "Be short."}
     with pytest.raises(ValueError, match=f"the record has `system` and `{form}` a system turn. Keep one"):
@@ -165,13 +168,13 @@ def test_what_another_form_has_is_not_dropped() -> None:
         read_conversation(MESSAGES | ALPACA)
     with pytest.raises(ValueError, match="`history` beside `messages` is not read"):
         read_conversation(MESSAGES | {"history": [["q", "a"]]})
-    with pytest.raises(ValueError, match=r"`context` .*Rename it to `input`"):
+    with pytest.raises(ValueError, match=r"`context` .*Say `columns: {input: context}`"):
         read_conversation(ALPACA | {"context": "x"})
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u3000"])
 def test_an_empty_turn_is_left_out_and_counted(nothing: str, tmp_path: Path) -> None:
-    records = [
+    records: list[dict[str, Any]] = [
         ALPACA,
         ALPACA | {"output": nothing},
         ALPACA | {"instruction": nothing},
@@ -183,8 +186,9 @@ def test_an_empty_turn_is_left_out_and_counted(nothing: str, tmp_path: Path) -> 
         with pytest.raises(EmptyTurnError, match=r"turn \d, the (user|assistant)'s, is empty"):
             read_training_conversation(record)
     (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    for policy in ("error", "skip"):
-        corpus = read_corpus(ConversationSource("x", str(tmp_path / "s.jsonl")), on_bad_record=policy)  # type: ignore[arg-type]  # a literal
+    policies: tuple[BadRecordPolicy, ...] = ("error", "skip")
+    for policy in policies:
+        corpus = read_corpus(ConversationSource("x", str(tmp_path / "s.jsonl")), on_bad_record=policy)
         assert (len(corpus), corpus.bad_records) == (1, 5)
         assert "s.jsonl` line 2: turn 1" in corpus.stores[0].counts.bad_places[0]
 
@@ -197,6 +201,9 @@ def test_a_table_has_every_key_in_every_row(tmp_path: Path) -> None:
     turns = load_conversation(corpus.text(1))
     assert [turn.learned for turn in turns if turn.role == "assistant"] == [False, True]
     called = MESSAGES | {"tools": "[{}, 1]", "images": [b"x"], "label": False}
-    parquet.write_table(pyarrow.Table.from_pylist([MESSAGES | dict.fromkeys(("tools", "images", "label")), called]), tmp_path / "b.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([MESSAGES | dict.fromkeys(("tools", "images", "label")), called]),
+        tmp_path / "b.parquet",
+    )
     with pytest.raises(ValueError, match=r"b\.parquet` row 1: `tools="):
         read_corpus(ConversationSource("x", str(tmp_path / "b.parquet")))

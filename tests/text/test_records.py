@@ -107,7 +107,11 @@ def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
 
 def test_roles_are_the_sources_and_part_of_what_is_cached(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    turns = [{"role": "用户", "content": "问"}, {"role": "tool", "content": "x"}, {"role": "assistant", "content": "答"}]
+    turns = [
+        {"role": "用户", "content": "问"},
+        {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": "答"},
+    ]
     path.write_text(json.dumps({"messages": turns}))
     with pytest.raises(ValueError, match=r"x\.jsonl` line 1: `messages\[0\]\.role='用户'`: expected one of human"):
         conversations(path)
