@@ -147,7 +147,7 @@ def _keys(record: Mapping[str, Any]) -> str:
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
     if not is_empty(record.get("context")):
-        raise ValueError("`context` is no key of alpaca records. Say `columns: {input: context}` in the source, or remove it")
+        raise ValueError("alpaca records have no `context`. Say `columns: {input: context}` in the source, or drop it")
     turns = _system(record)
     history = record.get("history")
     if history is not None and not isinstance(history, (list, tuple)):

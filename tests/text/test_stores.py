@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text.stores import OpenStore, StoreCounts, StoreWriter, read_store
+from lightning_mixcn.text.stores import VERSION, OpenStore, StoreCounts, StoreWriter, read_store
 
-MADE_FROM = {"version": 1, "file": "x.jsonl"}
+MADE_FROM = {"version": VERSION, "file": "x.jsonl"}
 
 
 def write(folder: Path, texts: list[str], flush_every: int = 3) -> StoreCounts:
