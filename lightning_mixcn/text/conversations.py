@@ -34,10 +34,9 @@ _TELLING_KEYS: dict[RecordFormat, str] = {
     "sharegpt": "conversations",
     "alpaca": "instruction",
 }
-# What is read of a record, of any form: the rest is metadata.
-RECORD_KEYS = frozenset(
-    {*_TELLING_KEYS.values(), "input", "output", "system", "history", *RECORD_FLAG_KEYS, *REFUSED_KEYS}
-)
+# What means something in a record, of any form, and what is looked at: the rest is metadata.
+OBEYED_KEYS = frozenset({*_TELLING_KEYS.values(), "input", "output", "system", "history", *RECORD_FLAG_KEYS})
+RECORD_KEYS = OBEYED_KEYS | REFUSED_KEYS.keys() | {"context"}
 KNOWN_ROLES = {
     "human": "user",
     "user": "user",
