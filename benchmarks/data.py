@@ -164,7 +164,7 @@ def state_at(module: Any, row: int) -> dict[str, Any]:
             "served": [tokens],
             "phases": [0.0],
             "pools": [[]],
-            "too_long": [[0, 0]],
+            "too_long": [[0, 0, 0]],
         }
         for stream in range(streams)
     }

@@ -26,8 +26,9 @@ class DataMonitor(Callback):
     the share of positions that are padding, since the last log. ``seconds_waiting`` are the seconds since the last log
     in which the training loop had asked the loader for a batch and had not got it, on the rank that waited longest, and
     ``wait_share`` is their share of the time since then without validation. Where the data module has methods `epochs`,
-    `too_long` or `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, and
-    ``bad_records``. Without `source_names`, as in a data module of your own, only the waiting is logged.
+    `too_long`, `refused` or `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and
+    ``<source>/shortened``, ``<source>/refused``, and ``bad_records``. Without `source_names`, as in a data module of
+    your own, only the waiting is logged.
     """
 
     def __init__(self) -> None:
@@ -201,6 +202,8 @@ def _told_by(data: Any) -> dict[str, float]:
         for name, (dropped, shortened) in data.too_long().items():
             if dropped or shortened:
                 values |= {f"data/{name}/dropped": dropped, f"data/{name}/shortened": shortened}
+    if hasattr(data, "refused"):
+        values |= {f"data/{name}/refused": count for name, count in data.refused().items() if count}
     if hasattr(data, "bad_records"):
         values["data/bad_records"] = data.bad_records()
     return values

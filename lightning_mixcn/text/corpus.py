@@ -20,7 +20,7 @@ import numpy as np
 
 from lightning_mixcn.text.listings import LeftOut
 from lightning_mixcn.text.sources import AnySource, Source, list_files
-from lightning_mixcn.text.stores import BadRecordPolicy, StoreCounts, TextStore
+from lightning_mixcn.text.stores import BadRecordPolicy, StoreCounts, TextStore, read_store
 from lightning_mixcn.text.unpacking_processes import is_first_rank, unpack_all
 
 if TYPE_CHECKING:
@@ -54,10 +54,12 @@ class Corpus:
     Args:
         source: The source.
         stores: Unpacked documents of each file.
+        on_bad_record: What to do with a document that turns out to be bad when it is encoded: `error` or `skip`.
     """
 
     source: AnySource
     stores: tuple[TextStore, ...]
+    on_bad_record: BadRecordPolicy = "error"
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -98,6 +100,28 @@ class Corpus:
         """Tell where document `index` was read."""
         store, row = self._locate(index)
         return DocumentOrigin(self.source.name, store.file, store.open().record(row))
+
+    def place(self, index: int) -> str:
+        """Name the file and the line or row of document `index`, as errors do."""
+        store, row = self._locate(index)
+        read = read_store(Path(store.folder))
+        is_table = read is not None and read[0]["format"] in ("parquet", "arrow")
+        return f"`{store.file}` {'row' if is_table else 'line'} {store.open().record(row)}"
+
+    def refuse(self, index: int, reason: str) -> None:
+        """Do what `on_bad_record` says with a document that cannot be encoded.
+
+        Args:
+            index: The document.
+            reason: Why it cannot be.
+
+        Raises:
+            ValueError: `on_bad_record` is `error`; the message names file and line or row. Else a warning does.
+        """
+        told = f"{self.place(index)}: {reason}"
+        if self.on_bad_record == "error":
+            raise ValueError(f"{told}. Mend the record, or leave such records out with `on_bad_record: skip`")
+        _logger.warning("%s. It is left out", told)
 
     @property
     def total_bytes(self) -> int:
@@ -153,7 +177,7 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
         raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected one of {', '.join(get_args(BadRecordPolicy))}")
     left_out = LeftOut()
     stores = unpack_all(list_files(source, place, left_out), on_bad_record, source.name)
-    corpus = Corpus(source, tuple(stores))
+    corpus = Corpus(source, tuple(stores), on_bad_record)
     _check_columns(corpus, place)
     if not len(corpus):
         places = [place for store in stores for place in store.counts.bad_places]

@@ -72,10 +72,11 @@ def tokens_per_byte(documents: TrainingDocuments, encoder: DocumentEncoder) -> f
     num_tokens = num_bytes = 0
     for place in range(min(size, _SAMPLED_DOCUMENTS)):
         index = place * size // min(size, _SAMPLED_DOCUMENTS)
-        if index in documents:
-            num_tokens += len(encoder.encode(documents.corpus.text(index)).tokens)
+        tokens = len(encoder.encode(documents.corpus.text(index)).tokens) if index in documents else 0
+        if tokens:
+            num_tokens += tokens
             num_bytes += documents.corpus.num_bytes_of(index)
         if num_bytes >= _SAMPLED_BYTES:
             break
-    # Every sampled document was held out, dropped or empty: a token a byte is what streams begin to correct.
-    return num_tokens / num_bytes if num_tokens and num_bytes else 1.0
+    # Every sampled document was held out or dropped: a token a byte is what streams begin to correct.
+    return num_tokens / num_bytes if num_bytes else 1.0

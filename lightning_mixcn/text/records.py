@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, one_line, read_chunks, split_lines
-from lightning_mixcn.text.conversations import dump_conversation, read_conversation
+from lightning_mixcn.text.conversations import EmptyTurnError, dump_conversation, read_training_conversation
 from lightning_mixcn.text.tables import iterate_rows
 
 if TYPE_CHECKING:
@@ -56,15 +56,14 @@ def iterate_conversations(
         try:
             if not isinstance(record, Mapping):
                 raise ValueError(f"expected an object, got a {type(record).__name__}")
-            turns = read_conversation(_renamed(record, file.columns, tally), form)
+            turns = read_training_conversation(_renamed(record, file.columns, tally), form, dict(file.roles))
+        except EmptyTurnError:
+            tally.empty += 1
         except ValueError as error:
             told = _absent_column(record, file, tally.keys) if isinstance(record, Mapping) else ""
             on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {error}{told}"))
         else:
-            if all(turn.content.strip() for turn in turns if turn.role == "assistant"):
-                yield number, dump_conversation(turns)
-            else:
-                tally.empty += 1
+            yield number, dump_conversation(turns)
 
 
 def _renamed(record: Mapping[str, Any], columns: Sequence[tuple[str, str]], tally: RecordTally) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from lightning_mixcn.text.conversations import RECORD_KEYS, RecordFormat
+from lightning_mixcn.text.chat_template import ROLES
+from lightning_mixcn.text.conversations import OBEYED_KEYS, RecordFormat
 from lightning_mixcn.text.files import LOCAL, file_name, is_url, list_zip, match_urls, open_file, zip_member
 from lightning_mixcn.text.listings import DatasetFolders, LeftOut, ReadOnce, fits, match_glob, walk_files
 
@@ -62,6 +63,7 @@ class Source:
 
     suffixes: ClassVar[dict[str, TextFormat]] = {**_RECORDS, ".txt": "text", ".text": "text"}
     records: ClassVar[None] = None
+    roles: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class ConversationSource:
             held in memory while it is unpacked.
         records: Form of the records; null tells it from each record's keys. `alpaca` has `instruction`, `input`,
             `output` and perhaps `system` and `history`; `sharegpt` has `conversations`; `messages` has `messages`.
+        roles: What roles of the records mean, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
+            chatgpt, assistant, system), such as `{tool: user, developer: system}`; a role without a meaning is a bad
+            record.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
         columns: The records' names of keys that `records` expects, such as `{instruction: input, output: target}`
             for records that have a question in `input` and its answer in `target`.
@@ -88,6 +93,7 @@ class ConversationSource:
     weight: float = 1.0
     format: RecordFileFormat | None = None
     records: RecordFormat | None = None
+    roles: dict[str, str] | None = None
     max_epochs: int | None = None
     columns: dict[str, str] | None = None
 
@@ -110,6 +116,7 @@ class SourceFile:
         text_key: JSON key, or parquet or Arrow column, of the text.
         document_unit: What one document is in a text file.
         records: Form of the records if they are conversations, `any` tells it from each record; None if they are text.
+        roles: Pairs of a role of the records and what it means.
         columns: For conversations, pairs of a key that their form expects and the records' name of it.
     """
 
@@ -118,6 +125,7 @@ class SourceFile:
     text_key: str
     document_unit: DocumentUnit
     records: RecordFormat | Literal["any"] | None = None
+    roles: tuple[tuple[str, str], ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
 
 
@@ -181,7 +189,7 @@ def _check(source: AnySource, place: str) -> None:
     }
     columns = {} if source.columns is None else source.columns
     named_keys = isinstance(columns, Mapping) and all(isinstance(key, str) and key for key in columns.values())
-    renamed = sorted({_DEFAULT_KEY} if isinstance(source, Source) else RECORD_KEYS)
+    renamed = sorted({_DEFAULT_KEY} if isinstance(source, Source) else OBEYED_KEYS)
     expectations["columns"] = (
         named_keys and all(key in renamed for key in columns),
         f"null, or the records' name of each of these keys that is another: {', '.join(renamed)}",
@@ -193,9 +201,17 @@ def _check(source: AnySource, place: str) -> None:
             expectations["columns"][0] and (not columns or source.text_key == _DEFAULT_KEY),
             f"{expectations['columns'][1]}; and not both `columns` and `text_key={source.text_key!r}`",
         )
+    else:
+        expectations["roles"] = (_are_roles(source.roles), f"roles and what each means, one of {', '.join(ROLES)}")
     for field, (holds, expected) in expectations.items():
         if not holds:
             raise ValueError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
+
+
+def _are_roles(roles: Any) -> bool:
+    if roles is None:
+        return True
+    return isinstance(roles, Mapping) and all(isinstance(name, str) and role in ROLES for name, role in roles.items())
 
 
 def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut | None = None) -> list[SourceFile]:
@@ -218,7 +234,7 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
     patterns = [source.path] if isinstance(source.path, str) else source.path
     once = ReadOnce(left_out)
     found = [path for pattern in patterns for path in once.keep(_match(pattern, source, place, left_out))]
-    columns = source.columns or {}
+    columns, roles = source.columns or {}, tuple(sorted((source.roles or {}).items()))
     is_text = isinstance(source, Source)
     files = [
         SourceFile(
@@ -227,6 +243,7 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
             columns.get(_DEFAULT_KEY, source.text_key) if is_text else source.text_key,
             source.document_unit,
             None if is_text else source.records or "any",
+            roles,
             () if is_text else tuple(columns.items()),
         )
         for path in found

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BadRecordPolicy: TypeAlias = Literal["error", "skip"]
 
-# 2: without byte order marks and documents of white space alone.
+# 2: without byte order marks and documents of white space alone; flags of turns are obeyed.
 VERSION = 2
 NAMED_PLACES = 5
 _PLACE_CHARACTERS = 300

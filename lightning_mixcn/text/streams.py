@@ -22,6 +22,7 @@ import numpy as np
 from lightning_mixcn.text.mixing import row_shares, tokens_per_byte
 from lightning_mixcn.text.packing import Row, Segment, fill_row
 from lightning_mixcn.text.permutation import Permutation
+from lightning_mixcn.text.stores import NAMED_PLACES
 
 if TYPE_CHECKING:
     from lightning_mixcn.text.document_set import TrainingDocuments
@@ -121,7 +122,7 @@ class RowStream:
             source), ``read`` (tokens and bytes read of each source), ``served`` (tokens of each source in rows),
             ``phases`` (tokens by which the rows planned so far are ahead of each source's share), ``pools`` (of each
             source number, offset, length and divisibility of the documents that wait for a row in `best_fit`), and
-            ``too_long`` (documents of each source that were dropped and shortened).
+            ``too_long`` (documents of each source that were dropped, shortened, and refused by the encoder).
         """
         return {
             "position": self.position,
@@ -278,7 +279,7 @@ class _Reader:
         self.number = stream
         self.offset = 0
         self.read: list[float] = [0, 0.0]  # tokens and bytes of text
-        self.too_long = [0, 0]  # documents dropped and shortened
+        self.too_long = [0, 0, 0]  # documents dropped, shortened and refused
         self._dropped_since_last = 0
         self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
         self._document: EncodedDocument | None = None
@@ -340,11 +341,17 @@ class _Reader:
     def _count_too_long(self, document: EncodedDocument) -> None:
         self.too_long[0] += document.too_long == "dropped"
         self.too_long[1] += document.too_long == "shortened"
+        if document.refused is not None:
+            assert self._index is not None, "exhausted"
+            if self._documents.corpus.on_bad_record == "error" or self.too_long[2] < NAMED_PLACES:
+                self._documents.corpus.refuse(self._index, document.refused)
+            self.too_long[2] += 1
         self._dropped_since_last = 0 if len(document.tokens) else self._dropped_since_last + 1
         if self._dropped_since_last == _HOPELESS_DOCUMENTS:
             raise ValueError(
                 f"{_HOPELESS_DOCUMENTS} documents of source {self._documents.name!r}, one after the other, were longer "
-                "than a row and dropped. Raise `sequence_length`, or choose another `on_too_long`"
+                "than a row and dropped, or refused by the template. Raise `sequence_length`, choose another "
+                "`on_too_long`, or another `template`"
             )
 
     def _encode(self, index: int) -> EncodedDocument:

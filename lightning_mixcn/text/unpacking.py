@@ -169,6 +169,8 @@ def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]
         "document_unit": file.document_unit,
         "on_bad_record": on_bad_record,
         **({"records": file.records} if file.records else {}),
+        # As read back from JSON, or no store would ever be found again.
+        **({"roles": dict(file.roles)} if file.roles else {}),
         **({"columns": [list(pair) for pair in file.columns]} if file.columns else {}),
     }
 

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lightning_mixcn.text import ConversationSource, load_conversation, read_corpus
+from lightning_mixcn.text import ConversationSource, Turn, load_conversation, parse_sources, read_corpus
 
 RECORDS = [
     {
@@ -102,8 +102,36 @@ def test_the_stated_form_holds(tmp_path: Path) -> None:
 
 
 def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
-    records = [record | {"score": 1.5, "image": b"\xff"} for record in RECORDS]
+    records = [record | {"score": 1.5, "thumbnail": b"\xff"} for record in RECORDS]
     assert len(conversations(write(tmp_path / "x.parquet", records))) == len(RECORDS)
+
+
+def test_roles_are_the_sources_and_part_of_what_is_cached(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    turns = [
+        {"role": "用户", "content": "问"},
+        {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": "答"},
+    ]
+    path.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(ValueError, match=r"x\.jsonl` line 1: `messages\[0\]\.role='用户'`: expected one of human"):
+        conversations(path)
+    turns.pop(1)
+    path.write_text(json.dumps({"messages": turns}))
+    assert conversations(path, roles={"用户": "user"}) == [[("user", "问"), ("assistant", "答")]]
+    stores = [
+        read_corpus(ConversationSource("zh", str(path), roles=roles), on_bad_record="skip").stores[0].folder
+        for roles in ({"用户": "user"}, {"用户": "user"}, {"用户": "user", "tool": "user"})
+    ]
+    assert stores[0] == stores[1] != stores[2]
+    with pytest.raises(ValueError, match="the assistant speaks first"):
+        conversations(path, roles={"用户": "assistant"})
+
+
+@pytest.mark.parametrize("roles", [{"tool": "tool"}, {"tool": None}, {1: "user"}, ["tool"], "user"])
+def test_a_role_means_user_assistant_or_system(roles: Any) -> None:
+    with pytest.raises(ValueError, match=r"`sources\[0\]\.roles=.*: expected roles and what each means, one of system"):
+        parse_sources([{"name": "zh", "path": "x", "roles": roles}], "sources", ConversationSource)
 
 
 def test_a_byte_order_mark_is_no_record(tmp_path: Path) -> None:
@@ -204,3 +232,19 @@ def test_a_column_that_no_record_has(name: str, tmp_path: Path) -> None:
     message = r"`.*x.*` (line \d|row 0): .* `columns.instruction` names 'question', but its keys are 'q', 'a'"
     with pytest.raises(ValueError, match=message):
         conversations(path, columns={"instruction": "question", "output": "a"})
+
+
+def test_columns_and_roles_together(tmp_path: Path) -> None:
+    """A set with its own names for the list of turns, the roles and the flag of a record."""
+    turns = [{"role": "Human", "content": "问"}, {"role": "MOSS", "content": "答", "weight": 1}]
+    records = [{"chat": turns, "good": True, "prompt": "s"}, {"chat": turns, "good": False, "prompt": None}]
+    path = write(tmp_path / "x.parquet", records)
+    settings: dict[str, Any] = {
+        "columns": {"messages": "chat", "label": "good", "system": "prompt"},
+        "roles": {"Human": "user", "MOSS": "assistant"},
+    }
+    with pytest.raises(ValueError, match=r"x\.parquet` row 1: `label=False` says that this record is not to"):
+        conversations(path, **settings)
+    corpus = read_corpus(ConversationSource("zh", str(path), **settings), on_bad_record="skip")
+    assert (len(corpus), corpus.bad_records) == (1, 1)
+    assert load_conversation(corpus.text(0)) == [Turn("system", "s"), Turn("user", "问"), Turn("assistant", "答")]

@@ -142,7 +142,8 @@ def test_document_unit_without_text_file(tree: Path) -> None:
 @pytest.mark.parametrize("columns", [{"prompt": "instruction"}, {"instruction": 1}, "instruction"])
 def test_bad_columns_of_conversations(columns: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"`sources\[0\].columns=.*expected null, or .*: .*input, instruction, messages"
+        ValueError,
+        match=r"`sources\[0\].columns=.*or .*: .*input, instruction, kto_tag, label, loss, messages",
     ):
         parse_sources([{"name": "zh", "path": "x", "columns": columns}], "sources", ConversationSource)
 
