@@ -7,7 +7,7 @@ logging and checkpoints stay right, because division happens once, in the end.
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, LRSchedulerTypeUnion, OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
@@ -26,8 +26,9 @@ from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
 from .optimizer_states import check_optimizer
 from .planned_run import budgeted_modes
+from .resume import ConfiguredOptimization
 from .saved_state import SavedStateModule, adapter_folder
-from .schedule import WarmupCosine, scheduled
+from .schedule import WarmupCosine, known_length, scheduled
 from .step_clock import StepClock
 from .strategies import Shard, build_device, fsdp2_shard, gradient_group, keep_base_whole, sync_gradients
 
@@ -182,14 +183,20 @@ class CausalLMModule(SavedStateModule):
         run_checks.check_trains(parameters)
         optimizer = self.make_optimizer(parameters)
         check_optimizer(optimizer, self.trainer.strategy)
-        return scheduled(optimizer, self.make_lr_scheduler(optimizer), self.trainer.max_steps)
+        self.compare_with_checkpoint(ConfiguredOptimization(optimizer, self._schedule, self.make_optimizer))
+        return scheduled(optimizer, self._schedule(optimizer), self.trainer.val_check_interval)
+
+    def _schedule(self, optimizer: Optimizer) -> LRSchedulerTypeUnion:
+        return known_length(self.make_lr_scheduler(optimizer), self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
-        """Check that the data's tokenizer fits the model."""
+        """Check that the data fit the model."""
         run_checks.check_vocabulary(self.trainer, self.model)
+        run_checks.check_context(self.trainer, self.model)
 
     def on_train_start(self) -> None:
-        """Start the clock of the first step."""
+        """Have the configuration hold against a checkpoint's optimizer; start the clock of the first step."""
+        self.take_configured_settings()
         self._clock.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
 
 from .checkpoint_metadata import check_metadata
 
 _SUMS = "SHA256SUMS"
 _UNFINISHED, _OUTDATED = "unfinished", "outdated"
-_NEEDED = (".metadata", "meta.pt")  # of a folder: torch's description, and what Lightning puts beside the tensors
+_LIGHTNINGS = "meta.pt"
+_NEEDED = (".metadata", _LIGHTNINGS)  # of a folder: torch's description, and what Lightning puts beside the tensors
 
 
 def unfinished_path(path: Path) -> Path:
@@ -152,8 +155,21 @@ class _CheckedLoad:
                 message = str(error)
         if message := self._strategy.broadcast(message):
             raise ValueError(message)
+        if isinstance(self._strategy, ModelParallelStrategy):  # which fills model and optimizer while it reads
+            self._strategy.lightning_module.check_checkpoint(read_settings(Path(checkpoint_path)))
         checkpoint: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
         return checkpoint
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds beside its tensors.
+
+    Args:
+        path: File, of which tensors are mapped and not read, or folder.
+    """
+    if path.is_dir():
+        return dict(torch.load(path / _LIGHTNINGS, map_location="cpu", weights_only=True))
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _check_sums(path: Path) -> None:

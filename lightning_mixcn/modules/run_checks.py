@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 # Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
@@ -44,6 +45,28 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
             f"`tokenizer`: {tokenizer.path} has {tokenizer.vocab_size} pieces, but the model has {embeddings} "
             "embeddings. Give it as `model.init_args.tokenizer`, with `train_embeddings: true`, or give the data the "
             "base's own tokenizer"
+        )
+
+
+def check_context(trainer: Any, model: nn.Module | None) -> None:
+    """Warn of rows that are longer than what the base was trained on.
+
+    Args:
+        trainer: Lightning's; data without a `sequence_length` are not checked.
+        model: A transformers model or the PeftModel around it.
+    """
+    length, config = getattr(trainer.datamodule, "sequence_length", None), getattr(model, "config", None)
+    if length is None or config is None:
+        return
+    limits = {
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "sliding_window": getattr(config, "sliding_window", None),
+    }
+    exceeded = [f"{name} of {limit}" for name, limit in limits.items() if limit is not None and length > limit]
+    if exceeded:
+        rank_zero_warn(
+            f"`data.init_args.sequence_length={length}` exceeds the base's {' and '.join(exceeded)} tokens: it has never "
+            "seen such distances. Shorten the rows, unless the run is meant to extend the context"
         )
 
 
