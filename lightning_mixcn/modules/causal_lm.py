@@ -4,6 +4,7 @@ To change what is minimised, subclass and override `compute_loss`, which gives a
 logging and checkpoints stay right, because division happens once, in the end.
 """
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_mixcn.metrics import DocumentScores, Likelihood, score_documents, scored_positions
 from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.mixtral import CausalLMOutput
+from lightning_mixcn.model.vocabulary_extension import tokenizer_for
 
 from . import run_checks
 from .accumulation import Contribution, GradientWindow, clip_gradients, micro_batch_scale, rescale_gradients
@@ -42,8 +44,8 @@ class CausalLMModule(SavedStateModule):
         base: Hugging Face folder, 4-bit folder of `mixcn quantize`, or hub id.
         quantization: ``nf4`` holds attention projections and experts in 4 bits; ``none`` holds them in ``dtype``.
         dtype: Compute dtype; LoRA masters and trained embeddings are float32 whatever it is.
-        tokenizer: Folder of the tokenizer; null is the base's. The command line gives it to the data, too. One that
-            `mixcn vocab merge` has extended needs `train_embeddings`.
+        tokenizer: Folder of the tokenizer; null is the base's, or that of an `adapter` with embeddings of its own. The
+            command line gives it to the data, too. One that `mixcn vocab merge` has extended needs `train_embeddings`.
         lora: PEFT's LoraConfig, with the paper's target names; null trains no adapter.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully, as the paper does.
         adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer.
@@ -81,7 +83,7 @@ class CausalLMModule(SavedStateModule):
         self.save_hyperparameters()
         make_plain(self)
         self.base, self.quantization, self.dtype_name = base, quantization, dtype
-        self.tokenizer_path, self.new_rows = tokenizer or base, new_rows
+        self.given_tokenizer, self.new_rows = tokenizer, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.router_aux_loss_coef = router_aux_loss_coef
         run_checks.check_activation_settings(activation_checkpointing, activation_memory)
@@ -93,6 +95,11 @@ class CausalLMModule(SavedStateModule):
         self.model: nn.Module | None = None
         self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
         self._window, self._clock = GradientWindow(), StepClock()
+
+    @cached_property
+    def tokenizer_path(self) -> str:
+        """The tokenizer's folder or hub id, see `tokenizer_for`."""
+        return tokenizer_for(self.base, self.given_tokenizer, adapter_folder(self.adapter))
 
     # ---- what subclasses override ----
 
@@ -158,7 +165,7 @@ class CausalLMModule(SavedStateModule):
     def setup(self, stage: str) -> None:
         """Refuse a precision that would cast LoRA's masters and the quantisation scales; have checkpoints checked."""
         run_checks.check_precision(self.trainer.precision)
-        check_before_loading(self.trainer)
+        check_before_loading(self.trainer, self.check_checkpoint)
 
     @property
     def shard(self) -> Shard | None:
@@ -196,6 +203,7 @@ class CausalLMModule(SavedStateModule):
 
     def on_train_start(self) -> None:
         """Have the configuration hold against a checkpoint's optimizer; start the clock of the first step."""
+        run_checks.check_schedule_is_stepped(self.trainer)
         self.take_configured_settings()
         self._clock.start()
 

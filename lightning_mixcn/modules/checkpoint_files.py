@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def check_before_loading(trainer: Any) -> None:
+def check_before_loading(trainer: Any, check: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Have a trainer's strategy verify each checkpoint before it reads it; called on all ranks.
 
     Until then Lightning tells nobody which checkpoint it is: ``last`` and ``best`` stand for a path, too. No checkpoint
@@ -133,16 +133,18 @@ def check_before_loading(trainer: Any) -> None:
 
     Args:
         trainer: Lightning's.
+        check: Called with what a checkpoint holds beside its tensors before a strategy fills model and optimizer from
+            it, as those that shard do while they read; it raises ValueError, on all ranks alike.
     """
     if not isinstance(trainer.strategy.load_checkpoint, _CheckedLoad):
-        trainer.strategy.load_checkpoint = _CheckedLoad(trainer.strategy)
+        trainer.strategy.load_checkpoint = _CheckedLoad(trainer.strategy, check)
 
 
 class _CheckedLoad:
     """Stands before a strategy's `load_checkpoint`."""
 
-    def __init__(self, strategy: Any) -> None:
-        self._strategy = strategy
+    def __init__(self, strategy: Any, check: Callable[[dict[str, Any]], None] | None) -> None:
+        self._strategy, self._check = strategy, check
         self._load = strategy.load_checkpoint
 
     def __call__(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -155,8 +157,8 @@ class _CheckedLoad:
                 message = str(error)
         if message := self._strategy.broadcast(message):
             raise ValueError(message)
-        if isinstance(self._strategy, ModelParallelStrategy):  # which fills model and optimizer while it reads
-            self._strategy.lightning_module.check_checkpoint(read_settings(Path(checkpoint_path)))
+        if self._check is not None and isinstance(self._strategy, ModelParallelStrategy):
+            self._check(read_settings(Path(checkpoint_path)))
         checkpoint: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
         return checkpoint
 

@@ -100,6 +100,23 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
         raise ValueError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
 
 
+def check_schedule_is_stepped(trainer: Any) -> None:
+    """Refuse a schedule that follows a value where there is no validation to give it.
+
+    Args:
+        trainer: Lightning's, its loaders set up.
+
+    Raises:
+        ValueError: it would be stepped at the end of an epoch, and a stream's epoch has no end.
+    """
+    waits = any(config.reduce_on_plateau and config.interval == "epoch" for config in trainer.lr_scheduler_configs)
+    if waits and math.isinf(trainer.num_training_batches):
+        raise ValueError(
+            "`lr_scheduler`: one that follows a value is stepped after each validation, and there is none. Set "
+            "`trainer.val_check_interval` to a number of micro-batches"
+        )
+
+
 def check_labels(step: int, count: float) -> None:
     """Stop before an update that nothing is learnt from. Raises: ValueError.
 

@@ -253,7 +253,7 @@ def rescale_batch_counts(checkpoint: dict[str, Any], accumulate_grad_batches: in
 
 def adapter_folder(adapter: str | None) -> str | None:
     """The PEFT folder to continue from: the given one, or the one that `AdapterCheckpoint` wrote in a run folder."""
-    inside = Path(adapter, "adapter") if adapter else None
+    inside = Path(adapter).expanduser() / "adapter" if adapter else None
     return str(inside) if inside is not None and inside.is_dir() else adapter
 
 

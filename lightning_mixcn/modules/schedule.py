@@ -61,7 +61,7 @@ class WarmupCosine(LRScheduler):
         if total_steps < 1:
             raise ValueError(
                 f"`trainer.max_steps={total_steps}`: WarmupCosine needs the number of optimizer steps. "
-                "Set `trainer.max_steps`, or `total_steps` of the scheduler"
+                "Set `trainer.max_steps`, `trainer.max_epochs`, or `total_steps` of the scheduler"
             )
         self.total_steps = total_steps
         self._set_rates()

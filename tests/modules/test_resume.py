@@ -238,10 +238,10 @@ def test_a_schedule_that_follows_a_value_is_stepped_after_each_validation(runs: 
 @pytest.mark.parametrize(
     ("rate", "changes", "expected", "said"),
     [
-        (1e-3, {}, 2.5e-4, None),
-        (4e-4, {}, 4e-4, "lr 0.00025 → 0.0004"),
-        (1e-3, {"factor": 0.1, "patience": 5}, 2.5e-4, "factor 0.5 → 0.1, patience 0 → 5"),
-        (1e-3, {"monitor": "train/loss"}, 2.5e-4, "monitor val/zh/nll_nats_per_token → train/loss"),
+        (1e-3, {}, 5e-4, None),
+        (4e-4, {}, 4e-4, "lr 0.0005 → 0.0004"),
+        (1e-3, {"factor": 0.1, "patience": 5}, 5e-4, "factor 0.5 → 0.1, patience 0 → 5"),
+        (1e-3, {"monitor": "train/loss"}, 5e-4, "monitor val/zh/nll_nats_per_token → train/loss"),
     ],
 )
 def test_a_plateau_resumed(
