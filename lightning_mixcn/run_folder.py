@@ -88,40 +88,34 @@ def check_overwrite(root: Path, checkpoint: str | None) -> None:
 class Overwrite(Callback):
     """Removes the run that a new one takes the place of, when model, data and optimizer of the new one are there.
 
-    Args:
-        adapter_folders: Names of the adapters' folders in the run's folder.
-    """
-
-    def __init__(self, adapter_folders: list[str]) -> None:
-        self._adapters = adapter_folders
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove it, before anything of the new run is written."""
-        root = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and holds_run(root):
-            remove_run(root, self._adapters)
-            rank_zero_info(f"--overwrite: the run in {root} was removed")
-        trainer.strategy.barrier("overwrite")
-
-
-def remove_run(root: Path, adapter_folders: list[str]) -> None:
-    """Remove what is recognisably a run's, and nothing else.
+    Only what is recognisably a run's is removed, and of that what was there when this was made: Lightning opens the
+    loggers' files of the new run before.
 
     Args:
         root: The run's folder.
         adapter_folders: Names of the adapters' folders in it.
     """
-    for path in list(_content(root, adapter_folders)):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    for folder in _CONTENT:
-        if folder != "." and (root / folder).is_dir() and not any((root / folder).iterdir()):
-            (root / folder).rmdir()
+
+    def __init__(self, root: Path, adapter_folders: list[str]) -> None:
+        self._root, self._content = root, list(_content(root, adapter_folders))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove it, before anything of the new run is written."""
+        if trainer.is_global_zero and self._content:
+            for path in self._content:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            for folder in map(self._root.joinpath, _CONTENT):
+                if folder != self._root and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            rank_zero_info(f"--overwrite: the run in {self._root} was removed")
+        trainer.strategy.barrier("overwrite")
 
 
 def _content(root: Path, adapter_folders: list[str]) -> Iterator[Path]:
+    """What is recognisably a run's."""
     for folder, patterns in _CONTENT.items():
         for pattern in patterns:
             yield from (root / folder).glob(pattern)

@@ -1,11 +1,13 @@
 """``mixcn fit | validate | test | predict``: LightningCLI with this project's classes, defaults and run folder."""
 
 import argparse
+import atexit
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -183,8 +185,9 @@ class MixcnCLI(LightningCLI):
             return
         if settings.trainer.fast_dev_run:
             # Callbacks write there whatever the trainer says.
-            self._scratch = TemporaryDirectory(prefix="mixcn-fast-dev-run-")
-            settings.trainer.default_root_dir = self._scratch.name
+            scratch = mkdtemp(prefix="mixcn-fast-dev-run-")
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+            settings.trainer.default_root_dir = scratch
             rank_zero_info(f"fast_dev_run: nothing is kept, {self.root} stays as it is")
         elif self.subcommand == "fit" and settings.overwrite:
             check_overwrite(self.root, settings.ckpt_path)
@@ -226,7 +229,7 @@ class MixcnCLI(LightningCLI):
         if self._settings.get("overwrite") and not settings.fast_dev_run:
             adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
             folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
-            callbacks.insert(0, Overwrite(folders))
+            callbacks.insert(0, Overwrite(root, folders))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_instantiate_classes(self) -> None:

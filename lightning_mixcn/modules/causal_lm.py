@@ -227,7 +227,13 @@ class CausalLMModule(SavedStateModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the step's count, before clipping. Raises: FloatingPointError, ValueError; nothing is updated."""
         step, totals = self.trainer.global_step, self._window.close(self.trainer.strategy)
-        count = float(totals.count)
+        count, self._positions_of_step = float(totals.count), float(totals.positions)
+        if not self._positions_of_step:
+            # Padding alone, as where streams end one after the other: a parameter without gradient is not updated.
+            self._gradient_norm = 0.0
+            for parameter in self.parameters():
+                parameter.grad = None
+            return
         run_checks.check_finite_step(step, "loss", float(totals.minimised), self.trainer)
         run_checks.check_labels(step, count)
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
@@ -235,7 +241,6 @@ class CausalLMModule(SavedStateModule):
         self._gradient_norm = float(norm)
         run_checks.check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
         labels = totals.labels.clamp_min(1)
-        self._positions_of_step = float(totals.positions)
         self.log("train/nll_nats_per_token", totals.nats / labels, prog_bar=True)
         self.log("train/loss", totals.minimised / count)
         self.log("train/auxiliary_loss", totals.auxiliary / labels)
