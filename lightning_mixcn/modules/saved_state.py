@@ -21,7 +21,9 @@ from .saved_lora import LORA_KEY, check_same_lora, lora_record
 BASE_KEY = "mixcn_base"
 ACCUMULATION_KEY = "mixcn_accumulate_grad_batches"
 # Arguments that are compared by other means, or that only say how a run begins.
-_APART = frozenset({"base", "tokenizer", "adapter", "lora", "new_rows", "optimizer", "lr_scheduler", "train_embeddings"})
+_APART = frozenset(
+    {"base", "tokenizer", "adapter", "lora", "new_rows", "optimizer", "lr_scheduler", "train_embeddings"}
+)
 
 
 class SavedStateModule(LightningModule):
@@ -68,7 +70,9 @@ class SavedStateModule(LightningModule):
         """Check base, LoRA and optimizer before anything is loaded. Raises: ValueError if they are others."""
         self.check_checkpoint(checkpoint)
         if LORA_KEY not in checkpoint and "lora" not in checkpoint.get("hyper_parameters", {}):
-            rank_zero_warn("The checkpoint does not say how its adapters are scaled: `lora` cannot be checked against it")
+            rank_zero_warn(
+                "The checkpoint does not say how its adapters are scaled: `lora` cannot be checked against it"
+            )
         if self._trainer is not None:
             rescale_batch_counts(checkpoint, self.trainer.accumulate_grad_batches)
             self._keep_settings(checkpoint)

@@ -183,9 +183,7 @@ def test_a_schedule_goes_on_as_it_is_configured(name: str, rate: float, runs: Ru
     runs.fit(STEPS, resume=False, optimizer=partial(AdamW, lr=1e-3), lr_scheduler=first)
     for make in (first, second):
         watch = Rates()
-        runs.fit(
-            STEPS + 4, resume=True, callbacks=(watch,), optimizer=partial(AdamW, lr=rate), lr_scheduler=make
-        )
+        runs.fit(STEPS + 4, resume=True, callbacks=(watch,), optimizer=partial(AdamW, lr=rate), lr_scheduler=make)
         assert watch.rates == pytest.approx(curve(make, rate, STEPS + 4)[STEPS:], rel=1e-9)
         # OneCycleLR has its own peak, whatever the optimizer says.
         differs = curve(make, rate, STEPS + 1)[STEPS] != pytest.approx(curve(first, 1e-3, STEPS + 1)[STEPS])
@@ -244,9 +242,7 @@ def test_a_schedule_that_follows_a_value_is_stepped_after_each_validation(runs: 
         (1e-3, {"monitor": "train/loss"}, 5e-4, "monitor val/zh/nll_nats_per_token → train/loss"),
     ],
 )
-def test_a_plateau_resumed(
-    rate: float, changes: dict[str, Any], expected: float, said: str | None, runs: Runs
-) -> None:
+def test_a_plateau_resumed(rate: float, changes: dict[str, Any], expected: float, said: str | None, runs: Runs) -> None:
     first, watch = partial(AdamW, lr=1e-3), Rates()
     runs.fit(STEPS, resume=False, optimizer=first, lr_scheduler=plateau(), trainer=PLATEAU)
     run = runs.fit(
@@ -287,7 +283,10 @@ def test_another_quantization_is_refused(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_alpha": 80}, "has the rank 4 and the scaling 2, here it has 4 and 20: `lora.lora_alpha` was 8 and is 80"),
+        (
+            {"lora_alpha": 80},
+            "has the rank 4 and the scaling 2, here it has 4 and 20: `lora.lora_alpha` was 8 and is 80",
+        ),
         ({"use_rslora": True}, "here it has 4 and 4: `lora.use_rslora` was False and is True"),
         ({"alpha_pattern": {"q_proj": 100}}, "`lora.alpha_pattern` was {} and is {'q_proj': 100}"),
         ({"rank_pattern": {"w1": 2}}, "has the rank 4 and the scaling 2, here it has 2 and 4: `lora.rank_pattern`"),

@@ -118,6 +118,16 @@ def test_load_from_checkpoint_makes_the_module_again(
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_load_from_checkpoint_checks_the_adapters_too(
+    tmp_path: Path, tiny_base: Path, lora: Make, trainer: Make
+) -> None:
+    path = run_with_checkpoint(tmp_path, trainer, PretrainModule(str(tiny_base), lora=lora()))
+    with pytest.raises(ValueError, match="`lora.lora_alpha` was 8 and is 80"):
+        PretrainModule.load_from_checkpoint(path, weights_only=True, lora=lora(lora_alpha=80))
+
+
 def test_the_adapter_of_a_run_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     assert adapter_folder(str(tmp_path / "run")) == str(tmp_path / "run" / "adapter")
