@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.data.document_sets import DocumentSets
 from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
-from lightning_mixcn.data.progress import RunProgress, order_of
+from lightning_mixcn.data.progress import Order, RunProgress, order_of
 from lightning_mixcn.data.train_loader import Schedule, TrainLoader
 from lightning_mixcn.text import (
     BadRecordPolicy,
@@ -199,6 +199,37 @@ class StreamDataModule(LightningDataModule):
         streams = self._plan.open(range(self.num_streams))
         for number in count():
             yield streams[number % self.num_streams].next_row()
+
+    def count_rows(self, told: Callable[[], object] = lambda: None) -> int | None:
+        """Count the training rows of a whole run, by making them.
+
+        Args:
+            told: Called after each row that was made.
+
+        Returns:
+            Rows until every source has been read `max_epochs` times, empty ones of streams that end early included;
+            None if a source has no `max_epochs`.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        if any(documents.corpus.source.max_epochs is None for documents in self._plan.documents):
+            return None
+        last = -1
+        for index, stream in self._plan.open(range(self.num_streams)).items():
+            while not stream.exhausted:
+                last = max(last, stream.position * self.num_streams + index)
+                stream.next_row()
+                told()
+        return last + 1
+
+    def order(self) -> Order:
+        """Give what the sequence of training rows depends on."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        return order_of(self._plan)
+
+    @property
+    def rows_trained(self) -> int:
+        """Rows that all ranks together have trained on since the beginning of the run."""
+        return self._progress.rows
 
     @property
     def on_bad_record(self) -> BadRecordPolicy:
