@@ -2,11 +2,9 @@
 
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lightning_mixcn.commands import CommandFailed
 
@@ -119,20 +117,7 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if module.partition(".")[0] == "jsonargparse" and isinstance(error.__cause__, Exception):
         return _explained(error.__cause__)  # it wraps what the constructor of a class says
-    return _from_loader_worker(error) if module == "torch._utils" else None
-
-
-def _from_loader_worker(error: Exception) -> str | None:
-    """The message of an error that a data loader's worker process met, if it was raised in this package.
-
-    torch hands it over as text: "Caught ValueError in DataLoader worker process 0.", the traceback, the message.
-    """
-    here = Path(__file__).parent
-    files = re.findall(r'^  File "(.+)", line \d+', str(error), flags=re.MULTILINE)
-    messages = re.split(rf"^{type(error).__name__}: ", str(error), flags=re.MULTILINE)
-    if not files or len(messages) < 2 or not Path(files[-1]).resolve().is_relative_to(here.resolve()):
-        return None
-    return messages[-1]
+    return None
 
 
 def __getattr__(name: str) -> Callable[..., object]:
