@@ -129,9 +129,7 @@ def start(tmp_path: Path, tiny_base: Path) -> Iterator[Start]:
     """Start a run of conversations or, with `kind="Pretrain"`, of texts; of its data and its trainer some changed."""
     runs: list[Run] = []
 
-    def make(
-        kind: str = "Instruct", trainer: dict[str, Any] | None = None, launcher: str = "", **changes: Any
-    ) -> Run:
+    def make(kind: str = "Instruct", trainer: dict[str, Any] | None = None, launcher: str = "", **changes: Any) -> Run:
         environment = {name: changes.pop(name) for name in list(changes) if name.isupper()}
         content = {
             "seed_everything": 0,
@@ -172,7 +170,7 @@ def write(path: Path, records: list[Any]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-GOOD = [conversation(f"question {number}") for number in range(40)]
+GOOD = [conversation(f"question {number}") for number in range(120)]
 
 
 def too_long(folder: Path) -> dict[str, Any]:
@@ -247,7 +245,7 @@ ERRORS = [
     (gone, r"mixcn: error: The unpacked texts in .* are gone"),
     (not_json, r"mixcn: error: .*a.jsonl"),
     (missing_key, r"mixcn: error: .*expected `messages`"),
-    (no_answer, r"mixcn: error: .*line 41.*the last turn is the user's"),
+    (no_answer, r"mixcn: error: .*line 121.*the last turn is the user's"),
     (unknown_encoding, r"mixcn: error: .*a.jsonl.*"),
     (damaged_gz, r"mixcn: error: .*a.jsonl.gz.*"),
     (no_file, r"mixcn: error: .*a.jsonl.* matches no file"),
@@ -306,7 +304,7 @@ def seed_of(rank: int, folder: Path, base: Path) -> int:
                 next(rows)
             except ValueError:
                 break
-        if row % 2 == rank and row > 12:
+        if row % 2 == rank and row > 8:
             return seed
     raise AssertionError("no seed does")
 

@@ -77,6 +77,7 @@ class StreamDataModule(LightningDataModule):
         self._plan: StreamPlan | None = None
         self._train_loader: TrainLoader | None = None
         self._progress = RunProgress()
+        self._unprepared: Exception | None = None
 
     def make_encoder(self) -> DocumentEncoder:
         """Make what turns documents into tokens; `tokenizer` is there."""
@@ -90,7 +91,19 @@ class StreamDataModule(LightningDataModule):
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        """Unpack the sources that the stage needs, in one process of each machine."""
+        """Unpack the sources that the stage needs, in one process of each machine.
+
+        The other processes wait meanwhile for the next collective, so an error of this one is kept for `setup`, where
+        each meets it.
+        """
+        try:
+            self._unpack()
+        except (ValueError, OSError) as error:
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            self._unprepared = error
+
+    def _unpack(self) -> None:
         stage = self.trainer.state.fn if self.trainer is not None else None
         if stage in (None, TrainerFn.FITTING):
             self._documents.read_training()
@@ -108,6 +121,8 @@ class StreamDataModule(LightningDataModule):
             FileNotFoundError: The tokenizer or a source's files are missing.
             ValueError: No tokenizer or source is given, a file is damaged, or a set has no document.
         """
+        if self._unprepared is not None:
+            raise self._unprepared
         if self.tokenizer_path is None:
             raise ValueError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
         if self._tokenizer is None:
