@@ -1,7 +1,6 @@
 """The command: what it answers at once, and how it explains errors."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 

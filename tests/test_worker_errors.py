@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import itertools
 import json
 import os
 import re
@@ -67,8 +66,10 @@ class Run:
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *(torchrun if launcher == "torchrun" else []), "-m", "lightning_mixcn", "fit"]
-                + ["--config", "run.yaml", "--trainer.default_root_dir", "run"],
+                [
+                    *(sys.executable, *(torchrun if launcher == "torchrun" else []), "-m", "lightning_mixcn", "fit"),
+                    *("--config", "run.yaml", "--trainer.default_root_dir", "run"),
+                ],
                 stdout=log,
                 stderr=log,
                 cwd=folder,
@@ -299,11 +300,11 @@ def seed_of(rank: int, folder: Path, base: Path) -> int:
         )  # fmt: skip
         data.setup("fit")
         rows = data.training_rows()
-        for row in itertools.count():
-            try:
+        row = 0
+        with contextlib.suppress(ValueError):
+            while True:
                 next(rows)
-            except ValueError:
-                break
+                row += 1
         if row % 2 == rank and row > 8:
             return seed
     raise AssertionError("no seed does")

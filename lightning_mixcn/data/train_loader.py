@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -147,6 +148,44 @@ class TrainLoader:
     def _messages(self, schedule: Schedule) -> Iterator[Message]:
         """One message of each worker in turn."""
         return worker_messages(_Messages(self._plan, schedule), self._num_workers, self._start_method)
+
+
+class RepeatedBatches:
+    """The next batches of a run again and again, for `trainer.overfit_batches`; the run itself stays where it is.
+
+    Args:
+        loader: Gives the batches, once; they are kept in memory.
+        count: Number of batches, or fewer where the sources end before.
+        batches_trained: Counts the batches of this rank that were trained on, of a resumed run all of them.
+    """
+
+    def __init__(self, loader: TrainLoader, count: int, batches_trained: Callable[[], int]) -> None:
+        """Keep the arguments."""
+        self._loader = loader
+        self._count = count
+        self._batches_trained = batches_trained
+
+    @cached_property
+    def _batches(self) -> list[dict[str, Tensor]]:
+        try:
+            return list(itertools.islice(self._loader, self._count))
+        finally:
+            self._loader.close()
+
+    def __len__(self) -> int:
+        """Count the batches; all ranks must call it, since it reads them."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Give them from the first one on, or where a resumed run stopped between them."""
+        return iter(self._batches[self._batches_trained() % len(self) :])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, as `TrainLoader.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
 
 
 class _Messages(IterableDataset[Message]):
