@@ -338,8 +338,8 @@ def _check_endless(trainer: Trainer) -> None:
         if isinstance(callback, GradientAccumulationScheduler) and max(callback.scheduling) > 0:
             raise ValueError(
                 f"`GradientAccumulationScheduler(scheduling={callback.scheduling})`: it counts epochs, which the "
-                "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another value to "
-                "change it"
+                "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another "
+                "value to change it"
             )
 
 
