@@ -91,8 +91,10 @@ class RankWatch(Callback):
             self._watch.own = replace(self._watch.own, failure=reason[:500])
             environment = getattr(trainer.strategy, "cluster_environment", None)
             is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
-            # After the message was printed. A child of Lightning's launcher must not end before rank 0.
-            atexit.register(self._watch.stay, os.getppid() if is_child else None)
+            # After an interrupt of rank 0 Lightning kills its children at once.
+            if is_child or not isinstance(exception, KeyboardInterrupt):
+                # At exit, so after the message was printed. A child of Lightning's launcher must not end before rank 0.
+                atexit.register(self._watch.stay, os.getppid() if is_child else None)
         elif culprit := self._watch.await_culprit():
             _say(self._watch.own, culprit)
 

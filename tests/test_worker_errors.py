@@ -28,7 +28,7 @@ REFUSING = """{{ bos_token }}{% for message in messages %}{% if 'forbidden' in m
 {{- raise_exception('forbidden word') }}{% endif %}{{ message.content }}{{ eos_token }}{% endfor %}"""
 # Callbacks that tamper with a run once the data are set up.
 CALLBACKS = """
-import os, shutil, signal
+import os, shutil, signal, time
 from pathlib import Path
 from lightning.pytorch import Callback
 from multiprocessing import active_children
@@ -45,7 +45,12 @@ class Removes(Callback):
 class Kills(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 2 and trainer.global_rank == int(os.environ.get("KILLS_RANK", 0)):
-            os.kill(active_children()[0].pid, int(os.environ["KILLS"]))
+            whom = os.environ["KILLS"]
+            if whom == "run":
+                print("killing", flush=True)
+                time.sleep(3)  # meanwhile the workers are as far ahead as they may be
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(active_children()[0].pid, int(whom))
 
 class Interrupts(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -281,6 +286,14 @@ def test_a_worker_that_dies(number: int, start: Start, tmp_path: Path) -> None:
     code, _ = run.end(r"mixcn: error: DataLoader worker \(pid \d+\) is killed by signal: .*num_workers")
     assert code == 1, run.log
     assert "Traceback" not in run.log
+
+
+def test_no_worker_outlives_a_killed_run(start: Start, tmp_path: Path) -> None:
+    """Although nobody reads any more what the workers have sent, which is more than a pipe holds."""
+    write(tmp_path / "a.jsonl", GOOD)
+    trainer = {"callbacks": [{"class_path": "tampering.Kills"}]}
+    run = start(trainer=trainer, micro_batch_size=16, sequence_length=512, KILLS="run")
+    assert run.end("killing")[0] == -signal.SIGKILL
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -21,6 +23,8 @@ Message = TypeVar("Message")
 _PREFETCHED = 8
 # Python 3.14 would import everything again in each worker, which takes ten seconds.
 _FASTEST_START = "fork" if sys.platform == "linux" else None
+# Between a worker's looks whether the training process lives.
+_LOOK_SECONDS = 1.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +49,7 @@ def worker_messages(
         dataset,
         batch_size=None,
         collate_fn=_identity,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_live_as_long_as_the_run,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
         multiprocessing_context=(start_method or _FASTEST_START) if num_workers else None,
@@ -99,10 +103,21 @@ def _identity(message: Any) -> Any:
     return message
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """SLURM signals every process of a job: workers have to live until the run has ended its step and saved."""
+def _live_as_long_as_the_run(worker: int) -> None:
+    # SLURM signals every process of a job: workers have to live until the run has ended its step and saved.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process once its parent is gone, killed perhaps.
+
+    torch's workers see that, too, but then wait until what they have sent is read, which nobody does any more.
+    """
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 @contextmanager
