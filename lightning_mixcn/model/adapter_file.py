@@ -6,6 +6,7 @@ the file.
 Legend: R rank.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .fused_adapter import fused_places
 from .hub import local_folder
+from .lora_options import check_stored_options
 from .safetensors_file import SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,7 +28,6 @@ PREFIX = "base_model.model."
 EMBEDDINGS = ("model.embed_tokens", "lm_head")
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
-_UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
 
 
 class StoredFactors(NamedTuple):
@@ -131,20 +132,15 @@ class AdapterFile:
         return self._read(f"{PREFIX}{name}.weight")
 
     def _read_config(self) -> LoraConfig:
+        where = f"`adapter={str(self._path)!r}`"
         try:
+            raw = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
             config = LoraConfig.from_pretrained(str(self.folder))
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"`adapter={str(self._path)!r}`: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again"
-            ) from error
+            raise ValueError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
         if not isinstance(config, LoraConfig):
-            raise ValueError(f"`adapter={str(self._path)!r}` is of type {config.peft_type.value}. Give a LoRA adapter")
-        for option in _UNSUPPORTED:
-            if getattr(config, option, None):
-                raise ValueError(
-                    f"`adapter={str(self._path)!r}` was trained with {option}={getattr(config, option)!r}, which is "
-                    "not supported here. Give a plain LoRA adapter"
-                )
+            raise ValueError(f"{where} is of type {config.peft_type.value}. Give a LoRA adapter")
+        check_stored_options(config, raw, where)
         return config
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:

@@ -6,10 +6,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .adapters import disk_names
 from .checkpoint import Checkpoint, Segment
 from .frozen_linear import FrozenLinear
-from .layout import Entry, entries, stored_entries
+from .layout import Entry, disk_names, entries, stored_entries
 from .loading import check_entry, is_quantised, mixtral_config, pieces, torch_dtype
 from .mixtral import meta_model
 from .weights import NF4Weight
