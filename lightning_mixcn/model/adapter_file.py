@@ -135,12 +135,16 @@ class AdapterFile:
         where = f"`adapter={str(self._path)!r}`"
         try:
             raw = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise TypeError("it holds no object")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {CONFIG_NAME} cannot be read ({error}). Copy it again") from error
+        check_stored_options(raw, where)
+        try:
             config = LoraConfig.from_pretrained(str(self.folder))
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"{where} is of type {config.peft_type.value}. Give a LoRA adapter")
-        check_stored_options(config, raw, where)
+        assert isinstance(config, LoraConfig)
         return config
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ option of a later release is refused until it is listed.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftType
@@ -48,7 +48,8 @@ def check_training_options(config: LoraConfig) -> None:
     """
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"`lora` is of type {config.peft_type.value!r}, expected a peft.LoraConfig of type 'LORA'")
-    for name, value in _unusual(config, _IMPLEMENTED):
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in _unusual(options, _IMPLEMENTED):
         instead = _INSTEAD.get(name, "Leave it out: plain LoRA and rsLoRA are implemented")
         raise ValueError(f"`lora.{name}={value!r}` is not supported here. {instead}")
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -69,38 +70,35 @@ def check_training_options(config: LoraConfig) -> None:
             raise ValueError(f"`{where}={alpha}` must be more than 0: it scales the update. Give e.g. twice the rank")
 
 
-def check_stored_options(config: LoraConfig, raw: dict[str, Any], where: str) -> None:
+def check_stored_options(raw: dict[str, Any], where: str) -> None:
     """Refuse an adapter on disk whose tensors are not the factors of plain LoRA or rsLoRA on the base that it names.
 
     Args:
-        config: Its configuration.
-        raw: Content of its ``adapter_config.json``, which PEFT reads only as far as it knows the keys.
+        raw: Content of its ``adapter_config.json``: PEFT drops the keys that it does not know.
         where: The argument that named it, for messages.
 
     Raises:
-        ValueError: another method, an option that the installed PEFT does not know, or a start that changed the base.
+        ValueError: another method, an option that is not implemented, or a start that changed the base.
     """
-    if config.peft_type != PeftType.LORA:
-        raise ValueError(f"{where} is of type {config.peft_type.value}. Give a LoRA adapter")
-    known = {field.name for field in dataclasses.fields(config)}
-    unusual = dict(_unusual(config, _IMPLEMENTED | _IRRELEVANT_ONCE_SAVED))
-    unusual |= {name: value for name, value in raw.items() if name not in known and value}
-    for name, value in unusual.items():
+    if (kind := raw.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"{where} is of type {kind}. Give a LoRA adapter")
+    for name, value in _unusual(raw, _IMPLEMENTED | _IRRELEVANT_ONCE_SAVED):
         raise ValueError(
             f"{where} was trained with {name}={value!r}, which is not supported here. Give a plain LoRA adapter"
         )
-    if config.init_lora_weights not in _STARTS_BESIDE_THE_BASE:
+    start = raw.get("init_lora_weights", True)
+    if start not in _STARTS_BESIDE_THE_BASE:
         raise ValueError(
-            f"{where} was started with init_lora_weights={config.init_lora_weights!r}, which changed the base, so that "
+            f"{where} was started with init_lora_weights={start!r}, which changed the base, so that "
             "its factors do not belong to the base as it is published. Save it in PEFT as plain LoRA: "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it there"
         )
 
 
-def _unusual(config: LoraConfig, listed: frozenset[str]) -> Iterator[tuple[str, Any]]:
+def _unusual(options: Mapping[str, Any], listed: frozenset[str]) -> Iterator[tuple[str, Any]]:
     """Name and value of what differs from PEFT's default and is not listed; nothing, empty and false are alike."""
     default = LoraConfig()
-    for field in dataclasses.fields(config):
-        value, usual = getattr(config, field.name), getattr(default, field.name, None)
-        if field.name not in listed and value != usual and (value or usual):
-            yield field.name, value
+    for name, value in options.items():
+        usual = getattr(default, name, None)
+        if name not in listed and value != usual and (value or usual):
+            yield name, value
