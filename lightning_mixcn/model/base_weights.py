@@ -90,7 +90,7 @@ class BaseWeights:
         return isinstance(module, FrozenLinear) and isinstance(module.storage, NF4Weight)
 
     def _packed(self, name: str) -> BitsAndBytesSource | None:
-        """bitsandbytes' weights, if the module's are among them."""
+        """Return bitsandbytes' weights if the module's are among them."""
         return self._source if self._source is not None and self._source.holds(self._entries[name][0]) else None
 
     def _nf4(self, name: str) -> NF4Weight:

@@ -229,8 +229,8 @@ def open_entries(
     if surplus:
         raise ValueError(
             f"{checkpoint.path} holds {len(surplus)} tensors that have no place in a Mixtral of its config.json: "
-            f"{', '.join(surplus[:3])}{' …' if len(surplus) > 3 else ''}. Is config.json of this model? If they are not "
-            "part of it, remove them"
+            f"{', '.join(surplus[:3])}{' …' if len(surplus) > 3 else ''}. Is config.json of this model? Remove what is "
+            "not part of it"
         )
     return todo, source
 

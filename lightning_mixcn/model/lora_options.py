@@ -60,8 +60,8 @@ def check_training_options(config: LoraConfig) -> None:
         if not isinstance(rank, int) or rank < 1:
             where = "lora.r" if name == "r" else f"lora.rank_pattern[{name!r}]"
             raise ValueError(
-                f"`{where}={rank}` must be a whole number of at least 1. Give a rank such as 64, or lora: null to train "
-                "none"
+                f"`{where}={rank}` must be a whole number of at least 1. Give a rank such as 64, or lora: null to "
+                "train none"
             )
     alphas = {"lora_alpha": config.lora_alpha} | dict(config.alpha_pattern or {})
     for name, alpha in alphas.items():

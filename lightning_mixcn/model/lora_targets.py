@@ -133,7 +133,7 @@ def _check_layers(config: LoraConfig, chosen: set[_Matrix]) -> None:
         pattern = f" with `layers_pattern={config.layers_pattern!r}`" if config.layers_pattern else ""
         raise ValueError(
             f"`lora.layers_to_transform={config.layers_to_transform!r}`{pattern} matches nothing"
-            f"{f' for {missing[0]}' if missing else ''}. Give numbers of layers, counted from 0, or leave it out for all"
+            f"{f' for {missing[0]}' if missing else ''}. Give numbers of layers, from 0 on, or leave it out for all"
         )
 
 
