@@ -79,7 +79,7 @@ class AdapterFile:
                     f"`adapter={str(path)!r}` holds {key}, which is neither a LoRA factor nor embed_tokens or lm_head. "
                     "Give a plain LoRA adapter"
                 )
-        self._fused = dict(fused_places(set(found), lambda name: self._shape(name, "A")[0], self.config))
+        self._fused = dict(fused_places(set(found), self._shape, self.config))
         in_stacks = {place.stored for place in self._fused.values()}
         self.names = sorted({*found, *self._fused} - in_stacks)
         self.saved = [name for key, name in saved.items() if key in self._file.entries]
@@ -130,6 +130,21 @@ class AdapterFile:
     def read_saved(self, name: str) -> Tensor:
         """Read an embedding that was trained as a whole, ``[vocabulary, hidden]`` as it is stored."""
         return self._read(f"{PREFIX}{name}.weight")
+
+    def check_tied(self) -> None:
+        """Refuse embedding and head that were trained apart, for a base that has one matrix for both.
+
+        Raises:
+            ValueError: the two differ, or only one of them is there, so that PEFT leaves the other as the base has it.
+        """
+        if not self.saved:
+            return
+        if len(self.saved) < len(EMBEDDINGS) or not torch.equal(*map(self.read_saved, EMBEDDINGS)):
+            raise ValueError(
+                f"`adapter={str(self._path)!r}` trains {' apart from '.join(reversed(self.saved))}"
+                f"{' alone' if len(self.saved) == 1 else ''}, but the base ties embed_tokens and lm_head. Train it in "
+                "PEFT with ensure_weight_tying=True, or merge it there and use the merged, untied model as the base"
+            )
 
     def _read_config(self) -> LoraConfig:
         where = f"`adapter={str(self._path)!r}`"

@@ -71,7 +71,13 @@ def find_model(src: str) -> ModelSource:
 
 def _find_base(adapter: str, folder: Path) -> ModelSource:
     """The base that an adapter's configuration names."""
-    base = AdapterFile(folder).config.base_model_name_or_path
+    config = AdapterFile(folder).config
+    base = config.base_model_name_or_path
+    if base and config.revision not in (None, "main") and not Path(base).is_dir():
+        raise ValueError(
+            f"the adapter {adapter!r} belongs to the revision {config.revision!r} of {base!r}. Download that revision, "
+            f"and set base_model_name_or_path in {CONFIG_NAME} to its folder"
+        )
     if not base:
         raise ValueError(
             f"the adapter {adapter!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the folder of "

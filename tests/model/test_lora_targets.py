@@ -7,42 +7,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
-from transformers import MixtralConfig
 
 from lightning_mixcn.model import build_mixtral
 from lightning_mixcn.model.adapters import lora_layers
 from lightning_mixcn.model.layout import disk_names
 from lightning_mixcn.testing import tiny_mixtral_config
-
-
-class Stock(nn.Module):
-    """Matrices under the names that transformers 4 gives them, which PEFT matches by itself."""
-
-    def __init__(self, config: MixtralConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        for layer in range(config.num_hidden_layers):
-            names = [f"self_attn.{name}_proj" for name in "qkvo"] + ["block_sparse_moe.gate"]
-            for expert in range(config.num_local_experts):
-                names += [f"block_sparse_moe.experts.{expert}.w{number}" for number in (1, 2, 3)]
-            for name in names:
-                self._put(f"model.layers.{layer}.{name}", nn.Linear(width, width, bias=False))
-
-    def _put(self, name: str, linear: nn.Module) -> None:
-        parent: nn.Module = self
-        *parts, leaf = name.split(".")
-        for part in parts:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
-        parent.add_module(leaf, linear)
+from tests.model.transformers4 import NamesOfTransformers4
 
 
 def stock_choice(**lora: Any) -> dict[str, tuple[int, float]]:
     """Name of every matrix that stock PEFT adapts → rank and alpha."""
     with torch.device("meta"):
-        stock: Any = peft.LoraModel(Stock(tiny_mixtral_config()), peft.LoraConfig(**lora), "default")
+        stock: Any = peft.LoraModel(NamesOfTransformers4(tiny_mixtral_config()), peft.LoraConfig(**lora), "default")
     return {
         name.removeprefix("model.model."): (module.r["default"], module.lora_alpha["default"])
         for name, module in stock.named_modules(prefix="model")
