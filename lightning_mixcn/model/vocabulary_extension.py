@@ -228,6 +228,8 @@ def adapter_rows(adapter: AdapterFile, *, tied: bool) -> int | None:
     Raises:
         ValueError: the two differ.
     """
+    if tied:
+        adapter.check_tied()
     rows = {name: adapter.shape(name)[0] for name in adapter.saved}
     if len(set(rows.values())) > 1:
         raise ValueError(f"the adapter {str(adapter.folder)!r} has {rows} rows. Expected as many in both")
