@@ -182,8 +182,8 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
     if not len(corpus):
         places = [place for store in stores for place in store.counts.bad_places]
         bad = f"{corpus.bad_records} bad records, the first: {places[0]}" if places else ""
-        empty = f"{corpus.empty_records} records without text" if corpus.empty_records else ""
-        but = f" but {' and '.join(filter(None, (empty, bad)))}" if bad or empty else ". Give files with text"
+        blank = f"{corpus.empty_records} records without text" if corpus.empty_records else ""
+        but = f" but {' and '.join(filter(None, (blank, bad)))}" if bad or blank else ". Give files with text"
         raise ValueError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{but}")
     if is_first_rank():
         empty = corpus.empty_records

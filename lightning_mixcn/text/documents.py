@@ -140,13 +140,14 @@ def _text_of(record: Any, text_key: str, place: str) -> bytes | ValueError:
         return ValueError(
             f"{place} has no key {text_key!r}. Set the source's `columns.text` or `text_key` to one of its keys: {keys}"
         )
-    if not isinstance(record[text_key], str):
+    text = record[text_key]
+    if not isinstance(text, str):
         return ValueError(
-            f"{place}: expected a string under `text_key` {text_key!r}, got {type(record[text_key]).__name__}. "
+            f"{place}: expected a string under `text_key` {text_key!r}, got {type(text).__name__}. "
             "Mend the record, or remove it"
         )
     try:
-        return record[text_key].encode()
+        return text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
         return ValueError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the record")
 

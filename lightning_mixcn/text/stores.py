@@ -194,10 +194,8 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
     """
     try:
         made_from = json.loads((folder / "store.json").read_bytes())
-        counts = made_from.pop("counts")
-        counts = StoreCounts(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in counts.items()}
-        )
+        fields: dict[str, Any] = made_from.pop("counts")
+        counts = StoreCounts(**fields | {key: tuple(fields[key]) for key in ("bad_places", "columns", "keys")})
         if made_from["version"] != VERSION:
             return None
         sizes = {name: (folder / f"{name}.bin").stat().st_size for name in FILES}

@@ -6,6 +6,7 @@ import lzma
 import pickle
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,12 @@ def random_texts(count: int) -> list[str]:
 
 def write_as(file: Path, texts: list[str]) -> bytearray:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    compress = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".zst": zstandard.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }
     if file.suffix == ".json":
         file.write_text(json.dumps(texts))
     elif file.suffix == ".parquet":

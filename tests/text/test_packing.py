@@ -8,7 +8,9 @@ from lightning_mixcn.text import DocumentSet, PlainText, ScoredRow, TextTokenize
 from lightning_mixcn.text.packing import Segment, evaluation_rows, fill_row
 
 Documents = Callable[[list[str]], DocumentSet]
-LISTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=40), min_size=1, max_size=8)
+# A text of white space alone is no document.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁\0"), max_size=40).filter(str.strip)
+LISTS = st.lists(TEXT, min_size=1, max_size=8)
 
 
 def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:

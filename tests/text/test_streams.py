@@ -27,7 +27,8 @@ from lightning_mixcn.text import (
 
 Documents = Callable[..., TrainingDocuments]
 # A record of nothing but NUL bytes is refused as a broken file.
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁\0"), max_size=60)
+# A text of white space alone is no document.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁\0"), max_size=60).filter(str.strip)
 
 
 def plan_of(documents: list[TrainingDocuments], tokenizer: TextTokenizer, **changes: Any) -> StreamPlan:
