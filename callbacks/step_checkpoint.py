@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mixcn.modules.checkpoint_files import publish, remove, remove_leftovers, unfinished_path
 
-
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
