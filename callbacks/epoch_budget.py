@@ -60,8 +60,8 @@ class EpochBudget(Callback):
         is_over = trainer.global_step >= trainer.max_steps
         if not is_over and done != trainer.global_step * self._rows_a_step:
             raise ValueError(
-                f"The checkpoint's {trainer.global_step} steps were {done} rows, but a step is {self._rows_a_step} rows "
-                "here, so the steps of an epoch are not known. Keep `micro_batch_size` times ranks times "
+                f"The checkpoint's {trainer.global_step} steps were {done} rows, but a step is {self._rows_a_step} "
+                "rows here, so the steps of an epoch are not known. Keep `micro_batch_size` times ranks times "
                 "`accumulate_grad_batches` as it was, or give `trainer.max_steps`"
             )
 

@@ -212,7 +212,7 @@ def tokenizer_for(base: str, tokenizer: str | None, adapter: str | None) -> str:
         if asked != own:
             raise ValueError(
                 f"`tokenizer={tokenizer!r}` has {len(asked)} pieces, but the embeddings of `adapter={adapter!r}` were "
-                f"trained with another tokenizer, which lies beside them and has {len(own)}. Leave `tokenizer` out, or "
+                f"trained with another tokenizer, which is in its folder and has {len(own)}. Leave `tokenizer` out, or "
                 "give that one"
             )
     return tokenizer

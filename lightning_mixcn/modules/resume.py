@@ -220,7 +220,7 @@ def advance(scheduler: LRSchedulerTypeUnion, steps: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of schedulers in SequentialLR, about their own order of calls
             for _ in range(steps):
-                scheduler.step()  # type: ignore[call-arg]  # one that follows a value does not come here
+                scheduler.step()
     except ValueError as error:
         raise ValueError(
             f"`lr_scheduler`: {_name(scheduler)} ends before step {steps}, at which the run is resumed ({error}). "

@@ -65,8 +65,8 @@ def check_context(trainer: Any, model: nn.Module | None) -> None:
     exceeded = [f"{name} of {limit}" for name, limit in limits.items() if limit is not None and length > limit]
     if exceeded:
         rank_zero_warn(
-            f"`data.init_args.sequence_length={length}` exceeds the base's {' and '.join(exceeded)} tokens: it has never "
-            "seen such distances. Shorten the rows, unless the run is meant to extend the context"
+            f"`data.init_args.sequence_length={length}` exceeds the base's {' and '.join(exceeded)} tokens: it has "
+            "never seen such distances. Shorten the rows, unless the run is meant to extend the context"
         )
 
 

@@ -70,9 +70,7 @@ class SavedStateModule(LightningModule):
         """Check base, LoRA and optimizer before anything is loaded. Raises: ValueError if they are others."""
         self.check_checkpoint(checkpoint)
         if LORA_KEY not in checkpoint and "lora" not in checkpoint.get("hyper_parameters", {}):
-            rank_zero_warn(
-                "The checkpoint does not say how its adapters are scaled: `lora` cannot be checked against it"
-            )
+            rank_zero_warn("The checkpoint does not say how its adapters are scaled: `lora` is not checked against it")
         if self._trainer is not None:
             rescale_batch_counts(checkpoint, self.trainer.accumulate_grad_batches)
             self._keep_settings(checkpoint)
@@ -94,8 +92,8 @@ class SavedStateModule(LightningModule):
         if self._is_fitting and None not in (saved, present) and saved != present:
             raise ValueError(
                 f"The checkpoint was trained with `quantization: {saved}`, but it is {present} here, which is another "
-                f"base to its adapters. Set `model.init_args.quantization: {saved}`; to go on from its adapter, begin a "
-                "new run with `model.init_args.adapter`"
+                f"base to its adapters. Set `model.init_args.quantization: {saved}`; to go on from its adapter, begin "
+                "a new run with `model.init_args.adapter`"
             )
         if self._configured is not None:
             self._configured.check(content.get(SETTINGS_KEY))

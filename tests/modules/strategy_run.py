@@ -105,7 +105,8 @@ def text(base: str, path: str) -> PretrainDataModule:
 
 
 def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | changes))
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+    return LoraConfig(**(settings | changes))
 
 
 def module(base: str, **changes: Any) -> PretrainModule:

@@ -124,7 +124,7 @@ def test_load_from_checkpoint_checks_the_adapters_too(
     tmp_path: Path, tiny_base: Path, lora: Make, trainer: Make
 ) -> None:
     path = run_with_checkpoint(tmp_path, trainer, PretrainModule(str(tiny_base), lora=lora()))
-    with pytest.raises(ValueError, match="`lora.lora_alpha` was 8 and is 80"):
+    with pytest.raises(ValueError, match=r"`lora\.lora_alpha` was 8 and is 80"):
         PretrainModule.load_from_checkpoint(path, weights_only=True, lora=lora(lora_alpha=80))
 
 
