@@ -13,9 +13,10 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import distributed
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
 from .heartbeats import Beat, Heartbeats
 
@@ -65,7 +66,7 @@ class RankWatch(Callback):
             store = store.clone()  # torch's types lack it
             store.set_timeout(timedelta(seconds=self.timeout_seconds))
             # What an earlier run in these processes told is not this one's; every rank counts alike.
-            store = distributed.PrefixStore(f"rank_watch/{next(_RUNS)}", store)
+            store = PrefixStore(f"rank_watch/{next(_RUNS)}", store)
             own = Beat(trainer.global_rank, socket.gethostname(), os.getpid())
             grace = _GRACE_SECONDS if trainer.local_rank == 0 else _GRACE_OF_CHILDREN_SECONDS
             self._watch = Watch(store, own, trainer.world_size, self.timeout_seconds, grace_seconds=grace)

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
@@ -151,13 +151,14 @@ class StreamDataModule(LightningDataModule):
         """
         assert self._plan is not None, "Lightning calls setup('fit') first"
         self.teardown("fit")  # the loader before, under `reload_dataloaders_every_n_epochs`
-        overfit = int(self.trainer.overfit_batches) if self.trainer is not None else 0
+        overfit = _overfit_batches(self.trainer)
         self._train_loader = TrainLoader(
             self._plan,
             self._begin,
             self.num_workers,
             all_ranks_agree=self._all_ranks_agree,
-            **({} if overfit else {"on_batch": self._progress.hand_out, "on_end": self._on_end}),
+            on_batch=_ignore if overfit else self._progress.hand_out,
+            on_end=_ignore if overfit else self._on_end,
         )
         if overfit:
             return RepeatedBatches(self._train_loader, overfit, self._batches_trained)
@@ -342,7 +343,7 @@ class StreamDataModule(LightningDataModule):
         num_ranks, rank = self._ranks()
         trainer, loader = self.trainer, self._train_loader
         assert loader is not None
-        if trainer is not None and trainer.overfit_batches:
+        if _overfit_batches(trainer):
             self._progress.begin(lambda: 0, 0)
         elif (
             trainer is not None
@@ -356,6 +357,7 @@ class StreamDataModule(LightningDataModule):
         return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows, dict(self._progress.streams))
 
     def _batches_trained(self) -> int:
+        assert self.trainer is not None
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning types `total` too narrowly
         return int(batches.total.processed)
 
@@ -376,7 +378,16 @@ def _of_all_ranks(mine: Any) -> list[Any]:
     return gathered
 
 
-def _check_endless(trainer: Trainer) -> None:
+def _overfit_batches(trainer: Any) -> int:
+    """Read the trainer's setting, which Lightning sets outside of the class; 0 without a trainer."""
+    return int(trainer.overfit_batches) if trainer is not None else 0
+
+
+def _ignore(*_: Any) -> None:
+    """Take the place of a callback that is not wanted."""
+
+
+def _check_endless(trainer: Any) -> None:
     """Refuse what needs a length of the training data or epochs, neither of which a stream has.
 
     Raises:
@@ -389,7 +400,7 @@ def _check_endless(trainer: Trainer) -> None:
                 f"`trainer.{name}={value}`: the stream of training rows has no end of which this could be a share. "
                 "Give a number of batches, such as 10"
             )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's Trainer has it
+    for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler) and max(callback.scheduling) > 0:
             raise ValueError(
                 f"`GradientAccumulationScheduler(scheduling={callback.scheduling})`: it counts epochs, which the "

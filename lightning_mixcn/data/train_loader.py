@@ -180,6 +180,10 @@ class RepeatedBatches:
         """Give them from the first one on, or where a resumed run stopped between them."""
         return iter(self._batches[self._batches_trained() % len(self) :])
 
+    def close(self) -> None:
+        """Stop the workers; they live only while the batches are read."""
+        self._loader.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing, as `TrainLoader.state_dict`."""
         return {}

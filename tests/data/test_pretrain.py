@@ -23,7 +23,10 @@ def module(arguments: Arguments) -> PretrainDataModule:
 def on_rank(module: PretrainDataModule, ranks: int, rank: int) -> PretrainDataModule:
     """Let the module see what Lightning's trainer shows under a strategy of several ranks."""
     shares = {"num_replicas": ranks, "rank": rank}
-    trainer: Any = SimpleNamespace(distributed_sampler_kwargs=shares, state=SimpleNamespace(fn=None, status=None))
+    flags = {"overfit_batches": 0.0, "limit_train_batches": 1.0, "val_check_interval": 1.0, "callbacks": []}
+    trainer: Any = SimpleNamespace(
+        distributed_sampler_kwargs=shares, state=SimpleNamespace(fn=None, status=None), **flags
+    )
     module.trainer = trainer
     return module
 

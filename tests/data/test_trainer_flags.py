@@ -131,7 +131,7 @@ def test_epochs_of_some_batches_go_on_in_the_stream(
 
 
 def test_validation_comes_when_it_is_asked_for(arguments: Make, tmp_path: Path) -> None:
-    every = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    every: dict[str, Any] = {"val_check_interval": 3, "check_val_every_n_epoch": None}
     assert fit(tmp_path, arguments(), max_steps=10, **every).validated == [3, 6, 9]
     assert fit(tmp_path, arguments(), max_steps=10, limit_train_batches=4).validated == [4, 8]
     assert fit(tmp_path, arguments(), max_steps=8, val_check_interval=2, limit_train_batches=4).validated == [
@@ -155,7 +155,7 @@ def test_fast_dev_run(batches: int, arguments: Make, contract: Any, tmp_path: Pa
 )
 def test_a_share_of_what_has_no_end_is_refused(flag: str, value: float, arguments: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`trainer.{flag}={value}`: the stream of training rows has no end"):
-        fit(tmp_path, arguments(), **{flag: value})
+        fit(tmp_path, arguments(), None, **{flag: value})
 
 
 def test_accumulation_by_epochs_is_refused(arguments: Make, tmp_path: Path) -> None:
