@@ -12,8 +12,8 @@ from .adapter_file import WEIGHTS_NAME, AdapterFile
 from .adapter_layouts import NormalisedAdapter, fused, normalise, per_expert
 from .checkpoint import Checkpoint
 from .hub import local_folder
-from .identity import IDENTITY_FILE
-from .loading import mixtral_config
+from .identity import IDENTITY_FILE, base_identity, stock_base, write_identity
+from .loading import is_quantised, mixtral_config
 from .model_card import CARD_NAME, model_card
 from .model_source import ModelSource
 from .output_path import new_folder
@@ -52,16 +52,19 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
         raise ValueError(
             f"the adapter {found.adapters[0]!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
         )
-    config = mixtral_config(Checkpoint(found.base))
+    checkpoint = Checkpoint(found.base)
+    config = mixtral_config(checkpoint)
     write, text = LAYOUTS[layout]
-    tensors, lora = write(_normalised(adapter, config), found.base, config.num_hidden_layers)
+    named = stock_base(found.base, quantised=is_quantised(checkpoint))
+    tensors, lora = write(_normalised(adapter, config), named, config.num_hidden_layers)
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         lora.save_pretrained(str(folder))
         card = model_card(found, src, f"A LoRA adapter in the {text}.{_resizing(adapter, config)}", "peft")
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        identity = [adapter.folder / IDENTITY_FILE] if (adapter.folder / IDENTITY_FILE).is_file() else []
-        for file in [*identity, *tokenizer_files(local_folder(found.tokenizer))]:
+        if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter
+            write_identity(folder, base_identity(found.base))
+        for file in tokenizer_files(local_folder(found.tokenizer)):
             shutil.copyfile(file, folder / file.name)
 
 

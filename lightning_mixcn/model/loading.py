@@ -4,9 +4,10 @@ A checkpoint is read and quantised piece by piece, so the host never holds more 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -17,6 +18,7 @@ from transformers import MixtralConfig
 from .adapters import MixtralPeftModel, attach_lora, load_adapter, reset_lora
 from .checkpoint import Checkpoint
 from .frozen_linear import FrozenLinear
+from .identity import base_identity, stock_base
 from .inventory import verify_quantised
 from .layout import Entry, entries, stored_entries
 from .local_rows import held_elements, local_rows, write_elements
@@ -28,6 +30,9 @@ from .weights import NF4Weight
 # Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
 CHUNK = 2048 * SUPERBLOCK
 QUANTIZATION_METHOD = "mixcn_nf4"
+# Not ``mixtral`` with a ``quant_method``: transformers skips a method that it does not know with a warning, and goes on
+# with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
+QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -94,7 +99,7 @@ def load_mixtral(
     )  # fmt: skip
     if extension is not None:
         extension.grow(model)
-    model.name_or_path = str(path)
+    model.name_or_path = stock_base(path, quantised=stored_nf4) or ""
     complete = _complete(model, lora, train_embeddings)
     if quantization == "nf4":
         verify_quantised(model, config)
@@ -107,7 +112,7 @@ def load_mixtral(
     if extension is not None:
         extension.fill(model)
     if isinstance(complete, MixtralPeftModel):
-        complete.base_identity = {"path": str(path), "sha256": checkpoint.identity()} if is_first else None
+        complete.base_identity = base_identity(path) if is_first else None
         reset_lora(complete, seed)
         if adapter is not None:
             load_adapter(complete, adapter)
@@ -161,17 +166,28 @@ def _complete(
 
 def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
     """The checkpoint's configuration; refuses other architectures."""
-    if (kind := checkpoint.config.get("model_type")) != "mixtral":
+    settings = stock_settings(checkpoint.config)
+    if (kind := settings.get("model_type")) != "mixtral":
         raise ValueError(
             f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
             "one with `mixcn upcycle`"
         )
-    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return MixtralConfig.from_dict(settings)
+
+
+def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json`` as that of the unquantised model; of a 4-bit folder, its original's."""
+    settings = {key: value for key, value in config.items() if key != "quantization_config"}
+    if settings.get("model_type") == QUANTISED_MODEL_TYPE:
+        settings["model_type"] = "mixtral"
+    return settings
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
     """Whether the folder was written by `mixcn quantize`; refuses other quantised formats."""
+    if checkpoint.config.get("model_type") == QUANTISED_MODEL_TYPE:
+        return True
+    # Folders that `mixcn quantize` wrote before it had a type of its own name the method.
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method not in (None, QUANTIZATION_METHOD):
         raise ValueError(

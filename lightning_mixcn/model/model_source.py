@@ -13,7 +13,7 @@ from torch import nn
 from .adapter_file import CONFIG_NAME, AdapterFile
 from .adapters import TARGETS, MixtralPeftModel
 from .hub import local_folder
-from .identity import check_made_from
+from .identity import check_made_from, read_identity
 from .loading import load_mixtral
 from .mixtral import MixtralForCausalLM
 
@@ -70,8 +70,12 @@ def find_model(src: str) -> ModelSource:
 
 
 def _find_base(adapter: str, folder: Path) -> ModelSource:
-    """The base that an adapter's configuration names."""
+    """The 4-bit folder that an adapter was trained on while it is there, else the base that its configuration names."""
     base = AdapterFile(folder).config.base_model_name_or_path
+    loaded = read_identity(folder)
+    # The configuration names the original, which other tools read. Another name is a person's, and goes first.
+    if loaded is not None and base in (None, loaded.get("original_path")) and Path(loaded["path"]).is_dir():
+        base = loaded["path"]
     if not base:
         raise ValueError(
             f"the adapter {adapter!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the folder of "

@@ -6,9 +6,17 @@ from tqdm.auto import tqdm
 
 from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
 from .checkpoint import Checkpoint
-from .identity import write_identity
+from .identity import recorded_path, write_identity
 from .layout import Entry, entries
-from .loading import QUANTIZATION_METHOD, check_entry, is_quantised, mixtral_config, pieces, torch_dtype
+from .loading import (
+    QUANTISED_MODEL_TYPE,
+    QUANTIZATION_METHOD,
+    check_entry,
+    is_quantised,
+    mixtral_config,
+    pieces,
+    torch_dtype,
+)
 from .mixtral import meta_model
 from .nf4 import BLOCK, SUPERBLOCK, NF4Tensors, dequantize
 from .shard_writer import ShardWriter
@@ -20,7 +28,8 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     """Write SRC in 4 bits (NF4, double quantised) to the folder OUT: about 0.52 bytes a weight, experts included.
 
     Weight by weight: the host holds one shard of at most 2 GB and one weight, whatever the model's size. What
-    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit.
+    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit. OUT is for this package
+    alone: transformers refuses it. Adapters that are trained on it name SRC, which it records, as their base.
 
     Args:
         src: Mixtral folder (safetensors) or hub id.
@@ -36,8 +45,9 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     todo = list(entries(model, checkpoint, config))
     for entry in todo:
         _check(entry, checkpoint, source)
-    method = {"quant_method": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
-    settings = checkpoint.config | {"quantization_config": method, "dtype": dtype}
+    method = {"format": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
+    changes = {"model_type": QUANTISED_MODEL_TYPE, "quantization_config": method, "dtype": dtype}
+    settings = checkpoint.config | changes
     with ShardWriter(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):
             for name, tensor in _tensors(entry, checkpoint, source, torch_dtype(dtype)).items():
@@ -45,7 +55,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
         for file in [*tokenizer_files(checkpoint.path), checkpoint.path / GENERATION_FILE]:
             if file.is_file():
                 writer.add_file(file)
-        write_identity(writer.folder, {"path": src, "sha256": checkpoint.identity()})
+        write_identity(writer.folder, {"path": recorded_path(src), "sha256": checkpoint.identity()})
 
 
 def _check(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None) -> None:
