@@ -14,12 +14,11 @@ from .checkpoint import Checkpoint
 from .hub import local_folder
 from .identity import IDENTITY_FILE, base_identity, stock_base, write_identity
 from .loading import is_quantised, mixtral_config
-from .model_card import CARD_NAME, model_card
+from .model_card import CARD_NAME, model_card, resizing_note
 from .model_source import ModelSource
 from .output_path import new_folder
 from .safetensors_file import write_safetensors
-from .tokenizer_files import tokenizer_files
-from .vocabulary_extension import adapter_rows
+from .tokenizer_files import generation_files, tokenizer_files
 
 Layout = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
 
@@ -29,7 +28,9 @@ LAYOUTS: dict[str, tuple[Layout, str]] = {
 }
 
 
-def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None:
+def export_adapter(
+    found: ModelSource, src: str, out: Path, layout: str, *, languages: list[str] | None = None
+) -> None:
     """Write the adapter of a model, its tokenizer and a card.
 
     Args:
@@ -37,6 +38,7 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
         src: What the person named.
         out: Folder to make.
         layout: ``peft`` or ``peft-per-expert``.
+        languages: Codes for the card.
 
     Raises:
         ValueError: no adapter, more than one, or one without factors.
@@ -60,25 +62,16 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         lora.save_pretrained(str(folder))
-        card = model_card(found, src, f"A LoRA adapter in the {text}.{_resizing(adapter, config)}", "peft")
+        made = f"A LoRA adapter in the {text}.{resizing_note(adapter, config)}"
+        card = model_card(found, src, made, "peft", onto=None, languages=languages)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter
             write_identity(folder, base_identity(found.base))
-        for file in tokenizer_files(local_folder(found.tokenizer)):
+        tokenizer = local_folder(found.tokenizer)
+        for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer)]:
             shutil.copyfile(file, folder / file.name)
 
 
 def _normalised(adapter: AdapterFile, config: MixtralConfig) -> NormalisedAdapter:
     factors = {name: adapter.factors(name) for name in adapter.names}
     return normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)
-
-
-def _resizing(adapter: AdapterFile, config: MixtralConfig) -> str:
-    """What its user has to do first where the adapter has more rows of embedding and head than the base."""
-    rows = adapter_rows(adapter, tied=config.tie_word_embeddings) or config.vocab_size
-    if rows <= config.vocab_size:
-        return ""
-    return (
-        f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
-        "mean_resizing=False)` before PEFT loads it."
-    )
