@@ -1,4 +1,4 @@
-"""What answers were trained with — chat template, end tokens, tokenizer — in the folders that leave, read by stock tools."""
+"""What answers were trained with, in the folders that leave, read by stock tools: template, end tokens, tokenizer."""
 
 import io
 import json

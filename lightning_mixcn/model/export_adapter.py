@@ -1,6 +1,7 @@
 """An adapter as a PEFT folder of its own, in the layout of one kind of reader."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .checkpoint import Checkpoint
 from .hub import local_folder
 from .identity import IDENTITY_FILE, base_identity, stock_base, write_identity
 from .loading import is_quantised, mixtral_config
-from .model_card import CARD_NAME, model_card, resizing_note
+from .model_card import CARD_NAME, base_shortcomings, model_card, resizing_note
 from .model_source import ModelSource
 from .output_path import new_folder
 from .safetensors_file import write_safetensors
@@ -28,9 +29,7 @@ LAYOUTS: dict[str, tuple[Layout, str]] = {
 }
 
 
-def export_adapter(
-    found: ModelSource, src: str, out: Path, layout: str, *, languages: list[str] | None = None
-) -> None:
+def export_adapter(found: ModelSource, src: str, out: Path, layout: str, *, languages: list[str] | None = None) -> None:
     """Write the adapter of a model, its tokenizer and a card.
 
     Args:
@@ -59,6 +58,8 @@ def export_adapter(
     write, text = LAYOUTS[layout]
     named = stock_base(found.base, quantised=is_quantised(checkpoint))
     tensors, lora = write(_normalised(adapter, config), named, config.num_hidden_layers)
+    for line in base_shortcomings(found.base):
+        print(line, file=sys.stderr)
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         lora.save_pretrained(str(folder))

@@ -50,11 +50,11 @@ class Training:
     @property
     def shortcomings(self) -> list[str]:
         """What other tools will miss in the adapter's folder, one line each."""
-        lines = _base_shortcomings(self.base)
+        lines = base_shortcomings(self.base)
         if self.chat_template is not None and not self.chat_is_portable:
             lines.append(
-                f"the chat template {self.chat_template!r} has no equal in Jinja for this tokenizer, so none is written "
-                "and servers refuse conversations. Give `data.init_args.template` a Jinja file"
+                f"the chat template {self.chat_template!r} has no equal in Jinja for this tokenizer, so none is "
+                "written and servers refuse conversations. Give `data.init_args.template` a Jinja file"
             )
         return lines
 
@@ -78,7 +78,7 @@ def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) 
         f"# {name}: LoRA adapter",
         made,
         _base_line(folder, name),
-        *_base_shortcomings(training.base),
+        *base_shortcomings(training.base),
         _license_line(license_of),
         _TRAINING,
         f"Trained for {training.steps:,} steps {_HELD[training.quantization]}, computed in {training.dtype}.",
@@ -113,7 +113,7 @@ def model_card(
         f"# {title}",
         made,
         _base_line(Path(found.adapters[0]) if found.adapters else None, name),
-        *(_base_shortcomings(found.base) if onto is None else []),
+        *(base_shortcomings(found.base) if onto is None else []),
         _license_line(license_of),
         _chat_of_export(found) if onto is not None else None,
         _figures(src, onto) if found.adapters else None,
@@ -164,16 +164,16 @@ def _base_line(made_from: Path | None, base: str) -> str:
     return f"Base: `{base}`{f' (content hash `{digest}`)' if digest else ''}."
 
 
-def _base_shortcomings(base: str) -> list[str]:
-    """What keeps other tools from the base of an adapter, as sentences."""
+def base_shortcomings(base: str) -> list[str]:
+    """Say what keeps other tools from the base of an adapter, as sentences; nothing, where they find it."""
     checkpoint = Checkpoint(base)
     if not is_quantised(checkpoint):
         return []
     named, folder = stock_base(base, quantised=True), _public_name(str(checkpoint.path))
     if named is None:
         return [
-            f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no base: "
-            "set base_model_name_or_path in adapter_config.json to the unquantised model for other tools"
+            f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no "
+            "base: set base_model_name_or_path in adapter_config.json to the unquantised model for other tools"
         ]
     if Path(named).is_absolute() and not Path(named).is_dir():
         return [
@@ -219,8 +219,8 @@ def _chat_line(training: Training) -> str:
             f"chat template here. Tokens that end an answer: {ends}."
         )
     return (
-        f"Answers were laid out by the chat template in this folder ({Path(training.chat_template).name!r} in the run's "
-        f"configuration). Tokens that end an answer: {ends}."
+        f"Answers were laid out by the chat template in this folder ({Path(training.chat_template).name!r} in the "
+        f"run's configuration). Tokens that end an answer: {ends}."
     )
 
 
@@ -275,7 +275,7 @@ def _card_text(adapter: str) -> str:
 def _adapter_text(adapter: str) -> str | None:
     """What an adapter's card says of its training; of another tool's card, all of it."""
     text = _card_text(adapter)
-    before, found, training = text.partition(f"{_TRAINING}\n")
+    _, found, training = text.partition(f"{_TRAINING}\n")
     if found:
         return f"{_TRAINING}\n{training}"
     return f"## From the adapter's card\n\n{text}" if text else None

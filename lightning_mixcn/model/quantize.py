@@ -28,8 +28,8 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     """Write SRC in 4 bits (NF4, double quantised) to the folder OUT: about 0.52 bytes a weight, experts included.
 
     Weight by weight: the host holds one shard of at most 2 GB and one weight, whatever the model's size. What
-    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit. OUT is for this package
-    alone: transformers refuses it. Adapters that are trained on it name SRC, which it records, as their base.
+    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit. OUT is for this
+    package alone: transformers refuses it. Adapters that are trained on it name SRC, which it records, as their base.
 
     Args:
         src: Mixtral folder (safetensors) or hub id.

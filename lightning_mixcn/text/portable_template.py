@@ -1,7 +1,7 @@
 """The chat template of a run as Jinja text, with which other tools lay conversations out as the run did.
 
-transformers, vLLM and llama.cpp render the whole conversation and encode the text in one piece; `mixtral` encodes turn by
-turn. Whether that gives the same ids depends on where a tokenizer puts blanks, so the text is chosen by trying.
+transformers, vLLM and llama.cpp render the whole conversation and encode the text in one piece; `mixtral` encodes turn
+by turn. Whether that gives the same ids depends on where a tokenizer puts blanks, so the text is chosen by trying.
 """
 
 from __future__ import annotations

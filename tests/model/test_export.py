@@ -84,7 +84,9 @@ def test_cards_say_what_each_folder_is(tmp_path: Path) -> None:
     (tmp_path / "run/validate.json").write_text(json.dumps(report), encoding="utf-8")
     export(str(tmp_path / "run"), str(tmp_path / "merged"))
     export(str(tmp_path / "run"), str(tmp_path / "exact"), base="dequantised")
-    export(str(tmp_path / "run"), str(tmp_path / "layout"), format="peft", languages=["zh", "en"])
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "layout"), "--format=peft", "--languages=[zh,en]"]) == 0
+    )
     export(str(base), str(tmp_path / "copy"))
 
     for name, title, library, languages in (
@@ -121,8 +123,8 @@ def test_a_license_that_is_not_known_is_left_out(run: Path, tmp_path: Path) -> N
     assert "License: that of the base, which its files here do not state." in text
 
 
-def test_an_original_that_is_missing_or_unknown_is_said(tmp_path: Path) -> None:
-    """In the card, and in one line of the run."""
+def test_an_original_that_is_missing_or_unknown_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the card, and in one line of the command."""
     base = save_tiny_mixtral(tmp_path / "base")
     quantize(str(base), str(tmp_path / "small"))
     base.rename(tmp_path / "elsewhere")
@@ -133,6 +135,7 @@ def test_an_original_that_is_missing_or_unknown_is_said(tmp_path: Path) -> None:
     assert line in adapter_card(tmp_path / "adapter", training, {})
     export(str(tmp_path / "adapter"), str(tmp_path / "out"), format="peft")
     assert line in card_of(tmp_path / "out")[1]
+    assert f"{line}\n" in capsys.readouterr().err
     (tmp_path / "small/base_identity.json").unlink()
     (line,) = training.shortcomings
     assert "does not record what it was made from" in line

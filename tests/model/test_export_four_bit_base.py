@@ -1,4 +1,4 @@
-"""Adapters and exports of runs on a 4-bit folder, which stock tools cannot read: they name the original, or say why not."""
+"""Adapters and exports of runs on a 4-bit folder, which stock tools cannot read: they name the original."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.test_export_checkpoint import logits_of
 
-# PEFT's own conversion of w1 and w3 leaves patterns for what is not adapted; its advice on tied embeddings is for merging.
+# PEFT's own conversion of w1 and w3 leaves patterns for what is not adapted; its advice on tied embeddings is for
+# merging.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
@@ -59,9 +60,7 @@ def test_auto_peft_loads_the_adapter_on_its_original(
 ) -> None:
     """It was loaded on random weights, with a line among others (28.8 nats instead of 3.2 on the demo)."""
     run = tmp_path / "run/adapter"
-    trained = save_adapter(
-        tmp_path / "small", run, quantization="nf4", scale=0.03, train_embeddings=train_embeddings
-    )
+    trained = save_adapter(tmp_path / "small", run, quantization="nf4", scale=0.03, train_embeddings=train_embeddings)
     assert named_base(run) == str(original)
     folders = [run]
     for layout in ("peft", "peft-per-expert"):
@@ -83,7 +82,7 @@ def test_auto_peft_loads_the_adapter_on_its_original(
 
 @pytest.mark.parametrize("reader", [transformers.AutoModelForCausalLM, transformers.MixtralForCausalLM])
 def test_transformers_refuses_a_four_bit_folder(original: Path, tmp_path: Path, reader: Any) -> None:
-    with pytest.raises(ValueError, match="mixcn_nf4_mixtral|no `quant_method` attribute"):
+    with pytest.raises(ValueError, match=r"mixcn_nf4_mixtral|no `quant_method` attribute"):
         reader.from_pretrained(tmp_path / "small")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small").eos_token == "</s>"
 
