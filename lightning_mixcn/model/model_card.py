@@ -139,7 +139,7 @@ def resizing_note(adapter: AdapterFile, config: MixtralConfig) -> str:
     )
 
 
-def _header(base: str, library: str, languages: Sequence[str] | None, license_of: Mapping[str, str]) -> str:
+def _header(base: str, library: str, languages: Sequence[str] | None, license_of: Mapping[str, Any]) -> str:
     is_hub_id = "/" in base and not Path(base).is_absolute() and not Path(base).expanduser().is_dir()
     data = ModelCardData(
         base_model=base if is_hub_id else None,
