@@ -160,8 +160,11 @@ def state_at(module: Any, row: int) -> dict[str, Any]:
         stream: {
             "position": row // streams,
             "documents": [[stream + dealt * streams, 0]],
-            "served": [float(tokens)],
-            "pool": [],
+            "read": [[tokens, 0.0]],
+            "served": [tokens],
+            "phases": [0.0],
+            "pools": [[]],
+            "too_long": [[0, 0, 0]],
         }
         for stream in range(streams)
     }

@@ -1,30 +1,39 @@
 """How much of which source is trained on, and how long training waits for it."""
 
+from collections import deque
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from .fetch_clock import FetchClock
+
+# Difference between a source's share of tokens and the share asked for that is warned of.
+_SHARE_TOLERANCE = 0.05
 
 
 class DataMonitor(Callback):
     """Logs under ``data/`` what the data module feeds, every ``trainer.log_every_n_steps`` optimizer steps.
 
     ``<source>/tokens`` are all tokens of a source that were trained on since the beginning of the run, by all ranks;
-    they go on exactly when a run is resumed. ``padding_share`` is the share of positions that are padding, since the
-    last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the loader for
-    a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the time since
-    then without validation. Where the data module has methods `epochs`, `too_long` or `bad_records`, they tell
-    ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, and ``bad_records``. Without `source_names`, as
-    in a data module of your own, only the waiting is logged.
+    they go on exactly when a run is resumed. ``<source>/token_share`` is the source's share of the tokens of the last
+    2 × ``num_streams`` rows, and ``<source>/token_share_asked`` the share that the sources' weights ask for, where the
+    data module has a method `token_shares`; a difference of more than 5 points is warned of once. ``padding_share`` is
+    the share of positions that are padding, since the last log. ``seconds_waiting`` are the seconds since the last log
+    in which the training loop had asked the loader for a batch and had not got it, on the rank that waited longest, and
+    ``wait_share`` is their share of the time since then without validation. Where the data module has methods `epochs`,
+    `too_long`, `refused` or `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and
+    ``<source>/shortened``, ``<source>/refused``, and ``bad_records``. Without `source_names`, as in a data module of
+    your own, only the waiting is logged.
     """
 
     def __init__(self) -> None:
         self._tokens: dict[str, int] = {}  # of all ranks
+        self._logged_tokens: dict[str, int] = {}  # the same, at the last log
         self._padding = self._positions = 0  # of all ranks, since the last log
         self._names: list[str] = []
         self._counts: Tensor | None = None  # of this rank, not in the sums above yet: padding, then each source
@@ -32,6 +41,8 @@ class DataMonitor(Callback):
         self._trainer: Trainer | None = None
         self._clock: FetchClock | None = None
         self._window_start = self._validation_start = 0.0
+        self._recent: deque[tuple[int, dict[str, int]]] = deque()  # positions and tokens, of all ranks, between logs
+        self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the sources' names, and begin to listen where the trainer tells its profiler of its waiting."""
@@ -48,6 +59,8 @@ class DataMonitor(Callback):
         """Open the first window; that of a resumed run begins where it goes on."""
         self._logged_at = trainer.global_step
         self._padding = self._positions = 0
+        self._recent.clear()
+        self._logged_tokens = dict(self._tokens)
         self._window_start = perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,11 +135,46 @@ class DataMonitor(Callback):
         values: dict[str, float] = {f"data/{name}/tokens": self._tokens.get(name, 0) for name in self._names}
         if self._positions:
             values["data/padding_share"] = self._padding / self._positions
-        values |= _told_by(getattr(trainer, "datamodule", None)) | self._waiting(trainer)
+        data = getattr(trainer, "datamodule", None)
+        values |= self._recent_shares(data) | _told_by(data) | self._waiting(trainer)
         self._padding = self._positions = 0
         # float64, or Lightning would round counts to float32.
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
         pl_module.log_dict(tensors, batch_size=1)
+
+    def shares(self, data: Any) -> dict[str, tuple[float, float]]:
+        """Give each source's share of all tokens trained on, and the share that its weight asks for.
+
+        While `fit` runs, all ranks must call it.
+
+        Args:
+            data: The data module; without a method `token_shares` there is no share to compare with.
+        """
+        self._sum_up()
+        return _beside_asked(self._tokens, data)
+
+    def _recent_shares(self, data: Any) -> dict[str, float]:
+        """Close the window of rows, and warn if the sources are not mixed as they should be."""
+        if not hasattr(data, "token_shares"):
+            return {}
+        new = {name: count - self._logged_tokens.get(name, 0) for name, count in self._tokens.items()}
+        self._recent.append((self._positions, new))
+        self._logged_tokens = dict(self._tokens)
+        wanted = 2 * data.num_streams * data.sequence_length
+        while sum(positions for positions, _ in self._recent) - self._recent[0][0] >= wanted:
+            self._recent.popleft()
+        counts = {name: sum(tokens.get(name, 0) for _, tokens in self._recent) for name in self._names}
+        shares = _beside_asked(counts, data)
+        off = {name: pair for name, pair in shares.items() if abs(pair[0] - pair[1]) > _SHARE_TOLERANCE}
+        if off and not self._warned and sum(positions for positions, _ in self._recent) >= wanted:
+            self._warned = True
+            found = ", ".join(f"{name} {share:.1%} (asked for {asked:.1%})" for name, (share, asked) in off.items())
+            rank_zero_warn(f"The last rows do not hold the weights of `sources`, in tokens: {found}.")
+        return {
+            f"data/{name}/token_share{which}": value
+            for name, pair in shares.items()
+            for which, value in zip(("", "_asked"), pair, strict=True)
+        }
 
     def _waiting(self, trainer: Trainer) -> dict[str, float]:
         """Close the window of time and open the next one."""
@@ -138,6 +186,13 @@ class DataMonitor(Callback):
         return {"data/seconds_waiting": waited, "data/wait_share": waited / elapsed if elapsed else 0.0}
 
 
+def _beside_asked(tokens: Mapping[str, int], data: Any) -> dict[str, tuple[float, float]]:
+    """Divide counts by their sum, beside the shares asked for."""
+    asked: dict[str, float] = data.token_shares() if hasattr(data, "token_shares") else {}
+    total = sum(tokens.get(name, 0) for name in asked)
+    return {name: (tokens.get(name, 0) / total, share) for name, share in asked.items()} if total else {}
+
+
 def _told_by(data: Any) -> dict[str, float]:
     """What a data module knows of itself."""
     values: dict[str, float] = {}
@@ -147,6 +202,8 @@ def _told_by(data: Any) -> dict[str, float]:
         for name, (dropped, shortened) in data.too_long().items():
             if dropped or shortened:
                 values |= {f"data/{name}/dropped": dropped, f"data/{name}/shortened": shortened}
+    if hasattr(data, "refused"):
+        values |= {f"data/{name}/refused": count for name, count in data.refused().items() if count}
     if hasattr(data, "bad_records"):
         values["data/bad_records"] = data.bad_records()
     return values

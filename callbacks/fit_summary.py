@@ -11,17 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .adapter_checkpoint import AdapterCheckpoint
+from .data_monitor import DataMonitor
 from .host import causal_lm
 
 _TRAIN = "train/nll_nats_per_token"
 
 
 class FitSummary(Callback):
-    """Prints a table when `fit` ends: steps, tokens, duration, speed, likelihoods, and where the results are.
+    """Prints a table when `fit` ends: steps, tokens, duration, speed, mixture, likelihoods, and where the results are.
 
     Tokens are those of this process's steps, of all ranks, without padding; the duration is that of training with
-    validation and checkpoints, and the speed is their quotient. Likelihoods are negative log-likelihoods in nats per
-    token: of the first and the last training step, and of each validation source the last and the best.
+    validation and checkpoints, and the speed is their quotient. Each source's share of all tokens of the run stands
+    beside the share that its weight asks for, where `DataMonitor` runs. Likelihoods are negative log-likelihoods in
+    nats per token: of the first and the last training step, and of each validation source the last and the best.
     """
 
     def __init__(self) -> None:
@@ -71,6 +73,7 @@ class FitSummary(Callback):
             ("duration", str(timedelta(seconds=round(seconds)))),
             ("tokens per second", f"{tokens / seconds:,.1f}"),
         ]
+        self._rows += _mixture(trainer)
         if self._first is not None:
             last = float(trainer.callback_metrics[_TRAIN])
             self._rows.append(("train nll", f"{self._first:.4f} → {last:.4f} nats per token"))
@@ -85,6 +88,17 @@ class FitSummary(Callback):
         rows, self._rows, self._validations = self._rows + _results(trainer), [], {}
         width = max(len(name) for name, _ in rows)
         rank_zero_info("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def _mixture(trainer: Trainer) -> list[tuple[str, str]]:
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    data = getattr(trainer, "datamodule", None)
+    return [
+        (f"tokens of {name}", f"{share:.1%}, asked for {asked:.1%}")
+        for callback in callbacks
+        if isinstance(callback, DataMonitor)
+        for name, (share, asked) in callback.shares(data).items()
+    ]
 
 
 def _results(trainer: Trainer) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.text import Turn
 
 from .sampling import Sampling
 
@@ -66,8 +67,17 @@ class SampleAnswers(Sampling):
         of_sources = data.evaluation_conversations("val")
         deepest = max(map(len, of_sources))
         in_turn = [part[place] for place in range(deepest) for part in of_sources if place < len(part)]
-        asked = [turns[:-1] for turns in in_turn[: self.questions]]
-        prompts = [template.encode_prompt(turns, tokenizer) for turns in asked]
+        asked, prompts = list[list[Turn]](), list[list[int]]()
+        for turns in in_turn:
+            if len(asked) == self.questions:
+                break
+            try:
+                prompts.append(template.encode_prompt(turns[:-1], tokenizer))
+            except ValueError:
+                if data.on_bad_record == "error":
+                    raise
+            else:  # what the template refuses is left out here, too
+                asked.append(turns[:-1])
         stop_ids = template.stop_ids(tokenizer)
         answers = self.generate(module, prompts, stop_ids)
         self.figures = answer_figures(answers, stop_ids)

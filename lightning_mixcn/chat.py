@@ -28,7 +28,7 @@ _HELP = """\
 /base          switch the adapter off, and on again
 /help          these lines
 /quit          leave, as Ctrl-D does; Ctrl-C stops an answer
-A line that begins with a blank is never a command."""
+A line that begins with a blank is never a command, nor is one with a second slash, such as a path."""
 
 
 def chat(
@@ -45,7 +45,7 @@ def chat(
     dtype: str = "bfloat16",
     device: str | None = None,
 ) -> None:
-    """Talk to a model in the terminal; from a pipe, every line is a question. /help lists the commands.
+    """Talk to a model in the terminal, where /help lists the commands; from a pipe, every line is a question.
 
     On a CPU, 4-bit weights are held twice where memory allows: answers then come two to three times as fast.
 
@@ -181,26 +181,29 @@ class Chat:
 
 
 def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
-    """Answer questions and obey commands until there are no more.
+    """Answer questions, and obey a person's commands, until there are no more.
 
     Args:
         talk: The conversation.
         lines: What the user says; empty lines are skipped.
-        interactive: Whether a person is there: what cannot be asked is said, not raised, Ctrl-C stops an answer only,
-            and the speed of each answer is shown.
+        interactive: Whether a person is there: lines that begin with a slash are commands, what cannot be asked is
+            said, not raised, Ctrl-C stops an answer only, and the speed of each answer is shown.
+
+    Raises:
+        ValueError: not interactive, and a question cannot be asked; the line is named.
     """
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         word, _, rest = line.partition(" ")
-        if word == "/quit":
+        if interactive and word == "/quit":
             return
-        if word.startswith("/") and word.count("/") == 1:
+        if interactive and word.startswith("/") and word.count("/") == 1:
             _obey(talk, word, rest.strip())
         elif question := line.strip():
             try:
                 answer = talk.ask(question)
             except ValueError as error:
                 if not interactive:
-                    raise
+                    raise ValueError(f"line {number} of standard input: {error}") from error
                 _say(f"{error}. /reset forgets the conversation.")
                 continue
             start = time.perf_counter()
@@ -212,11 +215,16 @@ def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
 
 def _show(answer: Generator[str], interactive: bool) -> bool:
     """Print an answer while it comes; whether it came to its end."""
-    finished = True
+    finished, held = True, ""
     try:
         with closing(answer):
             for piece in answer:
-                _write(piece)
+                # Newlines at the end are not printed: they would look like an empty answer to the next line of a pipe.
+                text = held + piece
+                shown = text.rstrip("\n")
+                held = text[len(shown) :]
+                if shown:
+                    _write(shown)
     except KeyboardInterrupt:
         if not interactive:
             raise
@@ -241,7 +249,7 @@ def _obey(talk: Chat, command: str, text: str) -> None:
     elif command == "/help":
         _say(_HELP)
     else:
-        _say(f"{command} is no command; /help lists them. With a blank before it, it is sent as text.")
+        _say(f"{command} is no command. With a blank before it, it is sent as text. The commands are\n{_HELP}")
 
 
 def _typed_lines() -> Iterator[str]:
@@ -265,9 +273,9 @@ def _typed_lines() -> Iterator[str]:
 def _piped_lines() -> Iterator[str]:
     """Lines of standard input."""
     try:
-        for line in sys.stdin:
+        for number, line in enumerate(sys.stdin):
             line.encode()  # where the locale is not UTF-8, Python lets broken bytes through
-            yield line.rstrip("\r\n")
+            yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
     except UnicodeError as error:
         raise ValueError(f"standard input is not UTF-8 ({error}). Convert it first") from error
 

@@ -73,6 +73,7 @@ def _run(arguments: list[str]) -> None:
     keep_freed_memory()  # before torch allocates
     # A `class_path` may name a module in the folder one works in; last, so that it hides nothing.
     sys.path.append(os.getcwd())
+    _show_log()
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if arguments[0] in COMMANDS and arguments[0] not in _OF_THE_TRAINER:
@@ -83,6 +84,22 @@ def _run(arguments: list[str]) -> None:
         from lightning_mixcn.trainer_cli import run_trainer
 
         run_trainer(arguments)
+
+
+class _StderrHandler(logging.Handler):
+    """Print records as they are, to the stderr of the moment: a notebook or a progress bar may replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        print(self.format(record), file=sys.stderr)
+
+
+def _show_log() -> None:
+    """Show what the package logs of the data; Python itself would show warnings only."""
+    logger = logging.getLogger(__package__)
+    if not logger.hasHandlers():
+        logger.addHandler(_StderrHandler())
+        logger.setLevel(logging.INFO)
 
 
 def _help() -> str:

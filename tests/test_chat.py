@@ -93,7 +93,7 @@ def stock(base: Path) -> Any:
 
 
 def printed(answers: list[str]) -> str:
-    return "".join(f"{answer}\n" for answer in answers)
+    return "".join(f"{answer.rstrip(chr(10))}\n" for answer in answers)
 
 
 def test_a_piped_conversation(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +104,28 @@ def test_a_piped_conversation(base: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert output.err == ""
 
 
+def test_every_piped_line_is_a_question(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["/etc is what?", "/help", "/quit", "/reset", "/system Be kind.", "/a/b", "x"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + "\r\n \n".join(asked)))  # no newline at the end
+    assert main(["chat", str(base), *GREEDY, "--max_new_tokens=3"]) == 0
+    output = capsys.readouterr()
+    assert output.out == printed(expected_answers(stock(base), base, *asked, tokens=3))
+    assert output.err == ""
+
+
+@pytest.mark.parametrize("piped", ["", "\n", " \r\n\n", "\ufeff"])
+def test_nothing_piped_is_nothing_answered(
+    piped: str, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+    assert main(["chat", str(base), *GREEDY]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_reset_and_system(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pipe(monkeypatch, "a", "/reset", "a", "/system Be kind.", "b", "/reset", "a", "/system", "b", "/quit", "never")
+    type_in(monkeypatch, "a", "/reset", "a", "/system Be kind.", "b", "/reset", "a", "/system", "b", "/quit", "never")
     assert main(["chat", str(base), "--system=Be short.", *GREEDY]) == 0
     output, model = capsys.readouterr(), stock(base)
     short = expected_answers(model, base, "a", system="Be short.")
@@ -120,7 +140,8 @@ def test_reset_and_system(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ids = load_template(None, tokenizer).encode_prompt(turns, tokenizer)
         generated = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert f"{tokenizer.decode(generated[0, len(ids) :].tolist()).lstrip()}\n" in output.out
-    assert output.err.splitlines() == [
+    said = [line.removeprefix("> ") for line in output.err.splitlines()]
+    assert [line for line in said[1:] if line and "tokens/s" not in line] == [
         "The conversation is forgotten.",
         "The system prompt is set.",
         "The conversation is forgotten.",
@@ -134,7 +155,7 @@ def test_base_switches_the_adapter(
     adapted = expected_answers(load_found(find_model(str(adapter)), quantization="none", dtype="float32"), base, "a")
     plain = expected_answers(stock(base), base, "a")
     assert adapted != plain
-    pipe(monkeypatch, "a", "/reset", "/base", "a", "/reset", "/base", "a")
+    type_in(monkeypatch, "a", "/reset", "/base", "a", "/reset", "/base", "a")
     assert main(["chat", str(adapter), *GREEDY]) == 0
     output = capsys.readouterr()
     assert output.out == printed([*adapted, *plain, *adapted])
@@ -145,11 +166,11 @@ def test_base_switches_the_adapter(
 def test_what_has_no_base_to_switch_to(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe(monkeypatch, "/base")
+    type_in(monkeypatch, "/base")
     assert main(["chat", str(base), *GREEDY]) == 0
     assert "There is no base to switch to: the model has no adapter." in capsys.readouterr().err
     whole = save_adapter(base, tmp_path / "adapter", train_embeddings=True)
-    pipe(monkeypatch, "/base")
+    type_in(monkeypatch, "/base")
     assert main(["chat", str(whole), *GREEDY]) == 0
     assert "the adapter also trained model.embed_tokens and lm_head. Chat with" in capsys.readouterr().err
 
@@ -200,6 +221,16 @@ def test_no_half_characters(base: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert pieces == ["你", "好", "😀", "!", "\n"]
 
 
+def test_newlines_at_an_answers_end_are_not_printed(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ids,) = load_tokenizer(base).encode_batch(["\na\n\nb\n\n"])
+    monkeypatch.setattr(lightning_mixcn.chat, "stream_tokens", lambda *args, **kwargs: iter(ids))
+    pipe(monkeypatch, "x", "y")
+    assert main(["chat", str(base), *GREEDY]) == 0
+    assert capsys.readouterr().out == "a\n\nb\n" * 2  # nor are blanks before it
+
+
 def test_a_person_at_a_terminal(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +241,7 @@ def test_a_person_at_a_terminal(
     for said in (
         "/help lists the commands",
         "(6 tokens, ",
-        "/nonsense is no command; /help lists them.",
+        "/nonsense is no command. With a blank before it, it is sent as text. The commands are\n/reset  ",
         "/system TEXT   set the system prompt",
         "(Ctrl-D or /quit ends)",
         "tokens, but the model's context has room for 512 with the answer. Shorten it. /reset forgets",
@@ -271,7 +302,10 @@ def test_an_answer_stopped_before_it_began_leaves_no_turn(base: Path, monkeypatc
         (["BASE", "--warmth=1"], "--warmth"),
         (["BASE", "--device=abacus"], "`device='abacus'` is not known. Expected cpu"),
         ([], "the following arguments are required: src; see mixcn chat --help"),
-        (["BASE", *GREEDY], "the prompt has 616 tokens, but the model's context has room for 512"),
+        (
+            ["BASE", *GREEDY],
+            "line 1 of standard input: the prompt has 616 tokens, but the model's context has room for 512",
+        ),
     ],
 )
 def test_bad_input(

@@ -1,5 +1,7 @@
 """The command: what it answers at once, and how it explains errors."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,3 +129,12 @@ def test_the_class_is_found_here() -> None:
     assert cli.MixcnCLI is MixcnCLI
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         cli.Nothing  # noqa: B018  # asking is the test
+
+
+def test_what_the_package_logs_is_shown() -> None:
+    program = (
+        "import logging, sys; from lightning_mixcn import cli; cli._show_log(); cli._show_log(); "
+        "logging.getLogger('lightning_mixcn.text.corpus').info('2 files read'); logging.getLogger('other').info('x')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "2 files read\n")

@@ -59,7 +59,7 @@ class DocumentSets:
             got = " and ".join(f"`{name}={share}`" for name, share in shares.items())
             raise ValueError(f"{got}: expected shares of at least 0 that leave something for training, e.g. 0.005")
         self._fractions = {stage: 0.0 if own else share for stage, (own, share) in held_out.items()}
-        self._on_bad_record = on_bad_record
+        self.on_bad_record: BadRecordPolicy = on_bad_record
         self._sets: dict[str, list[DocumentSet]] = {}
         self._training: list[TrainingDocuments] = []
 
@@ -136,7 +136,7 @@ class DocumentSets:
 
     def _corpora(self, argument: str) -> Iterator[Corpus]:
         for index, source in enumerate(self._sources[argument]):
-            yield read_corpus(source, f"{argument}[{index}]", on_bad_record=self._on_bad_record)
+            yield read_corpus(source, f"{argument}[{index}]", on_bad_record=self.on_bad_record)
 
     def _split(self, wanted: str) -> None:
         """Read `sources` and hold documents out of them."""

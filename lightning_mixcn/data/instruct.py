@@ -13,11 +13,14 @@ from lightning_mixcn.text import (
     ChatTemplate,
     Conversations,
     ConversationSource,
+    Corpus,
     TooLongPolicy,
     Turn,
     load_conversation,
     load_template,
 )
+
+_TRIED_CONVERSATIONS = 4096  # about a second and a half
 
 
 class InstructDataModule(StreamDataModule):
@@ -48,7 +51,9 @@ class InstructDataModule(StreamDataModule):
         val_fraction: Share of the conversations held out for validation, chosen by a hash of their text.
         test_fraction: Share of the conversations held out for testing, chosen likewise.
         max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
-        on_bad_record: What to do with a record that is no conversation: `error` names file and line, `skip` counts it.
+        on_bad_record: What to do with a record that is no conversation, that is flagged as not to be learned, or that
+            the template refuses: `error` names file and line, `skip` leaves it out and counts it in `data/bad_records`,
+            or, if the template refuses it, in `data/<source>/refused`. One with an empty turn is always left out.
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
     """
 
@@ -95,6 +100,25 @@ class InstructDataModule(StreamDataModule):
         )
         self.template_name, self.answers, self.on_too_long = template, answers, on_too_long
 
+    def setup(self, stage: str | None = None) -> None:
+        """Do what every data module does, and try the template on conversations of each source before training.
+
+        Args:
+            stage: See `StreamDataModule.setup`.
+
+        Raises:
+            ValueError: As there; or the template refuses one of the conversations tried (all of them, where
+                `on_bad_record` is `skip`). Of a source of more than 4,096, as many are tried, evenly spread; the others
+                are refused when they are met.
+        """
+        is_first = self._plan is None
+        super().setup(stage)
+        if self._plan is not None and is_first:
+            encoder, sets = self.make_encoder(), self._documents.read("val", required=False)
+            corpora = [part.corpus for part in self._documents.read_training()]
+            for corpus in [*corpora, *(part.corpus for part in sets if part.corpus not in corpora)]:
+                _try_template(corpus, encoder)
+
     @property
     def template(self) -> ChatTemplate:
         """The chat template; it is there after `setup`."""
@@ -108,3 +132,20 @@ class InstructDataModule(StreamDataModule):
         """Get the conversations of the set `val`, `test` or `predict`, by source; none if there is no such set."""
         sets = self._documents.read(stage, required=False)
         return [[load_conversation(part.text(index)) for index in range(len(part))] for part in sets]
+
+
+def _try_template(corpus: Corpus, encoder: Conversations) -> None:
+    """Find what a template refuses before hours of training have passed."""
+    refused = list[tuple[int, str]]()
+    tried = range(0, len(corpus), -(-len(corpus) // _TRIED_CONVERSATIONS))
+    for index in tried:
+        if (reason := encoder.refusal(corpus.text(index))) is not None:
+            if corpus.on_bad_record == "error":
+                corpus.refuse(index, reason)
+            refused.append((index, reason))
+    if len(refused) == len(tried):
+        index, reason = refused[0]
+        raise ValueError(
+            f"The template refuses each of the {len(tried)} conversations of source {corpus.source.name!r} that were "
+            f"tried, such as {corpus.place(index)}: {reason}. Choose another `template`"
+        )

@@ -10,6 +10,9 @@ from lightning_mixcn.text import StreamPlan, StreamState
 
 Order = dict[str, str | int | float | None]
 
+# Changed with whatever decides the rows besides an order's other values.
+_MIXING = "by row number"
+
 
 class RunProgress:
     """The rows that all ranks together have trained on, and where the streams stand behind them, for checkpoints.
@@ -110,6 +113,7 @@ def order_of(plan: StreamPlan) -> Order:
         Values by name. Texts and tokenizer are given as digests, so that a moved file changes nothing.
     """
     order: Order = {
+        "mixing": _MIXING,
         "packing": plan.packing,
         "sequence_length": plan.sequence_length,
         "num_streams": plan.num_streams,
@@ -137,6 +141,12 @@ def require_same_order(saved: Mapping[str, Any], current: Order) -> None:
     Raises:
         ValueError: They differ; the message names each difference.
     """
+    if "mixing" not in saved and "mixing" in current:
+        raise ValueError(
+            "The checkpoint's sequence of training rows cannot be continued: it was made by a version that trained on "
+            "the sources in blocks, and rows are now interleaved from the first one on. Begin a new run from its "
+            "adapter (`model.init_args.adapter`)."
+        )
     names = list(dict.fromkeys([*saved, *current]))
     changed = [
         f"`{name}` was {saved.get(name)!r} and is {current.get(name)!r}"

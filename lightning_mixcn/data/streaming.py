@@ -16,6 +16,7 @@ from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationS
 from lightning_mixcn.data.progress import RunProgress, order_of
 from lightning_mixcn.data.train_loader import Schedule, TrainLoader
 from lightning_mixcn.text import (
+    BadRecordPolicy,
     DocumentEncoder,
     DocumentOrigin,
     Row,
@@ -200,6 +201,11 @@ class StreamDataModule(LightningDataModule):
             yield streams[number % self.num_streams].next_row()
 
     @property
+    def on_bad_record(self) -> BadRecordPolicy:
+        """What to do with a bad record, `error` or `skip`."""
+        return self._documents.on_bad_record
+
+    @property
     def rows_a_batch(self) -> int:
         """Rows of a batch of all ranks together."""
         return self.micro_batch_size * self._ranks()[0]
@@ -215,6 +221,18 @@ class StreamDataModule(LightningDataModule):
             for index, part in enumerate(self._plan.documents)
         }
 
+    def token_shares(self) -> dict[str, float]:
+        """Give the share of tokens that the weights ask of each training source now, such as ``{"zh": 0.55}``.
+
+        Weights in bytes are turned into tokens by what was read so far; a source that has ended has the share 0. Both
+        are of the streams that this rank reads.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._plan.open(range(self.num_streams), self._progress.streams)
+        started = [streams[index] for index in self._progress.streams] or [streams[0]]
+        shares = zip(*(stream.token_shares() for stream in started), strict=True)
+        return {name: sum(share) / len(started) for name, share in zip(self.source_names("train"), shares, strict=True)}
+
     def too_long(self) -> dict[str, tuple[int, int]]:
         """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""
         assert self._plan is not None, "Lightning calls setup('fit') first"
@@ -223,6 +241,12 @@ class StreamDataModule(LightningDataModule):
             part.name: (sum(count[index][0] for count in counts), sum(count[index][1] for count in counts))
             for index, part in enumerate(self._plan.documents)
         }
+
+    def refused(self) -> dict[str, int]:
+        """Count documents of each training source that the encoder refused, in the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        counts = [state["too_long"] for state in self._progress.streams.values()]
+        return {part.name: sum(count[index][2] for count in counts) for index, part in enumerate(self._plan.documents)}
 
     def bad_records(self) -> int:
         """Count the records of the training sources that were skipped."""

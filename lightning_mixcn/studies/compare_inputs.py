@@ -9,6 +9,7 @@ from typing import Any
 from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.text import ConversationSource, Source, parse_sources
 from lightning_mixcn.text.files import is_url
+from lightning_mixcn.text.listings import LeftOut, walk_files
 from lightning_mixcn.text.sources import list_files
 
 _SOURCES = ("sources", "val_sources")
@@ -61,7 +62,8 @@ def files_fingerprint(paths: Sequence[str]) -> dict[str, str]:
 
 def _files(path: str) -> Iterator[Path]:
     for match in glob.glob(str(Path(path).expanduser()), recursive=True):
-        yield from (Path(match).rglob("*") if Path(match).is_dir() else [Path(match)])
+        found = walk_files(Path(match), LeftOut(), hidden=True) if Path(match).is_dir() else [Path(match)]
+        yield from (file for file in found if file.exists())
 
 
 def _model_paths(config: Mapping[str, Any]) -> list[tuple[str, str]]:

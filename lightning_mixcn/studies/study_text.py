@@ -35,8 +35,5 @@ def read_documents(text: Sequence[str], text_key: str, document_unit: DocumentUn
         place = f"text[{index}]"
         if document_unit != "file" and any(file.format == "text" for file in list_files(source, place)):
             source = replace(source, document_unit=document_unit)
-        part = all_documents(read_corpus(source, place))
-        if not part.num_bytes:
-            raise ValueError(f"`{place}` holds empty documents only. Give text, or leave {source.name!r} out")
-        documents.append(part)
+        documents.append(all_documents(read_corpus(source, place)))
     return documents

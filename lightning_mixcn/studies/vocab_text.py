@@ -1,5 +1,6 @@
 """Text for the vocabulary's studies, read as it comes: nothing is copied to the cache folder or to a temporary file."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from tqdm.auto import tqdm
 
 from lightning_mixcn.text import Source, parse_sources
 from lightning_mixcn.text.documents import iterate_documents
+from lightning_mixcn.text.listings import LeftOut
 from lightning_mixcn.text.sources import DocumentUnit, SourceFile, list_files
 
 # SentencePiece leaves out sentences of more than 4,192 bytes without a word; a character has 4 at most.
 MAX_SENTENCE_CHARACTERS = 1_000
+_logger = logging.getLogger(__name__)
 _END = re.compile(r"[。！？；.!?;]+|\s+")
 
 
@@ -44,7 +47,9 @@ def corpus_files(paths: Sequence[str], text_key: str) -> list[SourceFile]:
 
 
 def _files(source: Source, place: str, document_unit: DocumentUnit) -> list[SourceFile]:
-    files = list_files(source, place)
+    left_out = LeftOut()
+    files = list_files(source, place, left_out)
+    left_out.tell(_logger, source.name, len(files))
     return [
         SourceFile(file.path, file.format, file.text_key, document_unit if file.format == "text" else "file")
         for file in files

@@ -1,7 +1,8 @@
 """Conversations as token ids: which tokens are the answers, and what a model is given to answer.
 
 The same template serves training and chat. Mixtral's, ``<s>[INST] question [/INST] answer</s>``, gives the ids of
-mistral_common's V1 tokenizer; others are written in Jinja (`jinja_template`).
+mistral_common's tokenizer for the vocabulary's version (Mixtral-8x7B has V1, Mixtral-8x22B-Instruct V3); others are
+written in Jinja (`jinja_template`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ class Turn:
     Args:
         role: ``system``, ``user`` or ``assistant``.
         content: The text; may be empty.
+        learned: Whether it is learned from if it is an answer.
     """
 
     role: str
     content: str
+    learned: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Segment:
 
     Args:
         text_ids: Token ids, control tokens included.
-        answer: Whether they are the assistant's, its end token included: what the loss is taken over.
+        answer: Whether they are the assistant's, its end token included: what the loss is taken over, unless the turn
+            is not learned.
         turn: Index of the turn; where a template joins two turns, of the later one.
     """
 
@@ -69,6 +73,9 @@ class ChatTemplate(Protocol):
 
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
         """Tokens that end an answer."""
+
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise the ValueError that `encode` would raise, without encoding."""
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
@@ -147,6 +154,52 @@ class MixtralTemplate:
         """EOS."""
         return frozenset([tokenizer.eos_id])
 
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise unless it is a conversation."""
+        check_turns(turns)
+
+
+@dataclass(frozen=True)
+class MixtralControlTemplate:
+    """``<s>[INST] question[/INST] answer</s>`` with control tokens as tags, ids as mistral_common's V2 and V3.
+
+    Mixtral-8x22B-Instruct has V3; without tools the two are the same. The system's text goes in front of the *last*
+    question, two newlines between, and blanks at the end of an answer are left out.
+    """
+
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+        """Encode a whole conversation: BOS, questions between tags, and answers with EOS."""
+        check_turns(turns)
+        begin, end = (tokenizer.added_tokens[tag][0] for tag in _TAGS)
+        system = turns[0].content if turns[0].role == "system" else ""
+        spoken = [(number, turn) for number, turn in enumerate(turns) if turn.role != "system"]
+        last_question = max(number for number, turn in spoken if turn.role == "user")
+        texts = [
+            turn.content.rstrip(" ")
+            if turn.role == "assistant"
+            else (f"{system}\n\n{turn.content}" if system and number == last_question else turn.content)
+            for number, turn in spoken
+        ]
+        segments: list[Segment] = []
+        for (number, turn), ids in zip(spoken, tokenizer.encode_batch(texts), strict=True):
+            answer = turn.role == "assistant"
+            written = [*ids, tokenizer.eos_id] if answer else [begin, *ids, end]
+            segments.append(Segment(written if segments else [tokenizer.bos_id, *written], answer, number))
+        return segments
+
+    def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
+        """Encode a conversation up to ``[/INST]``."""
+        check_prompt(turns)
+        return [index for segment in self.encode(turns, tokenizer) for index in segment.text_ids]
+
+    def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
+        """EOS."""
+        return frozenset([tokenizer.eos_id])
+
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise unless it is a conversation."""
+        check_turns(turns)
+
 
 def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplate:
     """Find the chat template that a person names.
@@ -157,11 +210,12 @@ def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplat
         tokenizer: The model's.
 
     Raises:
-        ValueError: the tokenizer has no template, or the template cannot be used.
+        ValueError: the tokenizer has no template, or the template cannot be used: nothing that is learned would end an
+            answer, or Mistral's format of this vocabulary is not known.
         FileNotFoundError: no such file.
     """
     if template is None or template == "mixtral":
-        return MixtralTemplate()
+        return _mixtral_template(tokenizer)
     from lightning_mixcn.text.jinja_template import JinjaTemplate
 
     if template == "tokenizer":
@@ -175,8 +229,31 @@ def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplat
         found = JinjaTemplate(Path(template).read_text(encoding="utf-8"), name=template)
     else:
         raise FileNotFoundError(f"`template={template!r}` is not there. Expected mixtral, tokenizer, or a Jinja file")
-    found.encode([Turn("user", "?"), Turn("assistant", "!")], tokenizer)  # one that cannot be used says so now
+    found.check(tokenizer)  # one that cannot be used says so now
     return found
+
+
+# Mistral's tags, which are letters in V1 and control tokens since V2.
+_TAGS = ("[INST]", "[/INST]")
+
+
+def _mixtral_template(tokenizer: TextTokenizer) -> ChatTemplate:
+    """Choose the version of Mistral's format that a vocabulary was made for."""
+    added = tokenizer.added_tokens
+    tags = [tag for tag in _TAGS if tag in added]
+    if not tags:
+        return MixtralTemplate()
+    reason = ""
+    if len(tags) < len(_TAGS) or not all(added[tag][1] for tag in tags):
+        reason = "only one of [INST] and [/INST] is a token, or one of them is not special"
+    elif "[SYSTEM_PROMPT]" in added:
+        reason = "it has [SYSTEM_PROMPT], as Mistral's formats of version 7 and later"
+    if reason:
+        raise ValueError(
+            f"`template=mixtral` writes versions 1 to 3 of Mistral's format, and the vocabulary of `{tokenizer.path}` "
+            f"is of none of them: {reason}. Use `template=tokenizer`, or give a Jinja file"
+        )
+    return MixtralControlTemplate()
 
 
 def _begins_with_blank(tokenizer: TextTokenizer) -> bool:

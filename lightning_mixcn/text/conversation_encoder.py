@@ -29,6 +29,8 @@ Answers = Literal["all", "last"]
 class Conversations:
     """Conversations laid out by a chat template; answers, and the token that ends each, are learnt from.
 
+    Answers whose turn is not `learned` are there to be answered to, and have no labels.
+
     Args:
         template: The chat template.
         tokenizer: The tokenizer.
@@ -36,7 +38,7 @@ class Conversations:
         on_too_long: What becomes of a longer one: `cut_at_turn` keeps the exchanges from the beginning that fit whole,
             `truncate` keeps as many tokens as fit, so that the last answer has no end and none is learnt, `drop` drops
             it. Whatever leaves no answer is dropped.
-        answers: Whether `all` answers are learnt from, or the `last` one.
+        answers: Whether `all` answers are learnt from, or the `last` one, of those whose turn is `learned`.
     """
 
     template: ChatTemplate
@@ -59,16 +61,31 @@ class Conversations:
         return self.tokenizer.eos_id
 
     def encode(self, text: str) -> EncodedDocument:
-        """Encode a conversation of a corpus as ``[n]``."""
-        laid_out = self._lay_out(load_conversation(text))
+        """Encode a conversation of a corpus as ``[n]``; one that the template refuses has no tokens."""
+        try:
+            laid_out = self._lay_out(load_conversation(text))
+        except ValueError as error:
+            return EncodedDocument(np.zeros(0, np.int32), np.zeros(0, np.bool_), refused=str(error))
         return EncodedDocument(laid_out.tokens, laid_out.learnt, laid_out.too_long)
 
     def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
         """Encode conversations; the bytes of an answer that is scored are credited to its first token."""
         return [self._score(load_conversation(text)) for text in texts]
 
+    def refusal(self, text: str) -> str | None:
+        """Say why the template refuses a conversation, None if it does not; quick, since nothing is tokenized."""
+        try:
+            self.template.check_conversation(load_conversation(text), self.tokenizer)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _score(self, turns: list[Turn]) -> ScoredDocument:
-        laid_out = self._lay_out(turns)
+        try:
+            laid_out = self._lay_out(turns)
+        except ValueError as error:
+            none = np.zeros(0, np.bool_)
+            return ScoredDocument(np.zeros(0, np.int32), np.zeros(0, np.int32), none, none, refused=str(error))
         is_text = laid_out.learnt.copy()
         label_bytes = np.zeros(len(laid_out.tokens), dtype=np.int32)
         for segment, begin, end in zip(laid_out.segments, *_bounds(laid_out.segments), strict=True):
@@ -82,21 +99,22 @@ class Conversations:
 
     def _lay_out(self, turns: list[Turn]) -> _LaidOut:
         segments = self.template.encode(turns, self.tokenizer)
-        _, (*_, length) = _bounds(segments)
         too_long: Literal["dropped", "shortened"] | None = None
-        if length > self.sequence_length:
-            segments, too_long = self._shortened(segments), "shortened"
-        answers = [place for place, segment in enumerate(segments) if segment.answer]
+        if _length(segments) > self.sequence_length:
+            segments, too_long = self._shortened(segments, turns), "shortened"
+        answers = [place for place, segment in enumerate(segments) if segment.answer and turns[segment.turn].learned]
         if not answers:
             return _LaidOut([], np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_), "dropped")
-        learnt = answers if self.answers == "all" else answers[-1:]
+        # Where a template ends an answer in several segments, they are of one turn.
+        last = segments[answers[-1]].turn
+        learnt = [place for place in answers if self.answers == "all" or segments[place].turn == last]
         lengths = [len(segment.text_ids) for segment in segments]
         tokens = np.fromiter(chain.from_iterable(segment.text_ids for segment in segments), np.int32)
         return _LaidOut(
             segments, tokens, np.repeat([place in learnt for place in range(len(segments))], lengths), too_long
         )
 
-    def _shortened(self, segments: list[Segment]) -> list[Segment]:
+    def _shortened(self, segments: list[Segment], turns: list[Turn]) -> list[Segment]:
         if self.on_too_long == "drop":
             return []
         begins, ends = _bounds(segments)
@@ -107,8 +125,13 @@ class Conversations:
                 for part, begin in fitting
                 if begin < self.sequence_length
             ]
-        kept = [place for place, part in enumerate(segments) if part.answer and ends[place] <= self.sequence_length]
-        return segments[: kept[-1] + 1] if kept else []
+        kept = {part.turn for place, part in enumerate(segments) if part.answer and ends[place] <= self.sequence_length}
+        for last in sorted((turn for turn in kept if turns[turn].learned), reverse=True):
+            # Written again: a template may say something in the last exchange only, as the system's text.
+            shorter = self.template.encode(turns[: last + 1], self.tokenizer)
+            if _length(shorter) <= self.sequence_length:
+                return shorter
+        return []
 
 
 class _LaidOut(NamedTuple):
@@ -118,6 +141,10 @@ class _LaidOut(NamedTuple):
     tokens: NDArray[np.int32]
     learnt: NDArray[np.bool_]
     too_long: Literal["dropped", "shortened"] | None
+
+
+def _length(segments: Sequence[Segment]) -> int:
+    return sum(len(segment.text_ids) for segment in segments)
 
 
 def _bounds(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:

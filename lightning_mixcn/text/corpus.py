@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from lightning_mixcn.text.sources import AnySource, list_files
-from lightning_mixcn.text.stores import BadRecordPolicy, TextStore
+from lightning_mixcn.text.listings import LeftOut
+from lightning_mixcn.text.sources import AnySource, Source, list_files
+from lightning_mixcn.text.stores import BadRecordPolicy, StoreCounts, TextStore, read_store
 from lightning_mixcn.text.unpacking_processes import is_first_rank, unpack_all
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ class Corpus:
     Args:
         source: The source.
         stores: Unpacked documents of each file.
+        on_bad_record: What to do with a document that turns out to be bad when it is encoded: `error` or `skip`.
     """
 
     source: AnySource
     stores: tuple[TextStore, ...]
+    on_bad_record: BadRecordPolicy = "error"
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -98,6 +101,28 @@ class Corpus:
         store, row = self._locate(index)
         return DocumentOrigin(self.source.name, store.file, store.open().record(row))
 
+    def place(self, index: int) -> str:
+        """Name the file and the line or row of document `index`, as errors do."""
+        store, row = self._locate(index)
+        read = read_store(Path(store.folder))
+        is_table = read is not None and read[0]["format"] in ("parquet", "arrow")
+        return f"`{store.file}` {'row' if is_table else 'line'} {store.open().record(row)}"
+
+    def refuse(self, index: int, reason: str) -> None:
+        """Do what `on_bad_record` says with a document that cannot be encoded.
+
+        Args:
+            index: The document.
+            reason: Why it cannot be.
+
+        Raises:
+            ValueError: `on_bad_record` is `error`; the message names file and line or row. Else a warning does.
+        """
+        told = f"{self.place(index)}: {reason}"
+        if self.on_bad_record == "error":
+            raise ValueError(f"{told}. Mend the record, or leave such records out with `on_bad_record: skip`")
+        _logger.warning("%s. It is left out", told)
+
     @property
     def total_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
@@ -107,6 +132,11 @@ class Corpus:
     def bad_records(self) -> int:
         """Records that were left out because they were bad."""
         return sum(store.counts.bad_records for store in self.stores)
+
+    @property
+    def empty_records(self) -> int:
+        """Records that were left out because they have nothing but white space to learn from."""
+        return sum(store.counts.empty_records for store in self.stores)
 
     @property
     def fingerprint(self) -> str:
@@ -125,7 +155,8 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
     """Open the documents of a source; files that are not in the cache folder yet are unpacked there.
 
     The cache folder is `$MIXCN_CACHE`, or `lightning_mixcn` in `$XDG_CACHE_HOME` or `~/.cache`, and takes the size of
-    the texts unpacked. Memory stays small, whatever the size of the files: only one record is held at a time.
+    the texts unpacked. Memory stays small, whatever the size of the files: only one record is held at a time. One line
+    of the log says how many files were read, and what was left out and why.
 
     Args:
         source: The source.
@@ -139,25 +170,59 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
     Raises:
         FileNotFoundError: A path matches no file.
         OSError: A file cannot be read, or the cache folder cannot be written.
-        ValueError: A file is damaged, or the files have no document at all.
+        ValueError: A file is damaged, the files have no document at all, or no record has a key that the source's
+            `columns` names.
     """
     if on_bad_record not in get_args(BadRecordPolicy):
         raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected one of {', '.join(get_args(BadRecordPolicy))}")
-    stores = unpack_all(list_files(source, place), on_bad_record, source.name)
-    corpus = Corpus(source, tuple(stores))
+    left_out = LeftOut()
+    stores = unpack_all(list_files(source, place, left_out), on_bad_record, source.name)
+    corpus = Corpus(source, tuple(stores), on_bad_record)
+    _check_columns(corpus, place)
     if not len(corpus):
         places = [place for store in stores for place in store.counts.bad_places]
-        bad = f" but {corpus.bad_records} bad records, the first: {places[0]}" if places else ". Give files with text"
-        raise ValueError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{bad}")
+        bad = f"{corpus.bad_records} bad records, the first: {places[0]}" if places else ""
+        empty = f"{corpus.empty_records} records without text" if corpus.empty_records else ""
+        but = f" but {' and '.join(filter(None, (empty, bad)))}" if bad or empty else ". Give files with text"
+        raise ValueError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{but}")
     if is_first_rank():
+        empty = corpus.empty_records
+        without = f", {empty} records without text left out, too" if empty else ""
+        left_out.tell(_logger, source.name, len(stores), f"; {len(corpus)} documents{without}", warn=empty > 0)
         _warn_of_bad_records(corpus)
     return corpus
 
 
+def _check_columns(corpus: Corpus, place: str) -> None:
+    """Refuse a column that no record has; that of a text is `text_key`, which every record must have."""
+    if isinstance(corpus.source, Source):
+        return
+    first = next((store for store in corpus.stores if store.counts.keys), None)
+    seen = {name for store in corpus.stores for name in store.counts.columns}
+    for key, name in (corpus.source.columns or {}).items():
+        if first is not None and name not in seen:
+            raise ValueError(
+                f"`{place}.columns.{key}={name!r}`: no record has that key. Give one of those that the first record of "
+                f"`{first.file}` has: {', '.join(map(repr, first.counts.keys))}"
+            )
+
+
 def _warn_of_bad_records(corpus: Corpus) -> None:
     for store in corpus.stores:
-        if store.counts.bad_records:
+        counts = store.counts
+        if counts.bad_records:
             _logger.warning(
-                "`%s`: %d bad records were left out, %d documents are kept. The first: %s",
-                store.file, store.counts.bad_records, len(store), store.counts.bad_places[0],
+                "`%s`: %d bad records were left out, %d documents are kept.%s The first: %s",
+                store.file, counts.bad_records, len(store), _unread(counts), counts.bad_places[0],
             )  # fmt: skip
+
+
+def _unread(counts: StoreCounts) -> str:
+    """Say how much of a damaged file is lost: it is one bad record, however many were in the rest."""
+    if not counts.damaged:
+        return ""
+    told = " The rest of the file was not read"
+    if counts.unread_bytes:
+        share = 100 * counts.unread_bytes / counts.file_bytes
+        return f"{told}: {counts.unread_bytes:,} of {counts.file_bytes:,} bytes, {share:.3g} %."
+    return f"{told}: it is cut off." if counts.file_bytes else f"{told}."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, ignore_progress, read_chunks, split_lines
-from lightning_mixcn.text.records import iterate_conversations
+from lightning_mixcn.text.records import RecordTally, iterate_conversations, iterate_elements
 from lightning_mixcn.text.sources import SourceFile
 from lightning_mixcn.text.tables import iterate_rows
 
@@ -22,15 +23,19 @@ def refuse(error: ValueError) -> None:
 
 
 def iterate_documents(
-    file: SourceFile, on_bad_record: OnBadRecord = refuse, on_read: OnRead = ignore_progress
+    file: SourceFile,
+    on_bad_record: OnBadRecord = refuse,
+    on_read: OnRead = ignore_progress,
+    tally: RecordTally | None = None,
 ) -> Iterator[tuple[int, bytes]]:
-    """Read the documents of a file in their order.
+    """Read the documents of a file in their order, without those that are nothing but white space.
 
     Args:
         file: The file, its format and where the text is in it.
         on_bad_record: Called with the error of a record that is malformed or has no text, and of a damaged file; if
             it returns, the record, or the rest of the file, is left out.
         on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
+        tally: Counts what is left out for want of text, and the columns seen.
 
     Yields:
         Record and UTF-8 of each document. The record is the line where the document begins, counted from 1, or for
@@ -40,26 +45,39 @@ def iterate_documents(
         ValueError: The file lacks the column of the text, or what `on_bad_record` raises: by default any damage, in a
             message that names file and line or row.
     """
-    records = _records(file, on_bad_record, on_read)
+    tally = RecordTally() if tally is None else tally
+    records = _records(file, on_bad_record, on_read, tally)
     unit = "row" if file.format in ("parquet", "arrow") else "line"
     try:
         for record, encoded in records:
             if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
                 on_bad_record(ValueError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
+            elif _is_blank(encoded):
+                tally.empty += 1
             else:
                 yield record, encoded
     except DamagedFileError as error:
         on_bad_record(error)
 
 
-def _records(file: SourceFile, on_bad_record: OnBadRecord, on_read: OnRead) -> Iterator[tuple[int, bytes]]:
+def _is_blank(encoded: bytes) -> bool:
+    # Of a long text the first character tells.
+    start = encoded[:4].decode(errors="ignore")[:1]
+    return not start or (start.isspace() and encoded.decode().isspace())
+
+
+def _records(
+    file: SourceFile, on_bad_record: OnBadRecord, on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, bytes]]:
     if file.records:
-        return iterate_conversations(file, on_bad_record, on_read)
+        return iterate_conversations(file, on_bad_record, on_read, tally)
     if file.format in ("parquet", "arrow"):
-        return iterate_rows(file, on_bad_record, on_read)
+        return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
     if file.format == "jsonl":
         return _json_lines(split_lines(chunks), file, on_bad_record)
+    if file.format == "json":
+        return _json_array(chunks, file, on_bad_record)
     if file.document_unit == "file":
         return _whole(chunks, file, on_bad_record)
     if file.document_unit == "line":
@@ -95,23 +113,42 @@ def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         return ValueError(f"{place} is not JSON: {error}. Mend the line, or remove it")
+    encoded = _text_of(record, text_key, place)
+    assert isinstance(encoded, ValueError), f"{place} has no flaw"
+    return encoded
+
+
+def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
+    """Texts of an array, whose elements are texts or objects with one."""
+    for number, element in iterate_elements(b"".join(chunks), file):
+        record = {file.text_key: element} if isinstance(element, str) else element
+        encoded = _text_of(record, file.text_key, f"`{file.path}` line {number}")
+        if isinstance(encoded, ValueError):
+            on_bad_record(encoded)
+        else:
+            yield number, encoded
+
+
+def _text_of(record: Any, text_key: str, place: str) -> bytes | ValueError:
+    """UTF-8 of a record's text, or why it has none."""
     if not isinstance(record, dict):
         return ValueError(
             f'{place}: expected a JSON object such as {{"{text_key}": "…"}}, got a {type(record).__name__}'
         )
     if text_key not in record:
         keys = ", ".join(repr(key) for key in record) or "none"
-        return ValueError(f"{place} has no key {text_key!r}. Set the source's `text_key` to one of its keys: {keys}")
+        return ValueError(
+            f"{place} has no key {text_key!r}. Set the source's `columns.text` or `text_key` to one of its keys: {keys}"
+        )
     if not isinstance(record[text_key], str):
         return ValueError(
             f"{place}: expected a string under `text_key` {text_key!r}, got {type(record[text_key]).__name__}. "
-            "Mend the line, or remove it"
+            "Mend the record, or remove it"
         )
     try:
-        record[text_key].encode()
+        return record[text_key].encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
-        return ValueError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the line")
-    raise AssertionError(f"{place} has no flaw")
+        return ValueError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the record")
 
 
 def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:

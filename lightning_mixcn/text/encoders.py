@@ -24,11 +24,13 @@ class EncodedDocument:
         tokens: Token ids ``[n]``, int32; none if the document was dropped.
         learnt: Whether each token is learnt from ``[n]``, bool; None learns from all.
         too_long: What was done to a document that is longer than a row, if anything was.
+        refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
     """
 
     tokens: NDArray[np.int32]
     learnt: NDArray[np.bool_] | None = None
     too_long: Literal["dropped", "shortened"] | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,14 @@ class ScoredDocument:
         label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
         is_text: Whether each token is text, and no control token, ``[n]``, bool.
         learnt: Whether each token is scored ``[n]``, bool; None scores all.
+        refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
     """
 
     tokens: NDArray[np.int32]
     label_bytes: NDArray[np.int32]
     is_text: NDArray[np.bool_]
     learnt: NDArray[np.bool_] | None = None
+    refused: str | None = None
 
 
 class DocumentEncoder(Protocol):

@@ -1,8 +1,12 @@
-"""Files of text, local or behind an URL: listed, opened and told apart from what they were before."""
+"""Files of text, local, behind an URL or in a zip archive: listed, opened and told apart from what they were before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +25,11 @@ _IDENTITY_KEYS = (
     "generation",
     "blob_id",
 )
+LOCAL = "file://"
+_ZIP = "zip://"
+# What Python's zipfile reads; newer archivers also write 9 (deflate64) and 99 (encrypted by AES).
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+_OPEN_DIRECTORIES = 16
 
 
 def is_url(path: str | Path) -> bool:
@@ -28,13 +37,21 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-def match_urls(pattern: str, place: str, belongs: Callable[[Path], bool]) -> list[str]:
+def file_name(path: str | Path) -> Path:
+    """Get the path whose suffixes tell the format: of a chain such as `zip://a.jsonl::s3://b/c.zip` the first one."""
+    if not is_url(path):
+        return Path(path)
+    return Path(next(part for part in str(path).split("::") if "://" in part))
+
+
+def match_urls(pattern: str, place: str, choose: Callable[[list[str], str], list[str]]) -> list[str]:
     """List the files of an URL: itself, the fitting files of a folder, or what a glob matches.
 
     Args:
         pattern: URL of a file, a folder or a glob.
         place: How the configuration names the source, for errors.
-        belongs: Whether a file of a folder, by its path inside, is text of the source.
+        choose: Chooses the files of a folder, by their paths inside, that are the source's; given the paths and the
+            folder's URL.
 
     Returns:
         At least one URL; those of folders and globs sorted.
@@ -48,15 +65,17 @@ def match_urls(pattern: str, place: str, belongs: Callable[[Path], bool]) -> lis
         if system.isfile(path):
             return [pattern]
         if system.isdir(path):
-            inside = {str(name): str(name).removeprefix(path.rstrip("/") + "/") for name in system.find(path)}
-            names = sorted(name for name, relative in inside.items() if belongs(Path(relative)))
+            is_folder, names = True, sorted(map(str, system.find(path)))
         else:
-            names = sorted(str(name) for name in system.glob(path) if system.isfile(name))
+            is_folder, names = False, sorted(str(name) for name in system.glob(path) if system.isfile(name))
     except Exception as error:  # each driver has exceptions of its own
         raise ValueError(
             f"`{place}.path={pattern!r}` cannot be listed: {type(error).__name__}: {error}. "
             "Check the address, the network and the credentials of its driver"
         ) from error
+    if is_folder:
+        inside = {name.removeprefix(path.rstrip("/") + "/"): name for name in names}
+        names = [inside[relative] for relative in choose(list(inside), pattern.rstrip("/"))]
     if not names:
         raise FileNotFoundError(
             f"`{place}.path={pattern!r}` matches no file with a known suffix, or cannot be reached. "
@@ -68,20 +87,26 @@ def match_urls(pattern: str, place: str, belongs: Callable[[Path], bool]) -> lis
     return [prefix + name if prefix != bare else str(system.unstrip_protocol(name)) for name in names]
 
 
-def open_file(path: str | Path) -> IO[bytes]:
-    """Open a local file or an URL for reading its raw bytes."""
+@contextmanager
+def open_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a local file, an URL or a member of a zip archive for reading its raw bytes."""
     if isinstance(path, Path):
-        return path.open("rb")
-    system, inside = _file_system(path, "path")
-    opened: IO[bytes] = system.open(inside, "rb")
-    return opened
+        with path.open("rb") as local:
+            yield local
+    elif (inside := zip_member(path)) is not None:
+        with open_file(inside[0]) as raw, zipfile.ZipFile(raw) as opened, opened.open(_member_of(*inside)) as data:
+            yield data
+    else:
+        system, remote = _file_system(path, "path")
+        with system.open(remote, "rb") as data:
+            yield data
 
 
 def identify(path: str | Path) -> dict[str, int | str]:
     """Tell what changes when a file does.
 
     Args:
-        path: Local file or URL.
+        path: Local file, URL or member of a zip archive.
 
     Returns:
         `size` in bytes (0 if a server does not say) and `mtime_ns`, or for an URL what its driver knows of size,
@@ -93,10 +118,70 @@ def identify(path: str | Path) -> dict[str, int | str]:
     if isinstance(path, Path):
         stat = path.stat()
         return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    system, inside = _file_system(path, "path")
-    known = system.info(inside)
+    if (inside := zip_member(path)) is not None:
+        member = _member_of(*inside)
+        return {**identify(inside[0]), "member_crc": member.CRC, "size": member.file_size}
+    system, remote = _file_system(path, "path")
+    known = system.info(remote)
     identity: dict[str, int | str] = {key: str(known[key]) for key in _IDENTITY_KEYS if known.get(key) is not None}
     return {**identity, "size": int(known.get("size") or 0)}
+
+
+def list_zip(archive: str | Path, place: str) -> dict[str, str]:
+    """List the files in a zip archive.
+
+    Args:
+        archive: Local file or URL.
+        place: How the configuration names the source, for errors.
+
+    Returns:
+        Name of each member, and its path for `open_file` and `identify`.
+
+    Raises:
+        ValueError: The archive is damaged, encrypted, or made by a method that Python does not read.
+    """
+    try:
+        members = _directory(archive)
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, UnicodeError) as error:
+        raise ValueError(f"`{place}.path`: `{archive}` is not a readable zip archive: {error}. Get it again") from error
+    outside = archive if isinstance(archive, str) else archive.absolute()
+    for name, member in members.items():
+        where = f"`{place}.path`: `{name}` in `{archive}`"
+        if member.flag_bits & 1:
+            raise ValueError(f"{where} is encrypted. Unpack the archive, and give the folder")
+        if member.compress_type not in _ZIP_METHODS:
+            raise ValueError(
+                f"{where} is compressed by method {member.compress_type}. Unpack the archive, and give the folder"
+            )
+        if "::" in name:
+            raise ValueError(f"{where} has `::` in its name. Unpack the archive, and give the folder")
+    return {name: f"{_ZIP}{name}::{outside}" for name in members}
+
+
+def zip_member(path: str) -> tuple[str | Path, str] | None:
+    """Split the path of a member into its archive and its name in there, None for another path."""
+    if not path.startswith(_ZIP) or "::" not in path:
+        return None
+    name, _, archive = path.removeprefix(_ZIP).partition("::")
+    return (archive if is_url(archive) else Path(archive).expanduser()), name
+
+
+def _member_of(archive: str | Path, name: str) -> zipfile.ZipInfo:
+    member = _directory(archive).get(name)
+    if member is None:
+        raise FileNotFoundError(f"`{archive}` has no member `{name}`. Look at its list: `unzip -l`")
+    return member
+
+
+def _directory(archive: str | Path) -> Mapping[str, zipfile.ZipInfo]:
+    """Members of a zip archive by their names, read again once the archive changes."""
+    return _read_directory(archive, tuple(identify(archive).items()))
+
+
+@lru_cache(maxsize=_OPEN_DIRECTORIES)
+def _read_directory(archive: str | Path, identity: object) -> Mapping[str, zipfile.ZipInfo]:
+    with open_file(archive) as raw, zipfile.ZipFile(raw) as opened:
+        return {member.filename: member for member in opened.infolist() if not member.is_dir()}
 
 
 def _file_system(url: str, argument: str) -> tuple[Any, str]:

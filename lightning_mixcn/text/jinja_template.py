@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-import jinja2
-
+from lightning_mixcn.text.byte_streams import one_line
 from lightning_mixcn.text.chat_template import Segment, Turn, check_prompt, check_turns
 
 if TYPE_CHECKING:
@@ -53,8 +53,43 @@ class JinjaTemplate:
         return [index for index, _ in controls.encode(self._pieces(turns, tokenizer, controls, prompt=True))]
 
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """EOS, and the special token that the template writes behind an answer."""
+        """EOS, and the special tokens that the template writes behind an answer."""
         return _stop_ids(self, tokenizer)
+
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise unless it is a conversation that the template writes."""
+        check_turns(turns)
+        self._pieces(turns, tokenizer, _control_tokens(tokenizer), prompt=False)
+
+    def check(self, tokenizer: TextTokenizer) -> None:
+        """Raise unless the template can be used, and every answer ends with a token that is learned and ends a chat.
+
+        Args:
+            tokenizer: The model's.
+
+        Raises:
+            ValueError: It names the template and what it writes behind an answer.
+        """
+        self.encode_prompt(_EXCHANGE[:1], tokenizer)
+        stop_ids = self.stop_ids(tokenizer)
+        for turns, segments in _probe(self, tokenizer):
+            last = {segment.turn: segment.text_ids[-1] for segment in segments if segment.answer}
+            for turn, index in last.items():
+                if index not in stop_ids:
+                    raise ValueError(self._endless(turns, turn, tokenizer))
+
+    def _endless(self, turns: Sequence[Turn], turn: int, tokenizer: TextTokenizer) -> str:
+        """Say what is written behind an answer, and what to do."""
+        pieces = self._pieces(turns, tokenizer, _control_tokens(tokenizer), prompt=False)
+        place = next(place for place, piece in enumerate(pieces) if piece.answer and piece.turn == turn)
+        behind = pieces[place + 1].text[:20]
+        end = f"ends an answer with {behind!r}, which begins with no special token" if behind else "ends no answer"
+        eos = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
+        return (
+            f"`{self.name}` {end} of the tokenizer of `{tokenizer.path}`: no end would be learned, and chat would "
+            f"never stop. Use a template that writes {eos!r} behind every answer, such as `template=mixtral`, or a "
+            "tokenizer in which the end is a special token"
+        )
 
     def _pieces(
         self, turns: Sequence[Turn], tokenizer: TextTokenizer, controls: _ControlTokens, *, prompt: bool
@@ -86,8 +121,8 @@ class JinjaTemplate:
                     messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"`{self.name}` cannot be used for this conversation: {error}") from error
+        except Exception as error:  # a template is a program of someone else's: it may raise anything
+            raise ValueError(f"`{self.name}` cannot be used for this conversation: {one_line(error)}") from error
 
     def _check_places(self, turns: Sequence[Turn], places: list[int]) -> None:
         for number, turn in enumerate(turns):
@@ -230,8 +265,23 @@ def _control_tokens(tokenizer: TextTokenizer) -> _ControlTokens:
     return _ControlTokens(tokenizer)
 
 
+_EXCHANGE: tuple[Turn, ...] = (Turn("user", "?"), Turn("assistant", "!"))
+
+
+def _probe(template: JinjaTemplate, tokenizer: TextTokenizer) -> list[tuple[tuple[Turn, ...], list[Segment]]]:
+    """Encode conversations of one exchange and of two, if the template takes two."""
+    probes = [(_EXCHANGE, template.encode(_EXCHANGE, tokenizer))]
+    with suppress(ValueError):  # a longer conversation is then a bad record
+        probes.append((_EXCHANGE * 2, template.encode(_EXCHANGE * 2, tokenizer)))
+    return probes
+
+
 @lru_cache(maxsize=4)
 def _stop_ids(template: JinjaTemplate, tokenizer: TextTokenizer) -> frozenset[int]:
-    probe = template.encode([Turn("user", "?"), Turn("assistant", "!")], tokenizer)
-    last = [segment.text_ids[-1] for segment in probe if segment.answer]
-    return frozenset([tokenizer.eos_id, *_control_tokens(tokenizer).ids.intersection(last)])
+    last = {
+        (len(turns), segment.turn): segment.text_ids[-1]
+        for turns, segments in _probe(template, tokenizer)
+        for segment in segments
+        if segment.answer
+    }
+    return frozenset([tokenizer.eos_id, *_control_tokens(tokenizer).ids.intersection(last.values())])

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from lightning_mixcn.text.stores import NAMED_PLACES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -48,6 +50,11 @@ class Segment:
     document: int
     offset: int
     learnt: NDArray[np.bool_] | None = field(default=None, kw_only=True)
+
+    def part(self, start: int, stop: int) -> Segment:
+        """Cut out tokens ``[start, stop)``."""
+        learnt = None if self.learnt is None else self.learnt[start:stop]
+        return Segment(self.tokens[start:stop], self.source, self.document, self.offset + start, learnt=learnt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +142,15 @@ def evaluation_rows(
 def _scored_documents(
     documents: DocumentSet, encoder: DocumentEncoder, source: int, first_document: int, batch: int = 64
 ) -> Iterator[ScoredSegment]:
+    refused = 0
     for start in range(0, len(documents), batch):
         indices = range(start, min(start + batch, len(documents)))
         scored = encoder.score([documents.text(index) for index in indices])
         for index, document in zip(indices, scored, strict=True):
+            if document.refused is not None:
+                refused += 1
+                if documents.corpus.on_bad_record == "error" or refused <= NAMED_PLACES:
+                    documents.corpus.refuse(documents.indices[index], document.refused)
             if len(document.tokens):
                 labels = document.label_bytes, document.is_text
                 yield ScoredSegment(document.tokens, source, first_document + index, 0, *labels, learnt=document.learnt)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from lightning_mixcn.text.conversations import RecordFormat
-from lightning_mixcn.text.files import is_url, match_urls
+from lightning_mixcn.text.chat_template import ROLES
+from lightning_mixcn.text.conversations import OBEYED_KEYS, RecordFormat
+from lightning_mixcn.text.files import LOCAL, file_name, is_url, list_zip, match_urls, open_file, zip_member
+from lightning_mixcn.text.listings import DatasetFolders, LeftOut, ReadOnce, fits, match_glob, walk_files
 
-TextFormat = Literal["jsonl", "text", "parquet", "arrow"]
+TextFormat = Literal["jsonl", "text", "parquet", "arrow", "json"]
 RecordFileFormat = Literal["json", "jsonl", "parquet", "arrow"]
 DocumentUnit = Literal["file", "line", "blank-line"]
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-_TABLES: dict[str, Any] = {
+ARCHIVE = ".zip"
+_DEFAULT_KEY = "text"
+_RECORDS: dict[str, Any] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
@@ -33,26 +39,31 @@ class Source:
 
     Args:
         name: Short name, unique in its list; it appears in TensorBoard tags such as `val/<name>/bits_per_byte`.
-        path: A file, a folder (searched recursively for known suffixes), a glob with `*` and `**`, one of these as an
-            URL that fsspec has a driver for, such as `s3://bucket/zh/*.jsonl.gz`, or a list of these.
+        path: A file, a folder (searched recursively for known suffixes, through links too), a zip archive, a glob with
+            `*` and `**`, one of these as an URL that fsspec has a driver for, such as `s3://bucket/zh/*.jsonl.gz`, or a
+            list of these. A file is read once, however many of them lead to it.
         weight: Share of the training text relative to the other sources' weights, in tokens or, by the data module's
             `weight_unit`, in bytes.
         format: Format of the files; null tells it from each file's suffix, before `.gz`, `.zst`, `.bz2` or `.xz`.
-        text_key: JSONL key, or parquet or Arrow column, that holds a document's text.
+            `json` is one array of records or of texts, which is held in memory while it is unpacked.
+        text_key: JSON key, or parquet or Arrow column, that holds a document's text.
         document_unit: What one document is in a text file: the whole file, a line, or a block between blank lines.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
+        columns: The records' name of `text`, such as `{text: content}`: the same as `text_key`, so give one of them.
     """
 
     name: str
     path: str | list[str]
     weight: float = 1.0
     format: TextFormat | None = None
-    text_key: str = "text"
+    text_key: str = _DEFAULT_KEY
     document_unit: DocumentUnit = "file"
     max_epochs: int | None = None
+    columns: dict[str, str] | None = None
 
-    suffixes: ClassVar[dict[str, TextFormat]] = {**_TABLES, ".txt": "text", ".text": "text"}
+    suffixes: ClassVar[dict[str, TextFormat]] = {**_RECORDS, ".txt": "text", ".text": "text"}
     records: ClassVar[None] = None
+    roles: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,20 @@ class ConversationSource:
 
     Args:
         name: Short name, unique in its list; it appears in TensorBoard tags such as `val/<name>/bits_per_byte`.
-        path: A file, a folder (searched recursively for known suffixes), a glob with `*` and `**`, one of these as an
-            URL that fsspec has a driver for, or a list of these.
+        path: A file, a folder (searched recursively for known suffixes, through links too), a zip archive, a glob with
+            `*` and `**`, one of these as an URL that fsspec has a driver for, or a list of these. A file is read once,
+            however many of them lead to it.
         weight: Share of the training tokens relative to the other sources' weights.
         format: Format of the files; null tells it from each file's suffix. `json` is one array of records, which is
             held in memory while it is unpacked.
         records: Form of the records; null tells it from each record's keys. `alpaca` has `instruction`, `input`,
             `output` and perhaps `system` and `history`; `sharegpt` has `conversations`; `messages` has `messages`.
+        roles: What roles of the records mean, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
+            chatgpt, assistant, system), such as `{tool: user, developer: system}`; a role without a meaning is a bad
+            record.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
+        columns: The records' names of keys that `records` expects, such as `{instruction: input, output: target}`
+            for records that have a question in `input` and its answer in `target`.
     """
 
     name: str
@@ -76,9 +93,11 @@ class ConversationSource:
     weight: float = 1.0
     format: RecordFileFormat | None = None
     records: RecordFormat | None = None
+    roles: dict[str, str] | None = None
     max_epochs: int | None = None
+    columns: dict[str, str] | None = None
 
-    suffixes: ClassVar[dict[str, RecordFileFormat]] = {".json": "json", **_TABLES}
+    suffixes: ClassVar[dict[str, RecordFileFormat]] = _RECORDS
     text_key: ClassVar[str] = ""
     document_unit: ClassVar[DocumentUnit] = "file"
 
@@ -92,11 +111,13 @@ class SourceFile:
     """One file of a source.
 
     Args:
-        path: The file; a string if it is an URL.
+        path: The file; a string if it is an URL or in a zip archive.
         format: Its format, given or told from the suffix.
-        text_key: JSONL key, or parquet or Arrow column, of the text.
+        text_key: JSON key, or parquet or Arrow column, of the text.
         document_unit: What one document is in a text file.
         records: Form of the records if they are conversations, `any` tells it from each record; None if they are text.
+        roles: Pairs of a role of the records and what it means.
+        columns: For conversations, pairs of a key that their form expects and the records' name of it.
     """
 
     path: Path | str
@@ -104,6 +125,8 @@ class SourceFile:
     text_key: str
     document_unit: DocumentUnit
     records: RecordFormat | Literal["any"] | None = None
+    roles: tuple[tuple[str, str], ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 def parse_sources(
@@ -164,36 +187,66 @@ def _check(source: AnySource, place: str) -> None:
         "document_unit": (source.document_unit in units, f"one of {', '.join(units)}"),
         "max_epochs": (epochs is None or (isinstance(epochs, int) and epochs >= 1), "null (for ever) or at least 1"),
     }
+    columns = {} if source.columns is None else source.columns
+    named_keys = isinstance(columns, Mapping) and all(isinstance(key, str) and key for key in columns.values())
+    renamed = sorted({_DEFAULT_KEY} if isinstance(source, Source) else OBEYED_KEYS)
+    expectations["columns"] = (
+        named_keys and all(key in renamed for key in columns),
+        f"null, or the records' name of each of these keys that is another: {', '.join(renamed)}",
+    )
     if isinstance(source, Source):
         keyed = isinstance(source.text_key, str) and bool(source.text_key)
         expectations["text_key"] = (keyed, "the key or column of the text")
+        expectations["columns"] = (
+            expectations["columns"][0] and (not columns or source.text_key == _DEFAULT_KEY),
+            f"{expectations['columns'][1]}; and not both `columns` and `text_key={source.text_key!r}`",
+        )
+    else:
+        expectations["roles"] = (_are_roles(source.roles), f"roles and what each means, one of {', '.join(ROLES)}")
     for field, (holds, expected) in expectations.items():
         if not holds:
             raise ValueError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
 
 
-def list_files(source: AnySource, place: str = "sources[0]") -> list[SourceFile]:
-    """List the files of a source: each pattern's matches sorted by path, each file once.
+def _are_roles(roles: Any) -> bool:
+    if roles is None:
+        return True
+    return isinstance(roles, Mapping) and all(isinstance(name, str) and role in ROLES for name, role in roles.items())
+
+
+def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut | None = None) -> list[SourceFile]:
+    """List the files of a source: each pattern's matches sorted by path, each real file once.
 
     Args:
         source: The source.
         place: How the configuration names it, for errors.
+        left_out: Counts what was found and is not read, by reason.
 
     Returns:
         At least one file.
 
     Raises:
         FileNotFoundError: A path matches no file.
-        ValueError: An URL cannot be listed, or a file's format is neither given nor told by its suffix.
+        ValueError: An URL or archive cannot be listed, a folder holds several splits, or a file's format is neither
+            given nor told by its suffix.
     """
+    left_out = LeftOut() if left_out is None else left_out
     patterns = [source.path] if isinstance(source.path, str) else source.path
-    found = [path for pattern in patterns for path in _match(pattern, source, place)]
-    records = None if isinstance(source, Source) else source.records or "any"
+    once = ReadOnce(left_out)
+    found = [path for pattern in patterns for path in once.keep(_match(pattern, source, place, left_out))]
+    columns, roles = source.columns or {}, tuple(sorted((source.roles or {}).items()))
+    is_text = isinstance(source, Source)
     files = [
         SourceFile(
-            path, source.format or _format_of(path, source, place), source.text_key, source.document_unit, records
+            path,
+            source.format or _format_of(path, source, place),
+            columns.get(_DEFAULT_KEY, source.text_key) if is_text else source.text_key,
+            source.document_unit,
+            None if is_text else source.records or "any",
+            roles,
+            () if is_text else tuple(columns.items()),
         )
-        for path in dict.fromkeys(found)
+        for path in found
     ]
     if source.document_unit != "file" and not any(file.format == "text" for file in files):
         raise ValueError(
@@ -203,35 +256,118 @@ def list_files(source: AnySource, place: str = "sources[0]") -> list[SourceFile]
     return files
 
 
-def _match(pattern: str, source: AnySource, place: str) -> list[Path] | list[str]:
-    if is_url(pattern):
-        return match_urls(pattern, place, lambda relative: _belongs(relative, source))
-    expanded = Path(pattern).expanduser()
+def _match(pattern: str, source: AnySource, place: str, left_out: LeftOut) -> list[Path | str]:
+    """Files of one pattern, members of archives among them."""
+    local = pattern.removeprefix(LOCAL)
+    if (inside := zip_member(pattern)) is not None:
+        members = list_zip(inside[0], place)
+        return _required([members[name] for name in sorted(members) if fits(name.split("/"), inside[1].split("/"))],
+                         pattern, place, left_out)  # fmt: skip
+    if not is_url(local):
+        matches = _match_local(local, pattern, source, place, left_out)
+        found: list[Path | str] = [*matches] if local == pattern else [f"{LOCAL}{path}" for path in matches]
+    else:
+        found = [*match_urls(pattern, place, _chooser(source, place, left_out))]
+        if glob.has_magic(pattern):
+            found = _without_cache(found, pattern, place, left_out)
+    files = [member for path in found for member in _unpacked(path, source, place, left_out)]
+    return _required(files, pattern, place, left_out)
+
+
+def _match_local(path: str, pattern: str, source: AnySource, place: str, left_out: LeftOut) -> Sequence[Path | str]:
+    expanded = Path(os.path.expanduser(path))
     if expanded.is_file():
         return [expanded]
-    if expanded.is_dir():
-        files = sorted(
-            file for file in expanded.rglob("*") if _belongs(file.relative_to(expanded), source) and file.is_file()
-        )
-        if not files:
-            raise FileNotFoundError(
-                f"`{place}.path={pattern!r}` is a folder without any {' '.join(source.suffixes)} file "
-                f"(nor one with {' '.join(COMPRESSIONS)} behind). Give a glob and `format` for other suffixes"
-            )
-        return files
-    files = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True) if Path(match).is_file())
+    if not expanded.is_dir():
+        return _without_cache(match_glob(str(expanded), left_out), pattern, place, left_out)
+    inside = {str(file.relative_to(expanded)): file for file in walk_files(expanded, left_out)}
+    files = []
+    for file in sorted(inside[name] for name in _chooser(source, place, left_out)(list(inside), str(expanded))):
+        if file.is_file():
+            files.append(file)
+        else:
+            left_out.add("that links to nothing", file)
     if not files:
         raise FileNotFoundError(
-            f"`{place}.path={pattern!r}` matches no file. Give a file, a folder or a glob, e.g. data/zh/*.jsonl.gz"
+            f"`{place}.path={pattern!r}` is a folder without any {' '.join(source.suffixes)} file "
+            f"(nor one with {' '.join(COMPRESSIONS)} behind), {left_out}. Give a glob and `format` for other suffixes"
         )
     return files
 
 
-def _belongs(relative: Path, source: AnySource) -> bool:
-    """Whether a file found in a folder is one of the source: known suffix, the source's format, nothing hidden."""
-    hidden = any(part.startswith(".") for part in relative.parts)
-    told = source.suffixes.get(_data_suffix(relative))
-    return not hidden and told is not None and source.format in (None, told)
+def _without_cache(matches: Sequence[Path | str], pattern: str, place: str, left_out: LeftOut) -> list[Path | str]:
+    """What a glob matches, less what `datasets` keeps beside its data."""
+    datasets = DatasetFolders(_read_if_there, f"{place}.path={pattern!r}")
+    kept = []
+    for match in matches:
+        if reason := datasets.reason_against(str(match)):
+            left_out.add(reason, match)
+        else:
+            kept.append(match)
+    return kept
+
+
+def _required(files: list[Path | str], pattern: str, place: str, left_out: LeftOut) -> list[Path | str]:
+    if not files:
+        told = f" to be read, {left_out}" if len(left_out) else ""
+        instead = "Give a file, a folder or a glob, e.g. data/zh/*.jsonl.gz"
+        raise FileNotFoundError(f"`{place}.path={pattern!r}` matches no file{told}. {instead}")
+    return files
+
+
+def _chooser(
+    source: AnySource, place: str, left_out: LeftOut, read: Callable[[str], bytes | None] | None = None
+) -> Callable[[list[str], str], list[str]]:
+    """Choose the files of a folder that are the source's: known suffix, the source's format, nothing hidden.
+
+    The result takes all paths inside of the folder, and the folder's own; `read` reads a file of the folder.
+    """
+
+    def choose(names: list[str], folder: str) -> list[str]:
+        within, there = f"{folder}/", set(names)
+
+        def read_inside(name: str) -> bytes | None:
+            return (read(name) if read else _read_if_there(within + name)) if name in there else None
+
+        datasets = DatasetFolders(read_inside, f"{place}.path={folder!r}")
+        datasets.check_whole(names, folder)
+        chosen = []
+        for name in names:
+            told = source.suffixes.get(_data_suffix(name))
+            if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+                left_out.add("hidden", within + name)
+            elif told is None and Path(name).suffix.lower() != ARCHIVE:
+                left_out.add("with another suffix", within + name)
+            elif told is not None and source.format not in (None, told):
+                left_out.add(f"that is not {source.format}", within + name)
+            elif reason := datasets.reason_against(name):
+                left_out.add(reason, within + name)
+            else:
+                chosen.append(name)
+        return chosen
+
+    return choose
+
+
+def _unpacked(path: Path | str, source: AnySource, place: str, left_out: LeftOut) -> list[Path | str]:
+    """The file itself, or the members of an archive that are the source's, sorted."""
+    if file_name(path).suffix.lower() != ARCHIVE:
+        return [path]
+    members = list_zip(path, place)
+    choose = _chooser(source, place, left_out, lambda name: _read_if_there(members[name]))
+    chosen = choose(sorted(members), str(path))
+    for name in chosen:
+        if Path(name).suffix.lower() == ARCHIVE:
+            raise ValueError(f"`{place}.path`: `{name}` in `{path}` is an archive in an archive. Unpack the outer one")
+    return [members[name] for name in chosen]
+
+
+def _read_if_there(path: str) -> bytes | None:
+    try:
+        with open_file(path if is_url(path) else Path(path)) as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
 
 
 def _format_of(file: Path | str, source: AnySource, place: str) -> TextFormat | RecordFileFormat:
@@ -245,7 +381,7 @@ def _format_of(file: Path | str, source: AnySource, place: str) -> TextFormat | 
 
 
 def _data_suffix(file: Path | str) -> str:
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
+    suffixes = [suffix.lower() for suffix in file_name(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 BadRecordPolicy: TypeAlias = Literal["error", "skip"]
 
-VERSION = 1
+# 2: without byte order marks and documents of white space alone; flags of turns are obeyed.
+VERSION = 2
 NAMED_PLACES = 5
+_PLACE_CHARACTERS = 300
 _ITEM_BYTES = 8
 _BUFFER_BYTES, _BUFFER_DOCUMENTS = 1 << 20, 1 << 14
 FILES = ("texts", "offsets", "digests", "records")
@@ -50,6 +52,12 @@ class StoreCounts:
         bad_records: Records that were left out.
         bad_places: Errors of the first few of these.
         fingerprint: Hex digest of the texts in their order.
+        empty_records: Records that were left out because they have nothing but white space to learn from.
+        damaged: Whether the file is damaged, so that its rest was not read.
+        unread_bytes: Bytes of that rest, as the file is stored; 0 if the file ends too early, or its size is not known.
+        file_bytes: Bytes of the file, as it is stored; 0 if that is not known.
+        columns: Keys or columns named by the source's `columns` that some record has.
+        keys: Keys of the first record, where the source has `columns`.
     """
 
     documents: int
@@ -57,6 +65,32 @@ class StoreCounts:
     bad_records: int
     bad_places: tuple[str, ...]
     fingerprint: str
+    empty_records: int = 0
+    damaged: bool = False
+    unread_bytes: int = 0
+    file_bytes: int = 0
+    columns: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+@dataclass
+class Losses:
+    """What of a file does not become documents; fields as in `StoreCounts`."""
+
+    bad_records: int = 0
+    bad_places: list[str] = field(default_factory=list)
+    empty_records: int = 0
+    damaged: bool = False
+    unread_bytes: int = 0
+    file_bytes: int = 0
+    columns: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+    def add(self, error: ValueError) -> None:
+        """Count a bad record, and keep the error of the first few."""
+        self.bad_records += 1
+        if len(self.bad_places) < NAMED_PLACES:
+            self.bad_places.append(str(error)[:_PLACE_CHARACTERS])
 
 
 @dataclass(frozen=True)
@@ -161,7 +195,9 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
     try:
         made_from = json.loads((folder / "store.json").read_bytes())
         counts = made_from.pop("counts")
-        counts = StoreCounts(**{**counts, "bad_places": tuple(counts["bad_places"])})
+        counts = StoreCounts(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in counts.items()}
+        )
         if made_from["version"] != VERSION:
             return None
         sizes = {name: (folder / f"{name}.bin").stat().st_size for name in FILES}
@@ -233,13 +269,12 @@ class StoreWriter:
         self.num_bytes = ends[-1]
         self._texts, self._records, self._digests, self._buffered_bytes = [], [], [], 0
 
-    def finish(self, made_from: Mapping[str, Any], bad_records: int, bad_places: list[str]) -> StoreCounts:
+    def finish(self, made_from: Mapping[str, Any], losses: Losses) -> StoreCounts:
         """Write the rest and `store.json`.
 
         Args:
             made_from: What was read how.
-            bad_records: Records left out.
-            bad_places: Errors of the first of these.
+            losses: What was left out of it.
 
         Returns:
             What the store holds.
@@ -247,7 +282,10 @@ class StoreWriter:
         self.flush()
         self._opened.close()
         counts = StoreCounts(
-            self.documents, self.num_bytes, bad_records, tuple(bad_places[:NAMED_PLACES]), self._fingerprint.hexdigest()
+            documents=self.documents,
+            num_bytes=self.num_bytes,
+            fingerprint=self._fingerprint.hexdigest(),
+            **{**asdict(losses), "bad_places": tuple(losses.bad_places)},
         )
         content = json.dumps({**made_from, "counts": asdict(counts)}, ensure_ascii=False, indent=1)
         (self._folder / "store.json").write_text(content + "\n", encoding="utf-8")

@@ -2,32 +2,38 @@
 
 Row k of a run is row ``k // num_streams`` of stream ``k % num_streams``; it depends on the sources, the seed, the
 number of streams, the sequence length and the packing, and not on ranks, loader workers or batch sizes. Each epoch of a
-source is a seeded permutation of its documents, dealt to the streams like cards. Within a stream, the source that is
-furthest behind its weight, counted in tokens or in bytes of text, gives the next segment; it may change at the end of a
-document, or where a row's end cuts a document (which goes on when its source's turn comes again).
+source is a seeded permutation of its documents, dealt to the streams like cards. Which source a row is of follows from
+the row's number (`mixing.py`), and what padding or whole documents leave over is made up for in the stream's next rows.
+Each stream has one open document a source: a document that does not fit is cut and goes on in the source's next row.
 
-A stream's state is a few numbers: the document and the token each source stands at. No text is in it, and going on from
-it reads no document but those.
+A stream's state is a few numbers: the document and the token at which each source continues, and what each was owed.
+No text is in it, and resuming reads no document but those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from lightning_mixcn.text.mixing import row_shares, tokens_per_byte
 from lightning_mixcn.text.packing import Row, Segment, fill_row
 from lightning_mixcn.text.permutation import Permutation
+from lightning_mixcn.text.stores import NAMED_PLACES
 
 if TYPE_CHECKING:
     from lightning_mixcn.text.document_set import TrainingDocuments
     from lightning_mixcn.text.encoders import DocumentEncoder, EncodedDocument
 
-# Pieces that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
-_POOL_PIECES = 64
+# Documents that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
+# Each source has its share of them, and no fewer than the second number.
+_POOL_DOCUMENTS, _LEAST_POOL_DOCUMENTS = 64, 16
+
+# A document is not cut for the mixture's sake where less than this share of a row would be on either side of the cut.
+_LEAST_PART = 1 / 16
 
 # Dropped one after the other, so many mean that a source has none that fits: else a stream would seek for ever.
 _HOPELESS_DOCUMENTS = 1000
@@ -61,12 +67,24 @@ class StreamPlan:
     packing: str = "documents"
     weight_unit: WeightUnit = "tokens"
 
+    @cached_property
+    def weights(self) -> list[float]:
+        """Share of each source in `weight_unit` ``[sources]``; they sum to 1."""
+        weights = np.asarray([documents.corpus.source.weight for documents in self.documents], dtype=np.float64)
+        shares: list[float] = (weights / weights.sum()).tolist()
+        return shares
+
+    @cached_property
+    def tokens_per_byte(self) -> list[float]:
+        """First estimate of how many tokens a byte of each source's text has ``[sources]``."""
+        return [tokens_per_byte(documents, self.encoder) for documents in self.documents]
+
     def open(self, indices: Sequence[int], states: Mapping[int, StreamState] | None = None) -> dict[int, RowStream]:
         """Open streams.
 
         Args:
             indices: Numbers of the streams.
-            states: Where streams stand, by their number; others stand at their beginning.
+            states: States of streams by their number; the others begin at their first row.
 
         Returns:
             The streams by their number.
@@ -80,111 +98,179 @@ class RowStream:
     Args:
         plan: What decides the order of rows.
         index: Number of the stream.
-        state: Where it stands; None is before its first row.
+        state: State to continue from; None is before the first row.
     """
 
     def __init__(self, plan: StreamPlan, index: int, state: StreamState | None = None) -> None:
-        """Stand there; no text is read yet."""
+        """Take the position; no text is read yet."""
         self._plan = plan
+        self._index = index
         self._readers = [_Reader(plan, index, source) for source in range(len(plan.documents))]
-        weights = np.asarray([documents.corpus.source.weight for documents in plan.documents], dtype=np.float64)
-        self._weights: list[float] = (weights / weights.sum()).tolist()
-        # The streams' first rows are of all sources in proportion, and not all of the same one.
-        first = int(np.searchsorted(np.cumsum(self._weights), (index + 0.5) / plan.num_streams))
-        head_starts = [plan.sequence_length * weight for weight in self._weights]
-        self._served = [0.0 if source == first else start for source, start in enumerate(head_starts)]
-        self._pool: list[_Piece] = []
+        self._served = [0] * len(plan.documents)
+        self._phases = [0.0] * len(plan.documents)
+        self._owed: dict[int, float] = {}
+        self._pools: list[list[_Waiting]] = [[] for _ in plan.documents]
         self.position = 0
         if state is not None:
-            self.position, self._served = state["position"], list(state["served"])
-            self._pool = [
-                _Piece(source, document, offset, length, None) for source, document, offset, length in state["pool"]
-            ]
-            for reader, (number, offset), too_long in zip(
-                self._readers, state["documents"], state["too_long"], strict=True
-            ):
-                reader.number, reader.offset, reader.too_long = number, offset, list(too_long)
+            self._restore(state)
 
     def state(self) -> StreamState:
-        """Where the stream stands, in plain values.
+        """Give the stream's state in plain values.
 
         Returns:
-            ``position`` (rows made), ``documents`` (number and token offset each source stands at), ``served`` (tokens,
-            or bytes, that each source gave, with its head start), ``pool`` (source, number, offset and length of pieces
-            that wait for a row in `best_fit`), and ``too_long`` (documents of each source that were dropped and
-            shortened).
+            ``position`` (rows made), ``documents`` (number of the open document and token offset in it, of each
+            source), ``read`` (tokens and bytes read of each source), ``served`` (tokens of each source in rows),
+            ``phases`` (tokens by which the rows planned so far are ahead of each source's share), ``pools`` (of each
+            source number, offset, length and divisibility of the documents that wait for a row in `best_fit`), and
+            ``too_long`` (documents of each source that were dropped, shortened, and refused by the encoder).
         """
         return {
             "position": self.position,
             "documents": [[reader.number, reader.offset] for reader in self._readers],
+            "read": [list(reader.read) for reader in self._readers],
             "served": list(self._served),
-            "pool": [list(piece[:4]) for piece in self._pool],
+            "phases": list(self._phases),
+            "pools": [[list(piece[:4]) for piece in pool] for pool in self._pools],
             "too_long": [list(reader.too_long) for reader in self._readers],
         }
+
+    def _restore(self, state: StreamState) -> None:
+        self.position, self._served, self._phases = state["position"], list(state["served"]), list(state["phases"])
+        self._pools = [[_Waiting(*piece, None) for piece in pool] for pool in state["pools"]]
+        for reader, (number, offset), read, too_long in zip(
+            self._readers, state["documents"], state["read"], state["too_long"], strict=True
+        ):
+            reader.number, reader.offset, reader.read, reader.too_long = number, offset, list(read), list(too_long)
 
     @property
     def exhausted(self) -> bool:
         """Whether every source has been read `max_epochs` times."""
-        return not self._pool and all(reader.exhausted for reader in self._readers)
+        return not self._live()
 
     def next_row(self) -> Row:
-        """Make the next row and move behind it.
+        """Make the next row.
 
         Returns:
             The row: full (nearly, in `best_fit`), or short where the sources end, and empty after that.
         """
+        self._plan_row()
+        take = self._next_piece if self._plan.packing == "best_fit" else self._next_segment
+        row = fill_row(take, self._plan.sequence_length)
+        for segment in row:
+            self._served[segment.source] += len(segment.tokens)
         self.position += 1
-        if self._plan.packing == "best_fit":
-            return self._best_fitting_row()
-        return fill_row(self._next_segment, self._plan.sequence_length)
+        return row
+
+    def _live(self) -> list[int]:
+        """Sources that still have something to give."""
+        return [source for source, reader in enumerate(self._readers) if self._pools[source] or not reader.exhausted]
+
+    def _plan_row(self) -> None:
+        """Set what each source is owed by the end of this row, in tokens, of the sources that have not ended."""
+        live, length = self._live(), self._plan.sequence_length
+        shares = self._shares_of(live)
+        number = self.position * self._plan.num_streams + self._index
+        total = sum(self._served[source] for source in live) + length
+        self._owed = {}
+        for source, share, part in zip(live, shares, row_shares(number, self._plan.num_streams, shares), strict=True):
+            self._phases[source] += (part - share) * length
+            self._owed[source] = share * total + self._phases[source] - self._served[source]
+
+    def token_shares(self) -> list[float]:
+        """Give the share of tokens that the weights ask for ``[sources]``; it is 0 for a source that has ended."""
+        live = self._live()
+        shares = dict(zip(live, self._shares_of(live), strict=True))
+        return [shares.get(source, 0.0) for source in range(len(self._readers))]
+
+    def _shares_of(self, live: list[int]) -> list[float]:
+        """Turn the weights of sources into shares of tokens, which sum to 1.
+
+        Bytes are turned into tokens by what was read so far, and as if a row of the plan's estimate had been read
+        before. A better estimate also corrects what was served before it.
+        """
+        weights = [self._plan.weights[source] for source in live]
+        if self._plan.weight_unit == "bytes":
+            first = self._plan.sequence_length
+            for place, source in enumerate(live):
+                tokens, num_bytes = self._readers[source].read
+                weights[place] *= (first + tokens) / (first / self._plan.tokens_per_byte[source] + num_bytes)
+        return [weight / sum(weights) for weight in weights]
+
+    def _most_owed(self) -> list[int]:
+        """Order the sources by what they are owed."""
+        return sorted(self._live(), key=lambda source: (-self._owed.get(source, 0.0), source))
+
+    def _limit(self, source: int, space: int) -> int:
+        """Give the tokens at which a document of the source is cut."""
+        owed, least = round(self._owed.get(source, 0.0)), self._plan.sequence_length * _LEAST_PART
+        return owed if owed >= least and space - owed >= least else space
 
     def _next_segment(self, space: int) -> Segment | None:
-        while live := [source for source, reader in enumerate(self._readers) if not reader.exhausted]:
-            source = min(live, key=lambda candidate: (self._served[candidate] / self._weights[candidate], candidate))
-            if self._plan.encoder.keeps_whole and self._readers[source].remaining > space:
+        while order := self._most_owed():
+            source, keeps_whole = order[0], self._plan.encoder.keeps_whole
+            reader = self._readers[source]
+            if keeps_whole and reader.remaining > space:
                 return None
-            segment = self._readers[source].take(space)
+            segment = reader.take(space if keeps_whole else self._limit(source, space))
             if len(segment.tokens):  # else the document was dropped
-                self._served[source] += self._readers[source].taken
-                return segment
+                return self._charge(segment)
         return None
 
-    def _best_fitting_row(self) -> Row:
-        """The piece that waits longest, and then always the longest one that fits."""
-        row: list[Segment] = []
-        space = self._plan.sequence_length
-        while self._fill_pool():
-            fitting = [place for place, piece in enumerate(self._pool) if piece.length <= space]
-            if not fitting:
-                break
-            place = max(fitting, key=lambda candidate: (self._pool[candidate].length, -candidate)) if row else 0
-            piece = self._pool.pop(place)
-            row.append(piece.segment or self._readers[piece.source].segment(*piece[1:4]))
-            space -= piece.length
-        return tuple(row)
+    def _next_piece(self, space: int) -> Segment | None:
+        """Give a document of the source that is owed most: the one that waits longest, then the longest that fits."""
+        for source in self._most_owed():
+            pool, limit = self._fill_pool(source), self._limit(source, space)
+            fitting = [place for place, waiting in enumerate(pool) if waiting.length <= space]
+            divisible = [place for place, waiting in enumerate(pool) if waiting.divisible]
+            if pool and space == self._plan.sequence_length:
+                place = 0
+            elif fitting:
+                place = max(fitting, key=lambda candidate: (pool[candidate].length, -candidate))
+            elif divisible and limit >= self._plan.sequence_length * _LEAST_PART:
+                place = divisible[0]
+            else:
+                continue
+            return self._charge(self._take_waiting(source, place, limit))
+        return None
 
-    def _fill_pool(self) -> bool:
-        while len(self._pool) < _POOL_PIECES:
-            segment = self._next_segment(self._plan.sequence_length)
-            if segment is None:
-                break
-            piece = _Piece(segment.source, segment.document, segment.offset, len(segment.tokens), segment)
-            self._pool.append(piece)
-        return bool(self._pool)
+    def _take_waiting(self, source: int, place: int, limit: int) -> Segment:
+        """Take a document out of the pool; what a long one has beyond the limit stays there."""
+        pool, reader = self._pools[source], self._readers[source]
+        waiting = pool.pop(place)
+        segment = waiting.segment or reader.segment(waiting.number, waiting.offset, waiting.length)
+        if waiting.divisible and waiting.length > limit:
+            rest = segment.part(limit, waiting.length)
+            pool.insert(place, _Waiting(waiting.number, rest.offset, len(rest.tokens), True, rest))
+            segment = segment.part(0, limit)
+        return segment
+
+    def _fill_pool(self, source: int) -> list[_Waiting]:
+        pool, reader, length = self._pools[source], self._readers[source], self._plan.sequence_length
+        size = max(_LEAST_POOL_DOCUMENTS, _POOL_DOCUMENTS // len(self._readers))
+        while len(pool) < size and sum(waiting.length for waiting in pool) < size * length and not reader.exhausted:
+            segment = reader.take(reader.remaining)
+            if len(segment.tokens):  # else the document was dropped
+                divisible = len(segment.tokens) > length
+                pool.append(_Waiting(segment.document, 0, len(segment.tokens), divisible, segment))
+        return pool
+
+    def _charge(self, segment: Segment) -> Segment:
+        self._owed[segment.source] = self._owed.get(segment.source, 0.0) - len(segment.tokens)
+        return segment
 
 
-class _Piece(NamedTuple):
-    """A segment that waits for a row; `segment` is None after a resume, until it is needed."""
+class _Waiting(NamedTuple):
+    """The rest of a document that waits for a row; `segment` is None after a resume, until it is needed."""
 
-    source: int
-    document: int
+    number: int
     offset: int
     length: int
+    divisible: bool  # the document is longer than a row
     segment: Segment | None
 
 
 class _Reader:
-    """Where a stream is in a source: the document dealt to it last, counted through all epochs, and a token of it."""
+    """A stream's position in a source: the document dealt to it last, counted through all epochs, and a token of it."""
 
     def __init__(self, plan: StreamPlan, stream: int, source: int) -> None:
         self._plan = plan
@@ -192,8 +278,8 @@ class _Reader:
         self._source = source
         self.number = stream
         self.offset = 0
-        self.taken = 0.0  # tokens, or bytes, of the last segment
-        self.too_long = [0, 0]  # documents dropped and shortened
+        self.read: list[float] = [0, 0.0]  # tokens and bytes of text
+        self.too_long = [0, 0, 0]  # documents dropped, shortened and refused
         self._dropped_since_last = 0
         self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
         self._document: EncodedDocument | None = None
@@ -222,7 +308,7 @@ class _Reader:
         if self.offset == 0:
             self._count_too_long(document)
         segment = self._cut(document, self.number, self.offset, space)
-        self.taken = self._size(len(segment.tokens), len(document.tokens))
+        self._count_read(len(segment.tokens), len(document.tokens))
         self.offset += len(segment.tokens)
         if self.offset == len(document.tokens):
             self.number, self.offset = self.number + self._plan.num_streams, 0
@@ -240,12 +326,12 @@ class _Reader:
             self._document = self._encode(self._index)
         return self._document
 
-    def _size(self, tokens: int, of_document: int) -> float:
-        """How much some tokens of the document count; in bytes, a part of it has its share of the document's."""
-        if self._plan.weight_unit == "tokens" or not tokens:
-            return tokens
-        assert self._index is not None, "exhausted"
-        return self._documents.corpus.num_bytes_of(self._index) * tokens / of_document
+    def _count_read(self, tokens: int, of_document: int) -> None:
+        """Count tokens and, where weights are of bytes, the tokens' share of the document's bytes."""
+        self.read[0] += tokens
+        if self._plan.weight_unit == "bytes" and tokens:
+            assert self._index is not None, "exhausted"
+            self.read[1] += self._documents.corpus.num_bytes_of(self._index) * tokens / of_document
 
     def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> Segment:
         part = slice(offset, offset + space)
@@ -255,11 +341,17 @@ class _Reader:
     def _count_too_long(self, document: EncodedDocument) -> None:
         self.too_long[0] += document.too_long == "dropped"
         self.too_long[1] += document.too_long == "shortened"
+        if document.refused is not None:
+            assert self._index is not None, "exhausted"
+            if self._documents.corpus.on_bad_record == "error" or self.too_long[2] < NAMED_PLACES:
+                self._documents.corpus.refuse(self._index, document.refused)
+            self.too_long[2] += 1
         self._dropped_since_last = 0 if len(document.tokens) else self._dropped_since_last + 1
         if self._dropped_since_last == _HOPELESS_DOCUMENTS:
             raise ValueError(
                 f"{_HOPELESS_DOCUMENTS} documents of source {self._documents.name!r}, one after the other, were longer "
-                "than a row and dropped. Raise `sequence_length`, or choose another `on_too_long`"
+                "than a row and dropped, or refused by the template. Raise `sequence_length`, choose another "
+                "`on_too_long`, or another `template`"
             )
 
     def _encode(self, index: int) -> EncodedDocument:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from lightning_mixcn.text.conversations import RECORD_KEYS
 from lightning_mixcn.text.files import open_file
 
 if TYPE_CHECKING:
+    from lightning_mixcn.text.records import RecordTally
     from lightning_mixcn.text.sources import SourceFile
 
 # Few, because a row may have megabytes.
@@ -23,7 +26,7 @@ class MissingColumnError(ValueError):
 
 
 def iterate_rows(
-    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, Any]]:
     """Read the texts or the records of a parquet or Arrow file.
 
@@ -31,6 +34,7 @@ def iterate_rows(
         file: The file, and the column of the text or that it has records.
         on_bad_record: Called with the error of a row without valid text; if it returns, the row is left out.
         on_read: Called with about how many bytes of the file were read since the last call.
+        tally: Is given the names of all columns as the records' keys.
 
     Yields:
         Row, counted from 0, and UTF-8 of its text; or the row as a dictionary.
@@ -39,7 +43,7 @@ def iterate_rows(
         DamagedFileError: The file cannot be read any further.
         MissingColumnError: The file has no such column.
     """
-    columns = _parquet_columns(file) if file.format == "parquet" else _arrow_columns(file)
+    columns = _parquet_columns(file, tally) if file.format == "parquet" else _arrow_columns(file, tally)
     row = 0
     while True:
         try:
@@ -70,6 +74,8 @@ def _is_damage(error: Exception) -> bool:
     """Whether an error tells of the file's contents rather than of the file system or a lost connection."""
     import pyarrow
 
+    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):  # of a table in an archive
+        return True
     if isinstance(error, OSError) and not isinstance(error, pyarrow.ArrowException):
         return type(error) is OSError and error.errno is None
     return isinstance(error, (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, KeyError, IndexError))
@@ -87,7 +93,7 @@ def _flaw(value: Any, are_texts: bool, place: str, text_key: str) -> ValueError 
     return None
 
 
-def _parquet_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
+def _parquet_columns(file: SourceFile, tally: RecordTally) -> Iterator[tuple[list[Any], bool, int]]:
     """Values of the column by batches, whether they are the bytes of texts, and the bytes of the file read."""
     from pyarrow import parquet
 
@@ -95,13 +101,13 @@ def _parquet_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
         # Without `pre_buffer` a column is streamed; with it, all of a row group is in memory.
         table = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
         names, num_rows, size = table.schema_arrow.names, table.metadata.num_rows, _size(raw)
-        wanted = _wanted_columns(file, names)
+        tally.keys, wanted = tuple(names), _wanted_columns(file, names)
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
             column = batch.to_struct_array() if file.records else batch.column(0)
             yield *_values(column), size * len(column) // max(num_rows, 1)
 
 
-def _arrow_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
+def _arrow_columns(file: SourceFile, tally: RecordTally) -> Iterator[tuple[list[Any], bool, int]]:
     """The same of an Arrow IPC file or stream; every batch is checked, or its offsets could lead outside of it."""
     import pyarrow
 
@@ -113,7 +119,7 @@ def _arrow_columns(file: SourceFile) -> Iterator[tuple[list[Any], bool, int]]:
         source = pyarrow.memory_map(str(file.path)) if isinstance(file.path, Path) else pyarrow.PythonFile(raw, "r")
         with source:
             names = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).schema.names
-            wanted = [names.index(name) for name in _wanted_columns(file, names)]
+            tally.keys, wanted = tuple(names), [names.index(name) for name in _wanted_columns(file, names)]
             source.seek(0)
             options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
             read = 0
@@ -169,11 +175,12 @@ def _as_bytes(column: Any) -> Any:
 def _wanted_columns(file: SourceFile, names: list[str]) -> list[str]:
     """The column of the text, or those of records; a table may have others, of any type and size."""
     if file.records:
-        return [name for name in names if name in RECORD_KEYS]
+        renamed = {name for _, name in file.columns}
+        return [name for name in names if name in RECORD_KEYS or name in renamed]
     if file.text_key not in names:
         raise MissingColumnError(
-            f"`{file.path}` has no column {file.text_key!r}. Set the source's `text_key` to one of its "
-            f"columns: {', '.join(map(repr, names))}"
+            f"`{file.path}` has no column {file.text_key!r}. Set the source's `columns.text` or `text_key` to one of "
+            f"its columns: {', '.join(map(repr, names))}"
         )
     return [file.text_key]
 

@@ -133,6 +133,12 @@ class TextTokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @cached_property
+    def added_tokens(self) -> dict[str, tuple[int, bool]]:
+        """Tokens beside the vocabulary's pieces: the id of each, and whether it is special (never read out of text)."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: (int(index), token.special) for index, token in added.items()}
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the vocabulary, the special tokens, and what becomes of the probe texts."""
         behaviour = [sorted(self._backend.get_vocab().items()), self.bos_id, self.eos_id, self.encode_batch(PROBES)]

@@ -15,15 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_mixcn.text.byte_streams import OnRead, ignore_progress
+from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, ignore_progress
 from lightning_mixcn.text.documents import iterate_documents, refuse
 from lightning_mixcn.text.files import identify
+from lightning_mixcn.text.records import RecordTally
 from lightning_mixcn.text.sources import SourceFile
-from lightning_mixcn.text.stores import NAMED_PLACES, VERSION, BadRecordPolicy, StoreWriter, TextStore, read_store
+from lightning_mixcn.text.stores import VERSION, BadRecordPolicy, Losses, StoreWriter, TextStore, read_store
 
 # Longer than a file system's clock takes to tick: a file changed twice within a tick has one time.
 _CLOCK_TICK_NS = 20_000_000
-_PLACE_CHARACTERS = 300
 
 
 def cache_folder() -> Path:
@@ -92,26 +92,35 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
 def _write(
     scratch: Path, file: SourceFile, on_bad_record: BadRecordPolicy, made_from: dict[str, Any], on_read: OnRead
 ) -> None:
-    bad_records, bad_places = 0, list[str]()
+    losses, tally, read = Losses(file_bytes=int(made_from["identity"]["size"])), RecordTally(), 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal read
+        read += num_bytes
+        on_read(num_bytes)
 
     def count(error: ValueError) -> None:
-        nonlocal bad_records
-        bad_records += 1
-        if len(bad_places) < NAMED_PLACES:
-            bad_places.append(str(error)[:_PLACE_CHARACTERS])
+        losses.add(error)
+        if isinstance(error, DamagedFileError):
+            share = error.unread_share
+            rest = losses.file_bytes - read if share is None else round(share * losses.file_bytes)
+            losses.damaged, losses.unread_bytes = True, max(rest, 0)
 
     with _naming_cache(scratch):
         scratch.mkdir()
         writer = StoreWriter(scratch)
     # A full disk shows when a file is closed, too.
     with _naming_cache(scratch, only_space=True), writer:
-        for record, encoded in iterate_documents(file, refuse if on_bad_record == "error" else count, on_read):
+        on_bad = refuse if on_bad_record == "error" else count
+        for record, encoded in iterate_documents(file, on_bad, advance, tally):
             writer.append(record, encoded)
             if writer.is_full:
                 with _naming_cache(scratch):
                     writer.flush()
         with _naming_cache(scratch):
-            writer.finish(made_from, bad_records, bad_places)
+            losses.empty_records, losses.columns = tally.empty, tuple(sorted(tally.columns))
+            losses.keys = tally.keys if file.columns else ()
+            writer.finish(made_from, losses)
 
 
 def _publish(scratch: Path, folder: Path, made_from: dict[str, Any]) -> None:
@@ -151,7 +160,7 @@ def _settled(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]
     return made_from
 
 
-def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, str]:
+def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
     path = str(file.path.absolute()) if isinstance(file.path, Path) else file.path
     return {
         "file": path,
@@ -160,6 +169,9 @@ def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, str]
         "document_unit": file.document_unit,
         "on_bad_record": on_bad_record,
         **({"records": file.records} if file.records else {}),
+        # As read back from JSON, or no store would ever be found again.
+        **({"roles": dict(file.roles)} if file.roles else {}),
+        **({"columns": [list(pair) for pair in file.columns]} if file.columns else {}),
     }
 
 

@@ -76,7 +76,7 @@ def _unpack_missing(
             bar.update(num_bytes)
 
     # The files of `memory://` are in this process alone.
-    here = any(str(file.path).startswith("memory:") for file in files)
+    here = any("memory:" in str(file.path) for file in files)
     processes = min(MAX_PROCESSES, os.cpu_count() or 1, len(files))
     if here or processes < 2 or sum(sizes) < MIN_PARALLEL_BYTES:
         return [unpack(file, on_bad_record, advance) for file in files]

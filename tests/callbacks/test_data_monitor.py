@@ -252,3 +252,44 @@ def test_two_ranks_are_added_up(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         saved = torch.load(tmp_path / f"step={step:08d}.ckpt", weights_only=True)["callbacks"]["DataMonitor"]["tokens"]
         assert saved == {name: tokens([*range(2 * step)])[f"data/{name}/tokens"] for name in SOURCES}
+
+
+class Weighted(FixedBatches):
+    """Says what its weights ask for."""
+
+    num_streams, sequence_length = 3, 24
+
+    def __init__(self, asked: dict[str, float]) -> None:
+        super().__init__(BATCHES, SOURCES)
+        self.asked = asked
+
+    def token_shares(self) -> dict[str, float]:
+        return self.asked
+
+
+def test_shares_are_logged_beside_those_asked_for(trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Over the last 6 rows, which are two batches."""
+    lines = Lines()
+    run = trainer(logger=lines, max_steps=2, log_every_n_steps=1, callbacks=[DataMonitor()])
+    run.fit(OneNumber(), Weighted({"zh": 0.6, "en": 0.4}))
+    for step, (_, line) in enumerate(lines.lines):
+        seen = tokens([*range(max(0, step - 1), step + 1)])
+        expected = seen["data/zh/tokens"] / sum(seen.values())
+        assert line["data/zh/token_share"] == pytest.approx(expected)
+        assert line["data/zh/token_share"] + line["data/en/token_share"] == pytest.approx(1)
+        assert (line["data/zh/token_share_asked"], line["data/en/token_share_asked"]) == (0.6, 0.4)
+
+
+def test_a_mixture_that_does_not_hold_is_warned_of_once(trainer: Make) -> None:
+    """The shares of Chinese in two batches in a row are 0.597, 0.612, 0.747, 0.667 and 0.670."""
+    message = r"do not hold the weights of `sources`, in tokens: zh 74\.7% \(asked for 63\.0%\), en 25\.3%"
+    run = trainer(max_steps=6, log_every_n_steps=1, callbacks=[DataMonitor()])
+    with pytest.warns(UserWarning, match=message) as warnings:
+        run.fit(OneNumber(), Weighted({"zh": 0.63, "en": 0.37}))
+    assert len([warning for warning in warnings if "do not hold" in str(warning.message)]) == 1
+
+
+def test_a_mixture_within_five_points_is_not_warned_of(trainer: Make) -> None:
+    """The first batch alone is off by more: it is not two rows of each stream."""
+    run = trainer(max_steps=2, log_every_n_steps=1, callbacks=[DataMonitor()])
+    run.fit(OneNumber(), Weighted({"zh": 0.64, "en": 0.36}))

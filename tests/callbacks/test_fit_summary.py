@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mixcn.callbacks import AdapterCheckpoint, FitSummary, StepCheckpoint
+from lightning_mixcn.callbacks import AdapterCheckpoint, DataMonitor, FitSummary, StepCheckpoint
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 
@@ -56,6 +56,23 @@ def test_the_table(trainer: Make, module: PretrainModule, tmp_path: Path, caplog
     assert Path(rows["checkpoint"]).name == "last.ckpt"
     assert Path(rows["checkpoint"]).resolve().name == "step=00000002.ckpt"
     assert Path(rows["adapter"], "adapter_model.safetensors").is_file()
+
+
+class Weighted(FixedBatches):
+    num_streams, sequence_length = 3, 24
+
+    def token_shares(self) -> dict[str, float]:
+        return {"zh": 0.6, "en": 0.4}
+
+
+def test_the_mixture_stands_beside_what_was_asked_for(
+    trainer: Make, module: PretrainModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer(max_steps=2, callbacks=[FitSummary(), DataMonitor()]).fit(module, Weighted(BATCHES[:2], ["zh", "en"]))
+    rows = table(caplog)
+    assert rows["tokens of zh"] == f"{43 / 72:.1%}, asked for 60.0%"
+    assert rows["tokens of en"] == f"{29 / 72:.1%}, asked for 40.0%"
 
 
 def test_another_module_is_refused(trainer: Make) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_mixcn.data import PretrainDataModule
-from lightning_mixcn.text import Source
+from lightning_mixcn.text import Source, read_corpus
 
 # Lightning 2.6 calls jsonargparse by its former names.
 FORMER = "(?s).*(was deprecated in v4|JsonargparseDeprecationWarning)"
@@ -55,6 +55,15 @@ def test_yaml(parse: Parse) -> None:
     module = parse(YAML)
     assert module.source_names("train") == ["zh", "en"]
     assert (module.sequence_length, module.num_streams, module.max_eval_rows) == (128, 64, 256)
+
+
+def test_columns_in_yaml(parse: Parse, tmp_path: Path) -> None:
+    (tmp_path / "zh.json").write_text('[{"body": "one"}, {"body": "two"}]')
+    yaml = YAML.replace('path: "data/zh/*.jsonl.gz"', f"path: {tmp_path}/zh.json, columns: {{text: body}}")
+    source = parse(yaml)._documents._sources["sources"][0]
+    assert source.columns == {"text": "body"}
+    corpus = read_corpus(source)
+    assert [corpus.text(index) for index in range(len(corpus))] == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,36 @@ def test_places_name_their_argument(sources: list[Source]) -> None:
         sets(sources, predict=[sources[0], Source("x", "no.jsonl")]).read("predict")
     with pytest.raises(ValueError, match=r"`val_sources\[0\].weight=-1`"):
         sets(sources, val=([Source("x", "y", weight=-1)], 0.0))
+
+
+def test_home_is_expanded_for_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    for stage in ("train", "val", "test", "predict"):
+        (tmp_path / f"data/{stage}.jsonl").write_text(json.dumps({"text": stage}) + "\n")
+
+    def source(stage: str, pattern: str) -> list[Source]:
+        return [Source("zh", pattern.format(stage))]
+
+    for pattern in ("~/data/{}.jsonl", "~/data/{}*", "file://~/data/{}.jsonl"):
+        documents = sets(
+            source("train", pattern),
+            val=(source("val", pattern), 0.1),
+            test=(source("test", pattern), 0.1),
+            predict=source("predict", pattern),
+        )
+        assert training_texts(documents) == [{"train"}]
+        for stage in ("val", "test", "predict"):
+            assert texts(documents, stage) == [{stage}]
+
+
+def test_every_source_is_told_once(sources: list[Source], caplog: pytest.LogCaptureFixture) -> None:
+    documents = sets(sources, predict=sources[1:])
+    with caplog.at_level(logging.INFO, logger="lightning_mixcn"):
+        for _ in range(2):
+            documents.read_training()
+            for stage in ("val", "test", "predict"):
+                documents.read(stage)
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        f"Source {name!r}: 1 files read, 0 left out" for name in ("zh", "en", "en")
+    ]

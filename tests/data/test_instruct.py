@@ -22,7 +22,7 @@ BOS, EOS, FIRST_BYTE = 1, 2, 3
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     return [
-        {"instruction": f"问{number}", "output": "答" * (number % 5), "history": [["早", "好"]] * (number % 3)}
+        {"instruction": f"问{number}", "output": "答" * (1 + number % 4), "history": [["早", "好"]] * (number % 3)}
         for number in range(120)
     ]
 
@@ -196,3 +196,78 @@ def test_a_bad_record_is_named_with_its_place(
         first(data, 1)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+STRICT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}
+{%- elif m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"""
+
+
+@pytest.fixture
+def strict(make: Make, records: list[dict[str, Any]], tmp_path: Path) -> Make:
+    """A template without a system turn, and 120 conversations of which lines 17 and 90 have one."""
+    (tmp_path / "strict.jinja").write_text(STRICT)
+    for line in (17, 90):
+        records = [*records[: line - 1], {**records[line - 1], "system": "S"}, *records[line:]]
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+
+    def module(**changes: Any) -> InstructDataModule:
+        settings: dict[str, Any] = {"template": str(tmp_path / "strict.jinja"), "val_fraction": 0.0}
+        return make(sources=[ConversationSource("zh", str(tmp_path / "s.jsonl"))], **(settings | changes))
+
+    return module
+
+
+REFUSED = r"s\.jsonl` line 17: .*strict\.jinja` cannot be used for this conversation: no system here"
+
+
+def test_what_the_template_refuses_is_named_before_training(strict: Make) -> None:
+    with pytest.raises(ValueError, match=rf"{REFUSED}\. Mend the record, or leave such .* `on_bad_record: skip`$"):
+        strict().setup("fit")
+
+
+def test_what_the_template_refuses_is_skipped_and_counted(strict: Make, caplog: pytest.LogCaptureFixture) -> None:
+    data = strict(on_bad_record="skip", num_streams=1)
+    batches = first(data, 12)
+    assert "S\n\n" not in "".join(text(batch["input_ids"].flatten()) for batch in batches)
+    while data.refused()["zh"] < 2:
+        next(data.train_dataloader().__iter__())
+    named = [record.getMessage() for record in caplog.records if "It is left out" in record.getMessage()]
+    assert len(named) == 2
+    assert {int(re.findall(r"s\.jsonl` line (\d+): ", message)[0]) for message in named} == {17, 90}
+    assert data.too_long() == {"zh": (0, 0)}
+    assert data.bad_records() == 0
+
+
+def test_what_is_refused_only_when_it_is_met_is_named_too(strict: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_mixcn.data.instruct._TRIED_CONVERSATIONS", 1)
+    data = strict(num_streams=1)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"s\.jsonl` line (17|90): .*no system here"):
+        list(islice(data.train_dataloader(), 200))
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_what_the_template_refuses_of_an_evaluation_set(
+    strict: Make, tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = [ConversationSource("zh", str(tmp_path / "s.jsonl"))]
+    data = strict(test_sources=sources, on_bad_record=policy, max_eval_rows=None)
+    data.setup("test")
+    if policy == "error":
+        with pytest.raises(ValueError, match=REFUSED):
+            data.test_dataloader()
+        return
+    loader: Any = data.test_dataloader()
+    documents = {int(index) for batch in loader for index in batch["document_index"].flatten()} - {-1}
+    assert documents == set(range(120)) - {16, 89}
+    assert sum("It is left out" in record.getMessage() for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_template_that_refuses_everything(strict: Make, tmp_path: Path, policy: str) -> None:
+    refuses = "{% if messages[0].content[0] in '问早S' %}{{ raise_exception('no') }}{% endif %}"
+    (tmp_path / "strict.jinja").write_text(refuses + STRICT, encoding="utf-8")
+    message = "line 1: " if policy == "error" else r"refuses each of the 120 conversations of source 'zh'.* line 1: "
+    with pytest.raises(ValueError, match=message):
+        strict(on_bad_record=policy).setup("fit")

@@ -205,6 +205,19 @@ def test_setup_errors(stage: str, changes: dict[str, Any], message: str, argumen
         PretrainDataModule(**arguments(**changes)).setup(stage)
 
 
+def test_shares_of_tokens_that_the_weights_ask_for(arguments: Arguments) -> None:
+    module = PretrainDataModule(**arguments())
+    module.setup("fit")
+    assert module.token_shares() == pytest.approx({"zh": 0.9, "en": 0.1})
+
+
+def test_weights_in_bytes_ask_for_tokens_by_what_was_read(arguments: Arguments) -> None:
+    """A Chinese character is three tokens of this tokenizer, as it is three bytes: nearly the weights themselves."""
+    module = PretrainDataModule(**arguments(weight_unit="bytes"))
+    module.setup("fit")
+    assert module.token_shares() == pytest.approx({"zh": 0.9, "en": 0.1}, abs=0.02)
+
+
 def test_missing_files(arguments: Arguments, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`sources\[0\].path='.*'` matches no file. Give a file, a folder"):
         PretrainDataModule(**arguments(sources=[Source("zh", f"{tmp_path}/*.jsonl")])).setup("fit")

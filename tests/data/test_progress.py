@@ -79,3 +79,9 @@ def test_every_difference_is_named() -> None:
     message = r"`sources` was 'zh, en' and is 'zh'; `weight of source zh` was 0.9 and is None; `seed` was None and is 1"
     with pytest.raises(ValueError, match=message):
         require_same_order(ORDER, current)
+
+
+def test_the_old_order_of_rows_is_refused_with_the_reason() -> None:
+    current: Order = {"mixing": "by row number", **ORDER}
+    with pytest.raises(ValueError, match=r"trained on the sources in blocks.*`model\.init_args\.adapter`"):
+        require_same_order(ORDER, current)

@@ -58,3 +58,13 @@ def test_a_changed_file_changes_the_fingerprint(config: dict[str, Any]) -> None:
 def test_globs_and_what_is_elsewhere(config: dict[str, Any]) -> None:
     found = files_fingerprint(["*.jsonl", "gone", "s3://bucket/zh/*.parquet", "--vocab_size"])
     assert list(found) == ["*.jsonl"]
+
+
+def test_linked_folders_are_seen(config: dict[str, Any]) -> None:
+    Path("data").mkdir()
+    Path("data/linked").symlink_to(Path("run").absolute())
+    Path("data/circle").symlink_to(".")
+    Path("data/gone").symlink_to("nowhere")
+    before = files_fingerprint(["data"])
+    Path("run/weights").write_bytes(b"12")
+    assert files_fingerprint(["data"]) != before

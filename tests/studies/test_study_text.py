@@ -28,7 +28,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="`text` is empty"):
         read_documents([], "text", "file")
-    with pytest.raises(ValueError, match="holds empty documents only"):
+    with pytest.raises(ValueError, match="have no document but 1 records without text"):
         read_documents([f"zh={tmp_path / 'empty.jsonl'}"], "text", "file")
     with pytest.raises(FileNotFoundError, match=r"text\[0\]"):
         read_documents([f"zh={tmp_path / 'nowhere.jsonl'}"], "text", "file")

@@ -27,12 +27,17 @@ def test_sentences_keep_all_but_blanks() -> None:
     assert all(not part.startswith("ord") for part in cut[3:])
 
 
-def test_files_of_every_kind_without_a_copy(tmp_path: Path, cache_of_the_tests: Path) -> None:
+def test_files_of_every_kind_without_a_copy(
+    tmp_path: Path, cache_of_the_tests: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = sorted(cache_of_the_tests.rglob("*"))
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write(json.dumps({"content": "中文"}) + "\n")
     (tmp_path / "b.txt").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "c.md").touch()
     files = corpus_files([str(tmp_path)], "content")
+    (message,) = caplog.messages
+    assert message.startswith("Source 'corpus': 2 files read, 1 left out: 1 with another suffix (`")
     assert list(iterate_texts(files, "reading")) == ["中文", "one", "two"]
     named = named_files([f"x={tmp_path / 'b.txt'}"], "text", "file")
     assert list(iterate_texts(named["x"], "x")) == ["one\ntwo\n"]

@@ -1,5 +1,6 @@
 """Labels of conversations against masks written by hand, with a tokenizer of bytes: what is learnt can be read."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mixcn.text import Conversations, TextTokenizer, Turn
-from lightning_mixcn.text.chat_template import MixtralTemplate
+from lightning_mixcn.testing.tiny import byte_tokenizer
+from lightning_mixcn.text import Conversations, TextTokenizer, Turn, load_template, load_tokenizer
+from lightning_mixcn.text.chat_template import MixtralControlTemplate, MixtralTemplate
 from lightning_mixcn.text.conversations import dump_conversation
 from lightning_mixcn.text.encoders import EncodedDocument
 
@@ -18,8 +20,6 @@ FIRST = "<s>[INST] 一 [/INST] 甲</s>"
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer(train_sentencepiece: Any) -> TextTokenizer:
-    from lightning_mixcn.text import load_tokenizer
-
     return load_tokenizer(train_sentencepiece())
 
 
@@ -152,3 +152,49 @@ def test_what_tokens_depend_on(bytes_tokenizer: TextTokenizer) -> None:
     one, other = (Conversations(MixtralTemplate(), bytes_tokenizer, 64, answers=answers) for answers in ("all", "last"))
     assert one.fingerprint != other.fingerprint
     assert one.fingerprint.keys() == {"tokenizer", "template", "on_too_long", "answers"}
+
+
+FLAGGED = [LONG[0], Turn("assistant", "甲", learned=False), *LONG[2:]]
+
+
+@pytest.mark.parametrize("answers", ["all", "last"])
+def test_an_answer_that_is_not_to_be_learned_is_only_read(bytes_tokenizer: TextTokenizer, answers: Any) -> None:
+    document = encode(bytes_tokenizer, FLAGGED, answers=answers)
+    assert document.tokens.tolist() == encode(bytes_tokenizer, LONG).tokens.tolist()
+    assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == ["乙乙</s>"]
+    (scored,) = Conversations(MixtralTemplate(), bytes_tokenizer, 4096, answers=answers).score([text_of(FLAGGED)])
+    assert scored.label_bytes.sum() == len("乙乙".encode())
+    assert scored.learnt is not None
+    assert document.learnt is not None
+    assert scored.learnt.tolist() == document.learnt.tolist()
+
+
+def test_the_last_answer_is_the_last_one_to_be_learned(bytes_tokenizer: TextTokenizer) -> None:
+    turns = [*LONG[:3], Turn("assistant", "乙乙", learned=False)]
+    for answers in ("all", "last"):
+        document = encode(bytes_tokenizer, turns, answers=answers)
+        assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == ["甲</s>"]
+
+
+def test_without_a_learned_answer_nothing_is_left(bytes_tokenizer: TextTokenizer) -> None:
+    whole = len(encode(bytes_tokenizer, LONG).tokens)
+    for policy in ("cut_at_turn", "drop", "truncate"):  # the second answer, which alone is learned, does not fit
+        assert encode(bytes_tokenizer, FLAGGED, whole - 8, on_too_long=policy).too_long == "dropped"
+
+
+def test_a_cut_conversation_is_written_as_a_shorter_one(tmp_path: Path) -> None:
+    """Where tags are control tokens, the system's text stands before the last question: cutting must not lose it."""
+    saved = byte_tokenizer()
+    saved.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    saved.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    template = load_template("mixtral", tokenizer)
+    assert isinstance(template, MixtralControlTemplate)
+    turns = [Turn("system", "系统"), *LONG]
+    whole = Conversations(template, tokenizer, 4096).encode(text_of(turns))
+    first = Conversations(template, tokenizer, 4096).encode(text_of(turns[:3]))
+    assert whole.tokens.tolist()[: len(first.tokens)] != first.tokens.tolist()
+    for length in range(len(first.tokens), len(whole.tokens)):
+        document = Conversations(template, tokenizer, length).encode(text_of(turns))
+        assert (document.tokens.tolist(), document.too_long) == (first.tokens.tolist(), "shortened")
+    assert Conversations(template, tokenizer, len(first.tokens) - 1).encode(text_of(turns)).too_long == "dropped"

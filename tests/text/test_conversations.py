@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.text import RecordFormat, load_conversation
+from lightning_mixcn.text import RecordFormat, Turn, load_conversation
 from lightning_mixcn.text.conversations import dump_conversation, read_conversation
 
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
@@ -67,7 +67,10 @@ def test_a_stated_form_is_taken() -> None:
         ({"messages": [{"role": "user"}]}, "`messages[0]`: expected `role` and `content`, got {'role': 'user'}"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "`messages[0].role='tool'`: expected one of"),
         ({"messages": [{"role": "user", "content": 3}]}, "`messages[0].content`: expected a string, got int"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are not text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "`messages[0].content[0]`: expected a part of type text",
+        ),
         ({"messages": [*MESSAGES["messages"], MESSAGES["messages"][0]]}, "the last turn is the user's"),
         ({"messages": [MESSAGES["messages"][0]] * 2}, "turns 0 and 1 are both the user's"),
         ({"messages": [MESSAGES["messages"][1]]}, "the assistant speaks first"),
@@ -85,3 +88,41 @@ def test_what_is_no_conversation_says_why(record: dict[str, Any], message: str) 
 def test_what_is_written_is_read() -> None:
     turns = read_conversation(ALPACA | {"system": '"引号"\n', "history": [["[INST]", "</s>"]]})
     assert load_conversation(dump_conversation(turns).decode()) == turns
+    turns[2] = Turn("assistant", "</s>", learned=False)
+    assert load_conversation(dump_conversation(turns).decode()) == turns
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}],
+        [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}],
+        [{"human": "问", "assistant": "答"}],
+        [{"assistant": "答", "human": "问"}],
+        [{"human": "问"}, {"gpt": "答"}],
+        [{"role": "user", "content": "问", "from": None}, {"from": "gpt", "value": "答", "role": None}],
+    ],
+)
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_layouts_of_turns(key: str, turns: list[dict[str, str]]) -> None:
+    assert spoken({key: turns}) == [("user", "问"), ("assistant", "答")]
+
+
+ROLES = {"<|Human|>": "user", "<|MOSS|>": "assistant", "用户": "user", "助手": "assistant", "developer": "system"}
+
+
+@pytest.mark.parametrize(("asks", "answers"), [("<|Human|>", "<|MOSS|>"), ("用户", "助手"), ("human", "助手")])
+def test_further_roles(asks: str, answers: str) -> None:
+    turns = [{"role": "developer", "content": "s"}, {"role": asks, "content": "问"}, {"role": answers, "content": "答"}]
+    read = read_conversation({"messages": turns}, roles=ROLES)
+    assert [(turn.role, turn.content) for turn in read] == [("system", "s"), ("user", "问"), ("assistant", "答")]
+    (pair,) = [{asks: "问", answers: "答"}]
+    assert [turn.role for turn in read_conversation({"conversations": [pair]}, roles=ROLES)] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "Human", "USER", "用户", "", None, 3, ["user"]])
+def test_an_unknown_role_is_refused_with_the_remedy(role: Any) -> None:
+    with pytest.raises(ValueError, match=r"`messages\[0\]") as refused:
+        read_conversation({"messages": [{"role": role, "content": "x"}, MESSAGES["messages"][1]]})
+    assert role is None or f"role={role!r}`: expected one of human, user" in str(refused.value)
+    assert role is None or "`roles: {tool: user}`" in str(refused.value)

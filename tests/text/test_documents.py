@@ -13,9 +13,12 @@ import zstandard
 from pyarrow import feather, parquet
 
 from lightning_mixcn.text.documents import iterate_documents
+from lightning_mixcn.text.records import RecordTally
 from lightning_mixcn.text.sources import DocumentUnit, SourceFile, TextFormat
 
 TEXTS = ["first", "zweitens: ünïcode 中文 😀", "", "line\nbreak\r\n\u2028 and \x00 NUL"]
+# Without text there is nothing to learn from: such a record is counted, and left out.
+KEPT = [(number, text) for number, text in enumerate(TEXTS, start=1) if text]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
@@ -40,14 +43,14 @@ def lines_of(texts: list[str]) -> bytes:
 def test_json_lines(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"x.jsonl{suffix}"
     file.write_bytes(COMPRESS[suffix](lines_of(TEXTS)))
-    assert read(file) == list(enumerate(TEXTS, start=1))
+    assert read(file) == KEPT
 
 
 def test_concatenated_frames(tmp_path: Path) -> None:
     for suffix in (".gz", ".zst"):
         file = tmp_path / f"x.jsonl{suffix}"
         file.write_bytes(b"".join(COMPRESS[suffix](lines_of([text])) for text in TEXTS))
-        assert [text for _, text in read(file)] == TEXTS
+        assert read(file) == KEPT
 
 
 def test_long_lines_over_many_chunks(tmp_path: Path) -> None:
@@ -189,3 +192,115 @@ def test_a_record_of_100_megabytes(tmp_path: Path) -> None:
     text = "长 x" * 20_000_000
     (tmp_path / "x.jsonl").write_bytes(lines_of(["a", text, "b"]))
     assert read(tmp_path / "x.jsonl") == [(1, "a"), (2, text), (3, "b")]
+
+
+MARK = b"\xef\xbb\xbf"
+MARKED = "一\ufeff二 \ufeff"
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize(
+    ("format_", "unit", "content", "expected"),
+    [
+        ("jsonl", "file", lines_of([MARKED, "b"]), [MARKED, "b"]),
+        ("json", "file", json.dumps([MARKED, {"text": "b"}]).encode(), [MARKED, "b"]),
+        ("text", "file", f"{MARKED}\nb\n".encode(), [f"{MARKED}\nb\n"]),
+        ("text", "line", f"{MARKED}\nb\n".encode(), [MARKED, "b"]),
+        ("text", "blank-line", f"{MARKED}\n\nb\n".encode(), [MARKED, "b"]),
+        ("text", "file", b"a", ["a"]),
+        ("text", "file", b"", []),
+        ("jsonl", "file", b"", []),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(
+    format_: TextFormat, unit: DocumentUnit, content: bytes, expected: list[str], suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"x{suffix}"
+    for data in (content, MARK + content):
+        file.write_bytes(COMPRESS[suffix](data))
+        assert [text for _, text in read(file, format_, unit=unit)] == expected
+
+
+def test_one_mark_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(MARK + MARK + b"a")
+    assert read(tmp_path / "x.txt", "text") == [(1, "\ufeffa")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("format_", ["jsonl", "json", "text"])
+def test_other_encodings_are_refused(format_: TextFormat, encoding: str, tmp_path: Path) -> None:
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    for suffix in ("", ".gz"):
+        file = tmp_path / f"x.{format_}{suffix}"
+        file.write_bytes(COMPRESS[suffix](f'{mark}["中文"]\n'.encode(encoding)))
+        name = encoding[:6].upper()
+        with pytest.raises(ValueError, match=rf"x.{format_}.*` is {name}, as its byte order mark says. Convert"):
+            read(file, format_)
+        texts, flaws = skipped(file, format_)
+        assert (texts, len(flaws)) == ([], 1)
+
+
+BLANK = ["", " ", "\n", "\t\r\n", "\u3000", "\u00a0\u2003\n", "\u2028", "\x1c"]
+# No text begins or ends with less for being white space there.
+NOT_BLANK = [" a", "\u3000　中", "\u200b", "\ufeff", ".", "\n\n1"]
+
+
+@pytest.mark.parametrize("format_", ["jsonl", "json", "parquet", "arrow", "text"])
+def test_white_space_alone_is_counted_and_left_out(format_: TextFormat, tmp_path: Path) -> None:
+    texts = [text for pair in zip(BLANK, NOT_BLANK * 2, strict=False) for text in pair]
+    tally = RecordTally()
+    files = [tmp_path / f"{number}.txt" for number in range(len(texts))] if format_ == "text" else [tmp_path / "x"]
+    if format_ == "text":
+        for file, text in zip(files, texts, strict=True):
+            file.write_bytes(text.encode())
+    elif format_ == "jsonl":
+        files[0].write_bytes(lines_of(texts))
+    elif format_ == "json":
+        files[0].write_text(json.dumps(texts))
+    elif format_ == "parquet":
+        parquet.write_table(pyarrow.table({"text": texts}), files[0])
+    else:
+        feather.write_feather(pyarrow.table({"text": texts}), str(files[0]))
+    kept = [
+        encoded.decode()
+        for file in files
+        for _, encoded in iterate_documents(SourceFile(file, format_, "text", "file"), tally=tally)
+    ]
+    # A mark at the beginning of a text file is the file's.
+    assert kept == [text for text in texts if text.strip() and (format_, text) != ("text", "\ufeff")]
+    assert tally.empty == len(texts) - len(kept)
+
+
+def test_a_json_array_of_records_and_texts(tmp_path: Path) -> None:
+    text = '\n[ {"text": "a", "id": 1},\n\n "b\\n😀", {"text": "c"}\n]\n'
+    (tmp_path / "x.json").write_text(text)
+    assert read(tmp_path / "x.json", "json") == [(2, "a"), (4, "b\n😀"), (4, "c")]
+    (tmp_path / "x.json").write_text(json.dumps([{"body": text} for text in TEXTS], indent=1))
+    assert [text for _, text in read(tmp_path / "x.json", "json", text_key="body")] == [text for _, text in KEPT]
+
+
+@pytest.mark.parametrize(
+    ("element", "message"),
+    [
+        ("3", r"x.json` line 2: expected a JSON object such as .*, got a int"),
+        (
+            '{"body": "x"}',
+            r"line 2 has no key 'text'. Set the source's `columns.text` or `text_key` to one of .*: 'body'",
+        ),
+        ('{"text": null}', r"line 2: expected a string under `text_key` 'text', got NoneType"),
+        (r'"\ud83d"', r"line 2: the text is not valid Unicode: surrogates not allowed"),
+        ('{"text"}', r"x.json` is not JSON: Expecting ':' delimiter.*. Mend the file"),
+    ],
+)
+def test_bad_elements_of_a_json_array(element: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(f'["a",\n{element},\n"b"]')
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "x.json", "json")
+    texts, flaws = skipped(tmp_path / "x.json", "json")
+    assert (texts, len(flaws)) == (["a"] if element == '{"text"}' else ["a", "b"], 1)
+
+
+def test_json_lines_named_json_are_told(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(lines_of(["a", "b"]))
+    with pytest.raises(ValueError, match=r"expected an array of records; for one record a line set `format: jsonl`"):
+        read(tmp_path / "x.json", "json")

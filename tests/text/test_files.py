@@ -29,7 +29,7 @@ def test_globs_and_folders(tmp_path: Path) -> None:
         memory.pipe(f"/listed/{name}", b"")
 
     def listed(url: str) -> list[str]:
-        return match_urls(url, "sources[0]", lambda relative: relative.suffix == ".jsonl")
+        return match_urls(url, "sources[0]", lambda names, _: [name for name in names if name.endswith(".jsonl")])
 
     assert listed("memory://listed/c.md") == ["memory://listed/c.md"]
     assert listed("memory://listed/*.jsonl") == ["memory://listed/a.jsonl", "memory://listed/b.jsonl"]
@@ -44,4 +44,4 @@ def test_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "isfile", fail)
     with pytest.raises(ValueError, match=r"path='memory://x'` cannot be listed: RuntimeError: no credentials. Check"):
-        match_urls("memory://x", "sources[0]", lambda relative: True)
+        match_urls("memory://x", "sources[0]", lambda names, _: names)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,99 @@ def test_a_bad_file_is_refused_when_it_is_loaded(chat_tokenizer: TextTokenizer, 
     (tmp_path / "bad.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"bad\.jinja` writes turn 1, the assistant's, 0 times"):
         load_template(str(tmp_path / "bad.jinja"), chat_tokenizer)
+
+
+LLAMA3 = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
+{{- m.content | trim + '<|eot_id|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+GEMMA = """{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content | trim }}
+{{- '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+ALPACA = """{% for m in messages %}{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}
+{%- else %}{{ '### Response:\n' + m.content + END }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"""
+LAST_ONLY = ALPACA.replace("END", "(eos_token if loop.last else '\n\n')")
+BETWEEN_ONLY = ALPACA.replace("END", "('\n\n' if loop.last else eos_token)")
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [
+        (CHATML, "ends an answer with '<|im_end|>\\n', which begins with no special token of the tokenizer of"),
+        (LLAMA3, "ends an answer with '<|eot_id|>'"),
+        (GEMMA, "ends an answer with '<end_of_turn>\\n'"),
+        (ALPACA.replace("END", "'\n\n'"), "ends an answer with '\\n\\n'"),
+        (ALPACA.replace(" + END", ""), "ends no answer"),
+        (LAST_ONLY, "ends an answer with '\\n\\n### Instruction"),
+        (BETWEEN_ONLY, "ends an answer with '\\n\\n'"),
+    ],
+)
+def test_a_template_without_a_learned_end_is_refused(
+    source: str, end: str, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    """Nothing would teach the model to stop, and chat would look for an end that never comes."""
+    file = tmp_path / "own.jinja"
+    file.write_text(source, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"own\.jinja` {re.escape(end)}.*writes '</s>' behind every answer"):
+        load_template(str(file), tokenizer)
+    tokenizer.hf.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"chat template of .*{re.escape(end)}"):
+        load_template("tokenizer", load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (LLAMA3, "<|eot_id|>"),
+        (GEMMA, "<end_of_turn>"),
+        (ALPACA.replace("END", "'\n' + eos_token"), "</s>"),
+        (ALPACA.replace("END", "(eos_token if loop.last else '<|im_end|>')"), "</s>"),
+    ],
+)
+def test_the_end_of_every_answer_is_learned_and_ends_a_chat(
+    source: str, end: str, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    backend = Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
+    backend.add_special_tokens(
+        [
+            AddedToken(name, special=True)
+            for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>")
+        ]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
+    extended = load_tokenizer(tmp_path)
+    template = load_template("tokenizer", extended)
+    segments = template.encode(CONVERSATION, extended)
+    assert flat(segments) == by_transformers(CONVERSATION, extended, source)
+    ends = {segment.turn: segment.text_ids[-1] for segment in segments if segment.answer}
+    assert ends.keys() == {1, 3}
+    assert set(ends.values()) <= template.stop_ids(extended)
+    assert ends[3] == extended.added_tokens[end][0]
+
+
+def test_an_added_token_that_is_not_special_ends_nothing(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    backend = Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("<|im_end|>", special=False)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    with pytest.raises(ValueError, match="begins with no special token"):
+        load_template("tokenizer", load_tokenizer(tmp_path))
+
+
+def test_a_template_of_one_exchange_can_be_used(chat_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "one.jinja"
+    file.write_text("{% if messages | length > 2 %}{{ raise_exception('one only') }}{% endif %}" + CHATML)
+    template = load_template(str(file), chat_tokenizer)
+    assert len(template.encode(CONVERSATION[:2], chat_tokenizer)) > 1
+    with pytest.raises(ValueError, match="one only"):
+        template.encode(CONVERSATION, chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "body", ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ 'a' + 1 }}", "{{ messages[0]['x'].y }}"]
+)
+def test_whatever_a_template_raises_is_said_in_one_line(body: str, chat_tokenizer: TextTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^`template` cannot be used for this conversation: [^\n]*$"):
+        JinjaTemplate(body + CHATML).encode(CONVERSATION, chat_tokenizer)

@@ -1,9 +1,12 @@
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import feather, parquet
 
-from lightning_mixcn.text import Source, parse_sources
+from lightning_mixcn.text import ConversationSource, Source, parse_sources, read_corpus
 from lightning_mixcn.text.sources import list_files
 
 
@@ -43,6 +46,16 @@ def test_dictionaries_become_sources() -> None:
             r"format='csv'`: expected null or one of jsonl, text, parquet, arrow",
         ),
         ({"name": "zh", "path": "x", "text_key": ""}, r"text_key=''`: expected the key or column"),
+        (
+            {"name": "zh", "path": "x", "columns": {"text": ""}},
+            r"columns={'text': ''}`: expected null, or the records' n",
+        ),
+        ({"name": "zh", "path": "x", "columns": ["text"]}, r"columns=\['text'\]`: expected null"),
+        ({"name": "zh", "path": "x", "columns": {"content": "text"}}, r"expected .* each of these keys .*: text;"),
+        (
+            {"name": "zh", "path": "x", "columns": {"text": "body"}, "text_key": "content"},
+            r"columns={'text': 'body'}`: expected .*not both `columns` and `text_key='content'`",
+        ),
         ({"name": "zh", "path": "x", "document_unit": "word"}, r"'word'`: expected one of file, line, blank-line"),
         ({"name": "zh", "path": "x", "max_epochs": 0}, r"max_epochs=0`: expected null \(for ever\) or at least 1"),
     ],
@@ -124,3 +137,30 @@ def test_bad_urls(url: str, message: str) -> None:
 def test_document_unit_without_text_file(tree: Path) -> None:
     with pytest.raises(ValueError, match=r"document_unit='line'` says what a document is in a text file"):
         list_files(Source("zh", f"{tree}/b.jsonl", document_unit="line"))
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "instruction"}, {"instruction": 1}, "instruction"])
+def test_bad_columns_of_conversations(columns: Any) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"`sources\[0\].columns=.*or .*: .*input, instruction, kto_tag, label, loss, messages",
+    ):
+        parse_sources([{"name": "zh", "path": "x", "columns": columns}], "sources", ConversationSource)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "x.arrow"])
+def test_a_column_of_text(name: str, tmp_path: Path) -> None:
+    table, file = pyarrow.table({"text": ["no", "no"], "content": ["一", "two"]}), tmp_path / name
+    if name == "x.parquet":
+        parquet.write_table(table, file)
+    elif name == "x.arrow":
+        feather.write_feather(table, str(file))
+    elif name == "x.json":
+        file.write_text(json.dumps(table.to_pylist()))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    corpus = read_corpus(Source("zh", str(file), columns={"text": "content"}))
+    assert [corpus.text(index) for index in range(2)] == ["一", "two"]
+    assert read_corpus(Source("zh", str(file))).text(0) == "no"  # a store of its own
+    with pytest.raises(ValueError, match=r"has no (key|column) 'body'. Set .*`columns.text` .*'text', 'content'"):
+        read_corpus(Source("zh", str(file), columns={"text": "body"}))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text.stores import OpenStore, StoreCounts, StoreWriter, read_store
+from lightning_mixcn.text.stores import VERSION, Losses, OpenStore, StoreCounts, StoreWriter, read_store
 
-MADE_FROM = {"version": 1, "file": "x.jsonl"}
+MADE_FROM = {"version": VERSION, "file": "x.jsonl"}
 
 
 def write(folder: Path, texts: list[str], flush_every: int = 3) -> StoreCounts:
@@ -19,7 +19,7 @@ def write(folder: Path, texts: list[str], flush_every: int = 3) -> StoreCounts:
             writer.append(record * 10, text.encode())
             if record % flush_every == 0:
                 writer.flush()
-        return writer.finish(MADE_FROM, 2, ["first", "second"])
+        return writer.finish(MADE_FROM, Losses(2, ["first", "second"], empty_records=3, columns=("a",)))
 
 
 @given(texts=st.lists(st.text(st.characters(codec="utf-8"))), flush_every=st.integers(1, 5))
@@ -29,6 +29,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, texts
     assert read_store(folder) == (MADE_FROM, counts)
     assert (counts.documents, counts.num_bytes) == (len(texts), sum(len(text.encode()) for text in texts))
     assert (counts.bad_records, counts.bad_places) == (2, ("first", "second"))
+    assert (counts.empty_records, counts.columns) == (3, ("a",))
     store = OpenStore(str(folder), counts)
     assert [store.text(index) for index in range(len(texts))] == texts
     assert [store.record(index) for index in range(len(texts))] == [record * 10 for record in range(len(texts))]
