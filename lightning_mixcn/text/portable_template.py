@@ -16,7 +16,7 @@ from lightning_mixcn.text.jinja_template import JinjaTemplate
 if TYPE_CHECKING:
     from lightning_mixcn.text.tokenizer import TextTokenizer
 
-# {begin}: after BOS or EOS; {open}, {close}: inside the brackets; {answer}: before an answer.
+# <begin>: after BOS or EOS; <open>, <close>: inside the brackets; <answer>: before an answer.
 _INST = """\
 {%- if messages[0]['role'] == 'system' -%}\
 {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['content'] else '' -%}\
@@ -28,13 +28,21 @@ _INST = """\
 {{- raise_exception('After the optional system message, roles must alternate user/assistant/user/assistant/...') -}}\
 {%- endif -%}\
 {%- if message['role'] == 'user' -%}\
-{{- '<begin>[INST]<open>' + (system if loop.first else '') + message['content'] + '<close>[/INST]' -}}\
+{{- '<begin>[INST]<open>' + (system if <with system> else '') + message['content'] + '<close>[/INST]' -}}\
 {%- else -%}\
-{{- ('<answer>' + message['content'] if message['content'] else '') + eos_token -}}\
+{{- ('<answer>' + message['content']<strip> if message['content']<strip> else '') + eos_token -}}\
 {%- endif -%}\
 {%- endfor -%}"""
-# Which blanks are tried, those of Mixtral's own format first.
-_BLANKS = {"<begin>": ("", " "), "<open>": (" ", ""), "<close>": (" ", ""), "<answer>": (" ", "")}
+# What is tried, Mixtral's own format (V1) first. Later ones have tags of their own, no blanks around them, the system's
+# text with the last question, and no blanks behind an answer.
+_CHOICES = {
+    "<with system>": ("loop.first", "loop.index0 == (spoken|length - 1) // 2 * 2"),
+    "<strip>": ("", ".rstrip(' ')"),
+    "<begin>": ("", " "),
+    "<open>": (" ", ""),
+    "<close>": (" ", ""),
+    "<answer>": (" ", ""),
+}
 
 
 def _spoken(*contents: str, system: str | None = None) -> tuple[Turn, ...]:
@@ -48,6 +56,7 @@ _PROBES = (
     _spoken("q", "a", "q", "a", system="Be brief."),
     _spoken("  two leading", "  two  inside \n", "\n\nlines\r\n", "\ttab ", system=" s "),
     _spoken("q", "", "q", "...", "q", system=""),
+    _spoken("q", "two blanks behind  ", "q", "  ", "q", "a", system="Be brief."),
     _spoken("x = [1]\n    return x  # [", "] /INST", " ", "<0x41>▁😀"),
 )
 
@@ -66,10 +75,10 @@ def portable_source(template: ChatTemplate, tokenizer: TextTokenizer) -> str | N
     """
     if isinstance(template, JinjaTemplate):
         return template.source
-    for blanks in product(*_BLANKS.values()):
+    for choice in product(*_CHOICES.values()):
         source = _INST
-        for name, blank in zip(_BLANKS, blanks, strict=True):
-            source = source.replace(name, blank)
+        for name, text in zip(_CHOICES, choice, strict=True):
+            source = source.replace(name, text)
         if all(_same_ids(source, probe, template, tokenizer) for probe in _PROBES):
             return source
     return None
