@@ -14,7 +14,7 @@ from .adapter_layouts import NormalisedAdapter, fused, normalise, per_expert
 from .checkpoint import Checkpoint
 from .hub import local_folder
 from .identity import IDENTITY_FILE, base_identity, stock_base, write_identity
-from .loading import is_quantised, mixtral_config
+from .loading import mixtral_config
 from .model_card import CARD_NAME, base_shortcomings, model_card, resizing_note
 from .model_source import ModelSource
 from .output_path import new_folder
@@ -56,7 +56,7 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str, *, lang
     checkpoint = Checkpoint(found.base)
     config = mixtral_config(checkpoint)
     write, text = LAYOUTS[layout]
-    named = stock_base(found.base, quantised=is_quantised(checkpoint))
+    named = stock_base(found.base)
     tensors, lora = write(_normalised(adapter, config), named, config.num_hidden_layers)
     for line in base_shortcomings(found.base):
         print(line, file=sys.stderr)

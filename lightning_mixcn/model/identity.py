@@ -2,12 +2,17 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint
-from .hub import local_folder
 
 IDENTITY_FILE = "base_identity.json"
+QUANTIZATION_METHOD = "mixcn_nf4"
+# Not ``mixtral`` with a ``quant_method``: transformers skips a method that it does not know with a warning, and goes on
+# with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
+QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
 _KEYS = ("path", "sha256")
 _ORIGINAL_KEYS = ("original_path", "original_sha256")
 
@@ -33,19 +38,27 @@ def recorded_path(path: str | Path) -> str:
     return os.path.abspath(folder) if folder.is_dir() else str(path)
 
 
-def stock_base(path: str | Path, *, quantised: bool) -> str | None:
+def is_own_format(config: Mapping[str, Any]) -> bool:
+    """Whether the content of a ``config.json`` is that of a 4-bit folder of `mixcn quantize`."""
+    if config.get("model_type") == QUANTISED_MODEL_TYPE:
+        return True
+    # Folders that were written before there was such a type name the method.
+    return bool((config.get("quantization_config") or {}).get("quant_method") == QUANTIZATION_METHOD)
+
+
+def stock_base(path: str | Path) -> str | None:
     """Return the name of a base for tools that cannot read the 4-bit folders of `mixcn quantize`.
 
     Args:
-        path: Folder or hub id of the base.
-        quantised: It is such a folder: what it was made from is named.
+        path: Folder or hub id of the base. Of such a 4-bit folder, what it was made from is named.
 
     Returns:
         See `recorded_path`; ``None`` where a 4-bit folder does not record its original.
     """
-    if not quantised:
+    checkpoint = Checkpoint(path)
+    if not is_own_format(checkpoint.config):
         return recorded_path(path)
-    original = read_identity(local_folder(path))
+    original = read_identity(checkpoint.path)
     return None if original is None else recorded_path(original["path"])
 
 

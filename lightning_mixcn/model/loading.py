@@ -18,7 +18,7 @@ from transformers import MixtralConfig
 from .adapters import MixtralPeftModel, attach_lora, load_adapter, reset_lora
 from .checkpoint import Checkpoint
 from .frozen_linear import FrozenLinear
-from .identity import base_identity, stock_base
+from .identity import QUANTISED_MODEL_TYPE, base_identity, is_own_format, stock_base
 from .inventory import verify_quantised
 from .layout import Entry, entries, stored_entries
 from .local_rows import held_elements, local_rows, write_elements
@@ -29,10 +29,6 @@ from .weights import NF4Weight
 
 # Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
 CHUNK = 2048 * SUPERBLOCK
-QUANTIZATION_METHOD = "mixcn_nf4"
-# Not ``mixtral`` with a ``quant_method``: transformers skips a method that it does not know with a warning, and goes on
-# with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
-QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -99,7 +95,7 @@ def load_mixtral(
     )  # fmt: skip
     if extension is not None:
         extension.grow(model)
-    model.name_or_path = stock_base(path, quantised=stored_nf4) or ""
+    model.name_or_path = stock_base(path) or ""
     complete = _complete(model, lora, train_embeddings)
     if quantization == "nf4":
         verify_quantised(model, config)
@@ -185,15 +181,14 @@ def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
     """Whether the folder was written by `mixcn quantize`; refuses other quantised formats."""
-    if checkpoint.config.get("model_type") == QUANTISED_MODEL_TYPE:
+    if is_own_format(checkpoint.config):
         return True
-    # Folders that `mixcn quantize` wrote before it had a type of its own name the method.
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, QUANTIZATION_METHOD):
+    if method is not None:
         raise ValueError(
             f"{checkpoint.path} is quantised with {method!r}. Give the unquantised model, or one of `mixcn quantize`"
         )
-    return method == QUANTIZATION_METHOD
+    return False
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -12,8 +12,8 @@ from transformers import MixtralConfig
 
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint
-from .identity import read_identity, stock_base
-from .loading import is_quantised, mixtral_config
+from .identity import is_own_format, read_identity, stock_base
+from .loading import mixtral_config
 from .model_source import ADAPTER_FOLDER, ModelSource
 from .vocabulary_extension import adapter_rows
 
@@ -69,7 +69,7 @@ def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) 
             last validation; empty if there was none.
     """
     checkpoint = Checkpoint(training.base)
-    named = stock_base(training.base, quantised=is_quantised(checkpoint)) or training.base
+    named = stock_base(training.base) or training.base
     name, license_of = _public_name(named), _license([named, training.base])
     resizing = resizing_note(AdapterFile(folder), mixtral_config(checkpoint))
     made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
@@ -103,7 +103,7 @@ def model_card(
         onto: ``original`` or ``dequantised`` weights that adapters were merged onto; ``None`` for an adapter.
         languages: Codes for the header; ``None`` takes those of the adapters' cards.
     """
-    named = stock_base(found.base, quantised=is_quantised(Checkpoint(found.base))) or found.base
+    named = stock_base(found.base) or found.base
     name, license_of = _public_name(named), _license([named, found.base])
     title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters else name
     if languages is None:
@@ -124,7 +124,7 @@ def model_card(
 
 def public_title(found: ModelSource) -> str:
     """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``."""
-    named = stock_base(found.base, quantised=is_quantised(Checkpoint(found.base))) or found.base
+    named = stock_base(found.base) or found.base
     return _public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
 
 
@@ -167,9 +167,9 @@ def _base_line(made_from: Path | None, base: str) -> str:
 def base_shortcomings(base: str) -> list[str]:
     """Say what keeps other tools from the base of an adapter, as sentences; nothing, where they find it."""
     checkpoint = Checkpoint(base)
-    if not is_quantised(checkpoint):
+    if not is_own_format(checkpoint.config):
         return []
-    named, folder = stock_base(base, quantised=True), _public_name(str(checkpoint.path))
+    named, folder = stock_base(base), _public_name(str(checkpoint.path))
     if named is None:
         return [
             f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no "

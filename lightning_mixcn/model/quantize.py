@@ -6,11 +6,9 @@ from tqdm.auto import tqdm
 
 from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
 from .checkpoint import Checkpoint
-from .identity import recorded_path, write_identity
+from .identity import QUANTISED_MODEL_TYPE, QUANTIZATION_METHOD, recorded_path, write_identity
 from .layout import Entry, entries
 from .loading import (
-    QUANTISED_MODEL_TYPE,
-    QUANTIZATION_METHOD,
     check_entry,
     is_quantised,
     mixtral_config,

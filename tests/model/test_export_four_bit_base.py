@@ -15,8 +15,7 @@ from torch import Tensor
 from lightning_mixcn.model import find_model, hub, load_found, load_mixtral
 from lightning_mixcn.model.checkpoint import Checkpoint
 from lightning_mixcn.model.export import export
-from lightning_mixcn.model.identity import IDENTITY_FILE
-from lightning_mixcn.model.loading import QUANTIZATION_METHOD
+from lightning_mixcn.model.identity import IDENTITY_FILE, QUANTIZATION_METHOD
 from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
