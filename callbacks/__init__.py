@@ -10,6 +10,7 @@ from .adapter_checkpoint import AdapterCheckpoint
 from .benchmark_eval import BenchmarkEval
 from .byte_budget import ByteBudget
 from .data_monitor import DataMonitor
+from .epoch_budget import EpochBudget
 from .evaluation_report import EvaluationReport
 from .expert_load_monitor import ExpertLoadMonitor
 from .fit_summary import FitSummary
@@ -30,6 +31,7 @@ __all__ = [
     "BenchmarkEval",
     "ByteBudget",
     "DataMonitor",
+    "EpochBudget",
     "EvaluationReport",
     "ExpertLoadMonitor",
     "FitSummary",

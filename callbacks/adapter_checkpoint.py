@@ -50,7 +50,7 @@ class AdapterCheckpoint(Callback):
         self.folder = folder
         self.monitor = monitor
         self.languages = languages
-        self._sign = 1 if mode == "min" else -1
+        self._mode, self._sign = mode, 1 if mode == "min" else -1
         self._written_at: int | None = None
         self._best = math.inf  # times the sign
         self._measured: dict[str, Any] = {}  # the last validation: its step and its sources' likelihoods
@@ -68,12 +68,21 @@ class AdapterCheckpoint(Callback):
                 rank_zero_warn(f"{Path(trainer.default_root_dir, self.folder)}: {line}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know: the best value, and the last validation."""
-        return {"best": self._best, "measured": self._measured}
+        """What a resumed run has to know: the best value and of what it is, and the last validation."""
+        return {"best": self._best, "measured": self._measured, "monitor": self.monitor, "mode": self._mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._best, self._measured = state_dict["best"], state_dict["measured"]
+        """Go on from there; the best value of something else says nothing of this one's."""
+        self._measured = state_dict["measured"]
+        here = {"monitor": self.monitor, "mode": self._mode}
+        # A checkpoint of before these were kept is taken to be of the same configuration.
+        saved = {name: state_dict.get(name, value) for name, value in here.items()}
+        changed = [f"{name} {saved[name]} → {value}" for name, value in here.items() if saved[name] != value]
+        if changed:
+            self._best = math.inf
+            rank_zero_info(f"resume: AdapterCheckpoint {', '.join(changed)}: the best value begins again")
+        else:
+            self._best = state_dict["best"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the best adapter if this is it. Raises: KeyError if ``monitor`` is not logged."""

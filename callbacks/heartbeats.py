@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_FAILURE = "failure"
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -47,6 +49,7 @@ class Heartbeats:
         self._interval_seconds = interval_seconds
         # For each other rank its newest beat, and the exchanges since that was new.
         self._heard: dict[int, tuple[Beat | None, int]] = {}
+        self._failure: Beat | None = None
 
     def exchange(self, own: Beat) -> None:
         """Tell the own beat and hear the others'. Raises: RuntimeError, or blocks, if the store is gone."""
@@ -58,6 +61,27 @@ class Heartbeats:
                 before, silence = self._heard.get(rank, (None, 0))
                 self._heard[rank] = beat, silence + 1 if beat == before else 0
 
+    def exchange_failure(self, own: Beat) -> None:
+        """Tell that this rank fails, or hear that another one does: a request or two, for more often than beats.
+
+        Raises:
+            RuntimeError: The store is gone.
+        """
+        if self._failure is not None:
+            return
+        if own.failure:
+            self._store.set(_FAILURE, json.dumps(asdict(own)))
+            self._failure = own
+        elif self._store.check([_FAILURE]):
+            self._failure = Beat(**json.loads(self._store.get(_FAILURE)))
+        else:
+            return
+        self._store.set(_heard_key(own.rank), "")
+
+    def failure_is_known(self) -> bool:
+        """Whether every rank has told or heard of a failure. Raises: RuntimeError if the store is gone."""
+        return bool(self._store.check([_heard_key(rank) for rank in range(self._ranks)]))
+
     def silent(self, seconds: float) -> str | None:
         """The first rank that was not heard of for longer than that, in words."""
         for rank, (beat, silence) in sorted(self._heard.copy().items()):
@@ -68,12 +92,14 @@ class Heartbeats:
         return None
 
     def failed(self) -> str | None:
-        """The first rank that said what ends it, in words."""
-        for _, (beat, _) in sorted(self._heard.copy().items()):
-            if beat and beat.failure:
-                return f"{beat} stopped in optimizer step {beat.step}: {beat.failure}"
-        return None
+        """The rank that said what ends it, in words."""
+        beat = self._failure
+        return f"{beat} stopped in optimizer step {beat.step}: {beat.failure}" if beat else None
 
 
 def _key(rank: int) -> str:
-    return f"rank_watch/{rank}"
+    return f"beat of {rank}"
+
+
+def _heard_key(rank: int) -> str:
+    return f"{_FAILURE}/heard by {rank}"

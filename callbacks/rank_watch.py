@@ -1,23 +1,36 @@
 """A rank that dies makes the others stop and say so."""
 
+import atexit
+import itertools
 import os
 import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import distributed
 
 from .heartbeats import Beat, Heartbeats
 
+_RUNS = itertools.count()
 _REMEDY = "Start all ranks again with --ckpt_path last"
 # Beats that may be late or lost before a rank whose connection broke counts as the one that died.
 _PATIENCE_BEATS = 3
+# Between looks for another rank's error: one request to the store each, where a beat takes some for each rank.
+_LOOK_SECONDS = 1.0
+# From hearing of another rank's error to the end: an error that all ranks meet is to end each of them by itself.
+# Lightning's launcher looks every 5 s whether a child has ended, and then kills rank 0, whose exit code is the
+# command's. So rank 0 of each node ends first.
+_GRACE_SECONDS, _GRACE_OF_CHILDREN_SECONDS = 2.0, 6.0
+# A failing rank stays so long at most, for the others to hear why; its end would break their connections.
+_STAY_SECONDS = 10.0
 _LOST_PEER = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
 
@@ -25,8 +38,9 @@ class RankWatch(Callback):
     """Ends this rank when another one dies, with a message on stderr that names it; one rank alone watches nothing.
 
     Each rank tells the others every few seconds that it lives, in a thread of its own and through the store in which
-    their process group met, so a collective that hangs does not hide it. A rank whose collective fails waits a little
-    to learn which one is missing. This sees processes, nodes and networks that are gone; a process that lives but does
+    their process group met, so a collective that hangs does not hide it. A rank that ends with an error tells it at
+    once, and the others end within seconds, with exit code 1. A rank whose collective fails waits a little to learn
+    which one is missing. This sees processes, nodes and networks that are gone; a process that lives but does
     not go on is left to the process group's own timeout.
 
     Args:
@@ -50,8 +64,11 @@ class RankWatch(Callback):
             store: Any = distributed.distributed_c10d._get_default_store()
             store = store.clone()  # torch's types lack it
             store.set_timeout(timedelta(seconds=self.timeout_seconds))
+            # What an earlier run in these processes told is not this one's; every rank counts alike.
+            store = distributed.PrefixStore(f"rank_watch/{next(_RUNS)}", store)
             own = Beat(trainer.global_rank, socket.gethostname(), os.getpid())
-            self._watch = Watch(store, own, trainer.world_size, self.timeout_seconds)
+            grace = _GRACE_SECONDS if trainer.local_rank == 0 else _GRACE_OF_CHILDREN_SECONDS
+            self._watch = Watch(store, own, trainer.world_size, self.timeout_seconds, grace_seconds=grace)
             self._watch.start()
 
     def on_train_batch_end(
@@ -72,6 +89,12 @@ class RankWatch(Callback):
         if not _lost_peer(exception):
             reason = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
             self._watch.own = replace(self._watch.own, failure=reason[:500])
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+            # After an interrupt of rank 0 Lightning kills its children at once.
+            if is_child or not isinstance(exception, KeyboardInterrupt):
+                # At exit, so after the message was printed. A child of Lightning's launcher must not end before rank 0.
+                atexit.register(self._watch.stay, os.getppid() if is_child else None)
         elif culprit := self._watch.await_culprit():
             _say(self._watch.own, culprit)
 
@@ -92,6 +115,7 @@ class Watch:
         ranks: Number of ranks.
         timeout_seconds: As in RankWatch.
         end: Ends the process; it is told why.
+        grace_seconds: From hearing of another rank's error to the end of this process.
     """
 
     def __init__(
@@ -101,14 +125,17 @@ class Watch:
         ranks: int,
         timeout_seconds: float,
         end: Callable[[Beat, str], None] | None = None,
+        grace_seconds: float = _GRACE_SECONDS,
     ) -> None:
         self.own = own
         self.ending = False  # this rank ends by itself, and may not be cut off before the timeout
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._grace_seconds = timeout_seconds, grace_seconds
         self._interval_seconds = min(5.0, timeout_seconds / 10)
+        self._look_seconds = min(_LOOK_SECONDS, self._interval_seconds)
         self._heartbeats = Heartbeats(store, ranks, self._interval_seconds)
         self._end = end or _end
         self._stopped = threading.Event()
+        self._known = False  # whether all ranks have heard that this one failed
         # Counted like silence, see `Heartbeats`.
         self._waits_since_answer = 0
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange, self._judge)]
@@ -124,41 +151,59 @@ class Watch:
         for thread in self._threads:
             thread.join(2 * self._interval_seconds)
 
+    def stay(self, parent: int | None) -> None:
+        """Delay the end of this process, which failed, until the others can do without it, but not for long.
+
+        Args:
+            parent: Process that has to end first; None waits only until the others have heard of the failure.
+        """
+        looks = round(_STAY_SECONDS / self._look_seconds)
+        while looks > 0 and not self._known and self._threads[0].is_alive():
+            looks -= 1
+            self._stopped.wait(self._look_seconds)
+        self.stop()
+        while looks > 0 and parent is not None and os.getppid() == parent:
+            looks -= 1
+            time.sleep(self._look_seconds)
+
     def await_culprit(self) -> str | None:
         """Wait until it is clear which rank is gone, but only some beats. Returns: which one, in words."""
         patience = _PATIENCE_BEATS * self._interval_seconds
-        for _ in range(2 * _PATIENCE_BEATS):
+        for _ in range(round(2 * patience / self._look_seconds)):
             if culprit := self._heartbeats.failed() or self._missing(patience):
                 return culprit
-            self._stopped.wait(self._interval_seconds)
+            self._stopped.wait(self._look_seconds)
         return None
 
     def _exchange(self) -> None:
-        number = 0
-        while not self._stopped.is_set():
-            number += 1
-            try:
+        number, looks = 0, round(self._interval_seconds / self._look_seconds)
+        try:
+            while True:
+                number += 1
                 self._heartbeats.exchange(replace(self.own, number=number))
-            except RuntimeError:
-                return  # torch does not connect anew; `_judge` sees that nothing is heard any more
-            self._waits_since_answer = 0
-            self._stopped.wait(self._interval_seconds)
+                for _ in range(looks):
+                    self._heartbeats.exchange_failure(self.own)
+                    self._known = self.own.failure != "" and self._heartbeats.failure_is_known()
+                    self._waits_since_answer = 0
+                    if self._stopped.wait(self._look_seconds):
+                        return
+        except RuntimeError:
+            return  # torch does not connect again; `_judge` sees that nothing is heard any more
 
     def _judge(self) -> None:
-        waits_since_failure = 0
-        while not self._stopped.wait(self._interval_seconds):
+        looks_since_failure = 0
+        while not self._stopped.wait(self._look_seconds):
             self._waits_since_answer += 1
             reason = self._missing(self._timeout_seconds)
             if not self.ending and (failed := self._heartbeats.failed()):
-                # An error that all ranks meet ends each of them by itself.
-                waits_since_failure += 1
-                reason = failed if waits_since_failure > _PATIENCE_BEATS else reason
+                looks_since_failure += 1
+                reason = failed if looks_since_failure * self._look_seconds > self._grace_seconds else reason
             if reason and not self._stopped.is_set():
                 self._end(self.own, reason)
                 return
 
     def _missing(self, seconds: float) -> str | None:
-        if self._waits_since_answer * self._interval_seconds > seconds:
+        if self._waits_since_answer * self._look_seconds > seconds:
             return f"the store in which all ranks met, rank 0's or its launcher's, has not answered for {seconds:.0f} s"
         return self._heartbeats.silent(seconds)
 

@@ -1,14 +1,18 @@
 """Checkpoints by optimizer step, and one of the last step."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mixcn.modules.checkpoint_files import publish, remove, remove_leftovers, unfinished_path
+
+_STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -42,6 +46,7 @@ class StepCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._requested = self._postponed = False
+        self._outdated: list[str] = []  # of a run that kept more; removed once the next one is saved
 
     def postpone(self) -> None:
         """Leave this step to `request`, whatever ``every_n_steps`` says; called on all ranks, before the step's save.
@@ -64,6 +69,8 @@ class StepCheckpoint(ModelCheckpoint):
         """
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
+        if trainer.global_step > 0:
+            self._adopt(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,6 +90,24 @@ class StepCheckpoint(ModelCheckpoint):
         """Save the last step where it is not a multiple of ``every_n_steps``."""
         if trainer.global_step > 0:
             self._save(trainer)
+
+    def _adopt(self, trainer: Trainer) -> None:
+        """Take over the checkpoints that are there, whatever the one that was loaded says of them.
+
+        Where ``every_n_steps`` or the folder was changed Lightning does not restore this callback's state, and where
+        ``keep`` was lowered ModelCheckpoint would never remove what is too much.
+        """
+        assert self.dirpath is not None
+        matches = [match for path in Path(self.dirpath).glob("step=*.ckpt") if (match := _STEP.fullmatch(path.name))]
+        found = {int(match[1]): str(Path(self.dirpath, match[0])) for match in matches}
+        found = trainer.strategy.broadcast(found)
+        steps = sorted(step for step in found if step <= trainer.global_step)
+        kept = steps[-self.save_top_k :]
+        self._outdated = [found[step] for step in steps[: -self.save_top_k]]
+        self.best_k_models = {found[step]: torch.tensor(step) for step in kept}
+        if kept:
+            self.kth_best_model_path, self.kth_value = found[kept[0]], torch.tensor(kept[0])
+            self.best_model_path, self.best_model_score = found[kept[-1]], torch.tensor(kept[-1])
 
     def _save_requested(self, trainer: Trainer) -> None:
         if self._requested:
@@ -108,6 +133,8 @@ class StepCheckpoint(ModelCheckpoint):
         self._link_checkpoint(trainer, filepath, str(last))
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
+        while self._outdated:
+            self._remove_checkpoint(trainer, self._outdated.pop())
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))

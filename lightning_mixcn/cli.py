@@ -2,11 +2,9 @@
 
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lightning_mixcn.commands import CommandFailed
 
@@ -43,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process where it is ``None``.
 
     Returns:
-        Exit code: 0, or 2 where what the user gave cannot be used, which one line on stderr explains.
+        Exit code: 0, or 2 where what the user gave cannot be used and 1 where a loader worker was lost, which one line
+        on stderr explains.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
             raise
         hint = "" if isinstance(error, UsageError | CommandFailed) else f" ({_TRACEBACK}=1 shows the traceback)"
-        return _report(message + hint)
+        return _report(message + hint, 1 if _lost_worker(error) else 2)
     return 0
 
 
@@ -119,15 +118,20 @@ def _help() -> str:
     )
 
 
-def _report(message: str) -> int:
+def _report(message: str, code: int = 2) -> int:
     print(f"mixcn: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _explained(error: Exception) -> str | None:
     """The message for the user, where the error is the user's to mend: else the traceback is worth more."""
     if isinstance(error, UsageError | CommandFailed):
         return str(error)
+    if _lost_worker(error):
+        return (
+            f"{error.__cause__ or error} It may have run out of memory: lower `data.init_args.num_workers`, or look "
+            "into the system's log"
+        )
     if not isinstance(error, ValueError | OSError | FloatingPointError) or error.__traceback__ is None:
         return None
     innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
@@ -136,20 +140,12 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if module.partition(".")[0] == "jsonargparse" and isinstance(error.__cause__, Exception):
         return _explained(error.__cause__)  # it wraps what the constructor of a class says
-    return _from_loader_worker(error) if module == "torch._utils" else None
+    return None
 
 
-def _from_loader_worker(error: Exception) -> str | None:
-    """The message of an error that a data loader's worker process met, if it was raised in this package.
-
-    torch hands it over as text: "Caught ValueError in DataLoader worker process 0.", the traceback, the message.
-    """
-    here = Path(__file__).parent
-    files = re.findall(r'^  File "(.+)", line \d+', str(error), flags=re.MULTILINE)
-    messages = re.split(rf"^{type(error).__name__}: ", str(error), flags=re.MULTILINE)
-    if not files or len(messages) < 2 or not Path(files[-1]).resolve().is_relative_to(here.resolve()):
-        return None
-    return messages[-1]
+def _lost_worker(error: Exception) -> bool:
+    """Whether torch says that a loader's worker process was killed or crashed, wherever the training process was."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def __getattr__(name: str) -> Callable[..., object]:

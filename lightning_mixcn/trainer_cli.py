@@ -1,10 +1,13 @@
 """``mixcn fit | validate | test | predict``: LightningCLI with this project's classes, defaults and run folder."""
 
 import argparse
+import atexit
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -13,10 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.callbacks import (
     AdapterCheckpoint,
+    ByteBudget,
     DataMonitor,
+    EpochBudget,
     EvaluationReport,
     FitSummary,
     PredictionWriter,
@@ -31,10 +37,17 @@ from lightning_mixcn.callbacks.finished_output import write_text
 from lightning_mixcn.cli import COMMANDS, UsageError
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.function_cli import add_function_subcommands
-from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.run_checks import check_precision
+from lightning_mixcn.run_folder import Overwrite, check_free, check_overwrite
 from lightning_mixcn.run_plan import RunPlan
+from lightning_mixcn.run_settings import (
+    expand_home,
+    fetch_tokenizer,
+    forget_tokenizer,
+    settle_epochs,
+    settle_tokenizer,
+)
 
 __all__ = ["MixcnCLI", "PretrainDataModule", "RunConfig", "run_trainer"]
 
@@ -44,7 +57,7 @@ _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     # Steps take seconds, and the module waits for each one's loss anyway.
     "log_every_n_steps": 1,
-    # The stream has no end: a run is as long as its steps.
+    # The stream has no end of Lightning's kind: a run is as long as its steps, see `settle_epochs`.
     "max_epochs": -1,
 }
 
@@ -67,9 +80,20 @@ _UNKNOWN_CLASS = "Expected a dot import path string: "
 class RunConfig(SaveConfigCallback):
     """Writes the configuration into the run's folder: ``config.yaml`` of `fit`, ``config.<subcommand>.yaml`` else."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, but for `fit` not before the model is there: a folder with ``config.yaml`` holds a run."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, and show it in TensorBoard."""
-        self.config.pop("plan", None)  # which other subcommands do not know
+        for option in ("plan", "overwrite"):  # which are not the run's, and other subcommands do not know
+            self.config.pop(option, None)
+        forget_tokenizer(self.config)
         text = self.parser.dump(self.config, skip_none=False)
         command = trainer.state.fn.value if trainer.state.fn else stage
         name = "config.yaml" if command == "fit" else f"config.{command}.yaml"
@@ -114,16 +138,19 @@ class MixcnCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give the data the model's tokenizer; give `fit` the option to plan."""
+        """Give `fit` its own options."""
         if parser.prog.endswith(" fit"):
             parser.add_argument(
                 "--plan",
                 action="store_true",
                 help="print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit",
             )
-        parser.link_arguments(
-            ("model.init_args.tokenizer", "model.init_args.base"), "data.init_args.tokenizer", compute_fn=_tokenizer
-        )
+            parser.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="replace the run that is in trainer.default_root_dir, once the new one is loaded; what is no "
+                "run's stays",
+            )
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI lets the hyper-parameters in a checkpoint override the configuration: `base` too, unnoticed.
@@ -136,16 +163,36 @@ class MixcnCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and check what can be checked before anything is loaded."""
-        if self._settings.trainer.default_root_dir is None:
-            configs = self._settings.get("config") or []
+        settings = self._settings
+        if settings.trainer.default_root_dir is None:
+            configs = settings.get("config") or []
             name = Path(str(configs[0])).stem if configs else "default"
-            self._settings.trainer.default_root_dir = str(Path("runs", name))
-        tokenizer = self._settings.get("data", {}).get("init_args", {}).get("tokenizer")
-        if tokenizer is not None and not self._planning:
-            self._settings.data.init_args.tokenizer = str(local_folder(tokenizer))
+            settings.trainer.default_root_dir = str(Path("runs", name))
+        expand_home(settings)
+        self._settle_folder(settings)
+        settle_epochs(settings)
+        settle_tokenizer(settings)
+        if not self._planning:
+            fetch_tokenizer(settings)
         if torch.cuda.is_available():
             # TF32 for what is float32: router and LoRA where the compute dtype is float32.
             torch.set_float32_matmul_precision("high")
+
+    def _settle_folder(self, settings: Any) -> None:
+        """Keep a run that is there from being replaced, unless that is asked for."""
+        self.root = Path(settings.trainer.default_root_dir)
+        if self._planning:
+            return
+        if settings.trainer.fast_dev_run:
+            # Callbacks write there whatever the trainer says.
+            scratch = mkdtemp(prefix="mixcn-fast-dev-run-")
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+            settings.trainer.default_root_dir = scratch
+            rank_zero_info(f"fast_dev_run: nothing is kept, {self.root} stays as it is")
+        elif self.subcommand == "fit" and settings.overwrite:
+            check_overwrite(self.root, settings.ckpt_path)
+        elif self.subcommand == "fit":
+            check_free(self.root, settings.ckpt_path, _checkpoint_folders(settings.trainer.callbacks))
 
     @property
     def _planning(self) -> bool:
@@ -168,17 +215,21 @@ class MixcnCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks and the logger of a run where the configuration has none of its own."""
         settings = self._get(self.config_init, "trainer")
-        root = Path(settings.default_root_dir)
+        root = self.root
         if settings.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
         given = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
         callbacks = [callback for callback in given if callback is not None]
         for callback in self._default_callbacks(settings):
-            if not any(isinstance(other, _kind(callback)) for other in callbacks):
+            if not any(isinstance(other, _kinds(callback)) for other in callbacks):
                 callbacks.append(callback)
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((root / "checkpoints").resolve())
+        if self._settings.get("overwrite") and not settings.fast_dev_run:
+            adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
+            folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
+            callbacks.insert(0, Overwrite(root, folders))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -203,6 +254,8 @@ class MixcnCLI(LightningCLI):
         callbacks: list[Callback] = [DataMonitor(), RankWatch()]
         if self.subcommand == "fit":
             callbacks += [PreemptionCheckpoint(), TrainabilityCheck(), FitSummary()]
+            if settings.max_steps in (None, -1):
+                callbacks.append(EpochBudget())
         if settings.enable_checkpointing is not False:
             callbacks += [StepCheckpoint(), AdapterCheckpoint()]
         if settings.logger is not False and self.subcommand == "fit":
@@ -261,16 +314,19 @@ def readable(message: str) -> str:
     return " ".join(kept)
 
 
-def _tokenizer(tokenizer: str | None, base: str) -> str:
-    return tokenizer or base
+def _checkpoint_folders(callbacks: Any) -> list[str]:
+    """Folders that the configured callbacks keep checkpoints in, besides the run's own."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    folders = [callback.get("init_args", {}).get("dirpath") for callback in given]
+    return [folder for folder in folders if folder is not None]
 
 
-def _kind(callback: Callback) -> type[Callback]:
+def _kinds(callback: Callback) -> type[Callback] | tuple[type[Callback], ...]:
     """What makes a default callback superfluous: any of the configuration that does its work."""
     for kind in (ModelCheckpoint, ProgressBar):
         if isinstance(callback, kind):
             return kind
-    return type(callback)
+    return (EpochBudget, ByteBudget) if isinstance(callback, EpochBudget) else type(callback)
 
 
 def _quieten() -> None:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -89,30 +88,15 @@ def test_errors_of_constructors_are_taken_out_of_jsonargparse_s(
     assert capsys.readouterr().err.startswith("mixcn: error: `sequence_length=0` (MIXCN")
 
 
-WORKER_ERROR = """Caught ValueError in DataLoader worker process 0.
-Original Traceback (most recent call last):
-  File "/usr/lib/torch/utils/data/_utils/worker.py", line 349, in _worker_loop
-    data = fetcher.fetch(index)
-  File "{file}", line 12, in read
-    raise ValueError(f"x")
-ValueError: data/zh.jsonl, line 3: not JSON
-"""
-
-
-def test_errors_of_loader_workers_are_one_line(
+def test_a_lost_loader_worker_is_one_line_and_no_fault_of_the_user_s(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = Path(cli.__file__).parent / "text" / "corpus.py"
-    monkeypatch.setattr(cli, "_run", raising(ValueError(WORKER_ERROR.format(file=file)), "torch._utils"))
-    assert cli.main(["fit"]) == 2
-    assert capsys.readouterr().err.startswith("mixcn: error: data/zh.jsonl, line 3: not JSON (")
-
-
-def test_other_errors_of_loader_workers_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = ValueError(WORKER_ERROR.format(file="/opt/elsewhere/data.py"))
-    monkeypatch.setattr(cli, "_run", raising(error, "torch._utils"))
-    with pytest.raises(ValueError, match="Original Traceback"):
-        cli.main(["fit"])
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    monkeypatch.setattr(cli, "_run", raising(killed, "torch.utils.data._utils.signal_handling"))
+    assert cli.main(["fit"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mixcn: error: DataLoader worker (pid 7) is killed by signal: Killed. It may have run out")
+    assert error.count("\n") == 1
 
 
 def test_a_command_that_failed_has_said_why(

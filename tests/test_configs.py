@@ -8,6 +8,7 @@ import yaml
 
 import lightning_mixcn.studies.compare as compare
 from lightning_mixcn.cli import main
+from lightning_mixcn.run_settings import settle_tokenizer
 from lightning_mixcn.studies.compare_recipe import Recipe, read_recipe
 from lightning_mixcn.trainer_cli import MixcnCLI
 
@@ -130,4 +131,5 @@ def test_the_papers_setting(stop_after_parsing: list[Any]) -> None:
     assert arguments.optimizer.init_args.lr == 1e-4
     assert arguments.lr_scheduler.init_args.warmup_fraction == 0.05
     assert arguments.train_embeddings is True
+    settle_tokenizer(stop_after_parsing[0])
     assert stop_after_parsing[0].data.init_args.tokenizer == arguments.base

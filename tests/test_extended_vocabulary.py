@@ -162,3 +162,25 @@ def test_an_extended_tokenizer_needs_trained_embeddings(tiny_base: Path, capsys:
     assert run(tiny_base, "run") == 0
     assert run(tiny_base, "run", "--ckpt_path", "last", tokenizer=None) == 2  # the checkpoint has more rows
     assert "has the shape" in capsys.readouterr().err
+
+
+def test_an_adapter_with_rows_of_its_own_brings_its_tokenizer(
+    tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extend(tiny_base, ["".join(HAN[number % 7 :]) + f"。{number}" for number in range(60)], 120, "Han")
+    assert run(tiny_base, "run") == 0
+    assert run(tiny_base, "run", "--ckpt_path", "last", command="validate") == 0
+    expected = bits_per_byte("run")
+    for name, tokenizer in (("silent", None), ("told", "extended"), ("own", "runs/run/adapter")):
+        assert run(tiny_base, name, command="validate", adapter="runs/run", tokenizer=tokenizer) == 0
+        assert bits_per_byte(name) == pytest.approx(expected, rel=1e-5), name
+    assert run(tiny_base, "on", adapter="runs/run", tokenizer=None) == 0
+    own, further = (Path(f"runs/{name}/adapter/tokenizer.json").read_bytes() for name in ("run", "on"))
+    assert own == further
+    found = find_model("runs/on")
+    assert len(transformers.AutoTokenizer.from_pretrained(found.tokenizer)) == len(
+        load_file("runs/on/adapter/adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    )
+    for command in ("fit", "validate"):
+        assert run(tiny_base, "other", command=command, adapter="runs/run", tokenizer=str(tiny_base)) == 2
+        assert "pieces, but the embeddings of `adapter=" in capsys.readouterr().err

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.data.document_sets import DocumentSets
 from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
-from lightning_mixcn.data.progress import RunProgress, order_of
-from lightning_mixcn.data.train_loader import Schedule, TrainLoader
+from lightning_mixcn.data.progress import Order, RunProgress, order_of
+from lightning_mixcn.data.train_loader import RepeatedBatches, Schedule, TrainLoader
 from lightning_mixcn.text import (
     BadRecordPolicy,
     DocumentEncoder,
@@ -78,6 +79,7 @@ class StreamDataModule(LightningDataModule):
         self._plan: StreamPlan | None = None
         self._train_loader: TrainLoader | None = None
         self._progress = RunProgress()
+        self._unprepared: Exception | None = None
 
     def make_encoder(self) -> DocumentEncoder:
         """Make what turns documents into tokens; `tokenizer` is there."""
@@ -91,7 +93,19 @@ class StreamDataModule(LightningDataModule):
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        """Unpack the sources that the stage needs, in one process of each machine."""
+        """Unpack the sources that the stage needs, in one process of each machine.
+
+        The other processes wait meanwhile for the next collective, so an error of this one is kept for `setup`, where
+        each meets it.
+        """
+        try:
+            self._unpack()
+        except (ValueError, OSError) as error:
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            self._unprepared = error
+
+    def _unpack(self) -> None:
         stage = self.trainer.state.fn if self.trainer is not None else None
         if stage in (None, TrainerFn.FITTING):
             self._documents.read_training()
@@ -109,6 +123,8 @@ class StreamDataModule(LightningDataModule):
             FileNotFoundError: The tokenizer or a source's files are missing.
             ValueError: No tokenizer or source is given, a file is damaged, or a set has no document.
         """
+        if self._unprepared is not None:
+            raise self._unprepared
         if self.tokenizer_path is None:
             raise ValueError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
         if self._tokenizer is None:
@@ -116,6 +132,8 @@ class StreamDataModule(LightningDataModule):
         if stage not in ("fit", None):
             self._documents.read(_SET_OF_STAGE[stage])
         elif self._plan is None:
+            if self.trainer is not None:
+                _check_endless(self.trainer)
             documents = self._documents.read_training()
             self._documents.read("val", required=False)
             self._plan = StreamPlan(
@@ -124,21 +142,25 @@ class StreamDataModule(LightningDataModule):
             )  # fmt: skip
             self._progress.set_order(order_of(self._plan))
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | RepeatedBatches:
         """Make the loader of training batches, which goes on behind the rows already trained on.
 
         Returns:
-            Batches of `collate_rows`, as tensors ``[micro_batch_size, sequence_length]``.
+            Batches of `collate_rows`, as tensors ``[micro_batch_size, sequence_length]``; under
+            `trainer.overfit_batches` always the same ones.
         """
         assert self._plan is not None, "Lightning calls setup('fit') first"
+        self.teardown("fit")  # the loader before, under `reload_dataloaders_every_n_epochs`
+        overfit = int(self.trainer.overfit_batches) if self.trainer is not None else 0
         self._train_loader = TrainLoader(
             self._plan,
             self._begin,
             self.num_workers,
             all_ranks_agree=self._all_ranks_agree,
-            on_batch=self._progress.hand_out,
-            on_end=self._on_end,
+            **({} if overfit else {"on_batch": self._progress.hand_out, "on_end": self._on_end}),
         )
+        if overfit:
+            return RepeatedBatches(self._train_loader, overfit, self._batches_trained)
         return self._train_loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
@@ -199,6 +221,37 @@ class StreamDataModule(LightningDataModule):
         streams = self._plan.open(range(self.num_streams))
         for number in count():
             yield streams[number % self.num_streams].next_row()
+
+    def count_rows(self, told: Callable[[], object] = lambda: None) -> int | None:
+        """Count the training rows of a whole run, by making them.
+
+        Args:
+            told: Called after each row that was made.
+
+        Returns:
+            Rows until every source has been read `max_epochs` times, empty ones of streams that end early included;
+            None if a source has no `max_epochs`.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        if any(documents.corpus.source.max_epochs is None for documents in self._plan.documents):
+            return None
+        last = -1
+        for index, stream in self._plan.open(range(self.num_streams)).items():
+            while not stream.exhausted:
+                last = max(last, stream.position * self.num_streams + index)
+                stream.next_row()
+                told()
+        return last + 1
+
+    def order(self) -> Order:
+        """Give what the sequence of training rows depends on."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        return order_of(self._plan)
+
+    @property
+    def rows_trained(self) -> int:
+        """Rows that all ranks together have trained on since the beginning of the run."""
+        return self._progress.rows
 
     @property
     def on_bad_record(self) -> BadRecordPolicy:
@@ -289,17 +342,22 @@ class StreamDataModule(LightningDataModule):
         num_ranks, rank = self._ranks()
         trainer, loader = self.trainer, self._train_loader
         assert loader is not None
-        if (
+        if trainer is not None and trainer.overfit_batches:
+            self._progress.begin(lambda: 0, 0)
+        elif (
             trainer is not None
             and trainer.state.fn == TrainerFn.FITTING
             and trainer.state.status == TrainerStatus.RUNNING
         ):
-            # Lightning fetches a batch ahead: only what it has processed is consumed. (It types `total` too narrowly.)
-            batches: Any = trainer.fit_loop.epoch_loop.batch_progress
-            self._progress.begin(lambda: int(batches.total.processed), self.micro_batch_size * num_ranks)
+            # Lightning fetches a batch ahead: only what it has processed is consumed.
+            self._progress.begin(self._batches_trained, self.micro_batch_size * num_ranks)
         else:
             self._progress.begin(lambda: loader.batches_given, self.micro_batch_size * num_ranks)
         return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows, dict(self._progress.streams))
+
+    def _batches_trained(self) -> int:
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning types `total` too narrowly
+        return int(batches.total.processed)
 
     def _all_ranks_agree(self, decision: bool) -> bool:
         return decision if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(decision, all=True)
@@ -316,6 +374,28 @@ def _of_all_ranks(mine: Any) -> list[Any]:
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
+
+
+def _check_endless(trainer: Trainer) -> None:
+    """Refuse what needs a length of the training data or epochs, neither of which a stream has.
+
+    Raises:
+        ValueError: A share of the training batches is asked for, or accumulation that changes with the epoch.
+    """
+    for name in ("overfit_batches", "limit_train_batches", "val_check_interval"):
+        value = getattr(trainer, name)
+        if isinstance(value, float) and (0.0 < value < 1.0 or (name == "overfit_batches" and value)):
+            raise ValueError(
+                f"`trainer.{name}={value}`: the stream of training rows has no end of which this could be a share. "
+                "Give a number of batches, such as 10"
+            )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's Trainer has it
+        if isinstance(callback, GradientAccumulationScheduler) and max(callback.scheduling) > 0:
+            raise ValueError(
+                f"`GradientAccumulationScheduler(scheduling={callback.scheduling})`: it counts epochs, which the "
+                "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another "
+                "value to change it"
+            )
 
 
 def _at_least(name: str, value: int, least: int, why: str) -> int:

@@ -9,18 +9,16 @@ happens only if ``ranks * micro_batch_size`` does not divide ``num_streams``.
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_mixcn.data.batch_tensors import batch_tensors
+from lightning_mixcn.data.loader_workers import worker_messages
 from lightning_mixcn.text import Row, RowStream, RowTable, StreamPlan, StreamState, collate_table
 
 # Behind a batch: the state of each stream that a worker has rows of, and whether all its streams are at their end.
@@ -29,10 +27,6 @@ Behind = tuple[dict[int, StreamState], bool]
 Message = tuple[RowTable, list[Behind]]
 # Several batches at once cost less; a message is of few at first, for training to begin soon.
 _DOUBLINGS = 3  # to 8 batches a message
-# Messages a worker may be ahead: texts differ in length, and with two a worker often waited for another one's.
-_PREFETCHED = 8
-# Python 3.14 would import everything anew in each worker, which takes ten seconds.
-_FASTEST_START = "fork" if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -153,18 +147,45 @@ class TrainLoader:
 
     def _messages(self, schedule: Schedule) -> Iterator[Message]:
         """One message of each worker in turn."""
-        loader = DataLoader(
-            _Messages(self._plan, schedule),
-            batch_size=None,
-            collate_fn=_identity,
-            worker_init_fn=_leave_signals_to_the_run,
-            num_workers=self._num_workers,
-            prefetch_factor=_PREFETCHED if self._num_workers else None,
-            multiprocessing_context=(self._start_method or _FASTEST_START) if self._num_workers else None,
-        )
-        with _one_thread_in_workers():
-            messages: Iterator[Message] = iter(loader)
-        return messages
+        return worker_messages(_Messages(self._plan, schedule), self._num_workers, self._start_method)
+
+
+class RepeatedBatches:
+    """The next batches of a run again and again, for `trainer.overfit_batches`; the run itself stays where it is.
+
+    Args:
+        loader: Gives the batches, once; they are kept in memory.
+        count: Number of batches, or fewer where the sources end before.
+        batches_trained: Counts the batches of this rank that were trained on, of a resumed run all of them.
+    """
+
+    def __init__(self, loader: TrainLoader, count: int, batches_trained: Callable[[], int]) -> None:
+        """Keep the arguments."""
+        self._loader = loader
+        self._count = count
+        self._batches_trained = batches_trained
+
+    @cached_property
+    def _batches(self) -> list[dict[str, Tensor]]:
+        try:
+            return list(itertools.islice(self._loader, self._count))
+        finally:
+            self._loader.close()
+
+    def __len__(self) -> int:
+        """Count the batches; all ranks must call it, since it reads them."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Give them from the first one on, or where a resumed run stopped between them."""
+        return iter(self._batches[self._batches_trained() % len(self) :])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, as `TrainLoader.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
 
 
 class _Messages(IterableDataset[Message]):
@@ -206,28 +227,3 @@ def _row_at(stream: RowStream, position: int) -> Row:
     while stream.position < position:
         stream.next_row()
     return stream.next_row()
-
-
-def _identity(message: Any) -> Any:
-    return message
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """SLURM signals every process of a job: workers have to live until the run has ended its step and saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _one_thread_in_workers() -> Iterator[None]:
-    """Forked tokenizers must not use the threads of their parent; what the child inherits says so without a warning."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -61,6 +61,8 @@ def _checkpointed(module: nn.Module, on_host: bool, *args: Any, **kwargs: Any) -
     forward = partial(type(module).forward, module)
     if not module.training or kwargs.get("past_key_values") is not None:
         return forward(*args, **kwargs)
+    if not args:  # `checkpoint` keeps random states of the devices of positional tensors only; the CPU's always
+        args = (kwargs.pop("hidden_states"),)  # transformers gives attention its input by keyword
     # Of a checkpoint, these hooks see nothing but the tensors among `args`: what it saves to run again with.
     hooks: AbstractContextManager[Any] = kept_on_host() if on_host and _on_gpu(args) else nullcontext()
     with hooks:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import EMBEDDINGS
-from .adapters import base_of, disk_names, lora_layers
+from .adapters import base_of, lora_layers
 from .experts import Experts
+from .layout import disk_names
 from .local_rows import local_rows
 
 

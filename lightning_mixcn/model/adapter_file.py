@@ -6,6 +6,7 @@ the file.
 Legend: R rank.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .fused_adapter import fused_places
 from .hub import local_folder
+from .lora_options import check_stored_options
 from .safetensors_file import SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,7 +28,6 @@ PREFIX = "base_model.model."
 EMBEDDINGS = ("model.embed_tokens", "lm_head")
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
-_UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
 
 
 class StoredFactors(NamedTuple):
@@ -78,7 +79,7 @@ class AdapterFile:
                     f"`adapter={str(path)!r}` holds {key}, which is neither a LoRA factor nor embed_tokens or lm_head. "
                     "Give a plain LoRA adapter"
                 )
-        self._fused = dict(fused_places(set(found), lambda name: self._shape(name, "A")[0], self.config))
+        self._fused = dict(fused_places(set(found), self._shape, self.config))
         in_stacks = {place.stored for place in self._fused.values()}
         self.names = sorted({*found, *self._fused} - in_stacks)
         self.saved = [name for key, name in saved.items() if key in self._file.entries]
@@ -130,21 +131,35 @@ class AdapterFile:
         """Read an embedding that was trained as a whole, ``[vocabulary, hidden]`` as it is stored."""
         return self._read(f"{PREFIX}{name}.weight")
 
+    def check_tied(self) -> None:
+        """Refuse embedding and head that were trained apart, for a base that has one matrix for both.
+
+        Raises:
+            ValueError: the two differ, or only one of them is there, so that PEFT leaves the other as the base has it.
+        """
+        if not self.saved:
+            return
+        if len(self.saved) < len(EMBEDDINGS) or not torch.equal(*map(self.read_saved, EMBEDDINGS)):
+            raise ValueError(
+                f"`adapter={str(self._path)!r}` trains {' apart from '.join(reversed(self.saved))}"
+                f"{' alone' if len(self.saved) == 1 else ''}, but the base ties embed_tokens and lm_head. Train it in "
+                "PEFT with ensure_weight_tying=True, or merge it there and use the merged, untied model as the base"
+            )
+
     def _read_config(self) -> LoraConfig:
+        where = f"`adapter={str(self._path)!r}`"
+        try:
+            raw = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise TypeError("it holds no object")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {CONFIG_NAME} cannot be read ({error}). Copy it again") from error
+        check_stored_options(raw, where)
         try:
             config = LoraConfig.from_pretrained(str(self.folder))
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"`adapter={str(self._path)!r}`: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again"
-            ) from error
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"`adapter={str(self._path)!r}` is of type {config.peft_type.value}. Give a LoRA adapter")
-        for option in _UNSUPPORTED:
-            if getattr(config, option, None):
-                raise ValueError(
-                    f"`adapter={str(self._path)!r}` was trained with {option}={getattr(config, option)!r}, which is "
-                    "not supported here. Give a plain LoRA adapter"
-                )
+            raise ValueError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
+        assert isinstance(config, LoraConfig)
         return config
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:

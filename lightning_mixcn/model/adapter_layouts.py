@@ -87,10 +87,16 @@ def per_expert(adapter: NormalisedAdapter, base: str | None, num_layers: int) ->
     tensors = _saved(adapter)
     for name, (a, b) in adapter.factors.items():
         tensors |= _pair(name, a, b)
-    layers = adapter.layers(adapter.factors)
     config = _config(adapter, base)
-    config.target_modules = sorted({name.rpartition(".")[2] for name in adapter.factors})
-    config.layers_to_transform = None if len(layers) == num_layers else sorted(layers)
+    by_target: dict[str, list[str]] = {}
+    for name in adapter.factors:
+        by_target.setdefault(name.rpartition(".")[2], []).append(name)
+    # Whole names where a layer is left out: PEFT 0.15 compares `layers_to_transform` with the expert's number.
+    config.target_modules = sorted(
+        target
+        for short, names in by_target.items()
+        for target in ([short] if len(adapter.layers(names)) == num_layers else names)
+    )
     return tensors, config
 
 

@@ -20,20 +20,13 @@ from .adapter_file import EMBEDDINGS, PREFIX, WEIGHTS_NAME, AdapterFile, StoredF
 from .adapter_layouts import normalise, per_expert
 from .frozen_linear import FrozenLinear
 from .identity import write_identity
-from .layout import EXPERT_NAMES
+from .layout import disk_names
 from .local_rows import copy_rows, gathered, plain_name
 from .lora import LoraFrozenLinear
-from .mixtral import ATTENTION_PROJECTIONS, MixtralForCausalLM
+from .lora_options import check_training_options
+from .lora_targets import adapted_modules
+from .mixtral import MixtralForCausalLM
 from .safetensors_file import write_safetensors
-
-TARGETS = {name: name for name in ATTENTION_PROJECTIONS} | {
-    "gate": "gate.linear",
-    **{paper: ours for ours, paper in EXPERT_NAMES.items()},
-}
-_UNSUPPORTED = (
-    "use_dora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices",
-    "fan_in_fan_out", "megatron_config",
-)  # fmt: skip
 
 
 class MixtralPeftModel(PeftModelForCausalLM):
@@ -76,23 +69,21 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
 
     Args:
         model: The frozen base, on the meta device.
-        lora: PEFT's configuration; ``target_modules`` in the paper's names, or ``all-linear``.
+        lora: PEFT's configuration, with the names of adapter files or of memory; see `lora_targets`.
 
     Raises:
-        ValueError: an option that 4-bit experts do not support, or a target that matches nothing.
+        ValueError: an option that is not implemented, or a name or pattern that matches nothing.
     """
+    check_training_options(lora)
+    groups = {name: module.groups for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    others = {name for name, _ in model.named_modules()} - groups.keys()
+    chosen = adapted_modules(lora, groups, others)
     config = copy.deepcopy(lora)
-    for option in _UNSUPPORTED:
-        if getattr(config, option, None):
-            raise ValueError(f"`lora.{option}={getattr(config, option)!r}` is not supported here. Leave it out")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f"`lora.init_lora_weights={config.init_lora_weights!r}`: expected true, false or gaussian")
-    if config.bias != "none":
-        raise ValueError(f"`lora.bias={config.bias!r}`: Mixtral has no biases. Leave it out")
-    paper_names = _target_names(config)
-    config.target_modules = sorted(TARGETS[name] for name in paper_names)
-    config.rank_pattern = {_in_memory(key): value for key, value in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {_in_memory(key): value for key, value in (config.alpha_pattern or {}).items()}
+    # PEFT is told the modules one by one: by itself it knows neither the paper's names nor that a key means a stack.
+    config.target_modules = sorted(chosen)
+    config.rank_pattern = {re.escape(name): rank for name, (rank, _) in chosen.items() if rank != config.r}
+    config.alpha_pattern = {re.escape(name): alpha for name, (_, alpha) in chosen.items() if alpha != config.lora_alpha}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.task_type = "CAUSAL_LM"
     config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
     config._register_custom_module({FrozenLinear: LoraFrozenLinear})
@@ -102,7 +93,8 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
         wrapped = MixtralPeftModel(model, config)
     for parameter in trained:  # PEFT froze the trained embeddings with the rest
         parameter.requires_grad_(True)
-    _verify_adapted(wrapped, paper_names, config)
+    adapted = {name: (layer.r["default"], layer.lora_alpha["default"]) for name, layer in lora_layers(wrapped)}
+    assert adapted == chosen, "PEFT adapted other modules than it was told"
     return wrapped
 
 
@@ -133,47 +125,11 @@ def _weight(model: MixtralPeftModel, name: str) -> Tensor:
     return cast(nn.Linear, base_of(model).get_submodule(name)).weight
 
 
-def _target_names(config: LoraConfig) -> set[str]:
-    targets = config.target_modules
-    if targets == "all-linear":
-        return set(TARGETS)
-    if isinstance(targets, str) or not targets:
-        raise ValueError(f"`lora.target_modules={targets!r}`: expected a list of {', '.join(TARGETS)}, or all-linear")
-    for name in sorted(targets):
-        if name not in TARGETS:
-            raise ValueError(
-                f"`lora.target_modules` names {name!r}, which matches nothing in Mixtral. Expected names out of "
-                f"{', '.join(TARGETS)}, or all-linear"
-            )
-    return set(targets)
-
-
-def _in_memory(pattern: str) -> str:
-    """A rank or alpha pattern in the paper's names, in ours."""
-    return re.sub(r"\bw[123]\b|\bgate\b(?!\.linear)", lambda match: TARGETS[match[0]], pattern)
-
-
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
     """Every LoRA layer with the name of the module that it adapts, e.g. ``model.layers.0.mlp.experts.up_proj``."""
     for name, module in model.named_modules():
         if isinstance(module, LoraFrozenLinear):
             yield plain_name(name).removeprefix(PREFIX), module
-
-
-def _verify_adapted(model: MixtralPeftModel, paper_names: set[str], config: LoraConfig) -> None:
-    """Every targeted projection of every chosen layer has its factors: an expert without adapter is an error."""
-    adapted = {name for name, _ in lora_layers(model)}
-    chosen = config.layers_to_transform
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    layers = range(base_of(model).config.num_hidden_layers) if chosen is None else chosen
-    for layer in layers:
-        for target in sorted(paper_names):
-            parent = "self_attn" if target in ATTENTION_PROJECTIONS else "mlp" if target == "gate" else "mlp.experts"
-            name = f"model.layers.{layer}.{parent}.{TARGETS[target]}"
-            if name not in adapted:
-                raise ValueError(
-                    f"`lora` leaves {name} ({target}) without an adapter. Check exclude_modules and targets"
-                )
 
 
 def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
@@ -192,16 +148,6 @@ def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraCon
     saved = {name: gathered(_weight(model, name)).cpu().clone() for name in trained}
     base = _lora_config(model).base_model_name_or_path
     return per_expert(normalise(factors, saved, config), base, config.num_hidden_layers)
-
-
-def disk_names(module_name: str, groups: int) -> list[str]:
-    """Names on disk of the groups of the module that is called ``module_name`` in memory."""
-    if module_name.endswith(".mlp.gate.linear"):
-        return [module_name.replace(".mlp.gate.linear", ".block_sparse_moe.gate")]
-    layer, found, leaf = module_name.partition(".mlp.experts.")
-    if not found:
-        return [module_name]
-    return [f"{layer}.block_sparse_moe.experts.{expert}.{EXPERT_NAMES[leaf]}" for expert in range(groups)]
 
 
 def load_adapter(model: MixtralPeftModel, path: str | Path) -> None:

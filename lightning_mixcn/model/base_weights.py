@@ -6,12 +6,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .adapters import disk_names
+from .bitsandbytes_source import BitsAndBytesSource
 from .checkpoint import Checkpoint, Segment
 from .frozen_linear import FrozenLinear
-from .layout import Entry, entries, stored_entries
-from .loading import check_entry, is_quantised, mixtral_config, pieces, torch_dtype
+from .layout import Entry, disk_names
+from .loading import is_quantised, mixtral_config, open_entries, pieces, torch_dtype
 from .mixtral import meta_model
+from .nf4 import dequantize
 from .weights import NF4Weight
 
 
@@ -38,9 +39,7 @@ class BaseWeights:
         assert dequantised or not self._stored, "a 4-bit folder has dequantised weights only"
         self.config = mixtral_config(checkpoint)
         model = meta_model(self.config, "nf4" if dequantised else "none", torch.float32)
-        todo = list(stored_entries(model) if self._stored else entries(model, checkpoint, self.config))
-        for entry in todo:
-            check_entry(entry, checkpoint)
+        todo, self._source = open_entries(model, checkpoint, self.config)
         self._entries: dict[str, list[Entry]] = {}
         for entry in todo:
             self._entries.setdefault(entry.name.removesuffix(".storage"), []).append(entry)
@@ -57,8 +56,9 @@ class BaseWeights:
     def dtype(self, name: str) -> torch.dtype:
         """Type of a module's weight in the checkpoint; of 4-bit weights, the one that the folder has beside them."""
         segment = self._entries[name][0].segments[0].name
-        if self._stored and self._is_nf4(name):
-            return torch_dtype(str(self._checkpoint.config["dtype"]))
+        if (self._stored and self._is_nf4(name)) or self._packed(name) is not None:
+            settings = self._checkpoint.config  # transformers 4, which wrote bitsandbytes' folders, says torch_dtype
+            return torch_dtype(str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"))
         return self._checkpoint.dtype(segment)
 
     def matrices(self, name: str) -> Iterator[Tensor]:
@@ -68,6 +68,9 @@ class BaseWeights:
             yield from (decode(group) for group in range(self._groups(name)))
             return
         (entry,) = self._entries[name]
+        if (source := self._packed(name)) is not None:  # a router that bitsandbytes quantised
+            yield dequantize(source.stack(entry), torch.float32)[: prod(entry.shape)].view(self.shape(name))
+            return
         segments: Sequence[Segment] = entry.segments
         numel = prod(self.shape(name))
         for group in range(self._groups(name)):
@@ -86,12 +89,18 @@ class BaseWeights:
         module = self._modules[name]
         return isinstance(module, FrozenLinear) and isinstance(module.storage, NF4Weight)
 
+    def _packed(self, name: str) -> BitsAndBytesSource | None:
+        """Return bitsandbytes' weights if the module's are among them."""
+        return self._source if self._source is not None and self._source.holds(self._entries[name][0]) else None
+
     def _nf4(self, name: str) -> NF4Weight:
         """The module's stack of matrices in 4 bits: read, or quantised now."""
         module = self._modules[name]
         assert isinstance(module, FrozenLinear)
         storage = NF4Weight(module.storage.shape)
-        if self._stored:
+        if (source := self._packed(name)) is not None:
+            storage.load_state_dict(source.stack(self._entries[name][0])._asdict())
+        elif self._stored and self._source is None:
             storage.load_state_dict(
                 {str(entry.attribute): self._checkpoint.read(entry.segments[0].name) for entry in self._entries[name]}
             )

@@ -15,8 +15,10 @@ import bitsandbytes.functional as bnb
 import torch
 
 from .checkpoint import Checkpoint
+from .layout import Entry
 from .nf4 import BLOCK, BLOCKS_PER_SUPERBLOCK, SUPERBLOCK, NF4Tensors
 
+_TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = "quant_state.bitsandbytes__nf4"
 
 
@@ -50,6 +52,29 @@ class BitsAndBytesSource:
     def __contains__(self, name: str) -> bool:
         """Whether the weight of this name is in 4 bits; modules that were skipped are not."""
         return f"{name}.{_STATE}" in self._checkpoint
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether an entry, or a part of one, is in 4 bits."""
+        return any(segment.name in self for segment in entry.segments)
+
+    def names(self, entry: Entry) -> list[str]:
+        """Names of all tensors that an entry in 4 bits is stored in."""
+        parts = [segment.name for segment in entry.segments]
+        return [*parts, *(f"{name}.{key}" for name in parts for key in (*_TABLES, _STATE))]
+
+    def check(self, entry: Entry) -> None:
+        """Check that every part of an entry is there in 4 bits and fits. ValueError if not."""
+        shape = tuple(entry.shape[-2:])
+        for segment in entry.segments:
+            if segment.name not in self or self.shape(segment.name) != shape:
+                raise ValueError(
+                    f"{self._checkpoint.path}: {segment.name} is not in 4 bits of shape {shape}. Is config.json of "
+                    "this model?"
+                )
+
+    def stack(self, entry: Entry) -> NF4Tensors:
+        """All matrices of an entry as they are stored, one after the other. See `packed`."""
+        return NF4Tensors(*map(torch.cat, zip(*(self.packed(part.name) for part in entry.segments), strict=True)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight before it was quantised."""

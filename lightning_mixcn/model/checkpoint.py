@@ -19,6 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
+_COMPARED_ELEMENTS = 2**24
 _SAMPLE_BYTES = 4096
 _SAMPLE_EVERY_BYTES = 64 * 2**20
 
@@ -136,6 +137,21 @@ class Checkpoint:
                 file.read_into(target[low - start : high - start], segment.name, first + low - base)
             base += last - first
         return target
+
+    def ties_head(self) -> bool:
+        """Whether the head is the embedding: the config says so, and the files hold no other, as in transformers 5."""
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not self.config.get("tie_word_embeddings") or not all(name in self for name in names):
+            return bool(self.config.get("tie_word_embeddings"))
+        shape = self.shape(names[0])
+        if shape != self.shape(names[1]):
+            return False
+        rows = max(1, _COMPARED_ELEMENTS // math.prod(shape[1:]))
+        for start in range(0, shape[0], rows):
+            head, embedding = (self.read_rows(name, start, min(start + rows, shape[0])).float() for name in names)
+            if not torch.equal(head, embedding):
+                return False
+        return True
 
     def identity(self) -> str:
         """Hash the config and every tensor's name, shape, dtype and sampled content.

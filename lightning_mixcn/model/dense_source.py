@@ -71,10 +71,8 @@ def _open_folder(name: str, folder: Path) -> DenseSource:
     config = dense_config(name, checkpoint.config)
     found = {tensor: checkpoint.shape(tensor) for tensor in checkpoint.names()}
     if config.tie_word_embeddings and "lm_head.weight" in found:
-        # transformers ties two stored matrices only where they are equal, and so does the Mixtral made of them.
-        same = torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight"))
-        config.tie_word_embeddings = same
-        if same:
+        config.tie_word_embeddings = checkpoint.ties_head()
+        if config.tie_word_embeddings:
             del found["lm_head.weight"]
     shapes = check_tensors(name, config, found)
     for tensor in shapes:

@@ -99,6 +99,6 @@ class Experts(nn.Module):
         weights = ExpertWeights(*(projection.storage for projection in projections))
         probability = max((factor.dropout for factor in (gate, up, down) if factor is not None), default=0.0)
         # Drawn from torch's CPU generator, which activation checkpointing restores: recomputation sees the same masks.
-        dropout = Dropout(probability, int(torch.randint(2**31, ()))) if probability > 0.0 else Dropout()
+        dropout = Dropout(probability, int(torch.randint(2**31, (), device="cpu"))) if probability > 0.0 else Dropout()
         y: Tensor = ExpertBlock.apply(hidden_states, top_k_index, top_k_weights, weights, dropout, *factors)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return y

@@ -34,6 +34,12 @@ def open_base(found: ModelSource, precision: Precision, original: str | None) ->
         return BaseWeights(checkpoint, dequantised=True), checkpoint
     if original is None and is_quantised(checkpoint):
         original = _recorded_original(checkpoint)
+        if is_quantised(Checkpoint(original)):
+            raise ValueError(
+                f"the base {str(checkpoint.path)!r} was made from {original!r}, which bitsandbytes quantised: there is "
+                "no unquantised one to merge onto. Give `--base dequantised`, or the published base with "
+                "`--original FOLDER`"
+            )
     if original is not None:
         stated = checkpoint
         checkpoint = Checkpoint(original)

@@ -50,7 +50,8 @@ def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOpt
     exact = "float32" if options.precision == "dequantised" else None
     dtype = None if (name := options.dtype or exact) is None else torch_dtype(name)
     merged = MergedWeights(base, adapters, options.layout, dtype)
-    extended = checkpoint.config | {"vocab_size": merged.vocab_size}
+    shape = {"vocab_size": merged.vocab_size, "tie_word_embeddings": base.config.tie_word_embeddings}
+    extended = checkpoint.config | shape
     config = exported_config(extended, merged.dtype(next(iter(base.modules))))
     with ShardWriter(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
         writer.require_free_bytes(merged.nbytes)

@@ -4,7 +4,7 @@ A wrapped parameter has A ``[E·R, in]``, whose rows are expert-major, and B ``[
 (``k·E + e``): `peft.tuners.lora.layer.ParamWrapper`. The experts' two parameters are wrapped one around the other, the
 inner one (gate_up_proj) under the name ``base_layer``.
 
-Legend: E = experts (1 for the router), R = rank, I = intermediate.
+Legend: E = experts (1 for the router), R = rank, H = hidden, I = intermediate.
 """
 
 import re
@@ -44,18 +44,19 @@ class FusedPlace(NamedTuple):
 
 
 def fused_places(
-    stored: set[str], rows_of_a: Callable[[str], int], config: LoraConfig
+    stored: set[str], shape: Callable[[str, str], tuple[int, ...]], config: LoraConfig
 ) -> Iterator[tuple[str, FusedPlace]]:
     """Name of every matrix that fused factors adapt, and where its own are.
 
     Args:
         stored: Names in the file.
-        rows_of_a: Name in the file → rows of its A.
-        config: PEFT's, for the ranks.
+        shape: Name in the file, and ``A`` or ``B`` → shape of that factor.
+        config: PEFT's, for the ranks and the names of the parameters.
 
     Raises:
-        ValueError: the rows are not a multiple of the rank.
+        ValueError: the rows are not a multiple of the rank, or it cannot be told which parameter factors wrap.
     """
+    sizes: dict[str, int] = {}
     for name in sorted(stored):
         match = _FUSED.fullmatch(name)
         if match is None:
@@ -64,12 +65,14 @@ def fused_places(
         parameter = _parameter(layer, kind, stored, config)
         ranks: Mapping[str, int] = config.rank_pattern or {}
         rank = ranks.get(get_pattern_key(list(ranks), parameter), config.r)
-        experts, rest = divmod(rows_of_a(name), rank)
+        rows, _ = shape(name, "A")
+        experts, rest = divmod(rows, rank)
         if rest or not experts:
-            raise ValueError(f"{name}.lora_A has {rows_of_a(name)} rows, expected a multiple of its rank {rank}")
+            raise ValueError(f"{name}.lora_A has {rows} rows, expected a multiple of its rank {rank}")
         if kind == "gate":
             yield f"{layer}.block_sparse_moe.gate", FusedPlace(name, parameter, 0, experts, rank, None)
             continue
+        _check_sizes(sizes, name, parameter, (experts, shape(name, "B")[0], shape(name, "A")[1]))
         halves = {"w1": 0, "w3": 1} if parameter.endswith("gate_up_proj") else {"w2": None}
         for expert in range(experts):
             for leaf, half in halves.items():
@@ -77,12 +80,36 @@ def fused_places(
                 yield matrix, FusedPlace(name, parameter, expert, experts, rank, half)
 
 
+def _check_sizes(sizes: dict[str, int], name: str, parameter: str, found: tuple[int, int, int]) -> None:
+    """Check that E, I and H are those of the factors before, so that none is taken for the other parameter's."""
+    experts, out, width = found
+    is_gate_up = parameter.endswith("gate_up_proj")
+    here = {"E": experts, "I": out // 2 if is_gate_up else width, "H": width if is_gate_up else out}
+    for size, value in here.items():
+        if sizes.setdefault(size, value) != value:
+            raise ValueError(
+                f"{name} has factors of {parameter.rpartition('.')[2]} with {size} = {value}, elsewhere {sizes[size]}. "
+                "Do target_parameters and rank_pattern belong to these tensors?"
+            )
+
+
 def _parameter(layer: str, kind: str, stored: set[str], config: LoraConfig) -> str:
-    """The parameter that the factors of this name wrap; a lone one has no ``base_layer`` in its name."""
+    """Name the parameter that factors wrap; where a layer has one wrapped, `target_parameters` say which.
+
+    PEFT wraps the two in the model's order, gate_up_proj first, and matches a target with the end of a name.
+    """
     if kind == "gate":
         return f"{layer}.mlp.gate.weight"
+    gate_up, down = (f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    if kind == "experts.base_layer":
+        return gate_up
+    if f"{layer}.mlp.experts.base_layer" in stored:
+        return down
     targets = [str(target) for target in config.target_parameters or ()]
-    alone = f"{layer}.mlp.experts.base_layer" not in stored
-    lone_gate_up = alone and any(target.endswith("gate_up_proj") for target in targets)
-    inner = kind == "experts.base_layer" or lone_gate_up
-    return f"{layer}.mlp.experts.{'gate_up_proj' if inner else 'down_proj'}"
+    named = [name for name in (gate_up, down) if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if len(named) != 1:
+        raise ValueError(
+            f"{layer}.mlp.experts has the factors of one parameter, but target_parameters={targets} name "
+            f"{'both' if named else 'none'} of gate_up_proj and down_proj there. Name the one that was trained"
+        )
+    return named[0]

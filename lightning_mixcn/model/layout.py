@@ -18,6 +18,16 @@ from .weights import Weight
 EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
+def disk_names(module_name: str, groups: int) -> list[str]:
+    """Names on disk of the groups of the module that is called ``module_name`` in memory."""
+    if module_name.endswith(".mlp.gate.linear"):
+        return [module_name.replace(".mlp.gate.linear", ".block_sparse_moe.gate")]
+    layer, found, leaf = module_name.partition(".mlp.experts.")
+    if not found:
+        return [module_name]
+    return [f"{layer}.block_sparse_moe.experts.{expert}.{EXPERT_NAMES[leaf]}" for expert in range(groups)]
+
+
 class Entry(NamedTuple):
     """One thing to load.
 

@@ -4,6 +4,7 @@ A checkpoint is read and quantised piece by piece, so the host never holds more 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -16,19 +17,22 @@ from tqdm.auto import tqdm
 from transformers import MixtralConfig
 
 from .adapters import MixtralPeftModel, attach_lora, load_adapter, reset_lora
-from .checkpoint import Checkpoint
+from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
+from .checkpoint import Checkpoint, Segment
 from .frozen_linear import FrozenLinear
 from .identity import QUANTISED_MODEL_TYPE, base_identity, is_own_format, stock_base
 from .inventory import verify_quantised
 from .layout import Entry, entries, stored_entries
-from .local_rows import held_elements, local_rows, write_elements
+from .local_rows import copy_rows, held_elements, local_rows, write_elements
 from .mixtral import MixtralForCausalLM, meta_model, move_to_device
-from .nf4 import SUPERBLOCK
+from .nf4 import SUPERBLOCK, dequantize
 from .vocabulary_extension import NewRows, find_extension
 from .weights import NF4Weight
 
 # Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
 CHUNK = 2048 * SUPERBLOCK
+# Buffers that old versions of transformers saved; they are computed.
+_COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,7 +53,8 @@ def load_mixtral(
     """Load a Mixtral, its experts quantised on the way.
 
     Args:
-        path: Hugging Face folder (safetensors, per-expert or fused names), 4-bit folder of `mixcn quantize`, or hub id.
+        path: Hugging Face folder (safetensors, per-expert or fused names), 4-bit folder of `mixcn quantize` or of
+            bitsandbytes (NF4, double quantised, saved with transformers 4), or hub id.
         quantization: ``nf4``: attention projections and experts in 4 bits, double quantised; embeddings, head, norms
             and router stay in ``dtype``. ``none``: everything in ``dtype``.
         lora: PEFT's configuration, or ``None`` for the bare base.
@@ -76,15 +81,12 @@ def load_mixtral(
     """
     checkpoint = Checkpoint(path)
     config = mixtral_config(checkpoint)
-    stored_nf4 = is_quantised(checkpoint)
-    if stored_nf4 and quantization != "nf4":
+    if is_quantised(checkpoint) and quantization != "nf4":
         raise ValueError(
             f"`quantization={quantization!r}`, but {checkpoint.path} holds 4-bit weights. Use nf4, or the original"
         )
     model = meta_model(config, quantization, torch_dtype(dtype))
-    todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
-    for entry in todo:  # every name and shape is checked before anything is allocated
-        check_entry(entry, checkpoint)
+    todo, source = open_entries(model, checkpoint, config)  # before anything is allocated
     if adapter is not None and lora is None:
         raise ValueError(
             f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
@@ -104,7 +106,7 @@ def load_mixtral(
     move_to_device(model, torch_device(device or "cpu"))
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that a launcher started on this machine
     for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
-        fill(entry, checkpoint)
+        fill(entry, checkpoint, source)
     if extension is not None:
         extension.fill(model)
     if isinstance(complete, MixtralPeftModel):
@@ -161,14 +163,14 @@ def _complete(
 
 
 def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
-    """The checkpoint's configuration; refuses other architectures."""
+    """The checkpoint's configuration, tied as its files are; refuses other architectures."""
     settings = stock_settings(checkpoint.config)
     if (kind := settings.get("model_type")) != "mixtral":
         raise ValueError(
             f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
             "one with `mixcn upcycle`"
         )
-    return MixtralConfig.from_dict(settings)
+    return MixtralConfig.from_dict(settings | {"tie_word_embeddings": checkpoint.ties_head()})
 
 
 def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +182,8 @@ def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
-    """Whether the folder was written by `mixcn quantize`; refuses other quantised formats."""
-    if is_own_format(checkpoint.config):
+    """Whether it is in 4 bits, by `mixcn quantize` or by bitsandbytes; refuses other quantised formats."""
+    if is_own_format(checkpoint.config) or is_bitsandbytes(checkpoint):
         return True
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
@@ -207,34 +209,81 @@ def torch_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
+def open_entries(
+    model: nn.Module, checkpoint: Checkpoint, config: MixtralConfig
+) -> tuple[list[Entry], BitsAndBytesSource | None]:
+    """List everything that a model takes from a checkpoint.
+
+    Args:
+        model: On the meta device.
+        checkpoint: High-precision, or in 4 bits.
+        config: Of `mixtral_config`.
+
+    Returns:
+        The entries in the model's order, and bitsandbytes' 4-bit weights if that is what the checkpoint holds.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    source = BitsAndBytesSource(checkpoint) if is_bitsandbytes(checkpoint) else None
+    stored_nf4 = is_quantised(checkpoint) and source is None
+    todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
+    left = set(checkpoint.names()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    for entry in todo:
+        if source is not None and source.holds(entry):
+            source.check(entry)
+            left.difference_update(source.names(entry))
+        else:
+            check_entry(entry, checkpoint)
+            left.difference_update(part.name for part in entry.segments)
+    surplus = sorted(name for name in left if not _COMPUTED.search(name))
+    if surplus:
+        raise ValueError(
+            f"{checkpoint.path} holds {len(surplus)} tensors that have no place in a Mixtral of its config.json: "
+            f"{', '.join(surplus[:3])}{' …' if len(surplus) > 3 else ''}. Is config.json of this model? Remove what is "
+            "not part of it"
+        )
+    return todo, source
+
+
 def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
-    """Every part is there and its size is what the module needs."""
+    """Check that every part is there and that its shape is what the module needs. ValueError if not."""
     for part in entry.segments:
         if part.name not in checkpoint:
             raise ValueError(
                 f"{checkpoint.path} lacks the tensor {part.name}. Download it again; is config.json of this model?"
             )
-    if _stored_elements(entry, checkpoint) != prod(entry.shape):
-        found = [checkpoint.shape(part.name) for part in entry.segments]
-        raise ValueError(
-            f"{checkpoint.path}: {entry.segments[0].name} has the wrong shape {found[0]} for {entry.name}, which needs "
-            f"{tuple(entry.shape)}. Is config.json of this model?"
-        )
+        found, expected = checkpoint.shape(part.name), _stored_shape(entry, part)
+        if found != expected:
+            raise ValueError(
+                f"{checkpoint.path}: {part.name} has the wrong shape {found} for {entry.name}, which needs {expected}. "
+                "Is config.json of this model?"
+            )
 
 
-def _stored_elements(entry: Entry, checkpoint: Checkpoint) -> int:
-    total = 0
-    for part in entry.segments:
-        shape = checkpoint.shape(part.name)
-        shape = shape if part.index is None else shape[1:]
-        total += prod(shape if part.rows is None else (part.rows[1] - part.rows[0], *shape[1:]))
-    return total
+def _stored_shape(entry: Entry, part: Segment) -> tuple[int, ...]:
+    """Shape of the tensor that holds a part: a parameter as it is, one matrix, or a stack of all experts'."""
+    if entry.attribute:
+        return tuple(entry.shape)
+    groups, rows, columns = entry.shape
+    if part.index is None:
+        return rows, columns
+    return groups, rows * (1 if part.rows is None else 2), columns
 
 
-def fill(entry: Entry, checkpoint: Checkpoint) -> None:
-    """Read what this rank holds of an entry, piece by piece, quantising where the module is quantised."""
+def fill(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None = None) -> None:
+    """Read what this rank holds of an entry, piece by piece, quantising where the module is quantised.
+
+    Args:
+        entry: What is read.
+        checkpoint: Where from.
+        source: bitsandbytes' 4-bit weights, which are taken over as they are.
+    """
+    if source is not None and source.holds(entry):
+        _take_over(entry, source)
+        return
     held = held_elements(entry.parameter) if entry.attribute else entry.storage.held()
-    if entry.attribute and held.stop > (stored := _stored_elements(entry, checkpoint)):
+    if entry.attribute and held.stop > (stored := prod(checkpoint.shape(entry.segments[0].name))):
         held = range(min(held.start, stored), stored)  # the rows of an extended vocabulary are not in the checkpoint
     target = _readable(entry, checkpoint)
     for start, values in pieces(entry, checkpoint, held, target):
@@ -242,6 +291,17 @@ def fill(entry: Entry, checkpoint: Checkpoint) -> None:
             entry.storage.write(start, values)
         elif target is None:
             write_elements(entry.parameter, start, values)
+
+
+def _take_over(entry: Entry, source: BitsAndBytesSource) -> None:
+    packed, storage = source.stack(entry), entry.storage
+    if isinstance(storage, NF4Weight):
+        for name, tensor in packed._asdict().items():
+            copy_rows(getattr(storage, name), tensor)
+    else:  # the router, which is not quantised here
+        held = storage.held()
+        values = dequantize(packed, storage.values.dtype)[: prod(storage.shape)]
+        storage.write(held.start, values[held.start : held.stop])
 
 
 def _readable(entry: Entry, checkpoint: Checkpoint) -> Tensor | None:

@@ -1,7 +1,6 @@
 """What a person calls a model — a checkpoint, a 4-bit folder, a run, an adapter — as a base and its adapters."""
 
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ from peft import LoraConfig
 from torch import nn
 
 from .adapter_file import CONFIG_NAME, AdapterFile
-from .adapters import TARGETS, MixtralPeftModel
+from .adapters import MixtralPeftModel
 from .hub import local_folder
 from .identity import check_made_from, read_identity
 from .loading import load_mixtral
+from .lora_targets import SHORT_NAMES
 from .mixtral import MixtralForCausalLM
 
 ADAPTER_FOLDER = "adapter"
@@ -71,11 +71,16 @@ def find_model(src: str) -> ModelSource:
 
 def _find_base(adapter: str, folder: Path) -> ModelSource:
     """The 4-bit folder that an adapter was trained on while it is there, else the base that its configuration names."""
-    base = AdapterFile(folder).config.base_model_name_or_path
-    loaded = read_identity(folder)
+    config = AdapterFile(folder).config
+    base, loaded = config.base_model_name_or_path, read_identity(folder)
     # The configuration names the original, which other tools read. Another name is a person's, and goes first.
     if loaded is not None and base in (None, loaded.get("original_path")) and Path(loaded["path"]).is_dir():
         base = loaded["path"]
+    if base and config.revision not in (None, "main") and not Path(base).is_dir():
+        raise ValueError(
+            f"the adapter {adapter!r} belongs to the revision {config.revision!r} of {base!r}. Download that revision, "
+            f"and set base_model_name_or_path in {CONFIG_NAME} to its folder"
+        )
     if not base:
         raise ValueError(
             f"the adapter {adapter!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the folder of "
@@ -144,41 +149,34 @@ def load_found(
 
 
 def lora_of(adapter: AdapterFile) -> LoraConfig:
-    """The configuration with which `load_mixtral` makes room for an adapter, read off its tensors.
+    """Return the configuration with which `load_mixtral` makes room for an adapter, read off its tensors.
 
     Args:
         adapter: Of equal rank for all experts of a projection; other ranks may differ.
 
     Raises:
-        ValueError: it adapts what is no projection of a Mixtral, or other projections in some layers than in others.
+        ValueError: it adapts what is no projection of a Mixtral, or some experts of a projection with other ranks.
     """
-    ranks: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    ranks: dict[str, int] = {}
+    of_stacks: dict[str, int] = {}
     for name in adapter.names:
         match = _MATRIX.fullmatch(name)
-        if match is None or match[3] not in TARGETS:
+        if match is None or match[3] not in SHORT_NAMES:
             raise ValueError(f"the adapter {str(adapter.folder)!r} adapts {name}, which is not supported here")
-        ranks[match[3]][int(match[1])] = adapter.rank(name)
-    layers = {layer for by_layer in ranks.values() for layer in by_layer}
-    for target, by_layer in ranks.items():
-        if missing := sorted(layers - by_layer.keys()):
+        ranks[name] = adapter.rank(name)
+        shared = of_stacks.setdefault(f"{match[1]}.{match[3]}", ranks[name])
+        if shared != ranks[name]:
             raise ValueError(
-                f"the adapter {str(adapter.folder)!r} adapts {target} in some layers but not in layer {missing[0]}, "
-                "which cannot be loaded. Merge it with `mixcn export --format hf`"
+                f"the adapter {str(adapter.folder)!r} has the rank {ranks[name]} for {name} and {shared} for other "
+                "experts of the layer, which cannot be loaded. Merge it with `mixcn export --format hf`"
             )
-    rank = max((rank for by_layer in ranks.values() for rank in by_layer.values()), default=1)
-    others = {
-        rf"model\.layers\.{layer}\..*{TARGETS[target]}": here
-        for target, by_layer in ranks.items()
-        for layer, here in by_layer.items()
-        if here != rank
-    }
+    rank = max(ranks.values(), default=1)
     # `load_adapter` puts the adapter's own scaling into B, so alpha may be anything.
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(ranks),
-        layers_to_transform=sorted(layers),
-        rank_pattern=others,
+        rank_pattern={re.escape(name): here for name, here in ranks.items() if here != rank},
         base_model_name_or_path=adapter.config.base_model_name_or_path,
         task_type="CAUSAL_LM",
     )

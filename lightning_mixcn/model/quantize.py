@@ -7,16 +7,10 @@ from tqdm.auto import tqdm
 from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
 from .checkpoint import Checkpoint
 from .identity import QUANTISED_MODEL_TYPE, QUANTIZATION_METHOD, recorded_path, write_identity
-from .layout import Entry, entries
-from .loading import (
-    check_entry,
-    is_quantised,
-    mixtral_config,
-    pieces,
-    torch_dtype,
-)
+from .layout import Entry
+from .loading import is_quantised, mixtral_config, open_entries, pieces, torch_dtype
 from .mixtral import meta_model
-from .nf4 import BLOCK, SUPERBLOCK, NF4Tensors, dequantize
+from .nf4 import BLOCK, SUPERBLOCK, dequantize
 from .shard_writer import ShardWriter
 from .tokenizer_files import GENERATION_FILE, tokenizer_files
 from .weights import NF4Weight
@@ -36,16 +30,14 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     """
     checkpoint = Checkpoint(src)
     config = mixtral_config(checkpoint)
-    source = BitsAndBytesSource(checkpoint) if is_bitsandbytes(checkpoint) else None
-    if source is None and is_quantised(checkpoint):
+    if is_quantised(checkpoint) and not is_bitsandbytes(checkpoint):
         raise ValueError(f"`src={src!r}` is in 4 bits already. Use it as it is")
     model = meta_model(config, "nf4", torch_dtype(dtype))
-    todo = list(entries(model, checkpoint, config))
-    for entry in todo:
-        _check(entry, checkpoint, source)
+    todo, source = open_entries(model, checkpoint, config)
     method = {"format": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
+    tied = {"tie_word_embeddings": config.tie_word_embeddings}
     changes = {"model_type": QUANTISED_MODEL_TYPE, "quantization_config": method, "dtype": dtype}
-    settings = checkpoint.config | changes
+    settings = checkpoint.config | tied | changes
     with ShardWriter(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):
             for name, tensor in _tensors(entry, checkpoint, source, torch_dtype(dtype)).items():
@@ -56,28 +48,14 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
         write_identity(writer.folder, {"path": recorded_path(src), "sha256": checkpoint.identity()})
 
 
-def _check(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None) -> None:
-    """Every part is there and fits, in 4 bits or not."""
-    names = [segment.name for segment in entry.segments]
-    if source is None or not any(name in source for name in names):
-        check_entry(entry, checkpoint)
-        return
-    shape = tuple(entry.shape[-2:])
-    for name in names:
-        if name not in source or source.shape(name) != shape:
-            raise ValueError(
-                f"{checkpoint.path}: {name} is not in 4 bits of shape {shape}. Is config.json of this model?"
-            )
-
-
 def _tensors(
     entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """One weight as it is stored: four tensors where it is quantised, else one."""
     quantised = entry.attribute is None and isinstance(entry.storage, NF4Weight)
     stored_name = f"{entry.name}.{entry.attribute or 'storage.values'}"
-    if source is not None and entry.segments[0].name in source:
-        packed = NF4Tensors(*map(torch.cat, zip(*(source.packed(part.name) for part in entry.segments), strict=True)))
+    if source is not None and source.holds(entry):
+        packed = source.stack(entry)
         if quantised:
             return {f"{entry.name}.storage.{name}": tensor for name, tensor in packed._asdict().items()}
         return {stored_name: dequantize(packed, dtype).view(entry.shape)}

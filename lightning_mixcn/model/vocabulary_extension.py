@@ -183,6 +183,41 @@ def find_extension(
     return VocabularyExtension(checkpoint, rows, new_rows, old, new, seed)
 
 
+def tokenizer_for(base: str, tokenizer: str | None, adapter: str | None) -> str:
+    """Find the tokenizer that a model is trained or evaluated with.
+
+    Embeddings that an adapter brings belong to the pieces of the tokenizer that it was trained with.
+
+    Args:
+        base: Folder or hub id of the base.
+        tokenizer: The one that was asked for; ``None`` where none was.
+        adapter: PEFT adapter folder to continue from, or ``None``.
+
+    Returns:
+        ``tokenizer`` if it is given; else the adapter's own where it has one and brings embeddings; else the base's.
+
+    Raises:
+        ValueError: the one that was asked for has other pieces than the adapter's.
+        FileNotFoundError: there is no such adapter.
+    """
+    if adapter is None:
+        return tokenizer or base
+    stored = AdapterFile(adapter)
+    if not stored.saved or not has_tokenizer(stored.folder):
+        return tokenizer or base
+    if tokenizer is None:
+        return adapter
+    if (given := local_folder(tokenizer)) != stored.folder:
+        asked, own = TokenizerPieces(given).pieces, TokenizerPieces(stored.folder).pieces
+        if asked != own:
+            raise ValueError(
+                f"`tokenizer={tokenizer!r}` has {len(asked)} pieces, but the embeddings of `adapter={adapter!r}` were "
+                f"trained with another tokenizer, which lies beside them and has {len(own)}. Leave `tokenizer` out, or "
+                "give that one"
+            )
+    return tokenizer
+
+
 def adapter_rows(adapter: AdapterFile, *, tied: bool) -> int | None:
     """Rows of the embedding and the head that an adapter holds; ``None`` if it does not hold all of them.
 
@@ -193,6 +228,8 @@ def adapter_rows(adapter: AdapterFile, *, tied: bool) -> int | None:
     Raises:
         ValueError: the two differ.
     """
+    if tied:
+        adapter.check_tied()
     rows = {name: adapter.shape(name)[0] for name in adapter.saved}
     if len(set(rows.values())) > 1:
         raise ValueError(f"the adapter {str(adapter.folder)!r} has {rows} rows. Expected as many in both")

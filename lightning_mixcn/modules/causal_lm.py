@@ -4,10 +4,11 @@ To change what is minimised, subclass and override `compute_loss`, which gives a
 logging and checkpoints stay right, because division happens once, in the end.
 """
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, LRSchedulerTypeUnion, OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_mixcn.metrics import DocumentScores, Likelihood, score_documents, scored_positions
 from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.mixtral import CausalLMOutput
+from lightning_mixcn.model.vocabulary_extension import tokenizer_for
 
 from . import run_checks
 from .accumulation import Contribution, GradientWindow, clip_gradients, micro_batch_scale, rescale_gradients
@@ -26,8 +28,9 @@ from .evaluation import SourceEvaluation
 from .hyperparameters import make_plain
 from .optimizer_states import check_optimizer
 from .planned_run import budgeted_modes
+from .resume import ConfiguredOptimization
 from .saved_state import SavedStateModule, adapter_folder
-from .schedule import WarmupCosine, scheduled
+from .schedule import WarmupCosine, known_length, scheduled
 from .step_clock import StepClock
 from .strategies import Shard, build_device, fsdp2_shard, gradient_group, keep_base_whole, sync_gradients
 
@@ -41,8 +44,8 @@ class CausalLMModule(SavedStateModule):
         base: Hugging Face folder, 4-bit folder of `mixcn quantize`, or hub id.
         quantization: ``nf4`` holds attention projections and experts in 4 bits; ``none`` holds them in ``dtype``.
         dtype: Compute dtype; LoRA masters and trained embeddings are float32 whatever it is.
-        tokenizer: Folder of the tokenizer; null is the base's. The command line gives it to the data, too. One that
-            `mixcn vocab merge` has extended needs `train_embeddings`.
+        tokenizer: Folder of the tokenizer; null is the base's, or that of an `adapter` with embeddings of its own. The
+            command line gives it to the data, too. One that `mixcn vocab merge` has extended needs `train_embeddings`.
         lora: PEFT's LoraConfig, with the paper's target names; null trains no adapter.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully, as the paper does.
         adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer.
@@ -80,7 +83,7 @@ class CausalLMModule(SavedStateModule):
         self.save_hyperparameters()
         make_plain(self)
         self.base, self.quantization, self.dtype_name = base, quantization, dtype
-        self.tokenizer_path, self.new_rows = tokenizer or base, new_rows
+        self.given_tokenizer, self.new_rows = tokenizer, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.router_aux_loss_coef = router_aux_loss_coef
         run_checks.check_activation_settings(activation_checkpointing, activation_memory)
@@ -92,6 +95,11 @@ class CausalLMModule(SavedStateModule):
         self.model: nn.Module | None = None
         self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
         self._window, self._clock = GradientWindow(), StepClock()
+
+    @cached_property
+    def tokenizer_path(self) -> str:
+        """The tokenizer's folder or hub id, see `tokenizer_for`."""
+        return tokenizer_for(self.base, self.given_tokenizer, adapter_folder(self.adapter))
 
     # ---- what subclasses override ----
 
@@ -157,7 +165,7 @@ class CausalLMModule(SavedStateModule):
     def setup(self, stage: str) -> None:
         """Refuse a precision that would cast LoRA's masters and the quantisation scales; have checkpoints checked."""
         run_checks.check_precision(self.trainer.precision)
-        check_before_loading(self.trainer)
+        check_before_loading(self.trainer, self.check_checkpoint)
 
     @property
     def shard(self) -> Shard | None:
@@ -182,14 +190,21 @@ class CausalLMModule(SavedStateModule):
         run_checks.check_trains(parameters)
         optimizer = self.make_optimizer(parameters)
         check_optimizer(optimizer, self.trainer.strategy)
-        return scheduled(optimizer, self.make_lr_scheduler(optimizer), self.trainer.max_steps)
+        self.compare_with_checkpoint(ConfiguredOptimization(optimizer, self._schedule, self.make_optimizer))
+        return scheduled(optimizer, self._schedule(optimizer), self.trainer.val_check_interval)
+
+    def _schedule(self, optimizer: Optimizer) -> LRSchedulerTypeUnion:
+        return known_length(self.make_lr_scheduler(optimizer), self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
-        """Check that the data's tokenizer fits the model."""
+        """Check that the data fit the model."""
         run_checks.check_vocabulary(self.trainer, self.model)
+        run_checks.check_context(self.trainer, self.model)
 
     def on_train_start(self) -> None:
-        """Start the clock of the first step."""
+        """Have the configuration hold against a checkpoint's optimizer; start the clock of the first step."""
+        run_checks.check_schedule_is_stepped(self.trainer)
+        self.take_configured_settings()
         self._clock.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -212,7 +227,13 @@ class CausalLMModule(SavedStateModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the step's count, before clipping. Raises: FloatingPointError, ValueError; nothing is updated."""
         step, totals = self.trainer.global_step, self._window.close(self.trainer.strategy)
-        count = float(totals.count)
+        count, self._positions_of_step = float(totals.count), float(totals.positions)
+        if not self._positions_of_step:
+            # Padding alone, as where streams end one after the other: a parameter without gradient is not updated.
+            self._gradient_norm = 0.0
+            for parameter in self.parameters():
+                parameter.grad = None
+            return
         run_checks.check_finite_step(step, "loss", float(totals.minimised), self.trainer)
         run_checks.check_labels(step, count)
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
@@ -220,7 +241,6 @@ class CausalLMModule(SavedStateModule):
         self._gradient_norm = float(norm)
         run_checks.check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
         labels = totals.labels.clamp_min(1)
-        self._positions_of_step = float(totals.positions)
         self.log("train/nll_nats_per_token", totals.nats / labels, prog_bar=True)
         self.log("train/loss", totals.minimised / count)
         self.log("train/auxiliary_loss", totals.auxiliary / labels)

@@ -9,17 +9,20 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
 
 from .checkpoint_metadata import check_metadata
 
 _SUMS = "SHA256SUMS"
 _UNFINISHED, _OUTDATED = "unfinished", "outdated"
-_NEEDED = (".metadata", "meta.pt")  # of a folder: torch's description, and what Lightning puts beside the tensors
+_LIGHTNINGS = "meta.pt"
+_NEEDED = (".metadata", _LIGHTNINGS)  # of a folder: torch's description, and what Lightning puts beside the tensors
 
 
 def unfinished_path(path: Path) -> Path:
@@ -122,7 +125,7 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def check_before_loading(trainer: Any) -> None:
+def check_before_loading(trainer: Any, check: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Have a trainer's strategy verify each checkpoint before it reads it; called on all ranks.
 
     Until then Lightning tells nobody which checkpoint it is: ``last`` and ``best`` stand for a path, too. No checkpoint
@@ -130,16 +133,18 @@ def check_before_loading(trainer: Any) -> None:
 
     Args:
         trainer: Lightning's.
+        check: Called with what a checkpoint holds beside its tensors before a strategy fills model and optimizer from
+            it, as those that shard do while they read; it raises ValueError, on all ranks alike.
     """
     if not isinstance(trainer.strategy.load_checkpoint, _CheckedLoad):
-        trainer.strategy.load_checkpoint = _CheckedLoad(trainer.strategy)
+        trainer.strategy.load_checkpoint = _CheckedLoad(trainer.strategy, check)
 
 
 class _CheckedLoad:
     """Stands before a strategy's `load_checkpoint`."""
 
-    def __init__(self, strategy: Any) -> None:
-        self._strategy = strategy
+    def __init__(self, strategy: Any, check: Callable[[dict[str, Any]], None] | None) -> None:
+        self._strategy, self._check = strategy, check
         self._load = strategy.load_checkpoint
 
     def __call__(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -152,8 +157,21 @@ class _CheckedLoad:
                 message = str(error)
         if message := self._strategy.broadcast(message):
             raise ValueError(message)
+        if self._check is not None and isinstance(self._strategy, ModelParallelStrategy):
+            self._check(read_settings(Path(checkpoint_path)))
         checkpoint: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
         return checkpoint
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds beside its tensors.
+
+    Args:
+        path: File, of which tensors are mapped and not read, or folder.
+    """
+    if path.is_dir():
+        return dict(torch.load(path / _LIGHTNINGS, map_location="cpu", weights_only=True))
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _check_sums(path: Path) -> None:

@@ -54,7 +54,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, LoraConfig):
-        return _plain_lora(value)
+        return plain_lora(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
@@ -64,8 +64,12 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _plain_lora(lora: LoraConfig) -> dict[str, Any]:
-    """What differs from PEFT's defaults: the rest changes with its version."""
+def plain_lora(lora: LoraConfig) -> dict[str, Any]:
+    """Reduce PEFT's configuration to what differs from its defaults, as plain data: the rest changes with its version.
+
+    Args:
+        lora: The configuration.
+    """
     default = vars(LoraConfig())
     changed = {name: value for name, value in vars(lora).items() if name in default and value != default[name]}
     return {name: _plain(value) for name, value in changed.items() if name not in _LORA_BOOKKEEPING and name[0] != "_"}

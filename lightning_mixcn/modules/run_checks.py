@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 # Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
@@ -47,6 +48,28 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
         )
 
 
+def check_context(trainer: Any, model: nn.Module | None) -> None:
+    """Warn of rows that are longer than what the base was trained on.
+
+    Args:
+        trainer: Lightning's; data without a `sequence_length` are not checked.
+        model: A transformers model or the PeftModel around it.
+    """
+    length, config = getattr(trainer.datamodule, "sequence_length", None), getattr(model, "config", None)
+    if length is None or config is None:
+        return
+    limits = {
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "sliding_window": getattr(config, "sliding_window", None),
+    }
+    exceeded = [f"{name} of {limit}" for name, limit in limits.items() if limit is not None and length > limit]
+    if exceeded:
+        rank_zero_warn(
+            f"`data.init_args.sequence_length={length}` exceeds the base's {' and '.join(exceeded)} tokens: it has never "
+            "seen such distances. Shorten the rows, unless the run is meant to extend the context"
+        )
+
+
 def check_trains(parameters: list[Any]) -> None:
     """Refuse to train nothing. Args: parameters: those that train. Raises: ValueError if there are none."""
     if not parameters:
@@ -75,6 +98,23 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
         )
     if memory != "auto" and (isinstance(memory, str) or memory <= 0):
         raise ValueError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
+
+
+def check_schedule_is_stepped(trainer: Any) -> None:
+    """Refuse a schedule that follows a value where there is no validation to give it.
+
+    Args:
+        trainer: Lightning's, its loaders set up.
+
+    Raises:
+        ValueError: it would be stepped at the end of an epoch, and a stream's epoch has no end.
+    """
+    waits = any(config.reduce_on_plateau and config.interval == "epoch" for config in trainer.lr_scheduler_configs)
+    if waits and math.isinf(trainer.num_training_batches):
+        raise ValueError(
+            "`lr_scheduler`: one that follows a value is stepped after each validation, and there is none. Set "
+            "`trainer.val_check_interval` to a number of micro-batches"
+        )
 
 
 def check_labels(step: int, count: float) -> None:

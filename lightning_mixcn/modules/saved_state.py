@@ -1,19 +1,29 @@
 """What a checkpoint holds of a model: what trains, and which base it belongs to."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_mixcn.model import base_identity
 from lightning_mixcn.model.local_rows import plain_name
 
+from .resume import SETTINGS_KEY, ConfiguredOptimization, callback_changes, settings_changes
+from .saved_lora import LORA_KEY, check_same_lora, lora_record
+
 BASE_KEY = "mixcn_base"
 ACCUMULATION_KEY = "mixcn_accumulate_grad_batches"
+# Arguments that are compared by other means, or that only say how a run begins.
+_APART = frozenset(
+    {"base", "tokenizer", "adapter", "lora", "new_rows", "optimizer", "lr_scheduler", "train_embeddings"}
+)
 
 
 class SavedStateModule(LightningModule):
@@ -28,6 +38,8 @@ class SavedStateModule(LightningModule):
         super().__init__()
         self.strict_loading = False  # a checkpoint holds what trains; `load_state_dict` checks that all of it is there
         self.steps_trained = 0  # of the checkpoint that was loaded
+        self._configured: ConfiguredOptimization | None = None
+        self._resumed: dict[str, Any] | None = None  # settings in the checkpoint that training goes on from
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch's has overloads
         """Only what trains; the base is named by its identity, see `on_save_checkpoint`."""
@@ -46,17 +58,112 @@ class SavedStateModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the base's path and a hash of its content, and what resuming on other ranks needs."""
         checkpoint[BASE_KEY] = self._base_identity
+        checkpoint[LORA_KEY] = lora_record(self)
+        if self._configured is not None:
+            checkpoint[SETTINGS_KEY] = self._configured.settings()
         checkpoint[ACCUMULATION_KEY] = self.trainer.accumulate_grad_batches
         if self.trainer.strategy.lightning_restore_optimizer:
             for state in checkpoint.get("optimizer_states", ()):
                 number_as_in_module(state, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the base before anything is loaded. Raises: ValueError if it is another one."""
-        check_same_base(checkpoint.get(BASE_KEY), self._base_identity)
+        """Check base, LoRA and optimizer before anything is loaded. Raises: ValueError if they are others."""
+        self.check_checkpoint(checkpoint)
+        if LORA_KEY not in checkpoint and "lora" not in checkpoint.get("hyper_parameters", {}):
+            rank_zero_warn(
+                "The checkpoint does not say how its adapters are scaled: `lora` cannot be checked against it"
+            )
         if self._trainer is not None:
             rescale_batch_counts(checkpoint, self.trainer.accumulate_grad_batches)
+            self._keep_settings(checkpoint)
         self.steps_trained = int(checkpoint["global_step"])
+
+    def check_checkpoint(self, content: Mapping[str, Any]) -> None:
+        """Refuse what this run cannot go on from.
+
+        Args:
+            content: The checkpoint's dictionary; the tensors need not be in it.
+
+        Raises:
+            ValueError: another base, other LoRA scalings, ranks or targets, another quantization or optimizer.
+        """
+        check_same_base(content.get(BASE_KEY), self._base_identity)
+        check_same_lora(content, self)
+        saved = content.get("hyper_parameters", {}).get("quantization")
+        present = self.hparams.get("quantization")
+        if self._is_fitting and None not in (saved, present) and saved != present:
+            raise ValueError(
+                f"The checkpoint was trained with `quantization: {saved}`, but it is {present} here, which is another "
+                f"base to its adapters. Set `model.init_args.quantization: {saved}`; to go on from its adapter, begin a "
+                "new run with `model.init_args.adapter`"
+            )
+        if self._configured is not None:
+            self._configured.check(content.get(SETTINGS_KEY))
+
+    def compare_with_checkpoint(self, configured: ConfiguredOptimization) -> None:
+        """Remember how the optimizer is configured, before a checkpoint is restored into it.
+
+        Args:
+            configured: What `configure_optimizers` makes; a subclass that has its own may call this, too.
+
+        Raises:
+            ValueError: the checkpoint holds the states of another optimizer.
+        """
+        self._configured = configured
+        if self._resumed is not None:
+            configured.check(self._resumed["settings"])
+            self._drop_other_schedule()
+
+    def take_configured_settings(self) -> None:
+        """Set what a checkpoint has restored as the configuration says, and say in one line what has changed."""
+        if (resumed := self._resumed) is None:
+            return
+        self._resumed = None
+        changes = resumed["changes"]
+        optimizers, schedules = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        if self._configured is None:
+            rank_zero_warn(
+                f"{type(self).__name__} has its own `configure_optimizers`: optimizer and schedule go on with the "
+                "checkpoint's settings, whatever the configuration says"
+            )
+        elif len(optimizers) == len(schedules) == len(resumed["schedules"]) == 1:
+            changes = changes + self._configured.apply(
+                optimizers[0],
+                schedules[0].scheduler,
+                resumed["settings"],
+                resumed["schedules"][0],
+                self.trainer.global_step,
+            )
+        if changes:
+            rank_zero_info(f"resume at optimizer step {self.trainer.global_step}: {', '.join(changes)}")
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    def _keep_settings(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is compared once all is restored; in evaluation, say what differs at once."""
+        changes = settings_changes(checkpoint.get("hyper_parameters", {}), self.hparams, apart=_APART)
+        if not self._is_fitting:
+            told = [change for change in changes if change.startswith(("quantization ", "dtype "))]
+            if told:
+                rank_zero_info(f"The checkpoint was trained otherwise: {', '.join(told)}")
+            return
+        changes += callback_changes(self.trainer.callbacks, checkpoint.get("callbacks", {}))  # type: ignore[attr-defined]
+        schedules = checkpoint.get("lr_schedulers", [])
+        self._resumed = {
+            "settings": checkpoint.get(SETTINGS_KEY),
+            "changes": changes,
+            "schedules": copy.deepcopy(schedules),
+            "to_restore": schedules,
+        }
+        self._drop_other_schedule()
+
+    def _drop_other_schedule(self) -> None:
+        """Have Lightning not restore the state of a schedule of another class."""
+        assert self._resumed is not None
+        if self._configured is not None and not self._configured.is_restorable(self._resumed["settings"]):
+            self._resumed["to_restore"].clear()
 
     @cached_property
     def _base_identity(self) -> dict[str, str]:
@@ -150,7 +257,7 @@ def rescale_batch_counts(checkpoint: dict[str, Any], accumulate_grad_batches: in
 
 def adapter_folder(adapter: str | None) -> str | None:
     """The PEFT folder to continue from: the given one, or the one that `AdapterCheckpoint` wrote in a run folder."""
-    inside = Path(adapter, "adapter") if adapter else None
+    inside = Path(adapter).expanduser() / "adapter" if adapter else None
     return str(inside) if inside is not None and inside.is_dir() else adapter
 
 

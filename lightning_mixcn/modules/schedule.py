@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# The length of the run belongs to the configuration, so that a resumed run may be made longer.
+# They belong to the configuration, so that a resumed run may be made longer. A checkpoint has them to compare with.
 _CONFIGURED = ("total_steps", "warmup_fraction", "final_fraction")
 
 
@@ -61,12 +61,15 @@ class WarmupCosine(LRScheduler):
         if total_steps < 1:
             raise ValueError(
                 f"`trainer.max_steps={total_steps}`: WarmupCosine needs the number of optimizer steps. "
-                "Set `trainer.max_steps`, or `total_steps` of the scheduler"
+                "Set `trainer.max_steps`, `trainer.max_epochs`, or `total_steps` of the scheduler"
             )
         self.total_steps = total_steps
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = rate
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._set_rates()
+
+    def go_to(self, step: int) -> None:
+        """Set the learning rates of a step (from 0), as if it had been reached."""
+        self.last_epoch = step
+        self._set_rates()
 
     def factor(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (from 0) as a fraction of the peak; constant after the last step."""
@@ -89,22 +92,47 @@ class WarmupCosine(LRScheduler):
             return list(self.base_lrs)
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Progress, without what the configuration says."""
-        return {key: value for key, value in super().state_dict().items() if key not in _CONFIGURED}
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the progress; how the curve runs is for the configuration to say."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in _CONFIGURED})
+
+    def _set_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-def scheduled(optimizer: Optimizer, scheduler: LRSchedulerTypeUnion, max_steps: int) -> OptimizerLRScheduler:
+def known_length(scheduler: LRSchedulerTypeUnion, max_steps: int) -> LRSchedulerTypeUnion:
+    """Give a `WarmupCosine` without a length that of the run.
+
+    Args:
+        scheduler: Any schedule.
+        max_steps: `trainer.max_steps`. Not the trainer's `estimated_stepping_batches`: reading that makes Lightning
+            drop the data loader's state (its issue 20550).
+
+    Returns:
+        The same schedule.
+    """
+    if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+        scheduler.set_total_steps(max_steps)
+    return scheduler
+
+
+def scheduled(
+    optimizer: Optimizer, scheduler: LRSchedulerTypeUnion, val_check_interval: int | float
+) -> OptimizerLRScheduler:
     """What Lightning's `configure_optimizers` returns.
 
     Args:
         optimizer: The optimizer.
-        scheduler: Its schedule, stepped once an optimizer step; one that watches a value, once an epoch.
-        max_steps: `trainer.max_steps`, the length of a `WarmupCosine` that was given none. Not the trainer's
-            `estimated_stepping_batches`: reading that makes Lightning drop the data loader's state (its issue 20550).
+        scheduler: Its schedule, stepped once an optimizer step; one that follows a value, after each validation.
+        val_check_interval: `trainer.val_check_interval`: micro-batches, or a fraction of an epoch, after which a
+            schedule that follows a value is stepped once an epoch.
     """
-    if isinstance(scheduler, ReduceLROnPlateau):
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-    if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-        scheduler.set_total_steps(max_steps)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    follows: LRSchedulerConfigType = {"scheduler": scheduler, "monitor": scheduler.monitor}
+    if isinstance(val_check_interval, int):
+        # An epoch of a stream has no end. Lightning counts micro-batches in both, and validates first.
+        follows |= {"interval": "step", "frequency": val_check_interval}
+    return {"optimizer": optimizer, "lr_scheduler": follows}

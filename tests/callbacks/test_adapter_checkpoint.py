@@ -1,6 +1,8 @@
 """The adapter folder against stock PEFT."""
 
 import json
+import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,3 +207,25 @@ def test_a_bad_mode_is_refused() -> None:
 def load_adapter(folder: Path) -> torch.Tensor:
     tensors = load_file(folder / "adapter_model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize(
+    ("saved", "begins_again"),
+    [
+        ({"monitor": None, "mode": "min"}, False),
+        ({}, False),  # of before these were kept
+        ({"monitor": "val/zh/nll_nats_per_token", "mode": "min"}, True),
+        ({"monitor": None, "mode": "max"}, True),
+    ],
+)
+def test_the_best_value_of_another_monitor_begins_again(
+    saved: dict[str, Any], begins_again: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = AdapterCheckpoint()
+    with caplog.at_level(logging.INFO):
+        callback.load_state_dict({"best": 1.5, "measured": {"step": 3, "sources": {}}, **saved})
+    state = callback.state_dict()
+    assert state["best"] == (math.inf if begins_again else 1.5)
+    assert state["measured"]["step"] == 3
+    assert [record.getMessage().count("begins again") for record in caplog.records] == [1] * begins_again
+    assert (state["monitor"], state["mode"]) == (None, "min")

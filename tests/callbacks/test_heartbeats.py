@@ -45,8 +45,13 @@ def test_a_rank_that_never_spoke_is_named(ranks: list[Heartbeats]) -> None:
 
 
 def test_a_rank_that_fails_says_why(ranks: list[Heartbeats]) -> None:
-    ranks[1].exchange(beat(1, 1, step=3, failure="OutOfMemoryError: no memory"))
-    ranks[0].exchange(beat(0, 1))
-    assert ranks[0].failed() == (
-        "rank 1 (node1, process 1001) stopped in optimizer step 3: OutOfMemoryError: no memory"
-    )
+    told = "rank 1 (node1, process 1001) stopped in optimizer step 3: OutOfMemoryError: no memory"
+    ranks[0].exchange_failure(beat(0, 1))
+    assert ranks[0].failed() is None
+    ranks[1].exchange_failure(beat(1, 1, step=3, failure="OutOfMemoryError: no memory"))
+    ranks[0].exchange_failure(beat(0, 1))
+    assert ranks[0].failed() == told
+    assert not ranks[1].failure_is_known()  # rank 2 has not heard
+    ranks[2].exchange_failure(beat(2, 1, failure="its own, a little later"))
+    assert ranks[2].failed() is not None
+    assert ranks[1].failure_is_known()

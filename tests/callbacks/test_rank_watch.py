@@ -7,6 +7,8 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,35 @@ def test_an_error_that_another_rank_reports_ends_the_process(ends: Ends) -> None
     for watch in watches:
         watch.stop()
     assert ends.empty()
+
+
+def test_a_rank_that_failed_stays_until_the_others_have_heard(ends: Ends) -> None:
+    store = HashStore()
+    failed, other = Watch(store, replace(OTHER, failure="KeyError"), 2, 5, ends), Watch(store, OWN, 2, 5, ends)
+    failed.ending = True
+    failed.start()
+    with ThreadPoolExecutor() as threads:
+        staying = threads.submit(failed.stay, None)
+        with pytest.raises(TimeoutError):
+            staying.result(timeout=2)
+        other.start()
+        staying.result(timeout=5)
+    assert ends.get(timeout=10) == "rank 1 (there, process 11) stopped in optimizer step 7: KeyError"
+    other.stop()
+
+
+def test_a_child_that_failed_stays_until_its_parent_has_ended(monkeypatch: pytest.MonkeyPatch, ends: Ends) -> None:
+    failed = Watch(HashStore(), replace(OTHER, failure="KeyError"), 1, 5, ends)
+    failed.ending = True
+    failed.start()
+    failed.stop()
+    monkeypatch.setattr("lightning_mixcn.callbacks.rank_watch._STAY_SECONDS", 1.5)
+    begin = time.monotonic()
+    failed.stay(os.getppid())
+    assert time.monotonic() - begin > 1
+    begin = time.monotonic()
+    failed.stay(os.getppid() + 1)
+    assert time.monotonic() - begin < 0.5
 
 
 def test_a_store_that_is_gone_ends_the_process(ends: Ends) -> None:

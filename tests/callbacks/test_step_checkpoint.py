@@ -48,6 +48,31 @@ def test_the_newest_two_and_the_last_step(tmp_path: Path, module: PretrainModule
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ({"keep": 3}, {"keep": 1}, [7]),
+        ({"keep": 3}, {"keep": 2, "every_n_steps": 3}, [6, 7]),
+        ({"keep": 1}, {"keep": 9}, [5, 6, 7]),
+        ({"keep": 2}, {"keep": 2, "every_n_steps": 1}, [6, 7]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create:UserWarning")
+def test_a_resumed_run_keeps_as_many_as_it_is_told_now(
+    before: dict[str, int],
+    after: dict[str, int],
+    kept: list[int],
+    tmp_path: Path,
+    module: PretrainModule,
+    trainer: Make,
+) -> None:
+    for steps, settings, resume in ((5, before, None), (7, after, str(tmp_path / "last.ckpt"))):
+        checkpoint = StepCheckpoint(**({"every_n_steps": 2} | settings), dirpath=str(tmp_path))
+        run = trainer(max_steps=steps, enable_checkpointing=True, callbacks=[checkpoint])
+        run.fit(module, FixedBatches([random_batch([9])] * 20), ckpt_path=resume)
+    assert names(tmp_path) == ["last.ckpt", *(f"step={step:08d}.ckpt" for step in kept)]
+
+
 def test_a_step_is_left_to_a_request(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
     class Postpones(StepCheckpoint):
         def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:

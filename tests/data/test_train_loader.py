@@ -1,6 +1,9 @@
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +81,31 @@ def test_spawned_workers_give_the_same(plan: StreamPlan) -> None:
     spawned = batches(plan, schedule, 1, 6, start_method="spawn")
     for ours, theirs in zip(spawned, batches(plan, schedule, 0, 6), strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+@pytest.mark.parametrize(("workers", "start_method"), [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
+def test_an_error_of_a_worker_leaves_no_process(
+    workers: int, start_method: str | None, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although a frame of the loader lives in the traceback; and the message is the worker's own."""
+    monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some text")
+    documents = [split_by_hash(read_corpus(Source("a", str(tmp_path / "a.txt"))), [])[1]]
+    plan = StreamPlan(documents, PlainText(load_tokenizer(tokenizer_folder)), sequence_length=32, num_streams=2, seed=0)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match=r"^The unpacked texts in .* are gone"):
+        batches(plan, Schedule(2, 1, 0, 0), workers, 10, start_method=start_method)
+    assert not active_children()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_leaves_no_process(workers: int, plan: StreamPlan) -> None:
+    loader = TrainLoader(plan, lambda: Schedule(2, 1, 0, 0), workers)
+    next(iter(loader))
+    assert len(active_children()) == workers
+    with pytest.raises(KeyboardInterrupt):
+        loader._running.throw(KeyboardInterrupt())  # type: ignore[union-attr]  # it runs
+    assert not active_children()
 
 
 def test_a_worker_makes_its_own_streams_only(plan: StreamPlan) -> None:

@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model import find_model, load_found, load_mixtral
+from lightning_mixcn.model.export import export
 from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral
+from tests.model.adapters_on_disk import save_adapter
+from tests.model.test_export_checkpoint import logits_of, stock_logits
 
 SETTINGS: dict[str, Any] = {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
@@ -50,6 +55,15 @@ def quantised(base: Path, folder: Path, **changes: Any) -> tuple[Path, dict[str,
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": SETTINGS | changes}
     (folder / "config.json").write_text(json.dumps(config))
     return folder, decoded
+
+
+def in_float32(name: str, stored: dict[str, Tensor]) -> Tensor:
+    parts = {key.removeprefix(f"{name}."): part for key, part in stored.items() if key.startswith(f"{name}.")}
+    if not parts:
+        return stored[name].float()
+    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))  # type: ignore[no-untyped-call]  # untyped
+    state.dtype = torch.float32
+    return bnb.dequantize_4bit(stored[name], state)
 
 
 def test_every_weight_is_bit_for_bit_what_bitsandbytes_decodes(
@@ -108,3 +122,43 @@ def test_matrices_of_no_whole_superblocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no multiple of 16,384"):
         quantize(str(folder), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_a_base_bit_for_bit(source: tuple[Path, dict[str, Tensor]], tmp_path: Path, ids: Tensor) -> None:
+    folder, decoded = source
+    quantize(str(folder), str(tmp_path / "small"), dtype="float32")
+    ours: Any = load_mixtral(folder, dtype="float32", lora=peft.LoraConfig(r=2, target_modules="all-linear"))
+    expected = load_mixtral(tmp_path / "small", dtype="float32").state_dict()
+    found = ours.get_base_model().state_dict()
+    for name, tensor in expected.items():
+        adapted = name.replace(".storage.", ".base_layer.storage.")
+        assert torch.equal(found[adapted], tensor), name
+    # Stock transformers with what bitsandbytes decodes. In float32: bfloat16 would send some tokens to other experts.
+    (tmp_path / "decoded").mkdir()
+    stored = load_file(folder / "model.safetensors")
+    weights = {name: in_float32(name, stored) for name in decoded}
+    save_file(weights, tmp_path / "decoded/model.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["quantization_config"]
+    (tmp_path / "decoded/config.json").write_text(json.dumps(settings))
+    theirs: Any = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(ours, ids), logits_of(theirs, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_on_a_folder_is_used_and_exported_dequantised(
+    source: tuple[Path, dict[str, Tensor]], tmp_path: Path, ids: Tensor
+) -> None:
+    folder, _ = source
+    trained = save_adapter(folder, tmp_path / "adapter", quantization="nf4")
+    expected = logits_of(trained, ids)
+    again = load_found(find_model(str(tmp_path / "adapter")), dtype="float32")
+    torch.testing.assert_close(logits_of(again, ids), expected, rtol=1e-4, atol=1e-4)
+    export(str(tmp_path / "adapter"), str(tmp_path / "out"), base="dequantised", dtype="float32")
+    torch.testing.assert_close(stock_logits(tmp_path / "out", ids), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(FileNotFoundError, match=r"is in 4 bits, .*`--base dequantised`"):
+        export(str(tmp_path / "adapter"), str(tmp_path / "no"))
+    quantize(str(folder), str(tmp_path / "small"))
+    with pytest.raises(ValueError, match=r"which bitsandbytes quantised: .*`--base dequantised`"):
+        export(str(tmp_path / "small"), str(tmp_path / "no"))
+    with pytest.raises(ValueError, match="holds 4-bit weights"):
+        load_mixtral(folder, quantization="none")

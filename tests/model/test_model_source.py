@@ -80,6 +80,13 @@ def test_ranks_that_differ_by_layer(tiny: Path, ids: Tensor, tmp_path: Path) -> 
     torch.testing.assert_close(logits_of(model, ids), logits_of(theirs, ids), rtol=1e-4, atol=1e-4)
 
 
+def test_targets_that_differ_by_layer(tiny: Path, ids: Tensor, tmp_path: Path) -> None:
+    """w2 of one layer, q_proj of the other, the router of both."""
+    saved = save_adapter(tiny, tmp_path, target_modules=r".*(layers\.1\..*\.w2|layers\.0\..*q_proj|\.gate)")
+    model = load_found(find_model(str(tmp_path)), quantization="none", dtype="float32")
+    torch.testing.assert_close(logits_of(model, ids), logits_of(saved, ids), rtol=1e-5, atol=1e-5)
+
+
 def test_the_tokenizer_of_the_adapter_goes_before_the_bases(tiny: Path, tmp_path: Path) -> None:
     save_adapter(tiny, tmp_path)
     shutil.copyfile(tiny / "tokenizer.json", tmp_path / "tokenizer.json")
@@ -125,6 +132,15 @@ def test_what_is_no_model_is_refused(tiny: Path, tmp_path: Path) -> None:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
         with pytest.raises(kind, match=message):
             find_model(str(tmp_path / "adapter"))
+
+
+def test_another_revision_of_a_base_is_not_taken_for_the_main_one(tiny: Path, tmp_path: Path) -> None:
+    save_adapter(tiny, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "someone/mixtral", "revision": "v2"}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="belongs to the revision 'v2' of 'someone/mixtral'"):
+        find_model(str(tmp_path))
 
 
 def test_two_adapters_are_for_export(tiny: Path) -> None:

@@ -104,10 +104,14 @@ def text(base: str, path: str) -> PretrainDataModule:
     )  # fmt: skip
 
 
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | changes))
+
+
 def module(base: str, **changes: Any) -> PretrainModule:
     settings: dict[str, Any] = {
         "dtype": "float32",
-        "lora": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+        "lora": lora(),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
         # A schedule's length would be another in a run that is cut short.
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
@@ -147,6 +151,7 @@ def _train(
         tensors, _ = adapter_tensors(model.model)
     return {
         "losses": losses.losses,
+        "settings": {key: value for key, value in trainer.optimizers[0].param_groups[0].items() if key != "params"},
         "reached": losses.reached,
         "experts": Path(out, "experts.csv").read_text(encoding="utf-8") if trainer.is_global_zero else None,
         "adapter": tensors,

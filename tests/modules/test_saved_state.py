@@ -79,8 +79,8 @@ def test_a_base_may_move(tmp_path: Path, tiny_base: Path, lora: Make, trainer: M
     ("changes", "message"),
     [
         ({"train_embeddings": True}, r"checkpoint lacks model\..*embed_tokens.*Give `lora`, `train_embeddings`"),
-        ({"target_modules": ["w1", "w2", "w3"]}, r"checkpoint holds model\..*do not train here"),
-        ({"r": 8}, r"has the shape \(.*\) in the checkpoint and \(.*\) here"),
+        ({"target_modules": ["w1", "w2", "w3"]}, r"no adapter here: `lora.target_modules` was .*q_proj.* and is \["),
+        ({"r": 8}, r"has the rank 4 and the scaling 2, here it has 8 and 1: `lora.r` was 4 and is 8"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
@@ -116,6 +116,16 @@ def test_load_from_checkpoint_makes_the_module_again(
     assert loaded.lora is not None
     assert (loaded.lora.r, loaded.lora.lora_dropout, loaded.dtype_name) == (4, 0.1, "float32")
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_load_from_checkpoint_checks_the_adapters_too(
+    tmp_path: Path, tiny_base: Path, lora: Make, trainer: Make
+) -> None:
+    path = run_with_checkpoint(tmp_path, trainer, PretrainModule(str(tiny_base), lora=lora()))
+    with pytest.raises(ValueError, match="`lora.lora_alpha` was 8 and is 80"):
+        PretrainModule.load_from_checkpoint(path, weights_only=True, lora=lora(lora_alpha=80))
 
 
 def test_the_adapter_of_a_run_folder_is_found(tmp_path: Path) -> None:

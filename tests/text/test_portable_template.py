@@ -15,7 +15,8 @@ from tests.text.test_chat_template import bundled_model, tokenizer_json
 
 CONVERSATIONS = [
     [Turn("user", "Hello"), Turn("assistant", "Well  hello \n")],
-    [Turn("system", "Be brief."), Turn("user", " 你好"), Turn("assistant", "好。"), Turn("user", "q"), Turn("assistant", "a ")],
+    [Turn("system", "Be brief."), Turn("user", " 你好"), Turn("assistant", "好。"), Turn("user", "q"),
+     Turn("assistant", "a ")],
     [Turn("system", ""), Turn("user", "q"), Turn("assistant", ""), Turn("user", "\nq"), Turn("assistant", "\t")],
 ]  # fmt: skip
 

@@ -1,0 +1,80 @@
+"""Runs that end when the sources have been read as often as they say, with a schedule that ends with them."""
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from lightning_mixcn.data import StreamDataModule
+
+from .finished_output import write_text
+
+EPOCHS_FILE = "epochs.json"
+
+
+class EpochBudget(Callback):
+    """Sets the steps of `fit` to those in which every source is read ``max_epochs`` times.
+
+    The rows of a run are only known once its text has been tokenized, so this is done once before training, with a
+    progress bar; ``epochs.json`` in the run's folder keeps their number. The command line adds this callback where
+    neither ``trainer.max_steps`` nor ByteBudget says how long the run is; ``trainer.max_epochs: N`` there stands for
+    ``max_epochs: N`` of every source that has none. A run with a source that never ends stays as it is.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set the steps, before the optimizer and its schedule are made.
+
+        Raises:
+            ValueError: the sources hold no row.
+        """
+        data = getattr(trainer, "datamodule", None)
+        self._rows_a_step = 0
+        if stage != "fit" or not isinstance(data, StreamDataModule):
+            return
+        rows: int | None = self._rows(trainer, data) if trainer.is_global_zero else None
+        rows = trainer.strategy.broadcast(rows)
+        if rows is None:
+            return
+        if rows == 0:
+            raise ValueError("The sources hold no row to train on. Check `data.init_args.sources`, or `on_too_long`")
+        batches = -(-rows // data.rows_a_batch)
+        # Lightning takes a step at the end of the data, whatever number of micro-batches is there.
+        steps = -(-batches // trainer.accumulate_grad_batches)
+        self._rows_a_step = data.rows_a_batch * trainer.accumulate_grad_batches
+        # Where Lightning keeps them; `Trainer(max_steps=…)` writes there too.
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        rank_zero_info(f"EpochBudget: the sources, read `max_epochs` times, are {rows:,} rows, {steps:,} steps")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to go on with steps of another size.
+
+        Raises:
+            ValueError: the number of steps would be wrong.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not self._rows_a_step or not isinstance(data, StreamDataModule):
+            return
+        done = data.rows_trained
+        is_over = trainer.global_step >= trainer.max_steps
+        if not is_over and done != trainer.global_step * self._rows_a_step:
+            raise ValueError(
+                f"The checkpoint's {trainer.global_step} steps were {done} rows, but a step is {self._rows_a_step} rows "
+                "here, so the steps of an epoch are not known. Keep `micro_batch_size` times ranks times "
+                "`accumulate_grad_batches` as it was, or give `trainer.max_steps`"
+            )
+
+    @staticmethod
+    def _rows(trainer: Trainer, data: StreamDataModule) -> int | None:
+        """Count the rows, or read what was counted before."""
+        file, order = Path(trainer.default_root_dir, EPOCHS_FILE), json.loads(json.dumps(data.order()))
+        if file.is_file():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["order"] == order:
+                return int(kept["rows"])
+        with tqdm(desc="counting rows", unit=" rows", leave=False, delay=2) as bar:
+            rows = data.count_rows(bar.update)
+        if rows is not None:
+            write_text(file, json.dumps({"rows": rows, "order": order}, ensure_ascii=False, indent=2) + "\n")
+        return rows

@@ -1,0 +1,104 @@
+"""Which options of PEFT's `LoraConfig` have a meaning here. Any other is refused by name, so that none is ignored.
+
+The lists say what is implemented, and all fields of the installed PEFT's configuration are compared with them: an
+option of a later release is refused until it is listed.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftType
+
+_IMPLEMENTED = frozenset({
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    # About the folder, not the method. `base_model_name_or_path` is set to the base that is loaded.
+    "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode",
+})  # fmt: skip
+# Options that change neither what an adapter's tensors mean nor how they are named: which tensors there are says the
+# file itself, and a start (checked apart) is over once an adapter is saved.
+_IRRELEVANT_ONCE_SAVED = frozenset({
+    "modules_to_save", "target_parameters", "ensure_weight_tying", "bias", "revision", "runtime_config",
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core", "qalora_group_size",
+})  # fmt: skip
+
+_STARTS = (True, False, "gaussian")
+# Starts that leave the base as it is, so that what was saved is plain LoRA; PEFT subtracts the others from the base.
+_STARTS_BESIDE_THE_BASE = (*_STARTS, "eva", "orthogonal", "mica")
+
+_INSTEAD = {
+    "modules_to_save": "Set `train_embeddings: true` to train embed_tokens and lm_head",
+    "ensure_weight_tying": "Leave it out: `train_embeddings: true` keeps a tied pair tied",
+    "trainable_token_indices": "Set `train_embeddings: true`, which trains every row",
+    "target_parameters": "Name w1, w2, w3 and gate in `target_modules`",
+    "bias": "Mixtral has no biases. Leave it out",
+    "revision": "Give the folder of that revision as `base`",
+}
+
+
+def check_training_options(config: LoraConfig) -> None:
+    """Refuse a configuration that asks for more than plain LoRA or rsLoRA.
+
+    Args:
+        config: The configuration as the user gave it.
+
+    Raises:
+        ValueError: an option has another value than its default and is not implemented, or its value is not.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"`lora` is of type {config.peft_type.value!r}, expected a peft.LoraConfig of type 'LORA'")
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in _unusual(options, _IMPLEMENTED):
+        instead = _INSTEAD.get(name, "Leave it out: plain LoRA and rsLoRA are implemented")
+        raise ValueError(f"`lora.{name}={value!r}` is not supported here. {instead}")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"`lora.task_type={config.task_type!r}`: expected CAUSAL_LM. Leave it out")
+    if config.init_lora_weights not in _STARTS:
+        raise ValueError(f"`lora.init_lora_weights={config.init_lora_weights!r}`: expected true, false or gaussian")
+    for name, rank in ({"r": config.r} | dict(config.rank_pattern or {})).items():
+        if not isinstance(rank, int) or rank < 1:
+            where = "lora.r" if name == "r" else f"lora.rank_pattern[{name!r}]"
+            raise ValueError(
+                f"`{where}={rank}` must be a whole number of at least 1. Give a rank such as 64, or lora: null to "
+                "train none"
+            )
+    alphas = {"lora_alpha": config.lora_alpha} | dict(config.alpha_pattern or {})
+    for name, alpha in alphas.items():
+        if not alpha > 0:
+            where = "lora.lora_alpha" if name == "lora_alpha" else f"lora.alpha_pattern[{name!r}]"
+            raise ValueError(f"`{where}={alpha}` must be more than 0: it scales the update. Give e.g. twice the rank")
+
+
+def check_stored_options(raw: dict[str, Any], where: str) -> None:
+    """Refuse an adapter on disk whose tensors are not the factors of plain LoRA or rsLoRA on the base that it names.
+
+    Args:
+        raw: Content of its ``adapter_config.json``: PEFT drops the keys that it does not know.
+        where: The argument that named it, for messages.
+
+    Raises:
+        ValueError: another method, an option that is not implemented, or a start that changed the base.
+    """
+    if (kind := raw.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"{where} is of type {kind}. Give a LoRA adapter")
+    for name, value in _unusual(raw, _IMPLEMENTED | _IRRELEVANT_ONCE_SAVED):
+        raise ValueError(
+            f"{where} was trained with {name}={value!r}, which is not supported here. Give a plain LoRA adapter"
+        )
+    start = raw.get("init_lora_weights", True)
+    if start not in _STARTS_BESIDE_THE_BASE:
+        raise ValueError(
+            f"{where} was started with init_lora_weights={start!r}, which changed the base, so that "
+            "its factors do not belong to the base as it is published. Save it in PEFT as plain LoRA: "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it there"
+        )
+
+
+def _unusual(options: Mapping[str, Any], listed: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    """Name and value of what differs from PEFT's default and is not listed; nothing, empty and false are alike."""
+    default = LoraConfig()
+    for name, value in options.items():
+        usual = getattr(default, name, None)
+        if name not in listed and value != usual and (value or usual):
+            yield name, value

@@ -1,0 +1,327 @@
+"""What a resumed run takes from its configuration, and what it refuses to change, where the checkpoint says otherwise.
+
+Lightning restores the settings of the optimizer and its schedule with their states. A run that is resumed with another
+learning rate would go on with the old one. Here the configuration holds, and one line says what has changed.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .schedule import WarmupCosine
+
+SETTINGS_KEY = "mixcn_settings"
+
+# Of a scheduler: how far it has come, not how it is set.
+_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step", "verbose"}
+_PLATEAU_PROGRESS = _PROGRESS | {"best", "num_bad_epochs", "cooldown_counter", "optimizer"}
+# Shown as learning rates instead.
+_SHOWN_ELSEWHERE = {"base_lrs"}
+
+
+class ConfiguredOptimization:
+    """Optimizer and schedule as the configuration states them, kept apart from what a checkpoint restores.
+
+    Args:
+        optimizer: The optimizer, just made.
+        make_scheduler: Makes its schedule, of known length, for any optimizer.
+        make_optimizer: Makes an optimizer of parameters, to try settings on.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        make_scheduler: Callable[[Optimizer], LRSchedulerTypeUnion],
+        make_optimizer: Callable[[Any], Optimizer],
+    ) -> None:
+        self._optimizer = _SettingsOnly(optimizer)
+        self.rates = [_plain(group["lr"]) for group in self._optimizer.param_groups]
+        self.optimizer_name = _name(optimizer)
+        self._scheduler = make_scheduler(self._optimizer)
+        self._make_optimizer = make_optimizer
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the states, in plain values."""
+        return {"optimizer": self.optimizer_name, "lr_scheduler": _name(self._scheduler), "lr": self.rates}
+
+    def check(self, saved: Mapping[str, Any] | None) -> None:
+        """Refuse a checkpoint whose optimizer has other states.
+
+        Args:
+            saved: What `settings` gave when the checkpoint was written; ``None`` for one that has none.
+
+        Raises:
+            ValueError: another class of optimizer, or another number of parameter groups.
+        """
+        if saved is None:
+            return
+        if saved["optimizer"] != self.optimizer_name:
+            raise ValueError(
+                f"The checkpoint holds the states of {saved['optimizer']}, but `optimizer` is {self.optimizer_name}, "
+                "which cannot go on with them. Set `model.init_args.optimizer` as it was; to train on with another "
+                "optimizer, begin a new run with `model.init_args.adapter`"
+            )
+        if len(saved["lr"]) != len(self.rates):
+            raise ValueError(
+                f"The checkpoint's optimizer has {len(saved['lr'])} parameter groups, here it has {len(self.rates)}. "
+                "Make the same groups as in the run that wrote the checkpoint"
+            )
+
+    def is_restorable(self, saved: Mapping[str, Any] | None) -> bool:
+        """Tell whether the schedule is of the class whose state the checkpoint holds."""
+        return saved is None or saved["lr_scheduler"] == _name(self._scheduler)
+
+    def apply(
+        self,
+        optimizer: Optimizer,
+        scheduler: LRSchedulerTypeUnion,
+        saved: Mapping[str, Any] | None,
+        schedule_state: Mapping[str, Any],
+        global_step: int,
+    ) -> list[str]:
+        """Set a restored optimizer and its schedule as the configuration says.
+
+        Args:
+            optimizer: With the checkpoint's states and settings.
+            scheduler: Its schedule.
+            saved: What `settings` gave when the checkpoint was written.
+            schedule_state: The state of the schedule in the checkpoint.
+            global_step: Optimizer steps done.
+
+        Returns:
+            What has changed, such as ``lr 0.001 → 1e-05``; nothing where all is as it was.
+
+        Raises:
+            ValueError: the optimizer's states do not allow a setting, or the schedule ends before the present step.
+        """
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return self._apply_plateau(optimizer, scheduler, saved, schedule_state)
+        step = _steps_of(schedule_state) if self.is_restorable(saved) else global_step
+        advance(self._scheduler, step)
+        changes = self._apply_groups(optimizer, step)
+        target = self._scheduler.state_dict()
+        if not self.is_restorable(saved):
+            changes.append(f"lr_scheduler {saved and saved['lr_scheduler']} → {_name(scheduler)}")
+            scheduler.load_state_dict(target)
+        elif different := list(_differences(schedule_state, target, _PROGRESS)):
+            changes += [f"{key} {_shown(old)} → {_shown(new)}" for key, old, new in different if _is_shown(key, old)]
+            scheduler.load_state_dict(target)
+        return list(dict.fromkeys(changes))
+
+    def _apply_groups(self, optimizer: Optimizer, step: int, kept: frozenset[str] = frozenset()) -> list[str]:
+        """Set the parameter groups, and say what has changed; the configured schedule stands at ``step``."""
+        changes, curve = [], []
+        for group, configured in zip(optimizer.param_groups, self._optimizer.param_groups, strict=True):
+            different = list(_differences(group, configured, {"params", *kept}))
+            if not different:
+                continue
+            self._try(group, configured, optimizer, different)
+            scheduled = "initial_lr" in group
+            for key, old, new in different:
+                if key == "lr" and scheduled:
+                    curve.append(f"learning rate of step {step} {_shown(old)} → {_shown(new)}")
+                else:
+                    changes.append(f"{'lr' if key == 'initial_lr' else key} {_shown(old)} → {_shown(new)}")
+                group[key] = _copy(configured[key])
+            if {"fused", "capturable"} & {key for key, _, _ in different}:
+                # These decide where a state's `step` is; loading puts it there.
+                optimizer.load_state_dict(optimizer.state_dict())
+        return changes + curve
+
+    def _apply_plateau(
+        self,
+        optimizer: Optimizer,
+        scheduler: LRSchedulerTypeUnion,
+        saved: Mapping[str, Any] | None,
+        schedule_state: Mapping[str, Any],
+    ) -> list[str]:
+        """The same for a schedule that follows a value: its reductions so far stay unless the rate is set anew."""
+        is_same_rate = saved is None or not list(_differences({"lr": saved["lr"]}, {"lr": self.rates}, set()))
+        is_same_rate = is_same_rate and self.is_restorable(saved)
+        changes = self._apply_groups(optimizer, 0, kept=frozenset({"lr"}) if is_same_rate else frozenset())
+        configured = {key: value for key, value in vars(self._scheduler).items() if key not in _PLATEAU_PROGRESS}
+        if not self.is_restorable(saved):
+            changes.append(f"lr_scheduler {saved and saved['lr_scheduler']} → {_name(scheduler)}")
+            return changes
+        for key, old, new in _differences(schedule_state, configured, set()):
+            setattr(scheduler, key, new)
+            changes += [f"{key} {_shown(old)} → {_shown(new)}"] if _is_shown(key, old) else []
+            if key in ("monitor", "mode"):
+                vars(scheduler).update(best=vars(self._scheduler)["best"], num_bad_epochs=0, cooldown_counter=0)
+        return list(dict.fromkeys(changes))
+
+    def _try(
+        self,
+        group: Mapping[str, Any],
+        configured: Mapping[str, Any],
+        optimizer: Optimizer,
+        different: list[tuple[str, Any, Any]],
+    ) -> None:
+        """Step an optimizer of one small parameter with the old settings, and then with the new ones.
+
+        Raises:
+            ValueError: it cannot, since its states lack what the new ones need, such as Adam's ``amsgrad``.
+        """
+        trained = [parameter for parameter in group["params"] if parameter in optimizer.state]
+        if not trained:
+            return
+        parameter = nn.Parameter(torch.zeros((2,) * max(1, trained[0].dim()), device=trained[0].device))
+        trial = self._make_optimizer([parameter])
+        settings = trial.param_groups[0]
+        try:
+            for values in (group, configured):
+                settings.update({key: _copy(value) for key, value in values.items() if key != "params"})
+                parameter.grad = torch.ones_like(parameter)
+                trial.step()
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            listed = ", ".join(f"{key} {_shown(old)} → {_shown(new)}" for key, old, new in different if key != "lr")
+            raise ValueError(
+                f"The checkpoint's states of {self.optimizer_name} do not allow {listed} "
+                f"({type(error).__name__}: {error}). Set `model.init_args.optimizer` as it was"
+            ) from error
+
+
+class _SettingsOnly(Optimizer):
+    """The parameter groups of an optimizer, without its parameters: something to schedule."""
+
+    def __init__(self, of: Optimizer) -> None:
+        groups = []
+        for group in of.param_groups:
+            settings = {key: _copy(value) for key, value in group.items() if key != "params"}
+            groups.append(settings | {"params": [nn.Parameter(torch.zeros(1))]})
+        super().__init__(groups, dict(of.defaults))
+        self._opt_called = True  # else schedulers warn that it was not stepped
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's has overloads
+        """Do nothing."""
+
+
+def advance(scheduler: LRSchedulerTypeUnion, steps: int) -> None:
+    """Bring a new schedule to a step.
+
+    Args:
+        scheduler: At step 0.
+        steps: Optimizer steps done.
+
+    Raises:
+        ValueError: it ends before.
+    """
+    if isinstance(scheduler, WarmupCosine):
+        scheduler.go_to(steps)
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of schedulers in SequentialLR, about their own order of calls
+            for _ in range(steps):
+                scheduler.step()  # type: ignore[call-arg]  # one that follows a value does not come here
+    except ValueError as error:
+        raise ValueError(
+            f"`lr_scheduler`: {_name(scheduler)} ends before step {steps}, at which the run is resumed ({error}). "
+            "Raise its length"
+        ) from error
+
+
+def settings_changes(
+    saved: Mapping[str, Any], present: Mapping[str, Any], *, apart: frozenset[str] = frozenset()
+) -> list[str]:
+    """List which of a module's arguments are others than in the run that wrote a checkpoint.
+
+    Args:
+        saved: The arguments in the checkpoint, plain data.
+        present: The arguments here.
+        apart: Names that are compared elsewhere.
+
+    >>> settings_changes({"seed": 0, "lora": {"r": 4}}, {"seed": 1, "lora": {"r": 4}})
+    ['seed 0 → 1']
+    """
+    return [
+        f"{key} {_shown(old)} → {_shown(new)}"
+        for key, old, new in _differences(dict(_flat(saved)), dict(_flat(present)), set())
+        if key.partition(".")[0] not in apart and not key.startswith("_")
+    ]
+
+
+def callback_changes(callbacks: list[Any], states: dict[str, Any]) -> list[str]:
+    """Have callbacks' settings hold against a checkpoint's, in place, and list what has changed.
+
+    Args:
+        callbacks: Those of the trainer.
+        states: Their states in the checkpoint, by Lightning's key, which names a callback's class and settings.
+
+    Returns:
+        What has changed; a callback that is set otherwise than the saved one starts without its state.
+    """
+    changes, keys = [], {callback.state_key for callback in callbacks}
+    for callback in callbacks:
+        state = states.get(callback.state_key)
+        if isinstance(callback, EarlyStopping) and state and state["patience"] != callback.patience:
+            changes.append(f"patience of EarlyStopping {state['patience']} → {callback.patience}")
+            state["patience"] = callback.patience
+        if state is None:
+            of_class = [key for key in states if key.partition("{")[0] == type(callback).__qualname__]
+            changes += [f"{key} → {callback.state_key}, which begins again" for key in of_class if key not in keys]
+    return changes
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _steps_of(state: Mapping[str, Any]) -> int:
+    """Steps that a schedule has taken; torch's ChainedScheduler has them in its parts only."""
+    return int(state["last_epoch"] if "last_epoch" in state else _steps_of(state["_schedulers"][0]))
+
+
+def _differences(
+    saved: Mapping[str, Any], present: Mapping[str, Any], ignored: set[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Key, saved and present value of what both have and is not the same."""
+    for key, value in present.items():
+        if key in saved and key not in ignored and not _equal(_plain(saved[key]), _plain(value)):
+            yield key, saved[key], value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = (one.keys() | other.keys()) - _PROGRESS
+        return all(key in one and key in other and _equal(one[key], other[key]) for key in keys)
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
+    return math.isclose(one, other, rel_tol=1e-9) if numbers else bool(one == other)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers for tensors of one element, and lists for tuples, which a sharded checkpoint does not keep apart."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_shown(key: str, value: Any) -> bool:
+    return key not in _SHOWN_ELSEWHERE and not key.startswith("_") and not callable(value)
+
+
+def _shown(value: Any) -> str:
+    value = _plain(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _name(thing: object) -> str:
+    """A class by its library and its name: where in the library it is defined changes with its version."""
+    return f"{type(thing).__module__.partition('.')[0]}.{type(thing).__qualname__}"
