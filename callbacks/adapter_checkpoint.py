@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 
 from lightning_mixcn.metrics import Likelihood
-from lightning_mixcn.model.hub import local_folder
-from lightning_mixcn.model.model_card import CARD_NAME, adapter_card
-from lightning_mixcn.model.tokenizer_files import tokenizer_files
+from lightning_mixcn.model.model_card import CARD_NAME, Training, adapter_card
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.strategies import whole_parameters
 
+from .adapter_files import RunFiles
 from .finished_output import new_folder
 from .host import causal_lm
 
@@ -26,8 +25,9 @@ class AdapterCheckpoint(Callback):
     """Writes ``adapter/`` into the run's folder with every checkpoint and at the end, and ``adapter_best/`` beside it.
 
     A folder has the adapter in PEFT's format, the tokenizer, the run's ``config.yaml`` and a model card with what the
-    last validation measured. ``adapter_best/`` is written after a validation that is better than all before; there is
-    none without validation.
+    last validation measured; after instruction tuning also the chat template that answers were laid out with, and the
+    tokens that end them (``generation_config.json``). `mixcn export` and `mixcn chat` take all of these from there.
+    ``adapter_best/`` is written after a validation that is better than all before; there is none without validation.
 
     Args:
         folder: Name of the newest adapter's folder inside ``trainer.default_root_dir``; the best one's ends in
@@ -35,23 +35,37 @@ class AdapterCheckpoint(Callback):
         monitor: Logged value that decides what is best, such as ``val/zh/bits_per_byte``; null is the mean of the
             validation sources' bits per byte.
         mode: ``min`` if less of it is better, ``max`` if more is.
+        languages: Codes of the languages that the card names, such as ``[zh, en]``; null names none.
     """
 
     def __init__(
-        self, folder: str = "adapter", monitor: str | None = None, mode: Literal["min", "max"] = "min"
+        self,
+        folder: str = "adapter",
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        languages: list[str] | None = None,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"`mode={mode!r}`: expected min or max")
         self.folder = folder
         self.monitor = monitor
+        self.languages = languages
         self._mode, self._sign = mode, 1 if mode == "min" else -1
         self._written_at: int | None = None
         self._best = math.inf  # times the sign
         self._measured: dict[str, Any] = {}  # the last validation: its step and its sources' likelihoods
+        self._files: RunFiles | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse another kind of module."""
         causal_lm(self, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say at once what the adapter's folder will lack."""
+        module = causal_lm(self, pl_module)
+        if trainer.is_global_zero and isinstance(module.model, PeftModel):
+            for line in self._training(trainer, module).shortcomings:
+                rank_zero_warn(f"{Path(trainer.default_root_dir, self.folder)}: {line}")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know: the best value and of what it is, and the last validation."""
@@ -120,8 +134,27 @@ class AdapterCheckpoint(Callback):
             with new_folder(root / name) as folder:
                 model.save_pretrained(str(folder))
                 config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
-                # As they are: transformers would write some of the tokenizer's files anew, and differently.
-                for file in [*tokenizer_files(local_folder(module.tokenizer_path)), *config]:
+                for file in config:
                     shutil.copyfile(file, folder / file.name)
-                card = adapter_card(folder, module.base, trainer.global_step, self._measured)
+                self._run_files(trainer, module).write(folder)
+                card = adapter_card(folder, self._training(trainer, module), self._measured)
                 (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+    def _run_files(self, trainer: Trainer, module: CausalLMModule) -> RunFiles:
+        if self._files is None:
+            self._files = RunFiles(trainer, module)
+        return self._files
+
+    def _training(self, trainer: Trainer, module: CausalLMModule) -> Training:
+        """What the card says of the run."""
+        files = self._run_files(trainer, module)
+        return Training(
+            base=module.base,
+            steps=trainer.global_step,
+            quantization=module.quantization,
+            dtype=module.dtype_name,
+            chat_template=files.chat.name if files.chat else None,
+            chat_is_portable=files.chat is None or files.chat.source is not None,
+            end_ids=files.chat.end_ids if files.chat else (),
+            languages=self.languages,
+        )

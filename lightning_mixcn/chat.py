@@ -17,7 +17,8 @@ from lightning_mixcn.model.adapter_file import AdapterFile
 from lightning_mixcn.model.generation import PrefixCache, Sampling, prepare_for_generation, stream_tokens
 from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.model.model_source import find_model, load_found
-from lightning_mixcn.text import ChatTemplate, TextTokenizer, Turn, load_template, load_tokenizer
+from lightning_mixcn.model.tokenizer_files import generation_end_ids
+from lightning_mixcn.text import ChatTemplate, TextTokenizer, Turn, load_tokenizer, template_of_model
 from lightning_mixcn.text.incremental_decoding import stream_text
 
 _PROMPT = "> "
@@ -33,7 +34,7 @@ A line that begins with a blank is never a command, nor is one with a second sla
 def chat(
     src: str,
     system: str | None = None,
-    template: str = "mixtral",
+    template: str | None = None,
     temperature: float = 0.2,
     top_k: int = 40,
     top_p: float = 0.9,
@@ -51,7 +52,9 @@ def chat(
     Args:
         src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder.
         system: System prompt.
-        template: ``mixtral``, ``tokenizer`` for the chat template of the model's tokenizer, or a Jinja file.
+        template: ``mixtral``, ``tokenizer`` for the chat template of the model's tokenizer, or a Jinja file. Null is
+            the one that the model carries, which for a run, its adapter and its exports is the one it was trained with;
+            ``mixtral`` where it carries none.
         temperature: Logits are divided by it; 0 takes the likeliest token.
         top_k: Choose among this many likeliest tokens; 0 for all.
         top_p: Choose among the likeliest tokens that together have this probability; 1 for all.
@@ -69,11 +72,15 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
     found = find_model(src)
     tokenizer = load_tokenizer(local_folder(found.tokenizer))
-    laid_out = load_template(template, tokenizer)
+    laid_out = template_of_model(template, tokenizer)
+    stop_ids = laid_out.stop_ids(tokenizer) | generation_end_ids(
+        local_folder(found.tokenizer), local_folder(found.base)
+    )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_found(found, quantization=quantization, dtype=dtype, device=device)
     prepare_for_generation(model)
-    talk = Chat(model, tokenizer, laid_out, sampling, torch.Generator(device).manual_seed(seed))
+    generator = torch.Generator(device).manual_seed(seed)
+    talk = Chat(model, tokenizer, laid_out, sampling, generator, stop_ids=stop_ids)
     talk.set_system(system or "")
     fixed = [name for adapter in found.adapters for name in AdapterFile(adapter).saved]
     if fixed:
@@ -93,6 +100,7 @@ class Chat:
         template: How conversations are written.
         sampling: How tokens are chosen.
         generator: Source of the random numbers, on the model's device.
+        stop_ids: Tokens that end an answer; ``None`` takes the template's.
 
     Attributes:
         turns: What was said, the system prompt included.
@@ -107,7 +115,9 @@ class Chat:
         template: ChatTemplate,
         sampling: Sampling,
         generator: torch.Generator,
+        stop_ids: frozenset[int] | None = None,
     ) -> None:
+        self._stop_ids = template.stop_ids(tokenizer) if stop_ids is None else stop_ids
         self.turns: list[Turn] = []
         self.answer_tokens = 0
         self.why_no_base = "" if isinstance(model, MixtralPeftModel) else "the model has no adapter"
@@ -131,9 +141,8 @@ class Chat:
         """
         turns = [*self.turns, Turn("user", question)]
         ids = self._template.encode_prompt(turns, self._tokenizer)
-        stop_ids = self._template.stop_ids(self._tokenizer)
         tokens = stream_tokens(
-            self._model, ids, self._cache, self._sampling, stop_ids=stop_ids, generator=self._generator
+            self._model, ids, self._cache, self._sampling, stop_ids=self._stop_ids, generator=self._generator
         )
         return self._answer(turns, tokens)
 

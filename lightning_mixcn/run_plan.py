@@ -16,6 +16,7 @@ from lightning_mixcn.model.activation_checkpointing import layer_modes
 from lightning_mixcn.model.decoding_traffic import decoding_bytes
 from lightning_mixcn.model.flops import count_training_flops
 from lightning_mixcn.model.hub import local_folder
+from lightning_mixcn.model.loading import stock_settings
 from lightning_mixcn.model.memory_budget import RESERVE, fitting_modes, usable_bytes
 from lightning_mixcn.model.memory_plan import MemoryPlan, Run, plan_memory
 from lightning_mixcn.modules import CausalLMModule
@@ -177,10 +178,10 @@ def meta_model_of(module: CausalLMModule) -> Any:
 
 def _base_config(base: str) -> MixtralConfig:
     file = Path(base).expanduser() / "config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else _from_hub(base)
+    settings = stock_settings(json.loads(file.read_text()) if file.is_file() else _from_hub(base))
     if settings.get("model_type") != "mixtral":
         raise ValueError(f"`base={base!r}` holds a model of type {settings.get('model_type')!r}. Expected 'mixtral'")
-    return MixtralConfig.from_dict({key: value for key, value in settings.items() if key != "quantization_config"})
+    return MixtralConfig.from_dict(settings)
 
 
 def _from_hub(base: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -73,6 +74,8 @@ def bits_per_byte(name: str) -> float:
     return float(report["sources"]["text"]["bits_per_byte"])
 
 
+# PEFT's own conversion of w1 and w3 to the fused layout leaves patterns for what was not adapted.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("kept", [pytest.param("original", marks=pytest.mark.slow), "4-bit folder"])
 def test_it_trains_resumes_and_goes_out_into_the_world(tiny_base: Path, kept: str) -> None:
     texts = ["".join(HAN[number % 7 :]) + f"。{number}" for number in range(60)]
@@ -100,7 +103,26 @@ def test_it_trains_resumes_and_goes_out_into_the_world(tiny_base: Path, kept: st
     assert loaded[0].config.vocab_size == rows
     known: Any = transformers.AutoTokenizer.from_pretrained("merged")
     assert len(known(texts[0])["input_ids"]) < len(texts[0])
+    check_stock_peft(known(texts[0], return_tensors="pt").input_ids)
     assert run(base, "on", adapter="runs/run") == 0  # a further run goes on from its rows
+
+
+def check_stock_peft(ids: torch.Tensor) -> None:
+    """PEFT makes the rows by itself, from the tokenizer that every adapter's folder carries whole."""
+    assert main(["export", "runs/run", "onto_original"]) == 0
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained("onto_original").eval()(ids).logits
+        for layout in (None, "peft", "peft-per-expert"):
+            folder = layout or "runs/run/adapter"
+            if layout is not None:
+                assert main(["export", "runs/run", layout, f"--format={layout}"]) == 0
+            report = "vocabulary_extension.json"  # of the merge; no tokenizer needs it
+            of_tokenizer = {path.name for path in Path("extended").iterdir()} - {report}
+            assert of_tokenizer <= {path.name for path in Path(folder).iterdir()}
+            auto = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            torch.testing.assert_close(auto(ids).logits, expected, rtol=1e-4, atol=1e-4)
+            card = Path(folder, "README.md").read_text(encoding="utf-8")
+            assert f"call `base.resize_token_embeddings({len(auto.get_input_embeddings().weight)}" in card
 
 
 def test_the_mean_beats_random_rows_before_any_training() -> None:

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter_file import EMBEDDINGS, PREFIX, WEIGHTS_NAME, AdapterFile, StoredFactors
@@ -27,6 +26,7 @@ from .lora import LoraFrozenLinear
 from .lora_options import check_training_options
 from .lora_targets import adapted_modules
 from .mixtral import MixtralForCausalLM
+from .safetensors_file import write_safetensors
 
 
 class MixtralPeftModel(PeftModelForCausalLM):
@@ -34,7 +34,8 @@ class MixtralPeftModel(PeftModelForCausalLM):
 
     Attributes:
         base_identity: Path and content hash of the base that was loaded, see `identity.base_identity`; ``None`` for
-            random weights.
+            random weights. ``base_model_name_or_path`` of the configuration is what other tools load: of a 4-bit
+            folder, what that was made from.
     """
 
     base_identity: dict[str, str] | None = None
@@ -55,7 +56,9 @@ class MixtralPeftModel(PeftModelForCausalLM):
         if not kwargs.get("is_main_process", True):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        # safetensors' own `save_file` gives the file mode 600, whatever the umask: nobody else could read it.
+        (folder / WEIGHTS_NAME).unlink(missing_ok=True)
+        write_safetensors(folder / WEIGHTS_NAME, tensors)
         config.save_pretrained(str(folder))
         if self.base_identity is not None:
             write_identity(folder, self.base_identity)

@@ -1,6 +1,7 @@
 """An adapter as a PEFT folder of its own, in the layout of one kind of reader."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,13 @@ from .adapter_file import WEIGHTS_NAME, AdapterFile
 from .adapter_layouts import NormalisedAdapter, fused, normalise, per_expert
 from .checkpoint import Checkpoint
 from .hub import local_folder
-from .identity import IDENTITY_FILE
+from .identity import IDENTITY_FILE, base_identity, stock_base, write_identity
 from .loading import mixtral_config
-from .model_card import CARD_NAME, model_card
+from .model_card import CARD_NAME, base_shortcomings, model_card, resizing_note
 from .model_source import ModelSource
 from .output_path import new_folder
 from .safetensors_file import write_safetensors
-from .tokenizer_files import tokenizer_files
-from .vocabulary_extension import adapter_rows
+from .tokenizer_files import generation_files, tokenizer_files
 
 Layout = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
 
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[Layout, str]] = {
 }
 
 
-def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None:
+def export_adapter(found: ModelSource, src: str, out: Path, layout: str, *, languages: list[str] | None = None) -> None:
     """Write the adapter of a model, its tokenizer and a card.
 
     Args:
@@ -37,6 +37,7 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
         src: What the person named.
         out: Folder to make.
         layout: ``peft`` or ``peft-per-expert``.
+        languages: Codes for the card.
 
     Raises:
         ValueError: no adapter, more than one, or one without factors.
@@ -52,30 +53,26 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str) -> None
         raise ValueError(
             f"the adapter {found.adapters[0]!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
         )
-    config = mixtral_config(Checkpoint(found.base))
+    checkpoint = Checkpoint(found.base)
+    config = mixtral_config(checkpoint)
     write, text = LAYOUTS[layout]
-    tensors, lora = write(_normalised(adapter, config), found.base, config.num_hidden_layers)
+    named = stock_base(found.base)
+    tensors, lora = write(_normalised(adapter, config), named, config.num_hidden_layers)
+    for line in base_shortcomings(found.base):
+        print(line, file=sys.stderr)
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         lora.save_pretrained(str(folder))
-        card = model_card(found, src, f"A LoRA adapter in the {text}.{_resizing(adapter, config)}", "peft")
+        made = f"A LoRA adapter in the {text}.{resizing_note(adapter, config)}"
+        card = model_card(found, src, made, "peft", onto=None, languages=languages)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        identity = [adapter.folder / IDENTITY_FILE] if (adapter.folder / IDENTITY_FILE).is_file() else []
-        for file in [*identity, *tokenizer_files(local_folder(found.tokenizer))]:
+        if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter
+            write_identity(folder, base_identity(found.base))
+        tokenizer = local_folder(found.tokenizer)
+        for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer)]:
             shutil.copyfile(file, folder / file.name)
 
 
 def _normalised(adapter: AdapterFile, config: MixtralConfig) -> NormalisedAdapter:
     factors = {name: adapter.factors(name) for name in adapter.names}
     return normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)
-
-
-def _resizing(adapter: AdapterFile, config: MixtralConfig) -> str:
-    """What its user has to do first where the adapter has more rows of embedding and head than the base."""
-    rows = adapter_rows(adapter, tied=config.tie_word_embeddings) or config.vocab_size
-    if rows <= config.vocab_size:
-        return ""
-    return (
-        f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
-        "mean_resizing=False)` before PEFT loads it."
-    )

@@ -15,7 +15,7 @@ from .loading import torch_dtype
 from .model_card import CARD_NAME, model_card
 from .model_source import ModelSource
 from .shard_writer import ShardWriter
-from .tokenizer_files import GENERATION_FILE, tokenizer_files
+from .tokenizer_files import generation_files, tokenizer_files
 
 _ONTO = {
     "original": "the base's own high-precision weights",
@@ -32,6 +32,7 @@ class MergeOptions:
     dtype: str | None = None
     layout: Layout = "per-expert"
     max_shard_bytes: int = 1_000_000_000
+    languages: list[str] | None = None
 
 
 def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOptions) -> None:
@@ -45,17 +46,20 @@ def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOpt
     """
     base, checkpoint = open_base(found, options.precision, options.original)
     adapters = [AdapterFile(path) for path in found.adapters]
-    dtype = None if options.dtype is None else torch_dtype(options.dtype)
+    # A merged weight that came out of 4 bits has no 16-bit original: rounding it would be a change of its own.
+    exact = "float32" if options.precision == "dequantised" else None
+    dtype = None if (name := options.dtype or exact) is None else torch_dtype(name)
     merged = MergedWeights(base, adapters, options.layout, dtype)
     shape = {"vocab_size": merged.vocab_size, "tie_word_embeddings": base.config.tie_word_embeddings}
     extended = checkpoint.config | shape
     config = exported_config(extended, merged.dtype(next(iter(base.modules))))
     with ShardWriter(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
         writer.require_free_bytes(merged.nbytes)
-        for file in [*tokenizer_files(local_folder(found.tokenizer)), checkpoint.path / GENERATION_FILE]:
-            if file.is_file():
-                writer.add_file(file)
-        card = model_card(found, src, _made(adapters, options), "transformers")
+        tokenizer = local_folder(found.tokenizer)
+        for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer, checkpoint.path)]:
+            writer.add_file(file)
+        made = _made(adapters, options)
+        card = model_card(found, src, made, "transformers", onto=options.precision, languages=options.languages)
         (writer.folder / CARD_NAME).write_text(card, encoding="utf-8")
         with tqdm(total=merged.nbytes, unit="B", unit_scale=True, desc="exporting", delay=1) as progress:
             for name, tensor in merged.tensors():
@@ -64,5 +68,7 @@ def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOpt
 
 
 def _made(adapters: Sequence[AdapterFile], options: MergeOptions) -> str:
-    what = f"{len(adapters)} LoRA adapter{'s' if len(adapters) > 1 else ''} merged onto" if adapters else "A copy of"
-    return f"{what} {_ONTO[options.precision]}, computed in float32."
+    if not adapters:
+        return f"A copy of {_ONTO[options.precision]}."
+    what = f"{len(adapters)} low-rank adapter{'s' if len(adapters) > 1 else ''} (LoRA)"
+    return f"{what} merged onto {_ONTO[options.precision]}, computed in float32."

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-_DROPPED = ("quantization_config", "_name_or_path", "torch_dtype")
+from .loading import stock_settings
+
+_DROPPED = ("_name_or_path", "torch_dtype")
 
 
 def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
         config: Content of the base's ``config.json``.
         dtype: Of the exported weights.
     """
-    kept = {key: value for key, value in config.items() if key not in _DROPPED}
+    kept = {key: value for key, value in stock_settings(config).items() if key not in _DROPPED}
     name = str(dtype).removeprefix("torch.")
     kept |= {"architectures": ["MixtralForCausalLM"], "dtype": name, "torch_dtype": name}
     rope = kept.get("rope_parameters") or {}

@@ -34,24 +34,30 @@ class LlamaCpp:
         self._converter = _find(folder, CONVERTER)
         self._quantizer = None if self._outtype in CONVERTED_TYPES else _find(folder, QUANTIZER)
 
-    def write(self, out: Path, export: Callable[[Path], None]) -> None:
+    @property
+    def is_finer_than_bfloat16(self) -> bool:
+        """Whether the file holds digits of a weight that bfloat16 would have rounded off."""
+        return self._outtype in ("f32", "f16")
+
+    def write(self, out: Path, name: str, export: Callable[[Path], None]) -> None:
         """Write a GGUF file; nothing is left under its name, or beside it, unless it is whole.
 
         Args:
             out: The file to make.
-            export: Writes the merged Hugging Face folder to the path it is given, beside ``out``.
+            name: Of the model. The converter makes ``general.name`` and its like of the folder's name.
+            export: Writes the merged Hugging Face folder to the path it is given, below one beside ``out``.
 
         Raises:
             FileExistsError: ``out`` is there.
-            ValueError: a program failed, or the folder has no ``tokenizer.model``.
+            ValueError: a program failed.
             OSError: the disk is full.
         """
         check_file(out)
-        merged, converted, quantised = (partial_path(out) for _ in range(3))
+        scratch, converted, quantised = (partial_path(out) for _ in range(3))
+        merged = scratch / name
         try:
             with clear_disk_errors(out):
                 export(merged)
-                _check_tokenizer(merged)
                 kind = self._outtype if self._quantizer is None else "bf16"
                 _call(self._converter, [str(merged), "--outfile", str(converted), "--outtype", kind], converted)
                 if self._quantizer is not None:
@@ -61,7 +67,7 @@ class LlamaCpp:
                 check_file(out)
                 finished.rename(out)
         finally:
-            shutil.rmtree(merged, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             for file in (converted, quantised):
                 file.unlink(missing_ok=True)
 
@@ -91,8 +97,17 @@ def _find(folder: str | None, program: str) -> Path:
     )
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Byte-level pieces (GPT-2's kind) the converter takes from ``tokenizer.json``, SentencePiece's it gets wrong."""
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer that the converter gets wrong: SentencePiece's pieces out of ``tokenizer.json`` alone.
+
+    Byte-level pieces (GPT-2's kind) it takes from there.
+
+    Args:
+        folder: Of the tokenizer.
+
+    Raises:
+        ValueError: there is no ``tokenizer.model``, and the pieces are not byte-level.
+    """
     if not (folder / "tokenizer.model").is_file() and not TokenizerPieces(folder).is_byte_level:
         raise ValueError(
             "the model has no tokenizer.model, without which llama.cpp's converter writes a tokenizer that splits text "

@@ -6,7 +6,7 @@ from pathlib import Path
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Never pickles. `consolidated.*` is Mistral's own second copy of the weights.
-_ALLOWED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+_ALLOWED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja", "README.md"]
 _IGNORED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl"]
 
 

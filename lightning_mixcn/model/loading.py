@@ -5,9 +5,10 @@ A checkpoint is read and quantised piece by piece, so the host never holds more 
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -19,6 +20,7 @@ from .adapters import MixtralPeftModel, attach_lora, load_adapter, reset_lora
 from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
 from .checkpoint import Checkpoint, Segment
 from .frozen_linear import FrozenLinear
+from .identity import QUANTISED_MODEL_TYPE, base_identity, is_own_format, stock_base
 from .inventory import verify_quantised
 from .layout import Entry, entries, stored_entries
 from .local_rows import copy_rows, held_elements, local_rows, write_elements
@@ -31,7 +33,6 @@ from .weights import NF4Weight
 CHUNK = 2048 * SUPERBLOCK
 # Buffers that old versions of transformers saved; they are computed.
 _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-QUANTIZATION_METHOD = "mixcn_nf4"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -96,7 +97,7 @@ def load_mixtral(
     )  # fmt: skip
     if extension is not None:
         extension.grow(model)
-    model.name_or_path = str(path)
+    model.name_or_path = stock_base(path) or ""
     complete = _complete(model, lora, train_embeddings)
     if quantization == "nf4":
         verify_quantised(model, config)
@@ -109,7 +110,7 @@ def load_mixtral(
     if extension is not None:
         extension.fill(model)
     if isinstance(complete, MixtralPeftModel):
-        complete.base_identity = {"path": str(path), "sha256": checkpoint.identity()} if is_first else None
+        complete.base_identity = base_identity(path) if is_first else None
         reset_lora(complete, seed)
         if adapter is not None:
             load_adapter(complete, adapter)
@@ -163,23 +164,33 @@ def _complete(
 
 def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
     """The checkpoint's configuration, tied as its files are; refuses other architectures."""
-    if (kind := checkpoint.config.get("model_type")) != "mixtral":
+    settings = stock_settings(checkpoint.config)
+    if (kind := settings.get("model_type")) != "mixtral":
         raise ValueError(
             f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
             "one with `mixcn upcycle`"
         )
-    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return MixtralConfig.from_dict(settings | {"tie_word_embeddings": checkpoint.ties_head()})
+
+
+def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json`` as that of the unquantised model; of a 4-bit folder, its original's."""
+    settings = {key: value for key, value in config.items() if key != "quantization_config"}
+    if settings.get("model_type") == QUANTISED_MODEL_TYPE:
+        settings["model_type"] = "mixtral"
+    return settings
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
     """Whether it is in 4 bits, by `mixcn quantize` or by bitsandbytes; refuses other quantised formats."""
+    if is_own_format(checkpoint.config) or is_bitsandbytes(checkpoint):
+        return True
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, QUANTIZATION_METHOD) and not is_bitsandbytes(checkpoint):
+    if method is not None:
         raise ValueError(
             f"{checkpoint.path} is quantised with {method!r}. Give the unquantised model, or one of `mixcn quantize`"
         )
-    return method is not None
+    return False
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -2,36 +2,97 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .identity import read_identity
+from huggingface_hub import ModelCardData, metadata_load
+from transformers import MixtralConfig
+
+from .adapter_file import AdapterFile
+from .checkpoint import Checkpoint
+from .identity import is_own_format, read_identity, stock_base
+from .loading import mixtral_config
 from .model_source import ADAPTER_FOLDER, ModelSource
+from .vocabulary_extension import adapter_rows
 
 CARD_NAME = "README.md"
 _REPORT = "validate.json"
+_TRAINING = "## Training"
+_HELD = {"nf4": "with the base in 4 bits (NF4)", "none": "with the base unquantised"}
 
 
-def adapter_card(folder: Path, base: str, steps: int, measured: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Training:
+    """What the card of a run's adapter says of the run.
+
+    Args:
+        base: What the run was given as its base.
+        steps: Optimizer steps of the adapter.
+        quantization: ``nf4`` or ``none``.
+        dtype: The compute dtype's name.
+        chat_template: What the run's configuration calls the template of the answers; ``None`` after pre-training.
+        chat_is_portable: The adapter's folder has that template.
+        end_ids: Tokens that end an answer.
+        languages: Codes of the languages, where the person named them.
+    """
+
+    base: str
+    steps: int
+    quantization: str
+    dtype: str
+    chat_template: str | None = None
+    chat_is_portable: bool = True
+    end_ids: Sequence[int] = ()
+    languages: Sequence[str] | None = None
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """What other tools will miss in the adapter's folder, one line each."""
+        lines = base_shortcomings(self.base)
+        if self.chat_template is not None and not self.chat_is_portable:
+            lines.append(
+                f"the chat template {self.chat_template!r} has no equal in Jinja for this tokenizer, so none is "
+                "written and servers refuse conversations. Give `data.init_args.template` a Jinja file"
+            )
+        return lines
+
+
+def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) -> str:
     """Write the card of an adapter that a run saves.
 
     Args:
         folder: Where the adapter is.
-        base: What the run was given as its base.
-        steps: Optimizer steps of the adapter.
+        training: What is known of the run.
         measured: ``step`` and ``sources`` (by name: ``nll_nats_per_token``, ``bits_per_byte``, ``tokens``) of the run's
             last validation; empty if there was none.
     """
-    name = _public_name(base)
-    made = f"A LoRA adapter after {steps:,} optimizer steps, one pair of factors an expert."
-    parts = [_header(name, "peft"), made, _base_line(folder, name)]
+    checkpoint = Checkpoint(training.base)
+    named = stock_base(training.base) or training.base
+    name, license_of = _public_name(named), _license([named, training.base])
+    resizing = resizing_note(AdapterFile(folder), mixtral_config(checkpoint))
+    made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
+    parts = [
+        _header(named, "peft", training.languages, license_of),
+        f"# {name}: LoRA adapter",
+        made,
+        _base_line(folder, name),
+        *base_shortcomings(training.base),
+        _license_line(license_of),
+        _TRAINING,
+        f"Trained for {training.steps:,} steps {_HELD[training.quantization]}, computed in {training.dtype}.",
+        _chat_line(training),
+    ]
     if measured:
-        parts.append(_table(measured["sources"], f"Measured after {measured['step']:,} steps:"))
-    return "\n\n".join(parts) + "\n"
+        says = f"Measured after {measured['step']:,} steps, {_HELD[training.quantization]}:"
+        parts.append(_table(measured["sources"], says))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def model_card(found: ModelSource, src: str, made: str, library: str) -> str:
+def model_card(
+    found: ModelSource, src: str, made: str, library: str, *, onto: str | None, languages: Sequence[str] | None = None
+) -> str:
     """Write the card of an export. It has no date and no absolute path, so the same export gives the same bytes.
 
     Args:
@@ -39,33 +100,138 @@ def model_card(found: ModelSource, src: str, made: str, library: str) -> str:
         src: What the person named; a run's ``validate.json`` is looked for there.
         made: How it was made, as sentences.
         library: ``transformers`` or ``peft``, for the hub's ``library_name``.
+        onto: ``original`` or ``dequantised`` weights that adapters were merged onto; ``None`` for an adapter.
+        languages: Codes for the header; ``None`` takes those of the adapters' cards.
     """
-    base = _public_name(found.base)
-    first = Path(found.adapters[0]) if found.adapters else None
-    parts = [_header(base, library), made, _base_line(first, base)]
-    parts += filter(None, [_figures(src), *(_adapter_text(adapter) for adapter in found.adapters)])
-    return "\n\n".join(parts) + "\n"
+    named = stock_base(found.base) or found.base
+    name, license_of = _public_name(named), _license([named, found.base])
+    title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters else name
+    if languages is None:
+        languages = _languages(found.adapters)
+    parts = [
+        _header(named, library, languages, license_of),
+        f"# {title}",
+        made,
+        _base_line(Path(found.adapters[0]) if found.adapters else None, name),
+        *(base_shortcomings(found.base) if onto is None else []),
+        _license_line(license_of),
+        _chat_of_export(found) if onto is not None else None,
+        _figures(src, onto) if found.adapters else None,
+        *(_adapter_text(adapter) for adapter in found.adapters),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _header(base: str, library: str) -> str:
-    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [mixtral, moe]"]
-    if "/" in base:
-        lines.append(f"base_model: {base}")
-    return "\n".join([*lines, "---", "", f"# {base}, adapted"])
+def public_title(found: ModelSource) -> str:
+    """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``."""
+    named = stock_base(found.base) or found.base
+    return _public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
+
+
+def resizing_note(adapter: AdapterFile, config: MixtralConfig) -> str:
+    """Say what a user of an adapter has to do first where it has more rows of embedding and head than the base."""
+    rows = adapter_rows(adapter, tied=config.tie_word_embeddings) or config.vocab_size
+    if rows <= config.vocab_size:
+        return ""
+    return (
+        f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
+        "mean_resizing=False)` before PEFT loads it."
+    )
+
+
+def _header(base: str, library: str, languages: Sequence[str] | None, license_of: Mapping[str, Any]) -> str:
+    is_hub_id = "/" in base and not Path(base).is_absolute() and not Path(base).expanduser().is_dir()
+    data = ModelCardData(
+        base_model=base if is_hub_id else None,
+        language=list(languages) if languages else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["mixtral", "moe"],
+        **license_of,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _public_name(path: str) -> str:
     """A hub id as it is, a folder without the path of this machine."""
-    return Path(path).name if Path(path).expanduser().is_dir() else path
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else path
 
 
 def _base_line(made_from: Path | None, base: str) -> str:
-    identity = read_identity(made_from) if made_from else None
-    content = f" (content hash `{identity['sha256']}`)" if identity else ""
-    return f"Base: `{base}`{content}."
+    identity = (read_identity(made_from) if made_from else None) or {}
+    digest = identity.get("original_sha256", identity.get("sha256"))
+    return f"Base: `{base}`{f' (content hash `{digest}`)' if digest else ''}."
 
 
-def _figures(src: str) -> str | None:
+def base_shortcomings(base: str) -> list[str]:
+    """Say what keeps other tools from the base of an adapter, as sentences; nothing, where they find it."""
+    checkpoint = Checkpoint(base)
+    if not is_own_format(checkpoint.config):
+        return []
+    named, folder = stock_base(base), _public_name(str(checkpoint.path))
+    if named is None:
+        return [
+            f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no "
+            "base: set base_model_name_or_path in adapter_config.json to the unquantised model for other tools"
+        ]
+    if Path(named).is_absolute() and not Path(named).is_dir():
+        return [
+            f"The unquantised base {_public_name(named)!r}, which {folder!r} was made from, was not there when the "
+            "adapter was written: set base_model_name_or_path in adapter_config.json to where it is for other tools"
+        ]
+    return []
+
+
+def _license(bases: Sequence[str]) -> dict[str, str]:
+    """License fields of the first base on this machine whose own card states a license."""
+    for base in bases:
+        card = Path(base).expanduser() / CARD_NAME
+        metadata = (metadata_load(card) or {}) if card.is_file() else {}
+        if "license" in metadata:
+            return {key: str(metadata[key]) for key in ("license", "license_name", "license_link") if key in metadata}
+    return {}
+
+
+def _license_line(license_of: Mapping[str, str]) -> str:
+    if not license_of:
+        return "License: that of the base, which its files here do not state."
+    return f"License: {license_of.get('license_name', license_of['license'])}, as the base's card says."
+
+
+def _languages(adapters: Sequence[str]) -> list[str]:
+    """Languages that the adapters' cards name, each once."""
+    cards = [Path(adapter) / CARD_NAME for adapter in adapters]
+    named: list[str] = []
+    for card in cards:
+        given = ((metadata_load(card) or {}) if card.is_file() else {}).get("language") or []
+        named += [given] if isinstance(given, str) else [str(language) for language in given]
+    return list(dict.fromkeys(named))
+
+
+def _chat_line(training: Training) -> str:
+    if training.chat_template is None:
+        return "Trained on plain text: a chat template here is the base's, and was not trained on."
+    ends = ", ".join(map(str, training.end_ids))
+    if not training.chat_is_portable:
+        return (
+            f"Answers were laid out by {Path(training.chat_template).name!r}, which has no equal in Jinja: there is no "
+            f"chat template here. Tokens that end an answer: {ends}."
+        )
+    return (
+        f"Answers were laid out by the chat template in this folder ({Path(training.chat_template).name!r} in the "
+        f"run's configuration). Tokens that end an answer: {ends}."
+    )
+
+
+def _chat_of_export(found: ModelSource) -> str | None:
+    """A word on the chat template where the adapters' own cards say nothing."""
+    if any(_TRAINING in _card_text(adapter) for adapter in found.adapters):
+        return None
+    return "A chat template here is the base's." if not found.adapters else None
+
+
+def _figures(src: str, onto: str | None) -> str | None:
     """Table of the likelihoods that `mixcn validate` wrote into the run's folder."""
     folder = Path(src).expanduser()
     runs = [folder, folder.parent] if folder.name == ADAPTER_FOLDER else [folder]
@@ -74,7 +240,11 @@ def _figures(src: str) -> str | None:
         return None
     try:
         report = json.loads(reports[0].read_text(encoding="utf-8"))
-        return _table(report["sources"], f"Measured on the run after {report['steps_trained']} steps, before export:")
+        held = _HELD.get(report.get("quantization"))
+        says = f"Measured on the run after {report['steps_trained']} steps{f', {held}' if held else ''}, before export"
+        if report.get("quantization") == "nf4" and onto == "original":
+            says += "; the merged model differs by what the 4 bits round off"
+        return _table(report["sources"], f"{says}:")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(reports[0])!r} is not what `mixcn validate` writes. Delete it or run it again"
@@ -95,12 +265,17 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
     return f"| {name} | {result['nll_nats_per_token']:.4f} | {shown} | {result['tokens']:,} |"
 
 
-def _adapter_text(adapter: str) -> str | None:
-    """What the adapter's own card says, without its header."""
+def _card_text(adapter: str) -> str:
+    """The adapter's own card without its header; empty if there is none."""
     card = Path(adapter) / CARD_NAME
-    if not card.is_file():
-        return None
-    text = card.read_text(encoding="utf-8")
-    if text.startswith("---\n"):
-        text = text.partition("\n---\n")[2]
-    return f"## From the adapter's card\n\n{text.strip()}"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    return (text.partition("\n---\n")[2] if text.startswith("---\n") else text).strip()
+
+
+def _adapter_text(adapter: str) -> str | None:
+    """What an adapter's card says of its training; of another tool's card, all of it."""
+    text = _card_text(adapter)
+    _, found, training = text.partition(f"{_TRAINING}\n")
+    if found:
+        return f"{_TRAINING}\n{training}"
+    return f"## From the adapter's card\n\n{text}" if text else None

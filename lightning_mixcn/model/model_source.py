@@ -12,7 +12,7 @@ from torch import nn
 from .adapter_file import CONFIG_NAME, AdapterFile
 from .adapters import MixtralPeftModel
 from .hub import local_folder
-from .identity import check_made_from
+from .identity import check_made_from, read_identity
 from .loading import load_mixtral
 from .lora_targets import SHORT_NAMES
 from .mixtral import MixtralForCausalLM
@@ -70,9 +70,12 @@ def find_model(src: str) -> ModelSource:
 
 
 def _find_base(adapter: str, folder: Path) -> ModelSource:
-    """The base that an adapter's configuration names."""
+    """The 4-bit folder that an adapter was trained on while it is there, else the base that its configuration names."""
     config = AdapterFile(folder).config
-    base = config.base_model_name_or_path
+    base, loaded = config.base_model_name_or_path, read_identity(folder)
+    # The configuration names the original, which other tools read. Another name is a person's, and goes first.
+    if loaded is not None and base in (None, loaded.get("original_path")) and Path(loaded["path"]).is_dir():
+        base = loaded["path"]
     if base and config.revision not in (None, "main") and not Path(base).is_dir():
         raise ValueError(
             f"the adapter {adapter!r} belongs to the revision {config.revision!r} of {base!r}. Download that revision, "

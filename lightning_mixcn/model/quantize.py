@@ -6,9 +6,9 @@ from tqdm.auto import tqdm
 
 from .bitsandbytes_source import BitsAndBytesSource, is_bitsandbytes
 from .checkpoint import Checkpoint
-from .identity import write_identity
+from .identity import QUANTISED_MODEL_TYPE, QUANTIZATION_METHOD, recorded_path, write_identity
 from .layout import Entry
-from .loading import QUANTIZATION_METHOD, is_quantised, mixtral_config, open_entries, pieces, torch_dtype
+from .loading import is_quantised, mixtral_config, open_entries, pieces, torch_dtype
 from .mixtral import meta_model
 from .nf4 import BLOCK, SUPERBLOCK, dequantize
 from .shard_writer import ShardWriter
@@ -20,7 +20,8 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     """Write SRC in 4 bits (NF4, double quantised) to the folder OUT: about 0.52 bytes a weight, experts included.
 
     Weight by weight: the host holds one shard of at most 2 GB and one weight, whatever the model's size. What
-    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit.
+    bitsandbytes has quantised (NF4, double quantised, transformers 4) is taken over bit for bit. OUT is for this
+    package alone: transformers refuses it. Adapters that are trained on it name SRC, which it records, as their base.
 
     Args:
         src: Mixtral folder (safetensors) or hub id.
@@ -33,9 +34,10 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
         raise ValueError(f"`src={src!r}` is in 4 bits already. Use it as it is")
     model = meta_model(config, "nf4", torch_dtype(dtype))
     todo, source = open_entries(model, checkpoint, config)
-    method = {"quant_method": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
+    method = {"format": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
     tied = {"tie_word_embeddings": config.tie_word_embeddings}
-    settings = checkpoint.config | tied | {"quantization_config": method, "dtype": dtype}
+    changes = {"model_type": QUANTISED_MODEL_TYPE, "quantization_config": method, "dtype": dtype}
+    settings = checkpoint.config | tied | changes
     with ShardWriter(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):
             for name, tensor in _tensors(entry, checkpoint, source, torch_dtype(dtype)).items():
@@ -43,7 +45,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
         for file in [*tokenizer_files(checkpoint.path), checkpoint.path / GENERATION_FILE]:
             if file.is_file():
                 writer.add_file(file)
-        write_identity(writer.folder, {"path": src, "sha256": checkpoint.identity()})
+        write_identity(writer.folder, {"path": recorded_path(src), "sha256": checkpoint.identity()})
 
 
 def _tensors(

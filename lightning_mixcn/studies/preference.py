@@ -36,7 +36,7 @@ def sheet(
     *,
     questions: str,
     out: str,
-    template: str = "mixtral",
+    template: str | None = None,
     questions_per_pair: int | None = None,
     temperature: float = 0.2,
     top_k: int = 40,
@@ -61,7 +61,8 @@ def sheet(
             training conversations, whose last answer is left out.
         out: Folder to make: sheet.csv, sheet.html, key.json, answers.jsonl. Until it is whole, finished answers are in
             the hidden folder .OUT.unfinished beside it.
-        template: ``mixtral``, ``tokenizer`` for the chat template of each model's tokenizer, or a Jinja file.
+        template: ``mixtral``, ``tokenizer`` for the chat template of each model's tokenizer, or a Jinja file. Null is
+            the one that each model carries, else ``mixtral``.
         questions_per_pair: Draw so many questions for each pair of models; null takes all.
         temperature: Logits are divided by it; 0 takes the likeliest token.
         top_k: Choose among this many likeliest tokens; 0 for all.

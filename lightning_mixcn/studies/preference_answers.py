@@ -13,7 +13,8 @@ from lightning_mixcn.model.generation import PrefixCache, Sampling, stream_token
 from lightning_mixcn.model.hub import local_folder
 from lightning_mixcn.model.loading import mixtral_config
 from lightning_mixcn.model.model_source import find_model
-from lightning_mixcn.text import Turn, load_template, load_tokenizer
+from lightning_mixcn.model.tokenizer_files import generation_end_ids
+from lightning_mixcn.text import Turn, load_tokenizer, template_of_model
 from lightning_mixcn.text.incremental_decoding import stream_text
 
 
@@ -37,7 +38,7 @@ class AnsweringModel:
     Args:
         src: Model folder or hub id, 4-bit folder, run folder, or adapter folder.
         questions: Turns of each question.
-        template: As in `load_template`.
+        template: As in `template_of_model`.
 
     Attributes:
         src: The same.
@@ -48,13 +49,14 @@ class AnsweringModel:
         FileNotFoundError: no such model or template.
     """
 
-    def __init__(self, src: str, questions: Sequence[Sequence[Turn]], template: str) -> None:
+    def __init__(self, src: str, questions: Sequence[Sequence[Turn]], template: str | None) -> None:
         """Encode the questions."""
         self.src, self.found = src, find_model(src)
         self._tokenizer = load_tokenizer(local_folder(self.found.tokenizer))
-        laid_out = load_template(template, self._tokenizer)
+        laid_out = template_of_model(template, self._tokenizer)
         self._prompts = [laid_out.encode_prompt(turns, self._tokenizer) for turns in questions]
-        self._stop_ids = laid_out.stop_ids(self._tokenizer)
+        folders = local_folder(self.found.tokenizer), local_folder(self.found.base)
+        self._stop_ids = laid_out.stop_ids(self._tokenizer) | generation_end_ids(*folders)
         self._context = mixtral_config(Checkpoint(self.found.base)).max_position_embeddings
         for number, prompt in enumerate(self._prompts, 1):
             if len(prompt) >= self._context:

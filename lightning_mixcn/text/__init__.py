@@ -14,6 +14,7 @@ from lightning_mixcn.text.corpus import Corpus, DocumentOrigin, read_corpus
 from lightning_mixcn.text.document_set import DocumentSet, TrainingDocuments, all_documents, split_by_hash
 from lightning_mixcn.text.encoders import DocumentEncoder, PlainText
 from lightning_mixcn.text.packing import PACKINGS, Row, ScoredRow, evaluation_rows
+from lightning_mixcn.text.portable_template import portable_source, template_of_model
 from lightning_mixcn.text.sources import AnySource, ConversationSource, Source, SourceKind, parse_sources
 from lightning_mixcn.text.stores import BadRecordPolicy
 from lightning_mixcn.text.streams import RowStream, StreamPlan, StreamState, WeightUnit
@@ -56,6 +57,8 @@ __all__ = [
     "load_template",
     "load_tokenizer",
     "parse_sources",
+    "portable_source",
     "read_corpus",
     "split_by_hash",
+    "template_of_model",
 ]

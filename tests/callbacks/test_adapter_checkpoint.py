@@ -1,8 +1,10 @@
 """The adapter folder against stock PEFT."""
 
+import json
 import logging
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lightning_mixcn.callbacks import AdapterCheckpoint, StepCheckpoint
+from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.modules import PretrainModule
+from lightning_mixcn.model.identity import IDENTITY_FILE
+from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.modules import InstructModule, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
-from lightning_mixcn.text import load_tokenizer
+from lightning_mixcn.text import ChatTemplate, ConversationSource, TextTokenizer, Turn, load_tokenizer
+from lightning_mixcn.text.chat_template import Segment
 
 Make = Callable[..., Any]
 
@@ -137,6 +143,60 @@ def test_a_monitor_that_is_not_logged_is_named(falling: Falling, trainer: Make) 
     callback = AdapterCheckpoint(monitor="val/en/accuracy")
     with pytest.raises(KeyError, match=r"`monitor=val/en/accuracy` is not logged[.] Validation logs val/zh/accuracy"):
         trainer(max_steps=1, limit_val_batches=1, num_sanity_val_steps=0, callbacks=[callback]).fit(falling, batches)
+
+
+def test_a_base_that_other_tools_cannot_find_is_said_at_the_start(
+    tmp_path: Path, tiny_base: Path, module: PretrainModule, trainer: Make
+) -> None:
+    quantize(str(tiny_base), str(tmp_path / "small"))
+    (tmp_path / "small" / IDENTITY_FILE).unlink()
+    run = PretrainModule(str(tmp_path / "small"), dtype="float32", lora=module.lora)
+    with pytest.warns(UserWarning, match="adapter: The base 'small' is in 4 bits and does not record what it was made"):
+        trainer(max_steps=1, callbacks=[AdapterCheckpoint()]).fit(run, FixedBatches([random_batch([20])]))
+    assert "does not record what it was made from" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+
+
+class Shouting:
+    """A chat template that no Jinja text stands for."""
+
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+        texts = tokenizer.encode_batch([turn.content.upper()[::-1] for turn in turns])
+        return [
+            Segment([*ids, tokenizer.eos_id], turn.role == "assistant", number)
+            for number, (turn, ids) in enumerate(zip(turns, texts, strict=True))
+        ]
+
+    def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
+        return [index for segment in self.encode(turns, tokenizer) for index in segment.text_ids]
+
+    def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
+        return frozenset([tokenizer.eos_id])
+
+
+class ShoutingData(InstructDataModule):
+    @property
+    def template(self) -> ChatTemplate:
+        return Shouting()
+
+
+def test_a_template_that_has_no_equal_in_jinja_is_said(
+    tmp_path: Path, tiny_base: Path, module: PretrainModule, trainer: Make
+) -> None:
+    """The base's own would be another format, in silence."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    records = [{"instruction": f"问{number}", "output": "答"} for number in range(12)]
+    (tmp_path / "zh.json").write_text(json.dumps(records), encoding="utf-8")
+    data = ShoutingData(
+        [ConversationSource("zh", str(tmp_path / "zh.json"))], tokenizer=str(base), sequence_length=96,
+        micro_batch_size=1, num_streams=1, num_workers=0, val_fraction=0.0,
+    )  # fmt: skip
+    run = InstructModule(str(base), dtype="float32", lora=module.lora)
+    with pytest.warns(UserWarning, match="has no equal in Jinja for this tokenizer, so none is written"):
+        trainer(max_steps=1, callbacks=[AdapterCheckpoint()]).fit(run, data)
+    assert not (tmp_path / "adapter/chat_template.jinja").exists()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template is None
+    assert "there is no chat template here" in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
 
 
 def test_a_bad_mode_is_refused() -> None:

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from torch import Tensor
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import hub, shard_writer
 from lightning_mixcn.model.export import export
+from lightning_mixcn.model.model_card import Training, adapter_card
 from lightning_mixcn.model.quantize import quantize
 from lightning_mixcn.model.shard_writer import ShardWriter
 from lightning_mixcn.testing import save_tiny_mixtral
@@ -60,6 +63,98 @@ def test_the_card_has_the_runs_figures_and_no_path_of_this_machine(tiny: Path, r
     assert "library_name: transformers" in card
     assert tiny.name in card
     assert str(tmp_path) not in card
+
+
+def card_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """Header and text of a card, the header as the hub's library reads it."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return dict(huggingface_hub.metadata_load(folder / "README.md") or {}), text.partition("\n---\n")[2]
+
+
+def test_cards_say_what_each_folder_is(tmp_path: Path) -> None:
+    base = save_tiny_mixtral(tmp_path / "Base-v0.1")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [fr]\n---\nA base.", encoding="utf-8")
+    quantize(str(base), str(tmp_path / "small"), dtype="float32")
+    save_adapter(tmp_path / "small", tmp_path / "run/adapter", quantization="nf4")
+    training = Training(str(tmp_path / "small"), 7, "nf4", "bfloat16", "mixtral", end_ids=(2,), languages=["zh"])
+    measured = {"nll_nats_per_token": 2.5, "bits_per_byte": 1.25, "tokens": 4982}
+    card = adapter_card(tmp_path / "run/adapter", training, {"step": 6, "sources": {"zh": measured}})
+    (tmp_path / "run/adapter/README.md").write_text(card, encoding="utf-8")
+    report = {"sources": {"zh": measured}, "steps_trained": 7, "quantization": "nf4"}
+    (tmp_path / "run/validate.json").write_text(json.dumps(report), encoding="utf-8")
+    export(str(tmp_path / "run"), str(tmp_path / "merged"))
+    export(str(tmp_path / "run"), str(tmp_path / "exact"), base="dequantised")
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "layout"), "--format=peft", "--languages=[zh,en]"]) == 0
+    )
+    export(str(base), str(tmp_path / "copy"))
+
+    for name, title, library, languages in (
+        ("run/adapter", "# Base-v0.1: LoRA adapter", "peft", ["zh"]),
+        ("merged", "# Base-v0.1, adapted", "transformers", ["zh"]),
+        ("exact", "# Base-v0.1, adapted", "transformers", ["zh"]),
+        ("layout", "# Base-v0.1: LoRA adapter", "peft", ["zh", "en"]),
+        ("copy", "# Base-v0.1\n", "transformers", None),
+    ):
+        header, text = card_of(tmp_path / name)
+        assert text.lstrip().startswith(title), name
+        assert "Base: `Base-v0.1`" in text
+        assert "small" not in text
+        assert str(tmp_path) not in text
+        assert "License: apache-2.0, as the base's card says." in text
+        assert (header["license"], header["library_name"], header.get("language")) == (
+            "apache-2.0", library, languages,
+        )  # fmt: skip
+    for name in ("merged", "exact"):
+        text = card_of(tmp_path / name)[1]
+        assert "LoRA adapter" not in text
+        assert "Measured after 6 steps, with the base in 4 bits (NF4):" in text
+        assert "Measured on the run after 7 steps, with the base in 4 bits (NF4), before export" in text
+        assert ("the merged model differs by what the 4 bits round off" in text) == (name == "merged")
+    copied = card_of(tmp_path / "copy")[1]
+    assert "adapted" not in copied
+    assert "Measured" not in copied
+
+
+def test_a_license_that_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:
+    export(str(run), str(tmp_path / "out"))
+    header, text = card_of(tmp_path / "out")
+    assert "license" not in header
+    assert "License: that of the base, which its files here do not state." in text
+
+
+def test_an_original_that_is_missing_or_unknown_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the card, and in one line of the command."""
+    base = save_tiny_mixtral(tmp_path / "base")
+    quantize(str(base), str(tmp_path / "small"))
+    base.rename(tmp_path / "elsewhere")
+    save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
+    training = Training(str(tmp_path / "small"), 7, "nf4", "bfloat16")
+    (line,) = training.shortcomings
+    assert line.startswith("The unquantised base 'base', which 'small' was made from, was not there")
+    assert line in adapter_card(tmp_path / "adapter", training, {})
+    export(str(tmp_path / "adapter"), str(tmp_path / "out"), format="peft")
+    assert line in card_of(tmp_path / "out")[1]
+    assert f"{line}\n" in capsys.readouterr().err
+    (tmp_path / "small/base_identity.json").unlink()
+    (line,) = training.shortcomings
+    assert "does not record what it was made from" in line
+    assert line in adapter_card(tmp_path / "adapter", training, {})
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_says(tiny: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_adapter(tiny, tmp_path / "run/adapter")
+        for format in FORMATS:
+            export(str(tmp_path / "run"), str(tmp_path / format), format=format)  # type: ignore[arg-type]  # of the list
+        quantize(str(tiny), str(tmp_path / "small"))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("format", FORMATS)

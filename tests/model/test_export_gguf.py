@@ -3,16 +3,22 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import MixtralForCausalLM
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import export_gguf
+from lightning_mixcn.model.export import export
 from lightning_mixcn.model.export_gguf import CONVERTER, QUANTIZER
 from lightning_mixcn.testing import save_tiny_mixtral
+from tests.model.adapters_on_disk import save_adapter
 
 # Writes its arguments and what it was given into the output, as the real ones would write a model.
 STAND_IN = """
@@ -65,8 +71,91 @@ def test_other_types_go_through_llama_quantize(base: Path, llama_cpp: Path, tmp_
     assert sorted(tmp_path.iterdir()) == sorted([base, llama_cpp, out])
 
 
+# What the real converter does with names, chat template and weights, by the same package, which it is built on.
+GGUF_STAND_IN = """
+import sys, pathlib, gguf
+from safetensors.numpy import load_file
+folder = pathlib.Path(sys.argv[1])
+out = sys.argv[sys.argv.index("--outfile") + 1]
+writer = gguf.GGUFWriter(out, "llama")
+gguf.Metadata.load(None, folder, None, 0).set_gguf_meta_model(writer)
+gguf.SpecialVocab(folder).add_to_gguf(writer)
+for name, values in sorted(load_file(folder / "model.safetensors").items()):
+    writer.add_tensor(name, values)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+def field(file: Path, name: str) -> Any:
+    return gguf_reader(file).fields[name].contents()
+
+
+def gguf_reader(file: Path) -> Any:
+    return pytest.importorskip("gguf", reason="the package gguf is not installed").GGUFReader(file)
+
+
+def test_two_exports_are_the_same_bytes_and_named_for_the_model(llama_cpp: Path, tmp_path: Path) -> None:
+    """general.name was the temporary folder's, with its random digits."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    (llama_cpp / CONVERTER).write_text(GGUF_STAND_IN)
+    base = save_tiny_mixtral(tmp_path / "Mixtral-Tiny-v0.1")
+    save_adapter(base, tmp_path / "run/adapter")
+    for folder in (base, tmp_path / "run/adapter"):
+        (folder / "chat_template.jinja").write_text("the base's")
+    (tmp_path / "run/adapter/chat_template.jinja").write_text("{{ 'trained' }}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, tmp_path / "run/adapter" / name)
+    arguments = ["--format=gguf", f"--llama_cpp={llama_cpp}", "--outtype=f32"]
+    for out in ("one.gguf", "two.gguf"):
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / out), *arguments]) == 0
+    one, two = (tmp_path / out for out in ("one.gguf", "two.gguf"))
+    assert one.read_bytes() == two.read_bytes()
+    assert field(one, "general.name") == "Mixtral Tiny v0.1 Adapted"
+    assert field(one, "tokenizer.chat_template") == "{{ 'trained' }}"
+    assert field(one, "tokenizer.ggml.eos_token_id") == 2
+    assert main(["export", str(base), str(tmp_path / "base.gguf"), *arguments]) == 0
+    assert field(tmp_path / "base.gguf", "general.name") == "Mixtral Tiny v0.1"
+    assert field(tmp_path / "base.gguf", "tokenizer.chat_template") == "the base's"
+
+
+@pytest.mark.parametrize(
+    ("outtype", "options", "exact"),
+    [("f32", [], True), ("f16", [], True), ("f32", ["--dtype=bfloat16"], False), ("bf16", [], False),
+     ("f32", ["--base=dequantised"], True)],
+)  # fmt: skip
+def test_full_precision_is_merged_in_full_precision(
+    llama_cpp: Path, tmp_path: Path, outtype: str, options: list[str], exact: bool
+) -> None:
+    """The base is in bfloat16; what is merged onto it has digits that bfloat16 has not."""
+    (llama_cpp / CONVERTER).write_text(
+        "import sys, pathlib, shutil\n"
+        "shutil.copyfile(pathlib.Path(sys.argv[1], 'model.safetensors'), sys.argv[sys.argv.index('--outfile') + 1])\n"
+    )
+    export(str(save_tiny_mixtral(tmp_path / "full")), str(tmp_path / "base"), dtype="bfloat16")
+    save_adapter(tmp_path / "base", tmp_path / "adapter", quantization="nf4")
+    command = ["export", str(tmp_path / "adapter"), str(tmp_path / "out.gguf"), "--format=gguf"]
+    assert main([*command, f"--llama_cpp={llama_cpp}", f"--outtype={outtype}", *options]) == 0
+    stored = load_file(tmp_path / "out.gguf")
+    q_proj = stored["model.layers.0.self_attn.q_proj.weight"]
+    assert q_proj.dtype == (torch.float32 if exact else torch.bfloat16)
+    if options != ["--base=dequantised"]:
+        base = load_file(tmp_path / "base/model.safetensors")["model.layers.0.self_attn.q_proj.weight"].double()
+        factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+        prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+        a, b = (factors[f"{prefix}.lora_{name}.weight"].double() for name in "AB")
+        expected = base + 2 * b @ a
+        torch.testing.assert_close(q_proj.double(), expected, rtol=1e-6 if exact else 4e-3, atol=1e-7)
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def must_not_be_called(*_: object) -> None:
+    raise AssertionError("it was merged before its tokenizer was checked")
 
 
 @pytest.mark.parametrize("failure", ["code", "no tokenizer.model", "no llama-quantize", "output is there", "full disk"])
@@ -83,6 +172,7 @@ def test_failures_leave_nothing(
         (llama_cpp / CONVERTER).write_text(STAND_IN.format(code=3))
         message = "convert_hf_to_gguf.py ended with code 3"
     elif failure == "no tokenizer.model":
+        monkeypatch.setattr("lightning_mixcn.model.export.export_checkpoint", must_not_be_called)  # nor merged at all
         (base / "tokenizer.model").unlink()
         pieces = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
         pieces["decoder"] = {"type": "ByteFallback"}  # SentencePiece's
