@@ -136,7 +136,10 @@ class RowStream:
 
     def _restore(self, state: StreamState) -> None:
         self.position, self._served, self._phases = state["position"], list(state["served"]), list(state["phases"])
-        self._pools = [[_Waiting(*piece, None) for piece in pool] for pool in state["pools"]]
+        self._pools = [
+            [_Waiting(number, offset, length, divisible, None) for number, offset, length, divisible in pool]
+            for pool in state["pools"]
+        ]
         for reader, (number, offset), read, too_long in zip(
             self._readers, state["documents"], state["read"], state["too_long"], strict=True
         ):
