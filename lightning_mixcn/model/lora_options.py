@@ -47,7 +47,9 @@ def check_training_options(config: LoraConfig) -> None:
         ValueError: an option has another value than its default and is not implemented, or its value is not.
     """
     if config.peft_type != PeftType.LORA:
-        raise ValueError(f"`lora` is of type {config.peft_type.value!r}, expected a peft.LoraConfig of type 'LORA'")
+        raise ValueError(
+            f"`lora` is of type {PeftType(config.peft_type).value!r}, expected a peft.LoraConfig of type 'LORA'"
+        )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in _unusual(options, _IMPLEMENTED):
         instead = _INSTEAD.get(name, "Leave it out: plain LoRA and rsLoRA are implemented")

@@ -98,10 +98,10 @@ def _targeted(config: LoraConfig, matrices: list[_Matrix]) -> list[_Matrix]:
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             return matrices
-        found = _matching("target_modules", targets, matrices)
-        if not found:
+        matching = _matching("target_modules", targets, matrices)
+        if not matching:
             raise _matches_nothing("target_modules", targets, matrices)
-        return found
+        return matching
     chosen: set[_Matrix] = set()
     ends = _ends(matrices)
     for target in sorted(targets):

@@ -61,7 +61,7 @@ def in_float32(name: str, stored: dict[str, Tensor]) -> Tensor:
     parts = {key.removeprefix(f"{name}."): part for key, part in stored.items() if key.startswith(f"{name}.")}
     if not parts:
         return stored[name].float()
-    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))  # type: ignore[no-untyped-call]  # untyped
+    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
     state.dtype = torch.float32
     return bnb.dequantize_4bit(stored[name], state)
 

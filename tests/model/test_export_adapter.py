@@ -165,11 +165,11 @@ def test_peft_on_transformers_4_adapts_these_matrices_and_no_other(
     assert stored.config.layers_to_transform is None  # which PEFT 0.15 compares with the number of the expert
     config = peft.LoraConfig.from_pretrained(str(tmp_path / "out"))
     config.task_type = None  # the stand-in cannot generate
-    on_4: Any = peft.PeftModel(NamesOfTransformers4(tiny_mixtral_config()), config)  # type: ignore[arg-type]  # no config
-    report = peft.set_peft_model_state_dict(on_4, load_file(tmp_path / "out/adapter_model.safetensors"))
+    on_4: Any = peft.PeftModel(NamesOfTransformers4(tiny_mixtral_config()), config)
+    report: Any = peft.set_peft_model_state_dict(on_4, load_file(tmp_path / "out/adapter_model.safetensors"))
     assert not report.unexpected_keys
     assert not [key for key in report.missing_keys if "lora_" in key]
-    layers = {
+    layers: dict[str, Any] = {
         name.removeprefix("base_model.model."): module
         for name, module in on_4.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
@@ -206,7 +206,7 @@ def test_parameters_that_differ_by_layer(tiny: Path, ids: Tensor, tmp_path: Path
     ours = load_found(find_model(str(tmp_path / "adapter")), quantization="none", dtype="float32")
     assert_close(logits_of(ours, ids), expected)
     for layout in ("peft", "peft-per-expert"):
-        export(str(tmp_path / "adapter"), str(tmp_path / layout), format=layout)  # type: ignore[arg-type]  # of the loop
+        export(str(tmp_path / "adapter"), str(tmp_path / layout), format=layout)
         assert_close(peft_logits(tiny, tmp_path / layout, ids), expected)
 
 
@@ -225,7 +225,7 @@ def test_parameters_that_cannot_be_told_apart_are_refused(
     config = peft.LoraConfig(
         r=2, target_modules=["o_proj"], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM"
     )
-    peft.get_peft_model(stock, config).save_pretrained(tmp_path)
+    peft.get_peft_model(stock, config).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": targets}))
     with pytest.raises(ValueError, match=message):
@@ -263,4 +263,4 @@ def test_embedding_and_head_of_a_tied_base(tmp_path: Path, ids: Tensor, saved: l
         load_mixtral(base, lora=lora, train_embeddings=True, adapter=tmp_path / "adapter")
     for layout in ("hf", "peft", "peft-per-expert"):
         with pytest.raises(ValueError, match=message):
-            export(str(tmp_path / "adapter"), str(tmp_path / "out"), format=layout)  # type: ignore[arg-type]  # the loop
+            export(str(tmp_path / "adapter"), str(tmp_path / "out"), format=layout)
