@@ -162,6 +162,7 @@ def state_at(module: Any, row: int) -> dict[str, Any]:
             "documents": [[stream + dealt * streams, 0]],
             "served": [float(tokens)],
             "pool": [],
+            "too_long": [[0, 0]],
         }
         for stream in range(streams)
     }
