@@ -96,7 +96,7 @@ def _message_of_worker(error: Exception) -> str | None:
     files = re.findall(r'^  File "(.+)", line \d+', text, flags=re.MULTILINE)
     messages = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)
     raised_here = files and Path(files[-1]).resolve().is_relative_to(_PACKAGE)
-    return messages[-1] if raised_here and len(messages) > 1 else None
+    return messages[-1].strip() if raised_here and len(messages) > 1 else None
 
 
 def _identity(message: Any) -> Any:
