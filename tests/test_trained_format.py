@@ -69,7 +69,7 @@ def with_special_tokens(base: Path, *names: str) -> None:
 
 def bytes_base(folder: Path) -> Path:
     """Its tokenizer has ChatML's tokens and template."""
-    save_tiny_mixtral(folder)
+    save_tiny_mixtral(folder, max_position_embeddings=4096)
     with_special_tokens(folder, "<|im_start|>", "<|im_end|>")
     (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.6, "do_sample": true}')
@@ -80,7 +80,7 @@ def sentencepiece_base(folder: Path, *files: str, tokenizer_class: str) -> Path:
     """With Mixtral's own tokenizer, of which some files are there."""
     if not (SHARED / "tokenizers").is_dir():
         pytest.skip("the tokenizers of shared/data lie outside the project and are not here")
-    save_tiny_mixtral(folder, vocab_size=32000)
+    save_tiny_mixtral(folder, vocab_size=32000, max_position_embeddings=4096)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     for name in (*files, "tokenizer_config.json"):

@@ -172,6 +172,9 @@ class Shouting:
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
         return frozenset([tokenizer.eos_id])
 
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        pass
+
 
 class ShoutingData(InstructDataModule):
     @property
