@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .fetch_clock import FetchClock
 
-# Difference between a source's share of tokens and the share asked for that is warned of.
-_SHARE_TOLERANCE = 0.05
+# Difference between a source's share of tokens and the share asked for that is warned of, and the rows that hold the
+# weights as closely for any number of streams: in fewer, a row of one source is a large share.
+_SHARE_TOLERANCE, _LEAST_ROWS = 0.05, 64
 
 
 class DataMonitor(Callback):
@@ -21,14 +22,14 @@ class DataMonitor(Callback):
 
     ``<source>/tokens`` are all tokens of a source that were trained on since the beginning of the run, by all ranks;
     they go on exactly when a run is resumed. ``<source>/token_share`` is the source's share of the tokens of the last
-    2 × ``num_streams`` rows, and ``<source>/token_share_asked`` the share that the sources' weights ask for, where the
-    data module has a method `token_shares`; a difference of more than 5 points is warned of once. ``padding_share`` is
-    the share of positions that are padding, since the last log. ``seconds_waiting`` are the seconds since the last log
-    in which the training loop had asked the loader for a batch and had not got it, on the rank that waited longest, and
-    ``wait_share`` is their share of the time since then without validation. Where the data module has methods `epochs`,
-    `too_long`, `refused` or `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and
-    ``<source>/shortened``, ``<source>/refused``, and ``bad_records``. Without `source_names`, as in a data module of
-    your own, only the waiting is logged.
+    2 × ``num_streams`` rows (of 64 if these are fewer), and ``<source>/token_share_asked`` the share that the sources'
+    weights ask for, where the data module has a method `token_shares`; a difference of more than 5 points in a whole
+    window, in which no source ends, is warned of once. ``padding_share`` is the share of positions that are padding,
+    since the last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the
+    loader for a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the
+    time since then without validation. Where the data module has methods `epochs`, `too_long`, `refused` or
+    `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, ``<source>/refused``,
+    and ``bad_records``. Without `source_names`, as in a data module of your own, only the waiting is logged.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,8 @@ class DataMonitor(Callback):
         self._trainer: Trainer | None = None
         self._clock: FetchClock | None = None
         self._window_start = self._validation_start = 0.0
-        self._recent: deque[tuple[int, dict[str, int]]] = deque()  # positions and tokens, of all ranks, between logs
+        # Of all ranks, from log to log: positions, tokens, and the shares asked for.
+        self._recent: deque[tuple[int, dict[str, int], dict[str, float]]] = deque()
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -151,22 +153,24 @@ class DataMonitor(Callback):
             data: The data module; without a method `token_shares` there is no share to compare with.
         """
         self._sum_up()
-        return _beside_asked(self._tokens, data)
+        return _beside(self._tokens, data.token_shares()) if hasattr(data, "token_shares") else {}
 
     def _recent_shares(self, data: Any) -> dict[str, float]:
-        """Close the window of rows, and warn if the sources are not mixed as they should be."""
+        """Move the window of rows on, and warn if it does not hold the sources' weights."""
         if not hasattr(data, "token_shares"):
             return {}
         new = {name: count - self._logged_tokens.get(name, 0) for name, count in self._tokens.items()}
-        self._recent.append((self._positions, new))
         self._logged_tokens = dict(self._tokens)
-        wanted = 2 * data.num_streams * data.sequence_length
-        while sum(positions for positions, _ in self._recent) - self._recent[0][0] >= wanted:
+        self._recent.append((self._positions, new, data.token_shares()))
+        wanted = max(2 * data.num_streams, _LEAST_ROWS) * data.sequence_length
+        while (seen := sum(entry[0] for entry in self._recent)) - self._recent[0][0] >= wanted:
             self._recent.popleft()
-        counts = {name: sum(tokens.get(name, 0) for _, tokens in self._recent) for name in self._names}
-        shares = _beside_asked(counts, data)
+        counts = {name: sum(tokens.get(name, 0) for _, tokens, _ in self._recent) for name in self._names}
+        first, last = self._recent[0][2], self._recent[-1][2]
+        shares = _beside(counts, last)
         off = {name: pair for name, pair in shares.items() if abs(pair[0] - pair[1]) > _SHARE_TOLERANCE}
-        if off and not self._warned and sum(positions for positions, _ in self._recent) >= wanted:
+        is_steady = all(abs(first[name] - last[name]) < _SHARE_TOLERANCE / 5 for name in last)  # no source ended
+        if off and is_steady and not self._warned and seen >= wanted:
             self._warned = True
             found = ", ".join(f"{name} {share:.1%} (asked for {asked:.1%})" for name, (share, asked) in off.items())
             rank_zero_warn(f"The last rows do not hold the weights of `sources`, in tokens: {found}.")
@@ -186,9 +190,8 @@ class DataMonitor(Callback):
         return {"data/seconds_waiting": waited, "data/wait_share": waited / elapsed if elapsed else 0.0}
 
 
-def _beside_asked(tokens: Mapping[str, int], data: Any) -> dict[str, tuple[float, float]]:
+def _beside(tokens: Mapping[str, int], asked: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Divide counts by their sum, beside the shares asked for."""
-    asked: dict[str, float] = data.token_shares() if hasattr(data, "token_shares") else {}
     total = sum(tokens.get(name, 0) for name in asked)
     return {name: (tokens.get(name, 0) / total, share) for name, share in asked.items()} if total else {}
 

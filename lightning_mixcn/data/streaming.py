@@ -278,14 +278,15 @@ class StreamDataModule(LightningDataModule):
     def token_shares(self) -> dict[str, float]:
         """Give the share of tokens that the weights ask of each training source now, such as ``{"zh": 0.55}``.
 
-        Weights in bytes are turned into tokens by what was read so far; a source that has ended has the share 0. Both
-        are of the streams that this rank reads.
+        Weights in bytes are turned into tokens by what was read so far; a source that has ended has the share 0, and
+        once all have there are none. Both are of the streams that this rank reads.
         """
         assert self._plan is not None, "Lightning calls setup('fit') first"
-        streams = self._plan.open(range(self.num_streams), self._progress.streams)
-        started = [streams[index] for index in self._progress.streams] or [streams[0]]
-        shares = zip(*(stream.token_shares() for stream in started), strict=True)
-        return {name: sum(share) / len(started) for name, share in zip(self.source_names("train"), shares, strict=True)}
+        states = self._progress.streams
+        streams = self._plan.open(sorted(states) or [0], states).values()
+        shares = [stream.token_shares() for stream in streams if not stream.exhausted]
+        names = self.source_names("train") if shares else []
+        return {name: sum(each) / len(shares) for name, each in zip(names, zip(*shares, strict=True), strict=True)}
 
     def too_long(self) -> dict[str, tuple[int, int]]:
         """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""

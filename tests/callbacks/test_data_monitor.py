@@ -267,7 +267,14 @@ class Weighted(FixedBatches):
         return self.asked
 
 
-def test_shares_are_logged_beside_those_asked_for(trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def six_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of two batches, two rows of each stream."""
+    monkeypatch.setattr("lightning_mixcn.callbacks.data_monitor._LEAST_ROWS", 6)
+
+
+@pytest.mark.usefixtures("six_rows")
+def test_shares_are_logged_beside_those_asked_for(trainer: Make) -> None:
     """Over the last 6 rows, which are two batches."""
     lines = Lines()
     run = trainer(logger=lines, max_steps=2, log_every_n_steps=1, callbacks=[DataMonitor()])
@@ -280,6 +287,7 @@ def test_shares_are_logged_beside_those_asked_for(trainer: Make, caplog: pytest.
         assert (line["data/zh/token_share_asked"], line["data/en/token_share_asked"]) == (0.6, 0.4)
 
 
+@pytest.mark.usefixtures("six_rows")
 def test_a_mixture_that_does_not_hold_is_warned_of_once(trainer: Make) -> None:
     """The shares of Chinese in two batches in a row are 0.597, 0.612, 0.747, 0.667 and 0.670."""
     message = r"do not hold the weights of `sources`, in tokens: zh 74\.7% \(asked for 63\.0%\), en 25\.3%"
@@ -289,7 +297,13 @@ def test_a_mixture_that_does_not_hold_is_warned_of_once(trainer: Make) -> None:
     assert len([warning for warning in warnings if "do not hold" in str(warning.message)]) == 1
 
 
+@pytest.mark.usefixtures("six_rows")
 def test_a_mixture_within_five_points_is_not_warned_of(trainer: Make) -> None:
     """The first batch alone is off by more: it is not two rows of each stream."""
     run = trainer(max_steps=2, log_every_n_steps=1, callbacks=[DataMonitor()])
     run.fit(OneNumber(), Weighted({"zh": 0.64, "en": 0.36}))
+
+
+def test_few_rows_are_not_warned_of(trainer: Make) -> None:
+    run = trainer(max_steps=6, log_every_n_steps=1, callbacks=[DataMonitor()])
+    run.fit(OneNumber(), Weighted({"zh": 0.1, "en": 0.9}))
