@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # With fewer streams a round goes over several rows of each: of one row alone, every source would want a part.
 _LEAST_CELLS = 8
 _GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
-# What tokens a byte are first estimated from: documents spread evenly over the source, and when that is enough.
+# What a source is sampled by: documents spread evenly over the source, and when that is enough.
 _SAMPLED_DOCUMENTS = 32
 _SAMPLED_BYTES = 1 << 18
 
@@ -58,25 +59,44 @@ def _step(cells: int) -> int:
     return min((step for step in range(1, cells) if math.gcd(step, cells) == 1), key=lambda step: abs(step - aim))
 
 
-def tokens_per_byte(documents: TrainingDocuments, encoder: DocumentEncoder) -> float:
-    """Estimate how many tokens a byte of a source's text has.
+@dataclass(frozen=True)
+class SourceSample:
+    """What some documents of a source tell of all: only first rows depend on it, streams correct it as they read.
+
+    Args:
+        tokens_per_byte: Tokens divided by bytes of text.
+        fill: Share of a row that is no padding, where rows hold whole documents of this source alone; else 1.
+    """
+
+    tokens_per_byte: float
+    fill: float
+
+
+def sample_source(documents: TrainingDocuments, encoder: DocumentEncoder, sequence_length: int) -> SourceSample:
+    """Encode some training documents, spread evenly over a source.
 
     Args:
         documents: Training documents of the source.
         encoder: What makes tokens of them.
-
-    Returns:
-        Tokens of some documents, spread evenly over the source, divided by the bytes of their text.
+        sequence_length: Tokens of a row.
     """
     size = len(documents.corpus)
-    num_tokens = num_bytes = 0
+    num_bytes, lengths = 0, list[int]()
     for place in range(min(size, _SAMPLED_DOCUMENTS)):
         index = place * size // min(size, _SAMPLED_DOCUMENTS)
         tokens = len(encoder.encode(documents.corpus.text(index)).tokens) if index in documents else 0
         if tokens:
-            num_tokens += tokens
+            lengths.append(tokens)
             num_bytes += documents.corpus.num_bytes_of(index)
         if num_bytes >= _SAMPLED_BYTES:
             break
-    # Every sampled document was held out or dropped: a token a byte is what streams begin to correct.
-    return num_tokens / num_bytes if num_bytes else 1.0
+    if not lengths or not num_bytes:  # every sampled document was held out or dropped
+        return SourceSample(1.0, 1.0)
+    rows, space = 1, sequence_length
+    for length in lengths if encoder.keeps_whole else ():
+        if length > space:
+            rows, space = rows + 1, sequence_length
+        space -= length
+    full = rows - 1 if rows > 1 else 0  # the last row is not finished
+    fill = (sum(lengths) - (sequence_length - space)) / (full * sequence_length) if full else 1.0
+    return SourceSample(sum(lengths) / num_bytes, fill if encoder.keeps_whole else 1.0)

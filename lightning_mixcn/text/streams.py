@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lightning_mixcn.text.mixing import row_shares, tokens_per_byte
+from lightning_mixcn.text.mixing import SourceSample, row_shares, sample_source
 from lightning_mixcn.text.packing import Row, Segment, fill_row
 from lightning_mixcn.text.permutation import Permutation
 from lightning_mixcn.text.stores import NAMED_PLACES
@@ -75,9 +75,9 @@ class StreamPlan:
         return shares
 
     @cached_property
-    def tokens_per_byte(self) -> list[float]:
-        """First estimate of how many tokens a byte of each source's text has ``[sources]``."""
-        return [tokens_per_byte(documents, self.encoder) for documents in self.documents]
+    def samples(self) -> list[SourceSample]:
+        """What a few documents tell of each source ``[sources]``."""
+        return [sample_source(documents, self.encoder, self.sequence_length) for documents in self.documents]
 
     def open(self, indices: Sequence[int], states: Mapping[int, StreamState] | None = None) -> dict[int, RowStream]:
         """Open streams.
@@ -171,12 +171,17 @@ class RowStream:
     def _plan_row(self) -> None:
         """Set what each source is owed by the end of this row, in tokens, of the sources that have not ended."""
         live, length = self._live(), self._plan.sequence_length
-        shares = self._shares_of(live)
-        number = self.position * self._plan.num_streams + self._index
-        total = sum(self._served[source] for source in live) + length
+        shares, number = self._shares_of(live), self.position * self._plan.num_streams + self._index
+        # Rows that are padded hold fewer tokens, so their sources get more of them. `best_fit` fills them up.
+        is_padded = self._plan.encoder.keeps_whole and self._plan.packing != "best_fit"
+        fills = [self._plan.samples[source].fill if is_padded else 1.0 for source in live]
+        rows = [share / fill for share, fill in zip(shares, fills, strict=True)]
+        parts = row_shares(number, self._plan.num_streams, [row / sum(rows) for row in rows]) if live else []
+        planned = [part * fill * length for part, fill in zip(parts, fills, strict=True)]
+        total = sum(self._served[source] for source in live) + sum(planned)
         self._owed = {}
-        for source, share, part in zip(live, shares, row_shares(number, self._plan.num_streams, shares), strict=True):
-            self._phases[source] += (part - share) * length
+        for source, share, tokens in zip(live, shares, planned, strict=True):
+            self._phases[source] += tokens - share * sum(planned)
             self._owed[source] = share * total + self._phases[source] - self._served[source]
 
     def token_shares(self) -> list[float]:
@@ -196,7 +201,7 @@ class RowStream:
             first = self._plan.sequence_length
             for place, source in enumerate(live):
                 tokens, num_bytes = self._readers[source].read
-                weights[place] *= (first + tokens) / (first / self._plan.tokens_per_byte[source] + num_bytes)
+                weights[place] *= (first + tokens) / (first / self._plan.samples[source].tokens_per_byte + num_bytes)
         return [weight / sum(weights) for weight in weights]
 
     def _most_owed(self) -> list[int]:

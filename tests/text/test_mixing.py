@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lightning_mixcn.text import (
     split_by_hash,
 )
 from lightning_mixcn.text.encoders import EncodedDocument
-from lightning_mixcn.text.mixing import row_shares, tokens_per_byte
+from lightning_mixcn.text.mixing import row_shares, sample_source
 
 WEIGHTS = [(0.5, 0.5), (0.55, 0.45), (0.9, 0.1), (0.7, 0.2, 0.1)]
 Documents = Callable[..., TrainingDocuments]
@@ -120,6 +121,29 @@ def test_every_window_holds_the_weights_in_bytes(
     require_mixed(counts_RN, weights, 64)
 
 
+class Whole(PlainText):
+    """Documents that rows must not cut, as conversations are."""
+
+    keeps_whole = True
+
+
+@pytest.mark.parametrize("num_streams", [8, 64])
+@pytest.mark.parametrize("packing", ["documents", "best_fit"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_whole_documents_are_mixed_although_their_rows_are_padded(
+    weights: tuple[float, ...], packing: str, num_streams: int, tokenizer: TextTokenizer, training: Documents
+) -> None:
+    """Of one source a row holds nine, of another one three, and a fifth of the row is padding."""
+    draw = random.Random(2)
+    texts = [["the " * draw.randint(*lengths) for _ in range(400)] for lengths in ((2, 9), (10, 30), (2, 30))]
+    plan = plan_of(texts[: len(weights)], weights, tokenizer, training, num_streams=num_streams, packing=packing)
+    plan = replace(plan, encoder=Whole(tokenizer))
+    rows = rows_of(plan, 512)
+    assert not any(part.offset for row in rows for part in row)
+    counts_RN = counts_of(rows, len(weights), lambda part: len(part.tokens))
+    require_mixed(counts_RN, weights, 64)  # eight rows of whole documents cannot hold the weights as closely
+
+
 def test_long_documents_are_cut_at_rows(tokenizer: TextTokenizer, training: Documents, texts: list[list[str]]) -> None:
     """Mixing costs few cuts: all but some rows of a source of long documents are one segment."""
     plan = plan_of([texts[1], texts[0]], (0.7, 0.3), tokenizer, training, num_streams=64)
@@ -127,11 +151,17 @@ def test_long_documents_are_cut_at_rows(tokenizer: TextTokenizer, training: Docu
     assert np.mean([len(row) == 1 for row in rows]) > 0.95
 
 
-def test_tokens_per_byte_are_estimated(training: Documents, tokenizer: TextTokenizer) -> None:
+def test_a_sample_tells_of_a_source(training: Documents, tokenizer: TextTokenizer) -> None:
     documents = training(["the of that " * (number % 5 + 1) for number in range(100)])
     encoder = PlainText(tokenizer)
     exact = sum(len(encoder.encode(documents.corpus.text(index)).tokens) for index in range(100))
-    assert tokens_per_byte(documents, encoder) == pytest.approx(exact / documents.num_bytes, rel=0.1)
+    sample = sample_source(documents, encoder, 64)
+    assert sample.tokens_per_byte == pytest.approx(exact / documents.num_bytes, rel=0.1)
+    assert sample.fill == 1
+    documents = training(["the " * 22] * 100)
+    length = len(encoder.encode("the " * 22).tokens)
+    assert 64 / 3 < length < 32
+    assert sample_source(documents, Whole(tokenizer), 64).fill == pytest.approx(2 * length / 64)
 
 
 class RememberedText(PlainText):
