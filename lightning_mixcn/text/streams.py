@@ -204,18 +204,19 @@ class RowStream:
                 weights[place] *= (first + tokens) / (first / self._plan.samples[source].tokens_per_byte + num_bytes)
         return [weight / sum(weights) for weight in weights]
 
-    def _most_owed(self) -> list[int]:
-        """Order the sources by what they are owed."""
-        return sorted(self._live(), key=lambda source: (-self._owed.get(source, 0.0), source))
+    def _owed_to(self, source: int) -> float:
+        return self._owed.get(source, 0.0)
 
     def _limit(self, source: int, space: int) -> int:
         """Give the tokens at which a document of the source is cut."""
-        owed, least = round(self._owed.get(source, 0.0)), self._plan.sequence_length * _LEAST_PART
+        owed, least = round(self._owed_to(source)), self._plan.sequence_length * _LEAST_PART
         return owed if owed >= least and space - owed >= least else space
 
     def _next_segment(self, space: int) -> Segment | None:
-        while order := self._most_owed():
-            source, keeps_whole = order[0], self._plan.encoder.keeps_whole
+        """Give the next tokens of the source that is owed most."""
+        keeps_whole = self._plan.encoder.keeps_whole
+        while live := self._live():
+            source = max(live, key=self._owed_to)
             reader = self._readers[source]
             if keeps_whole and reader.remaining > space:
                 return None
@@ -225,20 +226,19 @@ class RowStream:
         return None
 
     def _next_piece(self, space: int) -> Segment | None:
-        """Give a document of the source that is owed most: the one that waits longest, then the longest that fits."""
-        for source in self._most_owed():
+        """Give a document of the source that is owed most and has one that fits: the longest, in a new row the oldest.
+
+        A document that is longer than a row is cut where its source has none that fits.
+        """
+        for source in sorted(self._live(), key=self._owed_to, reverse=True):
             pool, limit = self._fill_pool(source), self._limit(source, space)
-            fitting = [place for place, waiting in enumerate(pool) if waiting.length <= space]
-            divisible = [place for place, waiting in enumerate(pool) if waiting.divisible]
-            if pool and space == self._plan.sequence_length:
-                place = 0
-            elif fitting:
-                place = max(fitting, key=lambda candidate: (pool[candidate].length, -candidate))
-            elif divisible and limit >= self._plan.sequence_length * _LEAST_PART:
-                place = divisible[0]
-            else:
-                continue
-            return self._charge(self._take_waiting(source, place, limit))
+            if not pool:
+                continue  # its last documents were dropped
+            place = 0 if space == self._plan.sequence_length else _longest_fitting(pool, space)
+            if place is None and limit >= self._plan.sequence_length * _LEAST_PART:
+                place = next((place for place, waiting in enumerate(pool) if waiting.divisible), None)
+            if place is not None:
+                return self._charge(self._take_waiting(source, place, limit))
         return None
 
     def _take_waiting(self, source: int, place: int, limit: int) -> Segment:
@@ -275,6 +275,15 @@ class _Waiting(NamedTuple):
     length: int
     divisible: bool  # the document is longer than a row
     segment: Segment | None
+
+
+def _longest_fitting(pool: Sequence[_Waiting], space: int) -> int | None:
+    """Find the longest document of at most `space` tokens, among equals the oldest."""
+    found, length = None, 0
+    for place, waiting in enumerate(pool):
+        if length < waiting.length <= space:
+            found, length = place, waiting.length
+    return found
 
 
 class _Reader:
