@@ -160,7 +160,7 @@ class MixtralTemplate:
 
 
 @dataclass(frozen=True)
-class MixtralControlTemplate:
+class MixtralControlTemplate(MixtralTemplate):
     """``<s>[INST] question[/INST] answer</s>`` with control tokens as tags, ids as mistral_common's V2 and V3.
 
     Mixtral-8x22B-Instruct has V3; without tools the two are the same. The system's text goes in front of the *last*
@@ -186,19 +186,6 @@ class MixtralControlTemplate:
             written = [*ids, tokenizer.eos_id] if answer else [begin, *ids, end]
             segments.append(Segment(written if segments else [tokenizer.bos_id, *written], answer, number))
         return segments
-
-    def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
-        """Encode a conversation up to ``[/INST]``."""
-        check_prompt(turns)
-        return [index for segment in self.encode(turns, tokenizer) for index in segment.text_ids]
-
-    def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """EOS."""
-        return frozenset([tokenizer.eos_id])
-
-    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
-        """Raise unless it is a conversation."""
-        check_turns(turns)
 
 
 def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplate:

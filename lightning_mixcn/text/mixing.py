@@ -92,11 +92,16 @@ def sample_source(documents: TrainingDocuments, encoder: DocumentEncoder, sequen
             break
     if not lengths or not num_bytes:  # every sampled document was held out or dropped
         return SourceSample(1.0, 1.0)
-    rows, space = 1, sequence_length
-    for length in lengths if encoder.keeps_whole else ():
-        if length > space:
-            rows, space = rows + 1, sequence_length
-        space -= length
-    full = rows - 1 if rows > 1 else 0  # the last row is not finished
-    fill = (sum(lengths) - (sequence_length - space)) / (full * sequence_length) if full else 1.0
-    return SourceSample(sum(lengths) / num_bytes, fill if encoder.keeps_whole else 1.0)
+    fill = _fill(lengths, sequence_length) if encoder.keeps_whole else 1.0
+    return SourceSample(sum(lengths) / num_bytes, fill)
+
+
+def _fill(lengths: Sequence[int], sequence_length: int) -> float:
+    """Put whole documents into rows one after the other, and give the share of the finished rows that is no padding."""
+    filled = [0]
+    for length in lengths:
+        if filled[-1] + length > sequence_length:
+            filled.append(0)
+        filled[-1] += length
+    finished = filled[:-1]
+    return sum(finished) / (len(finished) * sequence_length) if finished else 1.0
