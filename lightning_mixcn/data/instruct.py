@@ -36,8 +36,8 @@ class InstructDataModule(StreamDataModule):
         predict_sources: Conversations for `predict`; each is given once.
         template: How conversations are written: `mixtral` (`<s>[INST] … [/INST] …</s>`), `tokenizer` for the chat
             template in the tokenizer's folder, or a Jinja file.
-        answers: Whether `all` answers of a conversation are learnt from, each with its end token, or the `last` one.
-        on_too_long: What becomes of a conversation longer than a row: `cut_at_turn` keeps the exchanges from its
+        answers: Answers that are learned, each with its end token: `all` of a conversation, or the `last` one.
+        on_too_long: Treatment of a conversation longer than a row: `cut_at_turn` keeps the exchanges from its
             beginning that fit, `truncate` keeps the tokens that fit and so no end of the last answer, `drop` drops it.
             They are counted in `data/<source>/shortened` and `data/<source>/dropped`.
         sequence_length: Tokens of a row.
@@ -51,7 +51,7 @@ class InstructDataModule(StreamDataModule):
         val_fraction: Share of the conversations held out for validation, chosen by a hash of their text.
         test_fraction: Share of the conversations held out for testing, chosen likewise.
         max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
-        on_bad_record: What to do with a record that is no conversation, that is flagged as not to be learned, or that
+        on_bad_record: Treatment of a record that is no conversation, that is flagged as not to be learned, or that
             the template refuses: `error` names file and line, `skip` leaves it out and counts it in `data/bad_records`,
             or, if the template refuses it, in `data/<source>/refused`. One with an empty turn is always left out.
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.

@@ -1,4 +1,4 @@
-"""Conversations as tokens, of which the answers are learnt from."""
+"""Conversations as tokens, of which the answers are learned."""
 
 # n = tokens of a conversation
 
@@ -27,7 +27,7 @@ Answers = Literal["all", "last"]
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations laid out by a chat template; answers, and the token that ends each, are learnt from.
+    """Conversations laid out by a chat template; answers, and the token that ends each, are learned.
 
     Answers whose turn is not `learned` are there to be answered to, and have no labels.
 
@@ -35,10 +35,10 @@ class Conversations:
         template: The chat template.
         tokenizer: The tokenizer.
         sequence_length: Tokens of a row, which no conversation exceeds.
-        on_too_long: What becomes of a longer one: `cut_at_turn` keeps the exchanges from the beginning that fit whole,
-            `truncate` keeps as many tokens as fit, so that the last answer has no end and none is learnt, `drop` drops
+        on_too_long: Treatment of a longer one: `cut_at_turn` keeps the exchanges from the beginning that fit whole,
+            `truncate` keeps as many tokens as fit, so that the last answer has no end and none is learned, `drop` drops
             it. Whatever leaves no answer is dropped.
-        answers: Whether `all` answers are learnt from, or the `last` one, of those whose turn is `learned`.
+        answers: Answers that are learned: `all` of a conversation, or the `last` one, of those whose turn is `learned`.
     """
 
     template: ChatTemplate
@@ -135,7 +135,7 @@ class Conversations:
 
 
 class _LaidOut(NamedTuple):
-    """A conversation as it fits: segments, tokens ``[n]``, whether each is learnt ``[n]``, and what was done to it."""
+    """A conversation as it fits: segments, tokens ``[n]``, whether each is learned ``[n]``, and what was done to it."""
 
     segments: list[Segment]
     tokens: NDArray[np.int32]
@@ -148,6 +148,6 @@ def _length(segments: Sequence[Segment]) -> int:
 
 
 def _bounds(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """Where each segment begins and ends."""
+    """Return the places where each segment begins and ends."""
     edges = list(accumulate((len(segment.text_ids) for segment in segments), initial=0))
     return edges[:-1], edges[1:]

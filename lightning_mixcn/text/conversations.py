@@ -19,11 +19,14 @@ from lightning_mixcn.text.record_fields import (
     FLAG_KEYS,
     RECORD_FLAG_KEYS,
     REFUSED_KEYS,
+    TEXT_KEYS,
+    check_other_texts,
     check_record_keys,
     check_turn_keys,
     is_empty,
     is_learned,
     shorten,
+    suggest_columns,
 )
 
 RecordFormat = Literal["alpaca", "sharegpt", "messages"]
@@ -34,9 +37,15 @@ _TELLING_KEYS: dict[RecordFormat, str] = {
     "sharegpt": "conversations",
     "alpaca": "instruction",
 }
-# What means something in a record, of any form, and what is looked at: the rest is metadata.
+# The keys that each form reads, the telling one first.
+_READ_KEYS: dict[RecordFormat, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "input", "output", "context"),  # `_alpaca` refuses a context itself
+}
+# The keys that some form reads, and those that are looked at: the rest is metadata.
 OBEYED_KEYS = frozenset({*_TELLING_KEYS.values(), "input", "output", "system", "history", *RECORD_FLAG_KEYS})
-RECORD_KEYS = OBEYED_KEYS | REFUSED_KEYS.keys() | {"context"}
+RECORD_KEYS = OBEYED_KEYS | REFUSED_KEYS.keys() | TEXT_KEYS
 KNOWN_ROLES = {
     "human": "user",
     "user": "user",
@@ -45,7 +54,7 @@ KNOWN_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-"""What roles of records mean."""
+"""Meaning of the roles of records."""
 
 
 class EmptyTurnError(ValueError):
@@ -59,8 +68,8 @@ def read_conversation(
 
     Args:
         record: The record.
-        form: Its form; None tells it from the record's keys.
-        roles: What further roles mean: ``user``, ``assistant`` or ``system``.
+        form: Its form, which alone is then read; None tells it from the record's keys.
+        roles: Meaning of further roles: ``user``, ``assistant`` or ``system``.
 
     Returns:
         The turns: perhaps one of the system, then user and assistant in turn; the last one is the assistant's.
@@ -68,12 +77,13 @@ def read_conversation(
     Raises:
         ValueError: The record has another form, is no conversation, or has keys that cannot be obeyed.
     """
-    form = form or _form_of(record)
+    stated, form = form, form or _form_of(record)
     if _TELLING_KEYS[form] not in record:
         raise ValueError(f"no key {_TELLING_KEYS[form]!r}, which {form} records have; {_keys(record)}")
     check_record_keys(record)
     known = KNOWN_ROLES | dict(roles or {})
     turns = _alpaca(record) if form == "alpaca" else _listed(record, form, known)
+    check_other_texts(record, turns, _READ_KEYS[form], form, is_stated=stated is not None)
     check_turns(turns)
     if turns[-1].role != "assistant":
         raise ValueError("the last turn is the user's, so there is no answer to learn from. Remove that turn")
@@ -88,7 +98,7 @@ def read_training_conversation(
     Args:
         record: The record.
         form: Its form; None tells it from the record's keys.
-        roles: What further roles mean.
+        roles: Meaning of further roles.
 
     Returns:
         The turns, as `read_conversation` gives them.
@@ -131,8 +141,12 @@ def _form_of(record: Mapping[str, Any]) -> RecordFormat:
     if not found:
         raise ValueError(
             "expected `messages`, `conversations`, or `instruction` and `output`; "
-            f"{_keys(record)}. Convert the records to one of these forms"
+            f"{_keys(record)}. Convert the records to one of these forms, or say in the source which key is which, "
+            f"{suggest_columns(record)}"
         )
+    if len(found) > 1:
+        # Converted sets keep the other form's keys without a value.
+        found = [form for form in found if not all(is_empty(record.get(key)) for key in _READ_KEYS[form])] or found[:1]
     if len(found) > 1:
         raise ValueError(
             f"the record has the keys of {' and '.join(found)}. Set the source's `records` to the form to be read"
@@ -166,7 +180,9 @@ def _listed(record: Mapping[str, Any], form: RecordFormat, known: Mapping[str, s
     key = _TELLING_KEYS[form]
     if not is_empty(record.get("history")):
         raise ValueError(f"`history` beside `{key}` is not read. Put its turns in front of those of `{key}`")
-    system, turns = _system(record), _turns(record[key], form, known)
+    system = _system(record)
+    # An empty system prompt says nothing, and many templates refuse it.
+    turns = [turn for turn in _turns(record[key], form, known) if turn.role != "system" or turn.content.strip()]
     if system and any(turn.role == "system" for turn in turns):
         raise ValueError(f"the record has `system` and `{key}` a system turn. Keep one of them")
     return system + turns
@@ -194,6 +210,8 @@ def _turns(entries: Any, form: RecordFormat, known: Mapping[str, str]) -> list[T
             turns += _pair(present, place, known)
             continue
         check_turn_keys(present, names, place)
+        if known.get(str(present.get(names[0]))) == "system" and names[1] in entry:
+            present.setdefault(names[1], "")  # null, as a table writes it
         if not all(name in present for name in names):
             raise ValueError(f"`{place}`: expected `{own[0]}` and `{own[1]}`, got {shorten(entry)}")
         turns.append(_turn(present, names, place, known))

@@ -29,7 +29,7 @@ class JinjaTemplate:
 
     Args:
         source: The template; it sees what transformers' templates see.
-        name: What errors call it; not part of what it is.
+        name: Its name in errors; not part of its identity.
     """
 
     source: str
@@ -53,7 +53,7 @@ class JinjaTemplate:
         return [index for index, _ in controls.encode(self._pieces(turns, tokenizer, controls, prompt=True))]
 
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """EOS, and the special tokens that the template writes behind an answer."""
+        """EOS, and the special tokens that the template writes after an answer."""
         return _stop_ids(self, tokenizer)
 
     def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
@@ -68,7 +68,7 @@ class JinjaTemplate:
             tokenizer: The model's.
 
         Raises:
-            ValueError: It names the template and what it writes behind an answer.
+            ValueError: It names the template and what it writes after an answer.
         """
         self.encode_prompt(_EXCHANGE[:1], tokenizer)
         stop_ids = self.stop_ids(tokenizer)
@@ -79,7 +79,7 @@ class JinjaTemplate:
                     raise ValueError(self._endless(turns, turn, tokenizer))
 
     def _endless(self, turns: Sequence[Turn], turn: int, tokenizer: TextTokenizer) -> str:
-        """Say what is written behind an answer, and what to do."""
+        """Say what is written after an answer, and what to do."""
         pieces = self._pieces(turns, tokenizer, _control_tokens(tokenizer), prompt=False)
         place = next(place for place, piece in enumerate(pieces) if piece.answer and piece.turn == turn)
         behind = pieces[place + 1].text[:20]
@@ -87,14 +87,14 @@ class JinjaTemplate:
         eos = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
         return (
             f"`{self.name}` {end} of the tokenizer of `{tokenizer.path}`: no end would be learned, and chat would "
-            f"never stop. Use a template that writes {eos!r} behind every answer, such as `template=mixtral`, or a "
+            f"never stop. Use a template that writes {eos!r} after every answer, such as `template=mixtral`, or a "
             "tokenizer in which the end is a special token"
         )
 
     def _pieces(
         self, turns: Sequence[Turn], tokenizer: TextTokenizer, controls: _ControlTokens, *, prompt: bool
     ) -> list[_Piece]:
-        """What the template makes of the turns, taken apart."""
+        """Render the turns, and take the text apart."""
         nonce = secrets.token_hex(16)
         stand_ins = []
         for number, turn in enumerate(turns):
@@ -141,8 +141,8 @@ class _Piece:
     Args:
         text: Its characters.
         turn: Index of the turn that it belongs to.
-        is_content: Whether special tokens in it are only letters.
-        answer: Whether it is the assistant's content or ends it.
+        is_content: True if special tokens in it are only letters.
+        answer: True if it is the assistant's content or ends it.
     """
 
     text: str
@@ -163,7 +163,7 @@ def _assemble(turns: Sequence[Turn], between: list[str], places: list[int], cont
 
     Args:
         turns: The conversation.
-        between: What the template wrote before, between and after the contents; one more than ``places``.
+        between: Texts that the template wrote before, between and after the contents; one more than ``places``.
         places: The turn whose content follows each of these, but the last.
         controls: Tells the special token that ends a turn.
     """
@@ -182,11 +182,11 @@ def _assemble(turns: Sequence[Turn], between: list[str], places: list[int], cont
         kept = before if before and written.endswith(before) else ""
         pieces.append(_Piece(written.removesuffix(kept), place, is_content=False, answer=False))
         pieces.append(_Piece(kept + core, place, is_content=True, answer=turns[place].role == "assistant"))
-    raise AssertionError("the text behind the last content ends the loop")
+    raise AssertionError("the text after the last content ends the loop")
 
 
 def _owner(pieces: Sequence[_Piece]) -> tuple[int, bool]:
-    """Turn of a token, and whether it is learnt from: it reaches into an answer, and into no other content.
+    """Return the turn of a token, and whether it is learned: it reaches into an answer, and into no other content.
 
     Args:
         pieces: Those that the token has characters of.

@@ -34,7 +34,7 @@ _INST = """\
 {%- endif -%}\
 {%- endfor -%}"""
 # What is tried, Mixtral's own format (V1) first. Later ones have tags of their own, no blanks around them, the system's
-# text with the last question, and no blanks behind an answer.
+# text with the last question, and no blanks after an answer.
 _CHOICES = {
     "<with system>": ("loop.first", "loop.index0 == (spoken|length - 1) // 2 * 2"),
     "<strip>": ("", ".rstrip(' ')"),

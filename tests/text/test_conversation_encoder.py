@@ -1,4 +1,4 @@
-"""Labels of conversations against masks written by hand, with a tokenizer of bytes: what is learnt can be read."""
+"""Labels of conversations against masks written by hand, with a tokenizer of bytes: what is learned can be read."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def encode(tokenizer: TextTokenizer, turns: list[Turn], length: int = 4096, **ch
 
 
 def read(tokenizer: TextTokenizer, document: EncodedDocument) -> tuple[str, list[str]]:
-    """The row as text, and each run of learnt tokens."""
+    """The row as text, and each run of learned tokens."""
     assert document.learnt is not None
     edges = np.flatnonzero(np.diff(document.learnt.astype(int), prepend=0, append=0)).reshape(-1, 2)
     runs = [tokenizer.decode(document.tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]

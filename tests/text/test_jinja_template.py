@@ -207,7 +207,7 @@ def test_a_template_without_a_learned_end_is_refused(
     """Nothing would teach the model to stop, and chat would look for an end that never comes."""
     file = tmp_path / "own.jinja"
     file.write_text(source, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"own\.jinja` {re.escape(end)}.*writes '</s>' behind every answer"):
+    with pytest.raises(ValueError, match=rf"own\.jinja` {re.escape(end)}.*writes '</s>' after every answer"):
         load_template(str(file), tokenizer)
     tokenizer.hf.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")

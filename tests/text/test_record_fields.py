@@ -22,7 +22,7 @@ def learned(record: dict[str, Any]) -> list[str]:
     return [turn.content for turn in read_training_conversation(record) if turn.role == "assistant" and turn.learned]
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "label"])
 @pytest.mark.parametrize("no", [0, 0.0, False])
 @pytest.mark.parametrize("form", ["messages", "conversations"])
 def test_a_flagged_answer_stays_and_is_not_learned(key: str, no: float, form: str) -> None:
@@ -33,7 +33,7 @@ def test_a_flagged_answer_stays_and_is_not_learned(key: str, no: float, form: st
 
 
 @pytest.mark.parametrize("value", [0.5, 2, -1, float("nan"), "0", "false", [0], {"a": 1}])
-@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "label"])
 def test_a_flag_that_cannot_be_obeyed_is_refused(key: str, value: Any) -> None:
     message = re.escape(f"`messages[1].{key}={value!r}`: expected 1 or true (learned), or 0 or false (not learned)")
     with pytest.raises(ValueError, match=message):
@@ -100,8 +100,8 @@ def test_what_cannot_be_rendered_is_refused_by_name(key: str, value: Any) -> Non
 
 @pytest.mark.parametrize("key", sorted({key for key, _ in VALUES}))
 def test_what_is_empty_counts_as_absent(key: str) -> None:
-    nothings: list[Any] = [None, "", [], {}, False, "[]", " ", {"name": None, "arguments": ""}]
-    for nothing in nothings:
+    nothings: list[Any] = [None, "", [], {}, "[]", " ", {"name": None, "arguments": ""}]
+    for nothing in [*nothings, *([] if key == "train_detail" else [False])]:
         record = {"messages": [USER, {**ANSWER, key: nothing}], key: nothing}
         assert learned(record) == ["So."]
 
@@ -112,6 +112,46 @@ def test_an_unknown_key_of_a_turn_is_refused_by_name(key: str) -> None:
         ValueError, match=rf"`messages\[1\]` has `{key}='x'`: a turn may have only role, content, weight"
     ):
         learned({"messages": [USER, {**ANSWER, key: "x"}]})
+
+
+@pytest.mark.parametrize("no", [False, 0, [0, 0], [False]])
+@pytest.mark.parametrize(
+    "key", ["learn", "trainable", "mask", "loss_mask", "train_detail", "is_learned", "train_on_turn"]
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_turn_that_says_no_in_other_words_is_refused(key: str, no: Any, number: int) -> None:
+    turns: list[dict[str, Any]] = [dict(USER), dict(ANSWER)]
+    turns[number][key] = no
+    with pytest.raises(ValueError, match=re.escape(f"`messages[{number}]` has `{key}={no!r}`")):
+        learned({"messages": turns})
+
+
+@pytest.mark.parametrize(
+    "key", ["learn", "trainable", "mask", "loss_mask", "loss_scale", "train_detail", "loss_weight"]
+)
+@pytest.mark.parametrize("record", [MESSAGES, ALPACA])
+def test_a_record_that_says_no_in_other_words_is_refused(key: str, record: dict[str, Any]) -> None:
+    for value in (False, True, 0, 1, [0, 1], [False], "false"):
+        with pytest.raises(ValueError, match=re.escape(f"`{key}={value!r}`: ")):
+            read_conversation(record | {key: value})
+    assert learned(record | {key: None}) == learned(record | {key: []}) == ["So."]
+
+
+@pytest.mark.parametrize("key", ["train_on_input", "train_on_inputs", "train_on_prompt", "ignore", "skip"])
+def test_a_switch_that_is_off_says_what_is_done_anyway(key: str) -> None:
+    assert learned(ALPACA | {key: False}) == ["So."]
+    with pytest.raises(ValueError, match=f"`{key}=True`"):
+        learned(ALPACA | {key: True})
+
+
+@pytest.mark.parametrize("key", ["train", "weight", "loss", "mask", "cache_control"])
+def test_a_part_with_a_flag_is_refused(key: str) -> None:
+    for no in (False, 0):
+        part = {"type": "text", "text": "So.", key: no}
+        with pytest.raises(
+            ValueError, match=r"`messages\[1\]\.content\[0\]`: expected a part of type text and nothing"
+        ):
+            learned({"messages": [USER, {"role": "assistant", "content": [part]}]})
 
 
 def test_metadata_is_not_read() -> None:
@@ -170,6 +210,141 @@ def test_what_another_form_has_is_not_dropped() -> None:
         read_conversation(MESSAGES | {"history": [["q", "a"]]})
     with pytest.raises(ValueError, match=r"`context`. Say `columns: {input: context}`"):
         read_conversation(ALPACA | {"context": "x"})
+
+
+LISTED = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+
+
+@pytest.mark.parametrize("key", ["instruction", "input", "output", "context", "prompt", "response", "question",
+                                 "answer", "query", "completion", "target", "problem", "solution", "chosen",
+                                 "rejected", "conversation", "dialog"])  # fmt: skip
+@pytest.mark.parametrize("value", ["Be rude.", ["Be rude."], 0, False])
+def test_what_a_list_form_does_not_read_is_refused(key: str, value: Any) -> None:
+    for record, form, own in ((MESSAGES, "messages", "messages"), (LISTED, "sharegpt", "conversations")):
+        message = f"`{key}={value!r}` is not read beside `{own}`"
+        with pytest.raises(ValueError, match=re.escape(message)) as refused:
+            read_conversation(record | {key: value})
+        assert f"`records: {form}`" in str(refused.value)
+        stated: Any = form
+        assert read_conversation(record | {key: value}, stated) == read_conversation(record)
+    with pytest.raises(ValueError, match=r"`columns: \{system: instruction\}`"):
+        read_conversation(MESSAGES | {"instruction": "Be rude."})
+
+
+@pytest.mark.parametrize("key", ["prompt", "response", "question", "answer", "query", "completion", "target", "chosen",
+                                 "rejected", "conversation", "chat"])  # fmt: skip
+def test_what_alpaca_does_not_read_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"`{key}='x'` is not read beside `instruction`")):
+        read_conversation(ALPACA | {key: "x"})
+    assert len(read_conversation(ALPACA | {key: "x"}, "alpaca")) == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["meta_instruction", "meta_prompt", "system_message", "system_prompt", "system_instruction"]
+)
+def test_a_system_prompt_of_another_name_is_refused(key: str) -> None:
+    for record in (MESSAGES, LISTED, ALPACA):
+        for form in (None, "messages" if record is MESSAGES else "sharegpt" if record is LISTED else "alpaca"):
+            stated: Any = form
+            with pytest.raises(ValueError, match=rf"`{key}='Be kind\.'`.*`columns: \{{system: {key}\}}`"):
+                read_conversation(record | {key: "Be kind."}, stated)
+        assert len(read_conversation(record | {key: ""})) == 2
+        assert read_conversation(record | {key: "Be kind.", "system": "Be kind."})[0] == Turn("system", "Be kind.")
+
+
+@pytest.mark.parametrize("key", ["cot", "rationale", "chain_of_thought"])
+def test_reasoning_beside_the_answer_is_refused(key: str) -> None:
+    for record in (MESSAGES, ALPACA):
+        with pytest.raises(ValueError, match=f"^`{key}='Hm.'`: no template writes it"):
+            read_conversation(record | {key: "Hm."})
+
+
+def test_what_repeats_a_turn_is_metadata() -> None:
+    """As UltraChat, No Robots and NuminaMath have it."""
+    system = {"role": "system", "content": "Be kind."}
+    more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Thus."}]
+    records: list[dict[str, Any]] = [
+        {"prompt": "Why?", "prompt_id": "f0", "messages": [USER, ANSWER, *more]},
+        {"prompt": "Be kind.", "prompt_id": "f0", "messages": [system, USER, ANSWER], "category": "Chat"},
+        {"source": "aime", "problem": "Why? ", "solution": "So.", "messages": [USER, ANSWER]},
+        ALPACA | {"prompt": "Why?", "response": "So."},
+    ]
+    for record in records:
+        assert learned(record)[0] == "So."
+    for key, value in (("prompt", "And?"), ("prompt", "So."), ("response", "So."), ("response", "Why?")):
+        with pytest.raises(ValueError, match=rf"`{key}='.*'` is not read"):
+            learned({"messages": [USER, ANSWER, *more], key: value})
+
+
+PUBLIC: list[dict[str, Any]] = [
+    ALPACA | {"input": "", "text": "Below is an instruction ...", "instruction_zh": "x", "output_zh": "y"},  # alpaca-zh
+    LISTED | {"id": "a_1", "model": "gpt-4", "hash": "f0", "views": 3, "category": None},  # ShareGPT, OpenHermes
+    MESSAGES
+    | {"source": "oasst1", "lang": "zh", "message_tree_id": "f0", "labels": {"name": ["spam"], "value": [0.1]}},
+    ALPACA | {"task_type": {"major": ["qa"]}, "domain": ["x"], "human_verified": False, "answer_from": "human"},  # COIG
+    LISTED | {"system": "", "tools": "[]", "skip_prompt_formatting": False, "score": 0.5, "reward": -1.5},
+    MESSAGES | {"instruction": "", "input": "", "output": "", "history": []},
+]
+
+
+@pytest.mark.parametrize("record", PUBLIC)
+def test_metadata_of_public_sets(record: dict[str, Any]) -> None:
+    assert learned(record) == ["So."]
+
+
+NAMED_BY_COLUMNS: list[tuple[dict[str, Any], str]] = [
+    ({"kind": "NLI", "input": "q", "target": "a"}, "{instruction: input, output: target}"),
+    (
+        {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+        "{input: context, output: response}",
+    ),
+    (
+        {"id": 1, "system_prompt": "s", "question": "q", "response": "a"},
+        "{instruction: question, output: response, system: system_prompt}",
+    ),
+    ({"prompt": "q", "completion": "a"}, "{instruction: prompt, output: completion}"),
+    ({"conversation_id": "1", "conversation": [USER, ANSWER]}, "{messages: conversation}"),
+    ({"meta_instruction": "s", "chat": [USER, ANSWER]}, "{messages: chat, system: meta_instruction}"),
+    ({"q": "x", "a": "y"}, "{instruction: input, output: target}"),
+]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+@pytest.mark.parametrize(("record", "columns"), NAMED_BY_COLUMNS)
+def test_an_unknown_form_is_told_of_columns(name: str, record: dict[str, Any], columns: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "x.jsonl":
+        path.write_text(json.dumps(record))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    with pytest.raises(ValueError, match=re.escape(f"`columns: {columns}`")):
+        read_corpus(ConversationSource("x", str(path)))
+    if "q" not in record:  # what is suggested is a remedy
+        given = dict(pair.split(": ") for pair in columns.strip("{}").split(", "))
+        assert len(read_corpus(ConversationSource("x", str(path), columns=given))) == 1
+
+
+def test_a_table_reads_the_keys_that_are_refused(tmp_path: Path) -> None:
+    for number, extra in enumerate(
+        ({"prompt": "Be rude."}, {"mask": False}, {"meta_instruction": "s"}, {"cot": "Hm."})
+    ):
+        (key,) = extra
+        parquet.write_table(pyarrow.Table.from_pylist([MESSAGES | extra]), tmp_path / f"{number}.parquet")
+        with pytest.raises(ValueError, match=rf"parquet` row 0: `{key}="):
+            read_corpus(ConversationSource("x", str(tmp_path / f"{number}.parquet")))
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u3000", [], [{"type": "text", "text": ""}], None])
+def test_an_empty_system_turn_is_left_out(nothing: Any) -> None:
+    system = {"role": "system", "content": nothing}
+    assert [turn.role for turn in read_conversation({"messages": [system, USER, ANSWER]})] == ["user", "assistant"]
+    system = {"from": "system", "value": nothing}
+    assert read_conversation({"conversations": [system, USER, ANSWER], "system": "s"})[0] == Turn("system", "s")
+    if isinstance(nothing, str):
+        pair = {"system": nothing, "human": "Why?", "assistant": "So."}
+        assert len(read_conversation({"conversations": [pair]})) == 2
+    with pytest.raises(ValueError, match=r"`messages\[0\]` has `loss_mask=False`"):
+        read_conversation({"messages": [{"role": "system", "content": nothing, "loss_mask": False}, USER, ANSWER]})
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u3000"])
