@@ -1,11 +1,12 @@
-"""Which options of PEFT's `LoraConfig` have a meaning here. Any other is refused by name, so that none is ignored.
+"""Check the options of PEFT's `LoraConfig`. One that is not implemented is refused by name, so that none is ignored.
 
 The lists say what is implemented, and all fields of the installed PEFT's configuration are compared with them: an
 option of a later release is refused until it is listed.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftType
@@ -25,7 +26,8 @@ _IRRELEVANT_ONCE_SAVED = frozenset({
 
 _STARTS = (True, False, "gaussian")
 # Starts that leave the base as it is, so that what was saved is plain LoRA; PEFT subtracts the others from the base.
-_STARTS_BESIDE_THE_BASE = (*_STARTS, "eva", "orthogonal", "mica")
+# A file's null is no start at all.
+_STARTS_BESIDE_THE_BASE = (*_STARTS, None, "eva", "orthogonal", "mica")
 
 _INSTEAD = {
     "modules_to_save": "Set `train_embeddings: true` to train embed_tokens and lm_head",
@@ -58,18 +60,25 @@ def check_training_options(config: LoraConfig) -> None:
         raise ValueError(f"`lora.task_type={config.task_type!r}`: expected CAUSAL_LM. Leave it out")
     if config.init_lora_weights not in _STARTS:
         raise ValueError(f"`lora.init_lora_weights={config.init_lora_weights!r}`: expected true, false or gaussian")
-    for name, rank in ({"r": config.r} | dict(config.rank_pattern or {})).items():
-        if not isinstance(rank, int) or rank < 1:
-            where = "lora.r" if name == "r" else f"lora.rank_pattern[{name!r}]"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(options[name], Mapping | None):
             raise ValueError(
-                f"`{where}={rank}` must be a whole number of at least 1. Give a rank such as 64, or lora: null to "
-                "train none"
+                f"`lora.{name}={options[name]!r}`: expected a mapping from names to values, e.g. {{w1: 32}}"
             )
-    alphas = {"lora_alpha": config.lora_alpha} | dict(config.alpha_pattern or {})
-    for name, alpha in alphas.items():
-        if not alpha > 0:
-            where = "lora.lora_alpha" if name == "lora_alpha" else f"lora.alpha_pattern[{name!r}]"
-            raise ValueError(f"`{where}={alpha}` must be more than 0: it scales the update. Give e.g. twice the rank")
+    for name, rank in _with_pattern(options, "r", "rank_pattern"):
+        if not _is_rank(rank):
+            raise ValueError(
+                f"`lora.{name}={rank!r}` must be a whole number of at least 1. Give a rank such as 64, or lora: null "
+                "to train none"
+            )
+    for name, alpha in _with_pattern(options, "lora_alpha", "alpha_pattern"):
+        if not (_is_finite(alpha) and alpha > 0):
+            raise ValueError(
+                f"`lora.{name}={alpha!r}` must be a finite number of more than 0: it scales the update. Give e.g. "
+                "twice the rank"
+            )
+    if not (_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1):
+        raise ValueError(f"`lora.lora_dropout={config.lora_dropout!r}`: expected 0 <= dropout < 1, e.g. 0.05")
 
 
 def check_stored_options(raw: dict[str, Any], where: str) -> None:
@@ -80,7 +89,8 @@ def check_stored_options(raw: dict[str, Any], where: str) -> None:
         where: The argument that named it, for messages.
 
     Raises:
-        ValueError: another method, an option that is not implemented, or a start that changed the base.
+        ValueError: another method, an option that is not implemented, a start that changed the base, or a value that
+            is no rank or scale.
     """
     if (kind := raw.get("peft_type", "LORA")) != "LORA":
         raise ValueError(f"{where} is of type {kind}. Give a LoRA adapter")
@@ -95,10 +105,43 @@ def check_stored_options(raw: dict[str, Any], where: str) -> None:
             "its factors do not belong to the base as it is published. Save it in PEFT as plain LoRA: "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it there"
         )
+    _check_stored_values(raw, where)
+
+
+def _check_stored_values(raw: Mapping[str, Any], where: str) -> None:
+    values = dataclasses.asdict(LoraConfig()) | raw
+    patterns = [(name, values[name]) for name in ("rank_pattern", "alpha_pattern")]
+    _check_values(where, "an object or null", lambda value: isinstance(value, dict | None), patterns)
+    _check_values(where, "true or false", lambda value: isinstance(value, bool), [("use_rslora", values["use_rslora"])])
+    _check_values(where, "a whole number of at least 1", _is_rank, _with_pattern(values, "r", "rank_pattern"))
+    _check_values(where, "a finite number", _is_finite, _with_pattern(values, "lora_alpha", "alpha_pattern"))
+
+
+def _check_values(
+    where: str, expected: str, is_valid: Callable[[Any], bool], values: Iterable[tuple[str, Any]]
+) -> None:
+    for name, value in values:
+        if not is_valid(value):
+            raise ValueError(f"{where}: adapter_config.json has {name}={value!r}, expected {expected}. Copy it again")
+
+
+def _with_pattern(options: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of an option and of each entry of its pattern."""
+    yield name, options[name]
+    for key, value in (options[pattern] or {}).items():
+        yield f"{pattern}[{key!r}]", value
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _unusual(options: Mapping[str, Any], listed: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Name and value of what differs from PEFT's default and is not listed; nothing, empty and false are alike."""
+    """Yield name and value of what differs from PEFT's default and is not listed; null, empty and false are alike."""
     default = LoraConfig()
     for name, value in options.items():
         usual = getattr(default, name, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,30 @@ def test_values_that_are_not_implemented(options: dict[str, Any], message: str) 
         build_mixtral(tiny_mixtral_config(), lora=config(**options), device="meta")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"r": rank}, r"`lora\.r=.*whole number of at least 1") for rank in (0, -1, 2.5, True, "x")),
+        *(({"rank_pattern": {"w1": rank}}, r"`lora\.rank_pattern\['w1'\]=") for rank in (0, True, None, "2", 2.0)),
+        *(({"lora_alpha": alpha}, r"`lora\.lora_alpha=.*a finite number of more than 0")
+          for alpha in (0, -1, math.inf, math.nan, None, True, "x")),
+        *(({"alpha_pattern": {"w1": alpha}}, r"`lora\.alpha_pattern\['w1'\]=")
+          for alpha in (0, math.inf, math.nan, None, True, "3")),
+        *(({"lora_dropout": rate}, r"`lora\.lora_dropout=.*0 <= dropout < 1")
+          for rate in (1, 1.0, -0.1, 1.5, math.nan, None, True, "0.1")),
+        ({"rank_pattern": ["w1"]}, r"`lora\.rank_pattern=\['w1'\]`: expected a mapping"),
+        ({"alpha_pattern": 3}, r"`lora\.alpha_pattern=3`: expected a mapping"),
+    ],
+)  # fmt: skip
+def test_values_that_are_no_ranks_scales_or_rates(options: dict[str, Any], message: str) -> None:
+    given = config()
+    for name, value in options.items():  # past PEFT's own checks, which differ by release
+        setattr(given, name, value)
+    with pytest.raises(ValueError, match=message) as raised:
+        build_mixtral(tiny_mixtral_config(), lora=given, device="meta")
+    assert "\n" not in str(raised.value)
+
+
 def test_another_method_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`lora` is of type 'ADALORA'"):
         build_mixtral(
@@ -142,6 +167,41 @@ def test_a_start_beside_the_base_is_plain_lora(tiny: Path, tmp_path: Path, start
     expected = train_in_peft(tiny, tmp_path / "adapter", init_lora_weights=start)
     model = load_found(find_model(str(tmp_path / "adapter")), quantization="none", dtype="float32")
     torch.testing.assert_close(logits_of(model, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_without_a_start_is_plain_lora(tiny: Path, tmp_path: Path) -> None:
+    """PEFT reads null as no start at all."""
+    expected = train_in_peft(tiny, tmp_path / "adapter")
+    change(tmp_path / "adapter", init_lora_weights=None)
+    model = load_found(find_model(str(tmp_path / "adapter")), quantization="none", dtype="float32")
+    torch.testing.assert_close(logits_of(model, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"r": rank} for rank in (0, -4, None, True, "x", 4.0, [4])),
+        *({"lora_alpha": alpha} for alpha in (None, True, "x", math.inf, math.nan, [6])),
+        *({"rank_pattern": pattern} for pattern in ({"w1": 0}, {"w1": None}, {"w1": "2"}, {"w1": True}, ["w1"], "w1")),
+        *({"alpha_pattern": pattern} for pattern in ({"w1": None}, {"w1": "2"}, {"w1": math.inf}, [["w1", 2]], 3)),
+        *({"use_rslora": value} for value in ("false", 2)),
+    ],
+)
+def test_odd_values_in_a_file_are_one_line(settings: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    train_in_peft(tiny, tmp_path)
+    change(tmp_path, **settings)
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"adapter_config\.json has {name}.*expected .*Copy it again$") as raised:
+        AdapterFile(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("settings", [{"rank_pattern": None, "alpha_pattern": None}, {"lora_alpha": 6.5}])
+def test_patterns_may_be_null(settings: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
+    train_in_peft(tiny, tmp_path)
+    change(tmp_path, **settings)
+    adapter = AdapterFile(tmp_path)
+    assert adapter.factors(adapter.names[0]).scaling == settings.get("lora_alpha", 6) / 4
 
 
 @pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "of a later release"])
