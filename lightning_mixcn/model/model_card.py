@@ -1,4 +1,4 @@
-"""README of an adapter or an exported model: what it was made of, and what the run measured."""
+"""README of an adapter or an exported model: its origin, and the run's measurements."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData, metadata_load
 from transformers import MixtralConfig
 
@@ -25,14 +26,14 @@ _HELD = {"nf4": "with the base in 4 bits (NF4)", "none": "with the base unquanti
 
 @dataclass(frozen=True)
 class Training:
-    """What the card of a run's adapter says of the run.
+    """Facts of a run for the card of its adapter.
 
     Args:
-        base: What the run was given as its base.
+        base: The run's base as it was given.
         steps: Optimizer steps of the adapter.
         quantization: ``nf4`` or ``none``.
         dtype: The compute dtype's name.
-        chat_template: What the run's configuration calls the template of the answers; ``None`` after pre-training.
+        chat_template: Name of the template of the answers in the run's configuration; ``None`` after pre-training.
         chat_is_portable: The adapter's folder has that template.
         end_ids: Tokens that end an answer.
         languages: Codes of the languages, where the person named them.
@@ -49,7 +50,7 @@ class Training:
 
     @property
     def shortcomings(self) -> list[str]:
-        """What other tools will miss in the adapter's folder, one line each."""
+        """List what other tools will miss in the adapter's folder, one line each."""
         lines = base_shortcomings(self.base)
         if self.chat_template is not None and not self.chat_is_portable:
             lines.append(
@@ -115,7 +116,8 @@ def model_card(
         _base_line(Path(found.adapters[0]) if found.adapters else None, name),
         *(base_shortcomings(found.base) if onto is None else []),
         _license_line(license_of),
-        _chat_of_export(found) if onto is not None else None,
+        # Of adapters, their own cards say it.
+        "A chat template here is the base's." if onto is not None and not found.adapters else None,
         _figures(src, onto) if found.adapters else None,
         *(_adapter_text(adapter) for adapter in found.adapters),
     ]
@@ -153,7 +155,7 @@ def _header(base: str, library: str, languages: Sequence[str] | None, license_of
 
 
 def _public_name(path: str) -> str:
-    """A hub id as it is, a folder without the path of this machine."""
+    """Return a hub id as it is, a folder without the path of this machine."""
     folder = Path(path).expanduser()
     return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else path
 
@@ -184,13 +186,27 @@ def base_shortcomings(base: str) -> list[str]:
 
 
 def _license(bases: Sequence[str]) -> dict[str, str]:
-    """License fields of the first base on this machine whose own card states a license."""
+    """Return the license fields of the first base on this machine whose own card names a license."""
     for base in bases:
-        card = Path(base).expanduser() / CARD_NAME
-        metadata = (metadata_load(card) or {}) if card.is_file() else {}
-        if "license" in metadata:
-            return {key: str(metadata[key]) for key in ("license", "license_name", "license_link") if key in metadata}
+        metadata = _metadata(Path(base).expanduser())
+        # A list names no single license, and YAML reads other things than text, too.
+        fields = ("license", "license_name", "license_link")
+        named = {key: metadata[key] for key in fields if isinstance(metadata.get(key), str)}
+        if "license" in named:
+            return named
     return {}
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Read the header of a folder's card; none where there is no card, or where its header cannot be read.
+
+    The card is a stranger's, and describes only: a run does not end because of it.
+    """
+    card = folder / CARD_NAME
+    try:
+        return (metadata_load(card) or {}) if card.is_file() else {}
+    except (yaml.YAMLError, ValueError):
+        return {}
 
 
 def _license_line(license_of: Mapping[str, str]) -> str:
@@ -200,12 +216,12 @@ def _license_line(license_of: Mapping[str, str]) -> str:
 
 
 def _languages(adapters: Sequence[str]) -> list[str]:
-    """Languages that the adapters' cards name, each once."""
-    cards = [Path(adapter) / CARD_NAME for adapter in adapters]
+    """Return the languages that the adapters' cards name, each once."""
     named: list[str] = []
-    for card in cards:
-        given = ((metadata_load(card) or {}) if card.is_file() else {}).get("language") or []
-        named += [given] if isinstance(given, str) else [str(language) for language in given]
+    for adapter in adapters:
+        given = _metadata(Path(adapter)).get("language")
+        listed = given if isinstance(given, list) else [given]
+        named += [language for language in listed if isinstance(language, str)]
     return list(dict.fromkeys(named))
 
 
@@ -224,15 +240,8 @@ def _chat_line(training: Training) -> str:
     )
 
 
-def _chat_of_export(found: ModelSource) -> str | None:
-    """A word on the chat template where the adapters' own cards say nothing."""
-    if any(_TRAINING in _card_text(adapter) for adapter in found.adapters):
-        return None
-    return "A chat template here is the base's." if not found.adapters else None
-
-
 def _figures(src: str, onto: str | None) -> str | None:
-    """Table of the likelihoods that `mixcn validate` wrote into the run's folder."""
+    """Return a table of the likelihoods that `mixcn validate` wrote into the run's folder."""
     folder = Path(src).expanduser()
     runs = [folder, folder.parent] if folder.name == ADAPTER_FOLDER else [folder]
     reports = [run / _REPORT for run in runs if (run / _REPORT).is_file()]
@@ -266,14 +275,14 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _card_text(adapter: str) -> str:
-    """The adapter's own card without its header; empty if there is none."""
+    """Read the adapter's own card without its header; empty if there is none."""
     card = Path(adapter) / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     return (text.partition("\n---\n")[2] if text.startswith("---\n") else text).strip()
 
 
 def _adapter_text(adapter: str) -> str | None:
-    """What an adapter's card says of its training; of another tool's card, all of it."""
+    """Return the part of an adapter's card about its training; of another tool's card, all of it."""
     text = _card_text(adapter)
     _, found, training = text.partition(f"{_TRAINING}\n")
     if found:
