@@ -68,14 +68,14 @@ class AdapterCheckpoint(Callback):
                 rank_zero_warn(f"{Path(trainer.default_root_dir, self.folder)}: {line}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know: the best value and of what it is, and the last validation."""
+        """Return what a resumed run has to know: the best value and its monitor, and the last validation."""
         return {"best": self._best, "measured": self._measured, "monitor": self.monitor, "mode": self._mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; the best value of something else says nothing of this one's."""
         self._measured = state_dict["measured"]
         here = {"monitor": self.monitor, "mode": self._mode}
-        # A checkpoint of before these were kept is taken to be of the same configuration.
+        # An older checkpoint, which lacks these, is taken to be of the same configuration.
         saved = {name: state_dict.get(name, value) for name, value in here.items()}
         changed = [f"{name} {saved[name]} → {value}" for name, value in here.items() if saved[name] != value]
         if changed:
@@ -146,7 +146,7 @@ class AdapterCheckpoint(Callback):
         return self._files
 
     def _training(self, trainer: Trainer, module: CausalLMModule) -> Training:
-        """What the card says of the run."""
+        """Collect the card's facts of the run."""
         files = self._run_files(trainer, module)
         return Training(
             base=module.base,

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder, whoever wrote it: which matrices it adapts, and with what.
+"""Read a PEFT adapter folder, whoever wrote it: its adapted matrices and their factors.
 
 Names are the paper's, one matrix an expert (``model.layers.0.block_sparse_moe.experts.3.w1``), whatever the layout of
 the file.
@@ -85,7 +85,7 @@ class AdapterFile:
         self.saved = [name for key, name in saved.items() if key in self._file.entries]
 
     def __contains__(self, name: object) -> bool:
-        """Whether the matrix of this name has both factors."""
+        """Tell whether the matrix of this name has both factors."""
         return name in self._fused or all(f"{PREFIX}{name}.lora_{key}.weight" in self._file.entries for key in "AB")
 
     def rank(self, name: str) -> int:
@@ -122,7 +122,7 @@ class AdapterFile:
         return StoredFactors(a, place.rows_of_b(self._read(f"{PREFIX}{place.stored}.lora_B.weight")), scaling)
 
     def delta(self, name: str) -> Tensor:
-        """What is added to a matrix, ``[out, in]`` float32."""
+        """Return the update that is added to a matrix, ``[out, in]`` float32."""
         a, b, scaling = self.factors(name)
         delta: Tensor = (b.float() * scaling) @ a.float()
         return delta
@@ -169,7 +169,7 @@ class AdapterFile:
         return self._file.entries[key].shape
 
     def _read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor of two dimensions, or some rows of it."""
+        """Read a tensor of two dimensions, or some rows of it."""
         height, width = self._file.entries[key].shape
         first, last = rows or (0, height)
         values = self._file.read(key, first * width, last * width).view(last - first, width)

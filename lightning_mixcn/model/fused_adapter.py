@@ -1,4 +1,4 @@
-"""Where a matrix's factors lie in an adapter that PEFT trained on transformers 5's fused experts.
+"""Locate a matrix's factors in an adapter that PEFT trained on transformers 5's fused experts.
 
 A wrapped parameter has A ``[E·R, in]``, whose rows are expert-major, and B ``[out, R·E]``, whose columns are rank-major
 (``k·E + e``): `peft.tuners.lora.layer.ParamWrapper`. The experts' two parameters are wrapped one around the other, the
@@ -38,7 +38,7 @@ class FusedPlace(NamedTuple):
     half: int | None
 
     def rows_of_b(self, b_OC: Tensor) -> Tensor:
-        """This matrix's B ``[out, R]`` out of the stored one ``[O, R·E]``."""
+        """Return this matrix's B ``[out, R]`` out of the stored one ``[O, R·E]``."""
         b_OR = b_OC.view(len(b_OC), self.rank, self.experts)[:, :, self.expert]
         return b_OR if self.half is None else b_OR.chunk(2)[self.half]
 
@@ -46,7 +46,7 @@ class FusedPlace(NamedTuple):
 def fused_places(
     stored: set[str], shape: Callable[[str, str], tuple[int, ...]], config: LoraConfig
 ) -> Iterator[tuple[str, FusedPlace]]:
-    """Name of every matrix that fused factors adapt, and where its own are.
+    """Yield the name of every matrix that fused factors adapt, and the place of its own.
 
     Args:
         stored: Names in the file.
