@@ -24,7 +24,7 @@ class DataMonitor(Callback):
     they go on exactly when a run is resumed. ``<source>/token_share`` is the source's share of the tokens of the last
     2 × ``num_streams`` rows (of 64 if these are fewer), and ``<source>/token_share_asked`` the share that the sources'
     weights ask for, where the data module has a method `token_shares`; a difference of more than 5 points in a whole
-    window, in which no source ends, is warned of once. ``padding_share`` is the share of positions that are padding,
+    window, before any source ends, is warned of once. ``padding_share`` is the share of positions that are padding,
     since the last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the
     loader for a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the
     time since then without validation. Where the data module has methods `epochs`, `too_long`, `refused` or
@@ -42,8 +42,7 @@ class DataMonitor(Callback):
         self._trainer: Trainer | None = None
         self._clock: FetchClock | None = None
         self._window_start = self._validation_start = 0.0
-        # Of all ranks, from log to log: positions, tokens, and the shares asked for.
-        self._recent: deque[tuple[int, dict[str, int], dict[str, float]]] = deque()
+        self._recent: deque[tuple[int, dict[str, int]]] = deque()  # positions and tokens, of all ranks, between logs
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -138,7 +137,7 @@ class DataMonitor(Callback):
         if self._positions:
             values["data/padding_share"] = self._padding / self._positions
         data = getattr(trainer, "datamodule", None)
-        values |= self._recent_shares(data) | _told_by(data) | self._waiting(trainer)
+        values |= self._recent_shares(trainer, data) | _told_by(data) | self._waiting(trainer)
         self._padding = self._positions = 0
         # float64, or Lightning would round counts to float32.
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
@@ -155,22 +154,22 @@ class DataMonitor(Callback):
         self._sum_up()
         return _beside(self._tokens, data.token_shares()) if hasattr(data, "token_shares") else {}
 
-    def _recent_shares(self, data: Any) -> dict[str, float]:
+    def _recent_shares(self, trainer: Trainer, data: Any) -> dict[str, float]:
         """Move the window of rows on, and warn if it does not hold the sources' weights."""
         if not hasattr(data, "token_shares"):
             return {}
         new = {name: count - self._logged_tokens.get(name, 0) for name, count in self._tokens.items()}
         self._logged_tokens = dict(self._tokens)
-        self._recent.append((self._positions, new, data.token_shares()))
+        self._recent.append((self._positions, new))
         wanted = max(2 * data.num_streams, _LEAST_ROWS) * data.sequence_length
-        while (seen := sum(entry[0] for entry in self._recent)) - self._recent[0][0] >= wanted:
+        while (seen := sum(positions for positions, _ in self._recent)) - self._recent[0][0] >= wanted:
             self._recent.popleft()
-        counts = {name: sum(tokens.get(name, 0) for _, tokens, _ in self._recent) for name in self._names}
-        first, last = self._recent[0][2], self._recent[-1][2]
-        shares = _beside(counts, last)
+        counts = {name: sum(tokens.get(name, 0) for _, tokens in self._recent) for name in self._names}
+        shares = _beside(counts, data.token_shares())
         off = {name: pair for name, pair in shares.items() if abs(pair[0] - pair[1]) > _SHARE_TOLERANCE}
-        is_steady = all(abs(first[name] - last[name]) < _SHARE_TOLERANCE / 5 for name in last)  # no source ended
-        if off and is_steady and not self._warned and seen >= wanted:
+        host: Any = trainer
+        # Where a source has ended the others take its place, and repeated batches hold what they hold.
+        if off and not self._warned and seen >= wanted and not host.overfit_batches and not data.ended_sources():
             self._warned = True
             found = ", ".join(f"{name} {share:.1%} (asked for {asked:.1%})" for name, (share, asked) in off.items())
             rank_zero_warn(f"The last rows do not hold the weights of `sources`, in tokens: {found}.")

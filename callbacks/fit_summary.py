@@ -21,8 +21,8 @@ class FitSummary(Callback):
     """Prints a table when `fit` ends: steps, tokens, duration, speed, mixture, likelihoods, and where the results are.
 
     Tokens are those of this process's steps, of all ranks, without padding; the duration is that of training with
-    validation and checkpoints, and the speed is their quotient. Each source's share of all tokens of the run stands
-    beside the share that its weight asks for, where `DataMonitor` runs. Likelihoods are negative log-likelihoods in
+    validation and checkpoints, and the speed is their quotient. Where `DataMonitor` runs, each source's share of all
+    tokens of the run is printed beside the share that its weight asks for. Likelihoods are negative log-likelihoods in
     nats per token: of the first and the last training step, and of each validation source the last and the best.
     """
 
@@ -92,13 +92,16 @@ class FitSummary(Callback):
 
 def _mixture(trainer: Trainer) -> list[tuple[str, str]]:
     callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-    data = getattr(trainer, "datamodule", None)
-    return [
-        (f"tokens of {name}", f"{share:.1%}, asked for {asked:.1%}")
-        for callback in callbacks
-        if isinstance(callback, DataMonitor)
-        for name, (share, asked) in callback.shares(data).items()
-    ]
+    data: Any = getattr(trainer, "datamodule", None)
+    rows = []
+    for callback in callbacks:
+        if isinstance(callback, DataMonitor) and (shares := callback.shares(data)):
+            ended = data.ended_sources()
+            rows += [
+                (f"tokens of {name}", f"{share:.1%}, asked for {asked:.1%}{' until it ended' if name in ended else ''}")
+                for name, (share, asked) in shares.items()
+            ]
+    return rows
 
 
 def _results(trainer: Trainer) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_mixcn.text import (
     DocumentEncoder,
     DocumentOrigin,
     Row,
+    RowStream,
     StreamPlan,
     TextTokenizer,
     WeightUnit,
@@ -223,11 +224,15 @@ class StreamDataModule(LightningDataModule):
         for number in count():
             yield streams[number % self.num_streams].next_row()
 
-    def count_rows(self, told: Callable[[], object] = lambda: None) -> int | None:
+    def count_rows(
+        self, on_row: Callable[[], object] = lambda: None, streams: Sequence[int] | None = None
+    ) -> int | None:
         """Count the training rows of a whole run, by making them.
 
         Args:
-            told: Called after each row that was made.
+            on_row: Called after each row that was made.
+            streams: Numbers of the streams that are read; None reads all. Several processes can count a share of the
+                streams each: the number of the whole is the largest of theirs.
 
         Returns:
             Rows until every source has been read `max_epochs` times, empty ones of streams that end early included;
@@ -237,11 +242,11 @@ class StreamDataModule(LightningDataModule):
         if any(documents.corpus.source.max_epochs is None for documents in self._plan.documents):
             return None
         last = -1
-        for index, stream in self._plan.open(range(self.num_streams)).items():
+        for index, stream in self._plan.open(range(self.num_streams) if streams is None else streams).items():
             while not stream.exhausted:
                 last = max(last, stream.position * self.num_streams + index)
                 stream.next_row()
-                told()
+                on_row()
         return last + 1
 
     def order(self) -> Order:
@@ -276,17 +281,23 @@ class StreamDataModule(LightningDataModule):
         }
 
     def token_shares(self) -> dict[str, float]:
-        """Give the share of tokens that the weights ask of each training source now, such as ``{"zh": 0.55}``.
+        """Give the share of tokens that the weights ask of each training source, such as ``{"zh": 0.55}``.
 
-        Weights in bytes are turned into tokens by what was read so far; a source that has ended has the share 0, and
-        once all have there are none. Both are of the streams that this rank reads.
+        Weights in bytes are turned into tokens by what the streams of this rank have read.
         """
+        shares = zip(*(stream.token_shares() for stream in self._current_streams()), strict=True)
+        return {name: sum(each) / len(each) for name, each in zip(self.source_names("train"), shares, strict=True)}
+
+    def ended_sources(self) -> list[str]:
+        """List the training sources that have been read `max_epochs` times in a stream of this rank."""
+        names = self.source_names("train")
+        return sorted({names[source] for stream in self._current_streams() for source in stream.ended_sources()})
+
+    def _current_streams(self) -> list[RowStream]:
+        """Open the streams that this rank has read, where they are; before the first row a new one."""
         assert self._plan is not None, "Lightning calls setup('fit') first"
         states = self._progress.streams
-        streams = self._plan.open(sorted(states) or [0], states).values()
-        shares = [stream.token_shares() for stream in streams if not stream.exhausted]
-        names = self.source_names("train") if shares else []
-        return {name: sum(each) / len(shares) for name, each in zip(names, zip(*shares, strict=True), strict=True)}
+        return list(self._plan.open(sorted(states) or [0], states).values())
 
     def too_long(self) -> dict[str, tuple[int, int]]:
         """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""

@@ -61,7 +61,7 @@ def _step(cells: int) -> int:
 
 @dataclass(frozen=True)
 class SourceSample:
-    """What some documents of a source tell of all: only first rows depend on it, streams correct it as they read.
+    """First estimates of a source from some of its documents; streams correct them as they read.
 
     Args:
         tokens_per_byte: Tokens divided by bytes of text.
@@ -72,13 +72,16 @@ class SourceSample:
     fill: float
 
 
-def sample_source(documents: TrainingDocuments, encoder: DocumentEncoder, sequence_length: int) -> SourceSample:
+def sample_source(
+    documents: TrainingDocuments, encoder: DocumentEncoder, sequence_length: int, *, any_order: bool = False
+) -> SourceSample:
     """Encode some training documents, spread evenly over a source.
 
     Args:
         documents: Training documents of the source.
-        encoder: What makes tokens of them.
+        encoder: Encoder of the documents.
         sequence_length: Tokens of a row.
+        any_order: Rows take the documents that fit best, not the next ones.
     """
     size = len(documents.corpus)
     num_bytes, lengths = 0, list[int]()
@@ -92,16 +95,21 @@ def sample_source(documents: TrainingDocuments, encoder: DocumentEncoder, sequen
             break
     if not lengths or not num_bytes:  # every sampled document was held out or dropped
         return SourceSample(1.0, 1.0)
-    fill = _fill(lengths, sequence_length) if encoder.keeps_whole else 1.0
+    if any_order:  # first fit, the longest first
+        lengths.sort(reverse=True)
+    fill = _fill(lengths, sequence_length, any_order=any_order) if encoder.keeps_whole else 1.0
     return SourceSample(sum(lengths) / num_bytes, fill)
 
 
-def _fill(lengths: Sequence[int], sequence_length: int) -> float:
-    """Put whole documents into rows one after the other, and give the share of the finished rows that is no padding."""
+def _fill(lengths: Sequence[int], sequence_length: int, *, any_order: bool) -> float:
+    """Put whole documents into rows, and give the share of the finished rows that is no padding."""
     filled = [0]
     for length in lengths:
-        if filled[-1] + length > sequence_length:
-            filled.append(0)
-        filled[-1] += length
+        begun = range(len(filled)) if any_order else range(len(filled) - 1, len(filled))
+        row = next((row for row in begun if filled[row] + length <= sequence_length), None)
+        if row is None:
+            filled.append(length)
+        else:
+            filled[row] += length
     finished = filled[:-1]
     return sum(finished) / (len(finished) * sequence_length) if finished else 1.0

@@ -77,7 +77,11 @@ class StreamPlan:
     @cached_property
     def samples(self) -> list[SourceSample]:
         """What a few documents tell of each source ``[sources]``."""
-        return [sample_source(documents, self.encoder, self.sequence_length) for documents in self.documents]
+        any_order = self.packing == "best_fit"
+        return [
+            sample_source(documents, self.encoder, self.sequence_length, any_order=any_order)
+            for documents in self.documents
+        ]
 
     def open(self, indices: Sequence[int], states: Mapping[int, StreamState] | None = None) -> dict[int, RowStream]:
         """Open streams.
@@ -108,7 +112,8 @@ class RowStream:
         self._readers = [_Reader(plan, index, source) for source in range(len(plan.documents))]
         self._served = [0] * len(plan.documents)
         self._phases = [0.0] * len(plan.documents)
-        self._owed: dict[int, float] = {}
+        self._owed: dict[int, float] = {}  # tokens of each source by the end of the row
+        self._first: int | None = None  # source that is owed most at the beginning of the row
         self._pools: list[list[_Waiting]] = [[] for _ in plan.documents]
         self.position = 0
         if state is not None:
@@ -172,8 +177,8 @@ class RowStream:
         """Set what each source is owed by the end of this row, in tokens, of the sources that have not ended."""
         live, length = self._live(), self._plan.sequence_length
         shares, number = self._shares_of(live), self.position * self._plan.num_streams + self._index
-        # Rows that are padded hold fewer tokens, so their sources get more of them. `best_fit` fills them up.
-        is_padded = self._plan.encoder.keeps_whole and self._plan.packing != "best_fit"
+        # Rows that are padded hold fewer tokens, so their sources get more of them.
+        is_padded = self._plan.encoder.keeps_whole
         fills = [self._plan.samples[source].fill if is_padded else 1.0 for source in live]
         rows = [share / fill for share, fill in zip(shares, fills, strict=True)]
         parts = row_shares(number, self._plan.num_streams, [row / sum(rows) for row in rows]) if live else []
@@ -183,12 +188,15 @@ class RowStream:
         for source, share, tokens in zip(live, shares, planned, strict=True):
             self._phases[source] += tokens - share * sum(planned)
             self._owed[source] = share * total + self._phases[source] - self._served[source]
+        self._first = max(live, key=self._owed_to, default=None)
 
     def token_shares(self) -> list[float]:
-        """Give the share of tokens that the weights ask for ``[sources]``; it is 0 for a source that has ended."""
-        live = self._live()
-        shares = dict(zip(live, self._shares_of(live), strict=True))
-        return [shares.get(source, 0.0) for source in range(len(self._readers))]
+        """Give the share of tokens that the weights ask for ``[sources]``, as if no source ended; they sum to 1."""
+        return self._shares_of(list(range(len(self._readers))))
+
+    def ended_sources(self) -> list[int]:
+        """List the sources that have been read `max_epochs` times."""
+        return sorted(set(range(len(self._readers))) - set(self._live()))
 
     def _shares_of(self, live: list[int]) -> list[float]:
         """Turn the weights of sources into shares of tokens, which sum to 1.
@@ -212,15 +220,21 @@ class RowStream:
         owed, least = round(self._owed_to(source)), self._plan.sequence_length * _LEAST_PART
         return owed if owed >= least and space - owed >= least else space
 
+    def _candidates(self) -> list[int]:
+        """Order the sources that the rest of the row may be of: those that are owed some, then the row's first one."""
+        live = sorted(self._live(), key=self._owed_to, reverse=True)
+        owed = [source for source in live if self._owed_to(source) > 0]
+        first = self._first if self._first in live else next(iter(live), None)
+        return owed if first is None or first in owed else [*owed, first]
+
     def _next_segment(self, space: int) -> Segment | None:
         """Give the next tokens of the source that is owed most."""
         keeps_whole = self._plan.encoder.keeps_whole
-        while live := self._live():
-            source = max(live, key=self._owed_to)
-            reader = self._readers[source]
+        while candidates := self._candidates():
+            reader = self._readers[candidates[0]]
             if keeps_whole and reader.remaining > space:
                 return None
-            segment = reader.take(space if keeps_whole else self._limit(source, space))
+            segment = reader.take(space if keeps_whole else self._limit(candidates[0], space))
             if len(segment.tokens):  # else the document was dropped
                 return self._charge(segment)
         return None
@@ -230,7 +244,7 @@ class RowStream:
 
         A document that is longer than a row is cut where its source has none that fits.
         """
-        for source in sorted(self._live(), key=self._owed_to, reverse=True):
+        for source in self._candidates():
             pool, limit = self._fill_pool(source), self._limit(source, space)
             if not pool:
                 continue  # its last documents were dropped

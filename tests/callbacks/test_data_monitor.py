@@ -259,12 +259,15 @@ class Weighted(FixedBatches):
 
     num_streams, sequence_length = 3, 24
 
-    def __init__(self, asked: dict[str, float]) -> None:
+    def __init__(self, asked: dict[str, float], ended: list[str] | None = None) -> None:
         super().__init__(BATCHES, SOURCES)
-        self.asked = asked
+        self.asked, self.ended = asked, ended or []
 
     def token_shares(self) -> dict[str, float]:
         return self.asked
+
+    def ended_sources(self) -> list[str]:
+        return self.ended
 
 
 @pytest.fixture
@@ -307,3 +310,10 @@ def test_a_mixture_within_five_points_is_not_warned_of(trainer: Make) -> None:
 def test_few_rows_are_not_warned_of(trainer: Make) -> None:
     run = trainer(max_steps=6, log_every_n_steps=1, callbacks=[DataMonitor()])
     run.fit(OneNumber(), Weighted({"zh": 0.1, "en": 0.9}))
+
+
+@pytest.mark.usefixtures("six_rows")
+@pytest.mark.parametrize(("ended", "settings"), [(["en"], {}), ([], {"overfit_batches": 2})])
+def test_other_shares_on_purpose_are_not_warned_of(ended: list[str], settings: dict[str, Any], trainer: Make) -> None:
+    run = trainer(max_steps=6, log_every_n_steps=1, callbacks=[DataMonitor()], **settings)
+    run.fit(OneNumber(), Weighted({"zh": 0.1, "en": 0.9}, ended))

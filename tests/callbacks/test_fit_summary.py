@@ -64,6 +64,9 @@ class Weighted(FixedBatches):
     def token_shares(self) -> dict[str, float]:
         return {"zh": 0.6, "en": 0.4}
 
+    def ended_sources(self) -> list[str]:
+        return ["en"]
+
 
 def test_the_mixture_stands_beside_what_was_asked_for(
     trainer: Make, module: PretrainModule, caplog: pytest.LogCaptureFixture
@@ -72,7 +75,7 @@ def test_the_mixture_stands_beside_what_was_asked_for(
     trainer(max_steps=2, callbacks=[FitSummary(), DataMonitor()]).fit(module, Weighted(BATCHES[:2], ["zh", "en"]))
     rows = table(caplog)
     assert rows["tokens of zh"] == f"{43 / 72:.1%}, asked for 60.0%"
-    assert rows["tokens of en"] == f"{29 / 72:.1%}, asked for 40.0%"
+    assert rows["tokens of en"] == f"{29 / 72:.1%}, asked for 40.0% until it ended"
 
 
 def test_another_module_is_refused(trainer: Make) -> None:
