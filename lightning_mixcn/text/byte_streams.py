@@ -53,7 +53,7 @@ class DamagedFileError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What a library says of an error, for a message of ours."""
+    """Shorten a library's message for one of ours."""
     return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
 
 

@@ -54,7 +54,7 @@ class Corpus:
     Args:
         source: The source.
         stores: Unpacked documents of each file.
-        on_bad_record: What to do with a document that turns out to be bad when it is encoded: `error` or `skip`.
+        on_bad_record: `error` or `skip`, for a document that turns out to be bad when it is encoded.
     """
 
     source: AnySource

@@ -7,14 +7,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, ignore_progress, read_chunks, split_lines
-from lightning_mixcn.text.records import RecordTally, iterate_conversations, iterate_elements
+from lightning_mixcn.text.records import (
+    JSON_DECODER,
+    LINE_SPACE,
+    MARK,
+    RecordTally,
+    is_blank,
+    iterate_conversations,
+    iterate_elements,
+)
 from lightning_mixcn.text.sources import SourceFile
 from lightning_mixcn.text.tables import iterate_rows
 
 OnBadRecord = Callable[[ValueError], None]
 
-_JSON_SPACE = " \t\r\n"
-_decoder = json.JSONDecoder()
+_MARK_BYTES = MARK.encode()
 
 
 def refuse(error: ValueError) -> None:
@@ -29,6 +36,9 @@ def iterate_documents(
     tally: RecordTally | None = None,
 ) -> Iterator[tuple[int, bytes]]:
     """Read the documents of a file in their order, without those that are nothing but white space.
+
+    White space includes characters of no width, such as U+200B. A byte order mark at the beginning of a document, as
+    joined files have it, is dropped.
 
     Args:
         file: The file, its format and where the text is in it.
@@ -49,10 +59,13 @@ def iterate_documents(
     records = _records(file, on_bad_record, on_read, tally)
     unit = "row" if file.format in ("parquet", "arrow") else "line"
     try:
-        for record, encoded in records:
+        for record, marked in records:
+            encoded = marked
+            while encoded.startswith(_MARK_BYTES):
+                encoded = encoded.removeprefix(_MARK_BYTES)
             if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
                 on_bad_record(ValueError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
-            elif _is_blank(encoded):
+            elif _is_blank_utf8(encoded):
                 tally.empty += 1
             else:
                 yield record, encoded
@@ -60,10 +73,10 @@ def iterate_documents(
         on_bad_record(error)
 
 
-def _is_blank(encoded: bytes) -> bool:
+def _is_blank_utf8(encoded: bytes) -> bool:
     # Of a long text the first character tells.
     start = encoded[:4].decode(errors="ignore")[:1]
-    return not start or (start.isspace() and encoded.decode().isspace())
+    return is_blank(start) and is_blank(encoded.decode())
 
 
 def _records(
@@ -92,8 +105,8 @@ def _json_lines(
     for number, line in lines:
         try:
             # What json.loads does, in half the time; of bytes it would let surrogates pass.
-            line_text = line.decode().strip(_JSON_SPACE)
-            record, end = _decoder.raw_decode(line_text)
+            line_text = line.decode().strip(LINE_SPACE)
+            record, end = JSON_DECODER.raw_decode(line_text)
             encoded: bytes | None = record[text_key].encode() if end == len(line_text) else None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             encoded = None
@@ -107,10 +120,10 @@ def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
     """Tell why a line has no text, None if it is blank. A line must be an object whose `text_key` is valid Unicode."""
     if isinstance(text := _decode(line, place), ValueError):
         return text
-    if not text.strip():
+    if is_blank(text):
         return None
     try:
-        record = json.loads(text)
+        record = json.loads(text.strip(LINE_SPACE))
     except (ValueError, RecursionError) as error:
         return ValueError(f"{place} is not JSON: {error}. Mend the line, or remove it")
     encoded = _text_of(record, text_key, place)
@@ -169,7 +182,7 @@ def _text_lines(
         text = _decode(line, f"`{file.path}` line {number}")
         if isinstance(text, ValueError):
             on_bad_record(text)
-        elif text and not text.isspace():
+        elif not is_blank(text):
             yield number, line.removesuffix(b"\r")
 
 
@@ -180,7 +193,7 @@ def _blocks(
     begin, block, is_bad = 0, list[bytes](), False
     for number, line in lines:
         text = _decode(line, f"`{file.path}` line {number}")
-        if isinstance(text, ValueError) or (text and not text.isspace()):
+        if isinstance(text, ValueError) or not is_blank(text):
             begin = begin if block else number
             block.append(line.removesuffix(b"\r"))
             if isinstance(text, ValueError) and not is_bad:
@@ -196,10 +209,14 @@ def _blocks(
 
 def _decode(data: bytes, place: str, *, count_lines: bool = False) -> str | ValueError:
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
         newlines = data.count(b"\n", 0, error.start)
         line = f" line {newlines + 1}" if count_lines else ""
         return ValueError(
             f"{place}{line} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}. Convert the file to UTF-8"
         )
+    # English in UTF-16 is UTF-8, too: every other character is NUL.
+    if "\0" in text:
+        return ValueError(f"{place} has NUL bytes: UTF-16 without a mark? Convert the file to UTF-8")
+    return text

@@ -1,10 +1,11 @@
-"""Files of text, local, behind an URL or in a zip archive: listed, opened and told apart from what they were before."""
+"""Files of text, local, at an URL or in a zip archive: listed, opened and told apart from what they were before."""
 
 from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ _OPEN_DIRECTORIES = 16
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is to be opened by an fsspec driver, such as `s3://bucket/a.jsonl`."""
+    """Tell whether a path is to be opened by an fsspec driver, such as `s3://bucket/a.jsonl`."""
     return isinstance(path, str) and "://" in path
 
 
@@ -44,7 +45,12 @@ def file_name(path: str | Path) -> Path:
     return Path(next(part for part in str(path).split("::") if "://" in part))
 
 
-def match_urls(pattern: str, place: str, choose: Callable[[list[str], str], list[str]]) -> list[str]:
+def match_urls(
+    pattern: str,
+    place: str,
+    choose: Callable[[list[str], str], list[str]],
+    on_folder: Callable[[str], None] = lambda folder: None,
+) -> list[str]:
     """List the files of an URL: itself, the fitting files of a folder, or what a glob matches.
 
     Args:
@@ -52,6 +58,7 @@ def match_urls(pattern: str, place: str, choose: Callable[[list[str], str], list
         place: How the configuration names the source, for errors.
         choose: Chooses the files of a folder, by their paths inside, that are the source's; given the paths and the
             folder's URL.
+        on_folder: Called with each folder that a glob without `**` matches: it is not looked into.
 
     Returns:
         At least one URL; those of folders and globs sorted.
@@ -67,7 +74,12 @@ def match_urls(pattern: str, place: str, choose: Callable[[list[str], str], list
         if system.isdir(path):
             is_folder, names = True, sorted(map(str, system.find(path)))
         else:
-            is_folder, names = False, sorted(str(name) for name in system.glob(path) if system.isfile(name))
+            is_folder, names = False, []
+            for name in sorted(map(str, system.glob(path))):
+                if system.isfile(name):
+                    names.append(name)
+                elif "**" not in path and system.isdir(name):
+                    on_folder(name)
     except Exception as error:  # each driver has exceptions of its own
         raise ValueError(
             f"`{place}.path={pattern!r}` cannot be listed: {type(error).__name__}: {error}. "
@@ -138,15 +150,36 @@ def list_zip(archive: str | Path, place: str) -> dict[str, str]:
         Name of each member, and its path for `open_file` and `identify`.
 
     Raises:
-        ValueError: The archive is damaged, encrypted, or made by a method that Python does not read.
+        ValueError: The archive is damaged.
     """
     try:
-        members = _directory(archive)
+        members, _ = _directory(archive)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, UnicodeError) as error:
-        raise ValueError(f"`{place}.path`: `{archive}` is not a readable zip archive: {error}. Get it again") from error
+        example = f"{str(archive).rpartition('/')[0] or '.'}/*.jsonl"
+        raise ValueError(
+            f"`{place}.path`: `{archive}` is not a readable zip archive: {error}. "
+            f"Get it again, or give a glob that leaves it out, e.g. {example}"
+        ) from error
     outside = archive if isinstance(archive, str) else archive.absolute()
-    for name, member in members.items():
-        where = f"`{place}.path`: `{name}` in `{archive}`"
+    return {name: f"{_ZIP}{name}::{outside}" for name in members}
+
+
+def check_members(archive: str | Path, names: Iterable[str], place: str) -> None:
+    """Check that members of a zip archive can be read.
+
+    Args:
+        archive: Local file or URL.
+        names: Names of the members.
+        place: How the configuration names the source, for errors.
+
+    Raises:
+        ValueError: A member is encrypted, there twice, or made by a method that Python does not read.
+    """
+    members, doubles = _directory(archive)
+    for name in names:
+        member, where = members[name], f"`{place}.path`: `{name}` in `{archive}`"
+        if name in doubles:
+            raise ValueError(f"{where} is there twice. Unpack the archive, and give the folder")
         if member.flag_bits & 1:
             raise ValueError(f"{where} is encrypted. Unpack the archive, and give the folder")
         if member.compress_type not in _ZIP_METHODS:
@@ -155,7 +188,6 @@ def list_zip(archive: str | Path, place: str) -> dict[str, str]:
             )
         if "::" in name:
             raise ValueError(f"{where} has `::` in its name. Unpack the archive, and give the folder")
-    return {name: f"{_ZIP}{name}::{outside}" for name in members}
 
 
 def zip_member(path: str) -> tuple[str | Path, str] | None:
@@ -167,21 +199,26 @@ def zip_member(path: str) -> tuple[str | Path, str] | None:
 
 
 def _member_of(archive: str | Path, name: str) -> zipfile.ZipInfo:
-    member = _directory(archive).get(name)
+    member = _directory(archive)[0].get(name)
     if member is None:
         raise FileNotFoundError(f"`{archive}` has no member `{name}`. Look at its list: `unzip -l`")
     return member
 
 
-def _directory(archive: str | Path) -> Mapping[str, zipfile.ZipInfo]:
-    """Members of a zip archive by their names, read again once the archive changes."""
+def _directory(archive: str | Path) -> tuple[Mapping[str, zipfile.ZipInfo], frozenset[str]]:
+    """Get the members of a zip archive by their names, and names of several; read again once the archive changes."""
     return _read_directory(archive, tuple(identify(archive).items()))
 
 
 @lru_cache(maxsize=_OPEN_DIRECTORIES)
-def _read_directory(archive: str | Path, identity: object) -> Mapping[str, zipfile.ZipInfo]:
+def _read_directory(archive: str | Path, identity: object) -> tuple[Mapping[str, zipfile.ZipInfo], frozenset[str]]:
     with open_file(archive) as raw, zipfile.ZipFile(raw) as opened:
-        return {member.filename: member for member in opened.infolist() if not member.is_dir()}
+        members = [member for member in opened.infolist() if not member.is_dir()]
+    counts = Counter(member.filename for member in members)
+    return (
+        {member.filename: member for member in members},
+        frozenset(name for name, count in counts.items() if count > 1),
+    )
 
 
 def _file_system(url: str, argument: str) -> tuple[Any, str]:

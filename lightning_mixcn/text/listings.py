@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lightning_mixcn.text.files import LOCAL, is_url, zip_member
+from lightning_mixcn.text.files import LOCAL, identify, is_url, zip_member
 
 # What `datasets` writes beside the data; read as data only where it is an array of records.
 _DATASETS_METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+GLOBBED_FOLDER = "matched as a folder, in which a glob does not look; write **"
 _DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{8,}(_\d+_of_\d+)?\.arrow")
 
 
 class LeftOut:
-    """What a listing leaves out, counted by reason."""
+    """Count of the files that a listing leaves out, by reason."""
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -42,8 +43,8 @@ class LeftOut:
             logger: Where to; as a warning if anything is left out.
             name: Name of the source.
             num_files: Files that are read.
-            more: What else there is to say.
-            warn: Whether that is a loss, too.
+            more: Further text of the line.
+            warn: True if `more` is about a loss, too.
         """
         level = logging.WARNING if len(self) or warn else logging.INFO
         logger.log(level, "Source %r: %d files read, %s%s", name, num_files, self, more)
@@ -67,7 +68,7 @@ def walk_files(folder: Path, left_out: LeftOut, *, hidden: bool = False) -> Iter
     Args:
         folder: The folder.
         left_out: Counts what is hidden, cannot be opened, or has a name that is not UTF-8.
-        hidden: Whether names that begin with a dot are listed.
+        hidden: True to list names that begin with a dot, too.
 
     Yields:
         All that is no folder, also links that lead nowhere.
@@ -111,7 +112,7 @@ def match_glob(pattern: str, left_out: LeftOut) -> list[Path]:
 
     Args:
         pattern: Glob with `*`, `?`, `[…]` and `**`.
-        left_out: Counts matches that are no files.
+        left_out: Counts matches that are no files; those of `**` are looked into.
 
     Returns:
         Files, sorted by path; none if there are none.
@@ -122,7 +123,9 @@ def match_glob(pattern: str, left_out: LeftOut) -> list[Path]:
             left_out.add("with a name that is not UTF-8", path)
         elif path.is_file():
             found.append(path)
-        elif path.is_symlink() and not path.is_dir():
+        elif path.is_dir():
+            left_out.add(GLOBBED_FOLDER, path)
+        elif path.is_symlink():
             left_out.add("that links to nothing", path)
     return sorted(found)
 
@@ -145,7 +148,7 @@ def _matches(pattern: str, left_out: LeftOut) -> Iterator[Path]:
 
 
 def fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether the names of a path are those of a glob, in which `**` is any number of names."""
+    """Tell whether the names of a path are those of a glob, in which `**` is any number of names."""
     if not wanted:
         return not names
     if wanted[0] == "**":
@@ -183,6 +186,37 @@ class ReadOnce:
             if path not in chosen:
                 self._left_out.add("already listed by another path or pattern", path)
         return [path for path in paths if path in chosen]
+
+
+def leave_out_packed(files: Sequence[Path | str], left_out: LeftOut) -> list[Path | str]:
+    """Leave out members of zip archives that are listed unpacked, too: beside the archive or in a folder of its name.
+
+    Args:
+        files: Files, URLs and members of archives.
+        left_out: Counts members of which a file has the name and the size.
+
+    Returns:
+        The others, in their order.
+    """
+    unpacked = {_absolute(file): file for file in files if not isinstance(file, str) or zip_member(file) is None}
+    kept = []
+    for file in files:
+        inside = zip_member(file) if isinstance(file, str) else None
+        beside = None
+        if inside is not None:
+            folder, _, name = _absolute(inside[0]).rpartition("/")
+            places = (f"{folder}/{inside[1]}", f"{folder}/{Path(name).stem}/{inside[1]}")
+            beside = next((unpacked[place] for place in places if place in unpacked), None)
+        if beside is not None and identify(file)["size"] == identify(beside)["size"]:
+            left_out.add("in an archive and beside it", file)
+        else:
+            kept.append(file)
+    return kept
+
+
+def _absolute(path: Path | str) -> str:
+    local = str(path).removeprefix(LOCAL)
+    return local if is_url(local) else os.path.abspath(local)
 
 
 def _identity(path: Path | str) -> object:
@@ -276,7 +310,7 @@ class DatasetFolders:
         return {str(file["filename"]) for file in files if isinstance(file, dict) and "filename" in file}
 
     def _object(self, path: str) -> dict[str, object] | None:
-        """The JSON object in a file, None if there is no such file or something else in it."""
+        """Get the JSON object in a file, None if there is no such file or something else in it."""
         if path not in self._objects:
             try:
                 content = json.loads(self._read(path) or b"null")

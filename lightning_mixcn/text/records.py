@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_mixcn.text.byte_streams import DamagedFileError, OnRead, one_line, read_chunks, split_lines
@@ -14,13 +15,19 @@ from lightning_mixcn.text.tables import iterate_rows
 if TYPE_CHECKING:
     from lightning_mixcn.text.sources import SourceFile
 
-_SPACE = " \t\r\n"
-_decoder = json.JSONDecoder()
+# A byte order mark at the beginning of a text is left of the file that it was read from; inside of one it is text.
+MARK = "\ufeff"
+# Zero-width space, non-joiner, joiner, word joiner and mark: nothing that is seen, but not white space to Python.
+_INVISIBLE = f"\u200b\u200c\u200d\u2060{MARK}"
+_JSON_SPACE = " \t\r\n"
+# Joined files have a mark at the beginning of a line.
+LINE_SPACE = _JSON_SPACE + MARK
+JSON_DECODER = json.JSONDecoder()
 
 
 @dataclass
 class RecordTally:
-    """What is seen of a file's records beside those that become documents.
+    """Counts and names of what a file has beside the records that become documents.
 
     Args:
         empty: Records without text, or with an answer without any: nothing to learn from, and no fault of the file.
@@ -31,6 +38,11 @@ class RecordTally:
     empty: int = 0
     columns: set[str] = field(default_factory=set)
     keys: tuple[str, ...] = ()
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text is nothing but white space and characters of no width."""
+    return all(character.isspace() or character in _INVISIBLE for character in text)
 
 
 def iterate_conversations(
@@ -60,14 +72,18 @@ def iterate_conversations(
         except EmptyTurnError:
             tally.empty += 1
         except ValueError as error:
-            told = _absent_column(record, file, tally.keys) if isinstance(record, Mapping) else ""
-            on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {error}{told}"))
+            told = _with_own_columns(str(error), record, file, tally) if isinstance(record, Mapping) else str(error)
+            on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {told}"))
         else:
-            yield number, dump_conversation(turns)
+            turns = [replace(turn, content=turn.content.lstrip(MARK)) for turn in turns]
+            if any(turn.role != "system" and is_blank(turn.content) for turn in turns):
+                tally.empty += 1
+            else:
+                yield number, dump_conversation(turns)
 
 
 def _renamed(record: Mapping[str, Any], columns: Sequence[tuple[str, str]], tally: RecordTally) -> dict[str, Any]:
-    """The record with the keys of its form, without those that are null, as a table has for what a record lacks."""
+    """Give a record the keys of its form, without those that are null, as a table has for what a record lacks."""
     tally.keys = tally.keys or tuple(map(str, record))
     tally.columns.update(name for _, name in columns if name in record)
     present = [(key, name) for key, name in columns if name in record]
@@ -78,13 +94,18 @@ def _renamed(record: Mapping[str, Any], columns: Sequence[tuple[str, str]], tall
     return {key: value for key, value in {**kept, **named}.items() if value is not None}
 
 
-def _absent_column(record: Mapping[str, Any], file: SourceFile, table: tuple[str, ...]) -> str:
-    """What to add to an error of a record that lacks a key which `columns` names."""
+def _with_own_columns(message: str, record: Mapping[str, Any], file: SourceFile, tally: RecordTally) -> str:
+    """Say an error in the record's own keys; add the column that it lacks if the error is about that one."""
+    subject = message.partition("its keys are")[0]
+    own = {key: name for key, name in file.columns if name in record}
+    told = re.sub(r"(?<=`)\w+(?=[`.=\[])", lambda found: own.get(found[0], found[0]), message)
+    if renamed := ", ".join(map(repr, _renamed(record, file.columns, tally))):
+        told = told.replace(renamed, ", ".join(repr(key) for key, value in record.items() if value is not None))
     for key, name in file.columns:
-        if name not in record:
-            keys = table if file.format in ("parquet", "arrow") else record
-            return f". `columns.{key}` names {name!r}, but its keys are {', '.join(map(repr, keys)) or 'none'}"
-    return ""
+        if name not in record and re.search(rf"[`']{re.escape(key)}[`'.=\[]", subject):
+            keys = tally.keys if file.format in ("parquet", "arrow") else record
+            return f"{told}. `columns.{key}` names {name!r}, but its keys are {', '.join(map(repr, keys)) or 'none'}"
+    return told
 
 
 def _records(
@@ -103,7 +124,7 @@ def _lines(
 ) -> Iterator[tuple[int, Any]]:
     for number, line in lines:
         try:
-            if text := line.decode().strip(_SPACE):
+            if text := line.decode().strip(LINE_SPACE):
                 yield number, json.loads(text)
         except (ValueError, RecursionError) as error:
             on_bad_record(ValueError(f"`{file.path}` line {number} is not JSON: {one_line(error)}. Mend the line"))
@@ -127,26 +148,38 @@ def iterate_elements(data: bytes, file: SourceFile) -> Iterator[tuple[int, Any]]
         text = data.decode()
         place = _after_space(text, 0)
         if text[place : place + 1] != "[":
-            raise ValueError("expected an array of records; for one record a line set `format: jsonl`")
+            raise _no_array(text[place:], file)
         place = _after_space(text, place + 1)
         line, counted = 1, 0
         while text[place : place + 1] != "]":
             line, counted = line + text.count("\n", counted, place), place
-            record, end = _decoder.raw_decode(text, place)
+            record, end = JSON_DECODER.raw_decode(text, place)
             yield line, record
             place = _after_space(text, end)
             if text[place : place + 1] == ",":
                 place = _after_space(text, place + 1)
             elif text[place : place + 1] != "]":
-                raise ValueError(f"expected a comma or the array's end behind the record of line {line}")
-        if rest := text[place + 1 :].strip(_SPACE):
-            raise ValueError(f"expected nothing behind the array, got {rest[:20]!r}")
+                raise ValueError(f"expected a comma or the array's end after the record of line {line}")
+        if rest := text[place + 1 :].strip(_JSON_SPACE):
+            raise ValueError(f"expected nothing after the array, got {rest[:20]!r}")
+    except DamagedFileError:
+        raise
     except (ValueError, RecursionError) as error:
         unread = len(text[place:].encode()) / len(data) if text else 1.0
         raise DamagedFileError(f"`{file.path}` is not JSON: {one_line(error)}. Mend the file", unread) from error
 
 
+def _no_array(text: str, file: SourceFile) -> DamagedFileError:
+    if text.startswith("{"):
+        told = "a JSON object: expected an array of records. Set the source's `format: jsonl`, or give a glob that "
+        return DamagedFileError(f"`{file.path}` is {told}leaves it out", 1.0)
+    got = repr(text[:20]) if text else "nothing"
+    return DamagedFileError(
+        f"`{file.path}` is no JSON array: expected an array of records, got {got}. Mend the file", 1.0
+    )
+
+
 def _after_space(text: str, place: int) -> int:
-    while place < len(text) and text[place] in _SPACE:
+    while place < len(text) and text[place] in _JSON_SPACE:
         place += 1
     return place

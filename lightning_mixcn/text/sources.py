@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import glob
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from lightning_mixcn.text.byte_streams import read_chunks
 from lightning_mixcn.text.chat_template import ROLES
 from lightning_mixcn.text.conversations import OBEYED_KEYS, RecordFormat
-from lightning_mixcn.text.files import LOCAL, file_name, is_url, list_zip, match_urls, open_file, zip_member
-from lightning_mixcn.text.listings import DatasetFolders, LeftOut, ReadOnce, fits, match_glob, walk_files
+from lightning_mixcn.text.files import (
+    LOCAL,
+    check_members,
+    file_name,
+    is_url,
+    list_zip,
+    match_urls,
+    open_file,
+    zip_member,
+)
+from lightning_mixcn.text.listings import (
+    GLOBBED_FOLDER,
+    DatasetFolders,
+    LeftOut,
+    ReadOnce,
+    fits,
+    leave_out_packed,
+    match_glob,
+    walk_files,
+)
 
 TextFormat = Literal["jsonl", "text", "parquet", "arrow", "json"]
 RecordFileFormat = Literal["json", "jsonl", "parquet", "arrow"]
@@ -47,7 +68,7 @@ class Source:
         format: Format of the files; null tells it from each file's suffix, before `.gz`, `.zst`, `.bz2` or `.xz`.
             `json` is one array of records or of texts, which is held in memory while it is unpacked.
         text_key: JSON key, or parquet or Arrow column, that holds a document's text.
-        document_unit: What one document is in a text file: the whole file, a line, or a block between blank lines.
+        document_unit: Unit of a text file that is one document: the whole file, a line, or a block between blank lines.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
         columns: The records' name of `text`, such as `{text: content}`: the same as `text_key`, so give one of them.
     """
@@ -80,7 +101,7 @@ class ConversationSource:
             held in memory while it is unpacked.
         records: Form of the records; null tells it from each record's keys. `alpaca` has `instruction`, `input`,
             `output` and perhaps `system` and `history`; `sharegpt` has `conversations`; `messages` has `messages`.
-        roles: What roles of the records mean, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
+        roles: Meanings of the records' roles, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
             chatgpt, assistant, system), such as `{tool: user, developer: system}`; a role without a meaning is a bad
             record.
         max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
@@ -114,7 +135,7 @@ class SourceFile:
         path: The file; a string if it is an URL or in a zip archive.
         format: Its format, given or told from the suffix.
         text_key: JSON key, or parquet or Arrow column, of the text.
-        document_unit: What one document is in a text file.
+        document_unit: Unit of a text file that is one document.
         records: Form of the records if they are conversations, `any` tells it from each record; None if they are text.
         roles: Pairs of a role of the records and what it means.
         columns: For conversations, pairs of a key that their form expects and the records' name of it.
@@ -233,7 +254,9 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
     left_out = LeftOut() if left_out is None else left_out
     patterns = [source.path] if isinstance(source.path, str) else source.path
     once = ReadOnce(left_out)
-    found = [path for pattern in patterns for path in once.keep(_match(pattern, source, place, left_out))]
+    found = leave_out_packed(
+        [path for pattern in patterns for path in once.keep(_match(pattern, source, place, left_out))], left_out
+    )
     columns, roles = source.columns or {}, tuple(sorted((source.roles or {}).items()))
     is_text = isinstance(source, Source)
     files = [
@@ -261,13 +284,15 @@ def _match(pattern: str, source: AnySource, place: str, left_out: LeftOut) -> li
     local = pattern.removeprefix(LOCAL)
     if (inside := zip_member(pattern)) is not None:
         members = list_zip(inside[0], place)
-        return _required([members[name] for name in sorted(members) if fits(name.split("/"), inside[1].split("/"))],
-                         pattern, place, left_out)  # fmt: skip
+        named = [name for name in sorted(members) if fits(name.split("/"), inside[1].split("/"))]
+        check_members(inside[0], named, place)
+        return _required([members[name] for name in named], pattern, place, left_out)
     if not is_url(local):
         matches = _match_local(local, pattern, source, place, left_out)
         found: list[Path | str] = [*matches] if local == pattern else [f"{LOCAL}{path}" for path in matches]
     else:
-        found = [*match_urls(pattern, place, _chooser(source, place, left_out))]
+        choose = _chooser(source, place, left_out)
+        found = [*match_urls(pattern, place, choose, partial(left_out.add, GLOBBED_FOLDER))]
         if glob.has_magic(pattern):
             found = _without_cache(found, pattern, place, left_out)
     files = [member for path in found for member in _unpacked(path, source, place, left_out)]
@@ -290,13 +315,13 @@ def _match_local(path: str, pattern: str, source: AnySource, place: str, left_ou
     if not files:
         raise FileNotFoundError(
             f"`{place}.path={pattern!r}` is a folder without any {' '.join(source.suffixes)} file "
-            f"(nor one with {' '.join(COMPRESSIONS)} behind), {left_out}. Give a glob and `format` for other suffixes"
+            f"(nor one with {' '.join(COMPRESSIONS)} after it), {left_out}. Give a glob and `format` for other suffixes"
         )
     return files
 
 
 def _without_cache(matches: Sequence[Path | str], pattern: str, place: str, left_out: LeftOut) -> list[Path | str]:
-    """What a glob matches, less what `datasets` keeps beside its data."""
+    """Leave out of what a glob matches all that `datasets` keeps beside its data."""
     datasets = DatasetFolders(_read_if_there, f"{place}.path={pattern!r}")
     kept = []
     for match in matches:
@@ -316,18 +341,21 @@ def _required(files: list[Path | str], pattern: str, place: str, left_out: LeftO
 
 
 def _chooser(
-    source: AnySource, place: str, left_out: LeftOut, read: Callable[[str], bytes | None] | None = None
+    source: AnySource, place: str, left_out: LeftOut, locate: Callable[[str], str] | None = None
 ) -> Callable[[list[str], str], list[str]]:
     """Choose the files of a folder that are the source's: known suffix, the source's format, nothing hidden.
 
-    The result takes all paths inside of the folder, and the folder's own; `read` reads a file of the folder.
+    The result takes all paths inside of the folder, and the folder's own; `locate` tells where to open one of them.
     """
 
     def choose(names: list[str], folder: str) -> list[str]:
         within, there = f"{folder}/", set(names)
 
+        def path_of(name: str) -> str:
+            return locate(name) if locate else within + name
+
         def read_inside(name: str) -> bytes | None:
-            return (read(name) if read else _read_if_there(within + name)) if name in there else None
+            return _read_if_there(path_of(name)) if name in there else None
 
         datasets = DatasetFolders(read_inside, f"{place}.path={folder!r}")
         datasets.check_whole(names, folder)
@@ -344,21 +372,31 @@ def _chooser(
                 left_out.add(reason, within + name)
             else:
                 chosen.append(name)
-        return chosen
+        objects = {name for name in chosen if _data_suffix(name) == ".json" and _is_json_object(path_of(name))}
+        if len(objects) == len(chosen):
+            return chosen  # reading says what is wrong with them
+        for name in sorted(objects):
+            left_out.add("JSON that is no array", within + name)
+        return [name for name in chosen if name not in objects]
 
     return choose
 
 
 def _unpacked(path: Path | str, source: AnySource, place: str, left_out: LeftOut) -> list[Path | str]:
-    """The file itself, or the members of an archive that are the source's, sorted."""
+    """List the file itself, or the members of an archive that are the source's, sorted."""
     if file_name(path).suffix.lower() != ARCHIVE:
         return [path]
     members = list_zip(path, place)
-    choose = _chooser(source, place, left_out, lambda name: _read_if_there(members[name]))
-    chosen = choose(sorted(members), str(path))
+
+    def locate(name: str) -> str:
+        check_members(path, [name], place)
+        return members[name]
+
+    chosen = _chooser(source, place, left_out, locate)(sorted(members), str(path))
     for name in chosen:
         if Path(name).suffix.lower() == ARCHIVE:
             raise ValueError(f"`{place}.path`: `{name}` in `{path}` is an archive in an archive. Unpack the outer one")
+    check_members(path, chosen, place)
     return [members[name] for name in chosen]
 
 
@@ -368,6 +406,23 @@ def _read_if_there(path: str) -> bytes | None:
             return file.read()
     except (FileNotFoundError, IsADirectoryError):
         return None
+
+
+def _is_json_object(path: str) -> bool:
+    """Tell whether a file is one JSON object, such as a model's configuration, and not one record a line."""
+    if is_url(path.removeprefix(LOCAL)) and zip_member(path) is None:
+        return False  # a request for each file of a large folder
+    try:
+        start = next(read_chunks(path if is_url(path) else Path(path)), b"").lstrip()
+    except (OSError, ValueError):
+        return False  # reading says what is wrong with it
+    if not start.startswith(b"{"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text := start.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return not text[end:].strip()
 
 
 def _format_of(file: Path | str, source: AnySource, place: str) -> TextFormat | RecordFileFormat:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 BadRecordPolicy: TypeAlias = Literal["error", "skip"]
 
 # 2: without byte order marks and documents of white space alone; flags of turns are obeyed.
-VERSION = 2
+# 3: without marks at the beginning of documents, documents of invisible characters alone, and text with NUL bytes.
+VERSION = 3
 NAMED_PLACES = 5
 _PLACE_CHARACTERS = 300
 _ITEM_BYTES = 8
@@ -44,7 +45,7 @@ _HASH = hashlib.blake2b(digest_size=_ITEM_BYTES, person=b"mixcn-split")
 
 @dataclass(frozen=True)
 class StoreCounts:
-    """What a store holds.
+    """Counts of a store, and what its file lost.
 
     Args:
         documents: Number of documents.
@@ -53,7 +54,7 @@ class StoreCounts:
         bad_places: Errors of the first few of these.
         fingerprint: Hex digest of the texts in their order.
         empty_records: Records that were left out because they have nothing but white space to learn from.
-        damaged: Whether the file is damaged, so that its rest was not read.
+        damaged: True if the file is damaged, so that its rest was not read.
         unread_bytes: Bytes of that rest, as the file is stored; 0 if the file ends too early, or its size is not known.
         file_bytes: Bytes of the file, as it is stored; 0 if that is not known.
         columns: Keys or columns named by the source's `columns` that some record has.
@@ -75,7 +76,7 @@ class StoreCounts:
 
 @dataclass
 class Losses:
-    """What of a file does not become documents; fields as in `StoreCounts`."""
+    """Losses of a file: all that does not become documents; fields as in `StoreCounts`."""
 
     bad_records: int = 0
     bad_places: list[str] = field(default_factory=list)
@@ -123,7 +124,7 @@ class OpenStore:
 
     Args:
         folder: The store.
-        counts: What it is expected to hold.
+        counts: Expected contents.
 
     Raises:
         FileNotFoundError: The store is gone, or holds something else by now.
@@ -136,7 +137,7 @@ class OpenStore:
         if found is None or found[1] != counts:
             raise FileNotFoundError(
                 f"The unpacked texts in `{folder}` are gone, or their source was changed and unpacked again meanwhile. "
-                "Start this process again: what is missing is unpacked anew"
+                "Start this process again: what is missing is unpacked again"
             )
         self._folder = folder
         for name in FILES:
@@ -251,7 +252,7 @@ class StoreWriter:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to `flush`."""
+        """Tell whether it is time to `flush`."""
         return self._buffered_bytes >= _BUFFER_BYTES or len(self._texts) >= _BUFFER_DOCUMENTS
 
     def flush(self) -> None:
@@ -271,8 +272,8 @@ class StoreWriter:
         """Write the rest and `store.json`.
 
         Args:
-            made_from: What was read how.
-            losses: What was left out of it.
+            made_from: File and settings that the store was made from.
+            losses: Counts of all that was left out.
 
         Returns:
             What the store holds.

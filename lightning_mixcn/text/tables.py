@@ -71,7 +71,7 @@ def iterate_rows(
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error tells of the file's contents rather than of the file system or a lost connection."""
+    """Tell whether an error is about the file's contents rather than of the file system or a lost connection."""
     import pyarrow
 
     if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):  # of a table in an archive

@@ -39,7 +39,7 @@ def find_store(file: SourceFile, on_bad_record: BadRecordPolicy) -> TextStore | 
 
     Args:
         file: The file.
-        on_bad_record: What a bad record is to be taken for.
+        on_bad_record: Policy for bad records: the store depends on it.
 
     Returns:
         The store, or None if there is none, it is damaged, or the file has changed since.
@@ -55,7 +55,7 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
 
     Args:
         file: The file.
-        on_bad_record: Whether a bad record is an error, or left out and counted.
+        on_bad_record: `error` to raise at a bad record, `skip` to leave it out and count it.
         on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
 
     Returns:

@@ -15,6 +15,7 @@ from pyarrow import feather, parquet
 
 from lightning_mixcn.text import ConversationSource, Corpus, DocumentOrigin, Source, read_corpus
 from lightning_mixcn.text.files import identify, open_file
+from lightning_mixcn.text.listings import LeftOut
 from lightning_mixcn.text.sources import list_files
 
 
@@ -123,7 +124,11 @@ def flag(data: bytes, offset_local: int, offset_central: int, value: int) -> byt
         ("a.jsonl", lambda data: flag(data, 8, 10, 9), r"`a.jsonl` in `.*x.zip` is compressed by method 9. Unpack"),
         ("b.zip", lambda data: data, r"`b.zip` in `.*x.zip` is an archive in an archive. Unpack the outer one"),
         ("a::b.jsonl", lambda data: data, r"`a::b.jsonl` in `.*x.zip` has `::` in its name. Unpack"),
-        ("a.jsonl", lambda data: data[:-9], r"x.zip` is not a readable zip archive: .*. Get it again"),
+        (
+            "a.jsonl",
+            lambda data: data[:-9],
+            r"x.zip` is not a readable zip archive: .*. Get it again, or give a glob that leaves it out",
+        ),
         ("a.md", lambda data: data, r"x.zip'` matches no file to be read, 1 left out: 1 with another suffix"),
     ],
     ids=["encrypted", "method", "nested", "name", "cut", "nothing"],
@@ -159,3 +164,63 @@ def test_a_damaged_member(name: str, method: int, tmp_path: Path) -> None:
     corpus = read_corpus(source, on_bad_record="skip")
     assert corpus.bad_records
     assert corpus.text(len(corpus) - 1) == "whole"
+
+
+@pytest.mark.parametrize("inside", ["", "x/", "other/"])
+@pytest.mark.parametrize("form", ["folder", "list", "url"])
+def test_an_archive_beside_its_own_files(
+    form: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that is beside the archive, or in a folder of the archive's name, is read once."""
+    (tmp_path / "data/deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "deep/b.jsonl", "deep/c.jsonl"):
+        (tmp_path / "data" / name).write_text(f'{{"text": "{name}"}}\n')
+    pack(tmp_path / "data", tmp_path / "x.zip")
+    for name in ("a.jsonl", "deep"):
+        target = tmp_path / "data" / inside / name
+        target.parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).rename(target)
+    # Another text of this name is another document.
+    (tmp_path / "data" / inside / "deep/c.jsonl").write_text('{"text": "longer than before"}\n')
+    (tmp_path / "x.zip").rename(tmp_path / "data/x.zip")
+    paths = {"folder": "data", "list": ["data/x.zip", "data/**/*.jsonl"], "url": f"file://{tmp_path}/data"}
+    left_out = LeftOut()
+    files = list_files(Source("zh", paths[form]), "sources[0]", left_out)
+    assert len(files) == (6 if inside == "other/" else 4)
+    assert len(left_out) == 6 - len(files)
+    assert len(files) == 6 or "2 in an archive and beside it" in str(left_out)
+    assert len(list_files(Source("zh", "data/x.zip"))) == 3
+
+
+def test_members_that_are_not_chosen_stop_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
+        packed.writestr("picture.png", b"png")
+        packed.writestr("a::b.png", b"png")
+    whole = (tmp_path / "x.zip").read_bytes()
+    for change in (flag(whole, 6, 8, 1), flag(whole, 8, 10, 9)):
+        (tmp_path / "x.zip").write_bytes(change)
+        left_out = LeftOut()
+        assert len(list_files(Source("zh", str(tmp_path)), "sources[0]", left_out)) == 1
+        assert "2 with another suffix" in str(left_out)
+
+
+def test_a_damaged_archive_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "x.zip").write_bytes(b"no archive")
+    message = r"`.*x.zip` is not a readable zip archive: .*. Get it again, or give a glob that leaves it out, e.g. .*\*"
+    with pytest.raises(ValueError, match=message):
+        read_corpus(Source("zh", str(tmp_path)), on_bad_record="skip")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_members_of_one_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as packed:
+        for text in ("one", "two"):
+            packed.writestr("a.jsonl", f'{{"text": "{text}"}}')
+            packed.writestr("a.md", text)
+        packed.writestr("b.jsonl", '{"text": "b"}')
+    with pytest.raises(ValueError, match=r"`a.jsonl` in `.*x.zip` is there twice. Unpack the archive"):
+        read_corpus(Source("zh", f"{tmp_path}/x.zip"))
+    assert texts_of(read_corpus(Source("zh", f"zip://b*::{tmp_path}/x.zip"))) == ["b"]

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from lightning_mixcn.text import Corpus, Source, read_corpus
 
-TEXTS = [f"document {number} 文件" * (number % 7 + 1) for number in range(2000)] + ["\ufeff mark", "nul \0"]
+TEXTS = [f"document {number} 文件" * (number % 7 + 1) for number in range(2000)] + ["a \ufeff mark", "nul \0"]
 
 
 def write(folder: Path, texts: list[str], name: str = "zh", files: int = 3) -> Source:

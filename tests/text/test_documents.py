@@ -221,9 +221,33 @@ def test_a_byte_order_mark_is_no_text(
         assert [text for _, text in read(file, format_, unit=unit)] == expected
 
 
-def test_one_mark_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_bytes(MARK + MARK + b"a")
-    assert read(tmp_path / "x.txt", "text") == [(1, "\ufeffa")]
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [("line", ["one", "two", "three"]), ("blank-line", ["one", "two\nthree"]), ("file", ["one\n\n\ufefftwo\nthree\n"])],
+)
+def test_marks_of_joined_text_files(unit: DocumentUnit, expected: list[str], tmp_path: Path) -> None:
+    """At its beginning a mark is no text of a document; inside of one it is left as it is."""
+    (tmp_path / "x.txt").write_bytes(MARK + MARK + b"one\n\n" + MARK + b"two\nthree\n")
+    assert [text for _, text in read(tmp_path / "x.txt", "text", unit=unit)] == expected
+
+
+def test_marks_of_joined_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes((MARK + lines_of(["\ufeffone", "two"])) * 2 + MARK + b"\n")
+    assert read(tmp_path / "x.jsonl") == [(1, "one"), (2, "two"), (3, "one"), (4, "two")]
+
+
+@pytest.mark.parametrize("unit", ["file", "line", "blank-line"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_refused(encoding: str, unit: DocumentUnit, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("hello\nworld\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"x.txt`( line 1)? has NUL bytes: UTF-16 without a mark\? Convert the file"):
+        read(tmp_path / "x.txt", "text", unit=unit)
+    texts, flaws = skipped(tmp_path / "x.txt", "text", unit)
+    assert not texts
+    assert flaws
+    (tmp_path / "x.jsonl").write_bytes('{"text": "hello"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=r"x.jsonl` line 1 has NUL bytes: UTF-16 without a mark\? Convert"):
+        read(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
@@ -241,8 +265,9 @@ def test_other_encodings_are_refused(format_: TextFormat, encoding: str, tmp_pat
 
 
 BLANK = ["", " ", "\n", "\t\r\n", "\u3000", "\u00a0\u2003\n", "\u2028", "\x1c"]
+BLANK += ["\u200b", "\ufeff", "\u200c \u200d", "\n\u2060", "\ufeff\ufeff\n"]
 # No text begins or ends with less for being white space there.
-NOT_BLANK = [" a", "\u3000　中", "\u200b", "\ufeff", ".", "\n\n1"]
+NOT_BLANK = [" a", "\u3000　中", "\u200b中\u200b", "می\u200cخواهم", ".", "\n\n1", "\n\ufeffa"]
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "json", "parquet", "arrow", "text"])
@@ -266,8 +291,7 @@ def test_white_space_alone_is_counted_and_left_out(format_: TextFormat, tmp_path
         for file in files
         for _, encoded in iterate_documents(SourceFile(file, format_, "text", "file"), tally=tally)
     ]
-    # A mark at the beginning of a text file is the file's.
-    assert kept == [text for text in texts if text.strip() and (format_, text) != ("text", "\ufeff")]
+    assert kept == [text for text in texts if text in NOT_BLANK]
     assert tally.empty == len(texts) - len(kept)
 
 
@@ -302,5 +326,5 @@ def test_bad_elements_of_a_json_array(element: str, message: str, tmp_path: Path
 
 def test_json_lines_named_json_are_told(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(lines_of(["a", "b"]))
-    with pytest.raises(ValueError, match=r"expected an array of records; for one record a line set `format: jsonl`"):
+    with pytest.raises(ValueError, match=r"x.json` is a JSON object: expected an array of records. Set the source's "):
         read(tmp_path / "x.json", "json")

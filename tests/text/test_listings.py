@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import fsspec
 import pytest
 
-from lightning_mixcn.text import Corpus, Source, read_corpus
+from lightning_mixcn.text import ConversationSource, Corpus, Source, read_corpus
 from lightning_mixcn.text.listings import LeftOut, match_glob
 from lightning_mixcn.text.sources import list_files
 
@@ -240,3 +241,51 @@ def test_records_named_as_metadata_are_read(tmp_path: Path) -> None:
     assert texts_of(read_corpus(Source("zh", str(tmp_path)))) == ["Ohio", "Utah"]
     shutil.copy(tmp_path / "state.json", tmp_path / "dataset_info.json")
     assert len(read_corpus(Source("zh", str(tmp_path)))) == 4
+
+
+def test_folders_that_a_glob_matches_are_counted(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a.jsonl", "sub/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(line(name))
+        memory.pipe(f"/globbed/{name}", b"")
+    for root in (str(tmp_path), f"file://{tmp_path}", "memory://globbed"):
+        left_out = LeftOut()
+        assert listed(f"{root}/*", left_out) == [f"{root}/a.jsonl"]
+        assert "1 left out: 1 matched as a folder, in which a glob does not look; write ** (`" in str(left_out)
+        assert "/sub`" in str(left_out)
+        left_out = LeftOut()
+        assert len(listed(f"{root}/**/*.jsonl", left_out)) == 2
+        assert not len(left_out)
+    with pytest.raises(FileNotFoundError, match=r"matches no file to be read, 1 left out: 1 matched as a folder"):
+        listed(f"{tmp_path}/su*")
+
+
+OBJECTS = {"config.json": '{"a": 1}', "deep/metadata.json": '\n {\n "version": 2\n}\n'}
+
+
+@pytest.mark.parametrize("others", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_json_that_is_no_array_is_left_out_of_a_folder(others: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    for name, content in {**OBJECTS, others: "\ufeff []"}.items():
+        (folder / name).write_text(content)
+    shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    for kind in (Source, ConversationSource):
+        for path in (str(folder), f"{tmp_path}/packed.zip", f"file://{folder}"):
+            left_out = LeftOut()
+            (file,) = list_files(kind("zh", path), "sources[0]", left_out)
+            assert others in str(file.path)
+            assert "2 left out: 2 JSON that is no array (`" in str(left_out)
+
+
+def test_json_objects_that_are_all_there_is_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    for kind in (Source, ConversationSource):
+        with pytest.raises(ValueError, match=r"config.json` is a JSON object: expected an array of records. Set the "):
+            read_corpus(kind("zh", str(tmp_path)))
+    # One record a line is data: it is not left out for its name.
+    (tmp_path / "config.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "a.jsonl").write_text(line("a"))
+    with pytest.raises(ValueError, match=r"config.json` is a JSON object: expected an array of records. Set the "):
+        read_corpus(Source("zh", str(tmp_path)))

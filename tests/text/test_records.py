@@ -68,10 +68,15 @@ def test_an_empty_array_has_no_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"instruction": "a", "output": "b"}', "x.json` is not JSON: expected an array of records; for one record a"),
+        (
+            '\n {"instruction": "a", "output": "b"}',
+            "x.json` is a JSON object: expected an array of records. Set the source's `format: jsonl`, or give a glob "
+            "that leaves it out",
+        ),
+        ('"a"', "x.json` is no JSON array: expected an array of records, got '\"a\"'. Mend the file"),
         ('[{"instruction": "a"', "x.json` is not JSON: Expecting"),
-        ('[{"instruction": "a", "output": "b"}] 3', "expected nothing behind the array, got '3'"),
-        ('[{"instruction": "a", "output": "b"} 3]', "expected a comma or the array's end behind the record of line 1"),
+        ('[{"instruction": "a", "output": "b"}] 3', "expected nothing after the array, got '3'"),
+        ('[{"instruction": "a", "output": "b"} 3]', "expected a comma or the array's end after the record of line 1"),
         ('[{"instruction": "a", "output": "b"},\n\n3]', "x.json` line 3: expected an object, got a int"),
         (
             '[\n{"question": "a"}]',
@@ -243,8 +248,39 @@ def test_columns_and_roles_together(tmp_path: Path) -> None:
         "columns": {"messages": "chat", "label": "good", "system": "prompt"},
         "roles": {"Human": "user", "MOSS": "assistant"},
     }
-    with pytest.raises(ValueError, match=r"x\.parquet` row 1: `label=False` says that this record is not to"):
+    with pytest.raises(ValueError, match=r"x\.parquet` row 1: `good=False` says that this record is not to"):
         conversations(path, **settings)
     corpus = read_corpus(ConversationSource("zh", str(path), **settings), on_bad_record="skip")
     assert (len(corpus), corpus.bad_records) == (1, 1)
     assert load_conversation(corpus.text(0)) == [Turn("system", "s"), Turn("user", "问"), Turn("assistant", "答")]
+
+
+@pytest.mark.parametrize(
+    ("record", "message", "without"),
+    [
+        (
+            {"instruction": "q", "response": 5},
+            "`response`: expected a string, got int 5. Write it as text",
+            "`columns.",
+        ),
+        ({"instruction": "q", "response": "a", "context": 5}, "`context`: expected a string, got int 5", "`input`"),
+        ({"instruction": 5, "response": "a"}, "`instruction`: expected a string, got int 5", "`columns."),
+        ({"question": "q", "response": "a"}, "and `response`; its keys are 'question', 'response'. Conv", "`columns."),
+        ({"instruction": "q"}, "`columns.output` names 'response', but its keys are 'instruction'", "columns.input"),
+    ],
+)
+def test_errors_name_the_sources_own_columns(record: Any, message: str, without: str, tmp_path: Path) -> None:
+    whole = {"instruction": "q", "response": "a", "context": "c"}
+    path = write(tmp_path / "x.json", [whole, record])
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        conversations(path, columns={"input": "context", "output": "response"})
+    assert without not in str(caught.value)
+
+
+def test_marks_and_invisible_characters_are_no_text(tmp_path: Path) -> None:
+    answers = ["\ufeffa", "\u200b", "\ufeff", "b\u200b", " \u2060\n"]
+    path = write(tmp_path / "x.jsonl", [{"instruction": "\ufeffq", "output": answer} for answer in answers])
+    path.write_text(path.read_text().replace("\n\n", "\n\ufeff"))
+    corpus = read_corpus(ConversationSource("zh", str(path)))
+    assert (len(corpus), corpus.empty_records) == (2, 3)
+    assert conversations(path) == [[("user", "q"), ("assistant", answer)] for answer in ("a", "b\u200b")]
