@@ -325,13 +325,12 @@ def test_an_unknown_form_is_told_of_columns(name: str, record: dict[str, Any], c
 
 
 def test_a_table_reads_the_keys_that_are_refused(tmp_path: Path) -> None:
-    for number, extra in enumerate(
-        ({"prompt": "Be rude."}, {"mask": False}, {"meta_instruction": "s"}, {"cot": "Hm."})
-    ):
-        (key,) = extra
-        parquet.write_table(pyarrow.Table.from_pylist([MESSAGES | extra]), tmp_path / f"{number}.parquet")
+    refused: dict[str, Any] = {"prompt": "Be rude.", "mask": False, "meta_instruction": "s", "cot": "Hm."}
+    for key, value in refused.items():
+        path = tmp_path / f"{key}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist([MESSAGES | {key: value}]), path)
         with pytest.raises(ValueError, match=rf"parquet` row 0: `{key}="):
-            read_corpus(ConversationSource("x", str(tmp_path / f"{number}.parquet")))
+            read_corpus(ConversationSource("x", str(path)))
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u3000", [], [{"type": "text", "text": ""}], None])
