@@ -184,6 +184,7 @@ def test_an_archive_beside_its_own_files(
     # Another text of this name is another document.
     (tmp_path / "data" / inside / "deep/c.jsonl").write_text('{"text": "longer than before"}\n')
     (tmp_path / "x.zip").rename(tmp_path / "data/x.zip")
+    paths: dict[str, str | list[str]]
     paths = {"folder": "data", "list": ["data/x.zip", "data/**/*.jsonl"], "url": f"file://{tmp_path}/data"}
     left_out = LeftOut()
     files = list_files(Source("zh", paths[form]), "sources[0]", left_out)
