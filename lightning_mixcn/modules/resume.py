@@ -1,4 +1,4 @@
-"""What a resumed run takes from its configuration, and what it refuses to change, where the checkpoint says otherwise.
+"""Resuming where checkpoint and configuration differ: settings that are taken from the configuration, or refused.
 
 Lightning restores the settings of the optimizer and its schedule with their states. A run that is resumed with another
 learning rate would go on with the old one. Here the configuration holds, and one line says what has changed.
@@ -24,6 +24,10 @@ _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_ca
 _PLATEAU_PROGRESS = _PROGRESS | {"best", "num_bad_epochs", "cooldown_counter", "optimizer"}
 # Shown as learning rates instead.
 _SHOWN_ELSEWHERE = {"base_lrs"}
+# Of a parameter group: what torch's schedules set. Their value of the present step counts, not the configured one.
+_SCHEDULED = {"lr", "initial_lr", "betas", "momentum"}
+_PLAIN_TYPES = (str, int, float, bool, type(None))
+_NOT_SET = "not set"
 
 
 class ConfiguredOptimization:
@@ -42,20 +46,40 @@ class ConfiguredOptimization:
         make_optimizer: Callable[[Any], Optimizer],
     ) -> None:
         self._optimizer = _SettingsOnly(optimizer)
-        self.rates = [_plain(group["lr"]) for group in self._optimizer.param_groups]
+        self.rates = [_comparable(group["lr"]) for group in self._optimizer.param_groups]
         self.optimizer_name = _name(optimizer)
         self._scheduler = make_scheduler(self._optimizer)
         self._make_optimizer = make_optimizer
+        # At step 0, before the schedule is advanced.
+        self._start = [
+            {key: _copy(value) for key, value in group.items() if key != "params"}
+            for group in self._optimizer.param_groups
+        ]
 
     def settings(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside the states, in plain values."""
-        return {"optimizer": self.optimizer_name, "lr_scheduler": _name(self._scheduler), "lr": self.rates}
+        """Return what a checkpoint keeps beside the states, in plain values.
+
+        Returns:
+            Names of optimizer, schedule and the schedule's parts, and of each parameter group the learning rate and
+            all settings as configured. Some optimizers (Prodigy, D-Adaptation, ScheduleFree) keep progress in their
+            groups, so that a group's present values do not say how it was configured.
+        """
+        return {
+            "optimizer": self.optimizer_name,
+            "lr_scheduler": _name(self._scheduler),
+            "lr_scheduler_parts": _part_names(self._scheduler),
+            "lr": self.rates,
+            "groups": [
+                {key: plain for key, value in group.items() if _is_plain(plain := _comparable(value))}
+                for group in self._start
+            ],
+        }
 
     def check(self, saved: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint whose optimizer has other states.
 
         Args:
-            saved: What `settings` gave when the checkpoint was written; ``None`` for one that has none.
+            saved: Result of `settings` when the checkpoint was written; ``None`` for one that has none.
 
         Raises:
             ValueError: another class of optimizer, or another number of parameter groups.
@@ -75,8 +99,11 @@ class ConfiguredOptimization:
             )
 
     def is_restorable(self, saved: Mapping[str, Any] | None) -> bool:
-        """Tell whether the schedule is of the class whose state the checkpoint holds."""
-        return saved is None or saved["lr_scheduler"] == _name(self._scheduler)
+        """Tell whether the schedule and its parts are of the classes whose state the checkpoint holds."""
+        if saved is None:
+            return True
+        parts = _part_names(self._scheduler)
+        return saved["lr_scheduler"] == _name(self._scheduler) and saved.get("lr_scheduler_parts", parts) == parts
 
     def apply(
         self,
@@ -91,12 +118,12 @@ class ConfiguredOptimization:
         Args:
             optimizer: With the checkpoint's states and settings.
             scheduler: Its schedule.
-            saved: What `settings` gave when the checkpoint was written.
+            saved: Result of `settings` when the checkpoint was written.
             schedule_state: The state of the schedule in the checkpoint.
             global_step: Optimizer steps done.
 
         Returns:
-            What has changed, such as ``lr 0.001 → 1e-05``; nothing where all is as it was.
+            Changes, such as ``lr 0.001 → 1e-05``; none where all is as it was.
 
         Raises:
             ValueError: the optimizer's states do not allow a setting, or the schedule ends before the present step.
@@ -105,24 +132,39 @@ class ConfiguredOptimization:
             return self._apply_plateau(optimizer, scheduler, saved, schedule_state)
         step = _steps_of(schedule_state) if self.is_restorable(saved) else global_step
         advance(self._scheduler, step)
-        changes = self._apply_groups(optimizer, step)
+        changes = self._apply_groups(optimizer, step, saved)
         target = self._scheduler.state_dict()
-        if not self.is_restorable(saved):
-            changes.append(f"lr_scheduler {saved and saved['lr_scheduler']} → {_name(scheduler)}")
+        if saved is not None and not self.is_restorable(saved):
+            changes.append(self._other_schedule(saved))
             scheduler.load_state_dict(target)
-        elif different := list(_differences(schedule_state, target, _PROGRESS)):
-            changes += [f"{key} {_shown(old)} → {_shown(new)}" for key, old, new in different if _is_shown(key, old)]
+        elif different := list(_schedule_differences(schedule_state, target)):
+            changes += _schedule_changes(scheduler, different)
             scheduler.load_state_dict(target)
         return list(dict.fromkeys(changes))
 
-    def _apply_groups(self, optimizer: Optimizer, step: int, kept: frozenset[str] = frozenset()) -> list[str]:
-        """Set the parameter groups, and say what has changed; the configured schedule stands at ``step``."""
+    def _other_schedule(self, saved: Mapping[str, Any]) -> str:
+        names = (
+            (saved["lr_scheduler"], saved.get("lr_scheduler_parts")),
+            (_name(self._scheduler), _part_names(self._scheduler)),
+        )
+        old, new = (f"{name}({', '.join(parts)})" if parts else name for name, parts in names)
+        return f"lr_scheduler {old} → {new}"
+
+    def _apply_groups(
+        self, optimizer: Optimizer, step: int, saved: Mapping[str, Any] | None, kept: frozenset[str] = frozenset()
+    ) -> list[str]:
+        """Set the parameter groups, and say what has changed; the configured schedule is at ``step``."""
         changes, curve = [], []
-        for group, configured in zip(optimizer.param_groups, self._optimizer.param_groups, strict=True):
-            different = list(_differences(group, configured, {"params", *kept}))
+        groups = (optimizer.param_groups, self._optimizer.param_groups, self._start)
+        older: list[dict[str, Any]] = [{} for _ in self._start]  # of an older checkpoint running values are compared
+        for group, configured, start, before in zip(*groups, (saved or {}).get("groups", older), strict=True):
+            unchanged = {key for key in before.keys() & start.keys() if _equal(before[key], _comparable(start[key]))}
+            # Where the schedule has altered a value since the start, that value is the configured one.
+            unchanged -= _SCHEDULED | {key for key, _, _ in _differences(start, configured, set())}
+            different = list(_differences(group, configured, {"params", *kept, *unchanged}))
             if not different:
                 continue
-            self._try(group, configured, optimizer, different)
+            self._try(group, start, optimizer, different)
             scheduled = "initial_lr" in group
             for key, old, new in different:
                 if key == "lr" and scheduled:
@@ -142,17 +184,16 @@ class ConfiguredOptimization:
         saved: Mapping[str, Any] | None,
         schedule_state: Mapping[str, Any],
     ) -> list[str]:
-        """The same for a schedule that follows a value: its reductions so far stay unless the rate is set anew."""
+        """Do the same for a schedule that follows a value: its reductions stay unless the rate is set again."""
         is_same_rate = saved is None or not list(_differences({"lr": saved["lr"]}, {"lr": self.rates}, set()))
         is_same_rate = is_same_rate and self.is_restorable(saved)
-        changes = self._apply_groups(optimizer, 0, kept=frozenset({"lr"}) if is_same_rate else frozenset())
+        changes = self._apply_groups(optimizer, 0, saved, frozenset({"lr"}) if is_same_rate else frozenset())
         configured = {key: value for key, value in vars(self._scheduler).items() if key not in _PLATEAU_PROGRESS}
-        if not self.is_restorable(saved):
-            changes.append(f"lr_scheduler {saved and saved['lr_scheduler']} → {_name(scheduler)}")
-            return changes
+        if saved is not None and not self.is_restorable(saved):
+            return [*changes, self._other_schedule(saved)]
         for key, old, new in _differences(schedule_state, configured, set()):
             setattr(scheduler, key, new)
-            changes += [f"{key} {_shown(old)} → {_shown(new)}"] if _is_shown(key, old) else []
+            changes += [f"{key} {_shown(old)} → {_shown(new)}"] if _is_plain(_comparable(old)) else []
             if key in ("monitor", "mode"):
                 vars(scheduler).update(best=vars(self._scheduler)["best"], num_bad_epochs=0, cooldown_counter=0)
         return list(dict.fromkeys(changes))
@@ -160,11 +201,17 @@ class ConfiguredOptimization:
     def _try(
         self,
         group: Mapping[str, Any],
-        configured: Mapping[str, Any],
+        start: Mapping[str, Any],
         optimizer: Optimizer,
         different: list[tuple[str, Any, Any]],
     ) -> None:
         """Step an optimizer of one small parameter with the old settings, and then with the new ones.
+
+        Args:
+            group: The restored group.
+            start: Its configured settings at step 0, at which an optimizer makes its states.
+            optimizer: The restored optimizer.
+            different: Key, old and new value of what is changed.
 
         Raises:
             ValueError: it cannot, since its states lack what the new ones need, such as Adam's ``amsgrad``.
@@ -175,9 +222,13 @@ class ConfiguredOptimization:
         parameter = nn.Parameter(torch.zeros((2,) * max(1, trained[0].dim()), device=trained[0].device))
         trial = self._make_optimizer([parameter])
         settings = trial.param_groups[0]
+        settings.update({key: _copy(value) for key, value in start.items()})
+        if callable(train := getattr(trial, "train", None)):
+            train()  # ScheduleFree's steps in no other mode
+        old, new = {key: old for key, old, _ in different}, {key: new for key, _, new in different}
         try:
-            for values in (group, configured):
-                settings.update({key: _copy(value) for key, value in values.items() if key != "params"})
+            for values in (old, new):
+                settings.update({key: _copy(value) for key, value in values.items()})
                 parameter.grad = torch.ones_like(parameter)
                 trial.step()
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
@@ -189,7 +240,7 @@ class ConfiguredOptimization:
 
 
 class _SettingsOnly(Optimizer):
-    """The parameter groups of an optimizer, without its parameters: something to schedule."""
+    """Hold the parameter groups of an optimizer without its parameters, to be scheduled."""
 
     def __init__(self, of: Optimizer) -> None:
         groups = []
@@ -240,11 +291,15 @@ def settings_changes(
 
     >>> settings_changes({"seed": 0, "lora": {"r": 4}}, {"seed": 1, "lora": {"r": 4}})
     ['seed 0 → 1']
+    >>> settings_changes({"extra": None}, {"extra": {"a": 1}})
+    ["extra null → {'a': 1}"]
     """
+    # An argument that only one of them has came or went with a version.
+    names = [name for name in present if name in saved and name not in apart and not name.startswith("_")]
     return [
         f"{key} {_shown(old)} → {_shown(new)}"
-        for key, old, new in _differences(dict(_flat(saved)), dict(_flat(present)), set())
-        if key.partition(".")[0] not in apart and not key.startswith("_")
+        for name in names
+        for key, old, new in _nested_differences(name, saved[name], present[name])
     ]
 
 
@@ -256,7 +311,7 @@ def callback_changes(callbacks: list[Any], states: dict[str, Any]) -> list[str]:
         states: Their states in the checkpoint, by Lightning's key, which names a callback's class and settings.
 
     Returns:
-        What has changed; a callback that is set otherwise than the saved one starts without its state.
+        The changes; a callback that is set otherwise than the saved one starts without its state.
     """
     changes, keys = [], {callback.state_key for callback in callbacks}
     for callback in callbacks:
@@ -270,25 +325,51 @@ def callback_changes(callbacks: list[Any], states: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+def _nested_differences(name: str, saved: Any, present: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield dotted name, saved and present value of what differs; a mapping and something else differ as a whole."""
+    if isinstance(saved, Mapping) and isinstance(present, Mapping) and saved and present:
+        for key in dict.fromkeys((*saved, *present)):
+            yield from _nested_differences(f"{name}.{key}", saved.get(key, _NOT_SET), present.get(key, _NOT_SET))
+    elif not _equal(_comparable(saved), _comparable(present)):
+        yield name, saved, present
+
+
+def _schedule_differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield key, saved and present value of a schedule's settings that differ; those of its parts one by one."""
+    for key, old, new in _differences(saved, present, _PROGRESS):
+        if key == "_schedulers" and len(old) == len(new):
+            for index, parts in enumerate(zip(old, new, strict=True)):
+                for inner, *values in _schedule_differences(*parts):
+                    yield f"schedulers[{index}].{inner}", *values
         else:
-            yield f"{prefix}{key}", value
+            # SequentialLR's milestones and OneCycleLR's strategy are private by name only.
+            yield key.lstrip("_"), old, new
+
+
+def _schedule_changes(scheduler: LRSchedulerTypeUnion, different: list[tuple[str, Any, Any]]) -> list[str]:
+    """Say what of a schedule has changed, at least that something has; peaks are said with the parameter groups."""
+    different = [(key, old, new) for key, old, new in different if key.rpartition(".")[2] not in _SHOWN_ELSEWHERE]
+    said = [f"{key} {_shown(old)} → {_shown(new)}" for key, old, new in different if _is_plain(_comparable(old))]
+    return said if said or not different else [f"lr_scheduler {_name(scheduler)} is set otherwise"]
+
+
+def _part_names(scheduler: Any) -> list[str]:
+    """Name the schedules that a SequentialLR or ChainedScheduler consists of, depth first."""
+    parts = getattr(scheduler, "_schedulers", ())
+    return [name for part in parts for name in (_name(part), *_part_names(part))]
 
 
 def _steps_of(state: Mapping[str, Any]) -> int:
-    """Steps that a schedule has taken; torch's ChainedScheduler has them in its parts only."""
+    """Return the steps that a schedule has taken; torch's ChainedScheduler has them in its parts only."""
     return int(state["last_epoch"] if "last_epoch" in state else _steps_of(state["_schedulers"][0]))
 
 
 def _differences(
     saved: Mapping[str, Any], present: Mapping[str, Any], ignored: set[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Key, saved and present value of what both have and is not the same."""
+    """Yield key, saved and present value of what both have and is not the same."""
     for key, value in present.items():
-        if key in saved and key not in ignored and not _equal(_plain(saved[key]), _plain(value)):
+        if key in saved and key not in ignored and not _equal(_comparable(saved[key]), _comparable(value)):
             yield key, saved[key], value
 
 
@@ -302,26 +383,31 @@ def _equal(one: Any, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=1e-9) if numbers else bool(one == other)
 
 
-def _plain(value: Any) -> Any:
-    """Numbers for tensors of one element, and lists for tuples, which a sharded checkpoint does not keep apart."""
+def _comparable(value: Any) -> Any:
+    """Return numbers for tensors of one element, and lists for tuples: sharded checkpoints do not keep them apart."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_comparable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a comparable value can be written into a checkpoint and shown."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str | int) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, _PLAIN_TYPES)
 
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _is_shown(key: str, value: Any) -> bool:
-    return key not in _SHOWN_ELSEWHERE and not key.startswith("_") and not callable(value)
-
-
 def _shown(value: Any) -> str:
-    value = _plain(value)
+    value = _comparable(value)
+    if value is None:
+        return "null"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _name(thing: object) -> str:
-    """A class by its library and its name: where in the library it is defined changes with its version."""
+    """Name a class by its library and its name: where in the library it is defined changes with its version."""
     return f"{type(thing).__module__.partition('.')[0]}.{type(thing).__qualname__}"

@@ -1,4 +1,4 @@
-"""What a run must satisfy before and while it trains; each error says the remedy."""
+"""Check a run before and while it trains; each error says the remedy."""
 
 import math
 from typing import Any
@@ -101,14 +101,25 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
 
 
 def check_schedule_is_stepped(trainer: Any) -> None:
-    """Refuse a schedule that follows a value where there is no validation to give it.
+    """Refuse a schedule that follows a value where it would not be stepped after each validation.
 
     Args:
         trainer: Lightning's, its loaders set up.
 
     Raises:
-        ValueError: it would be stepped at the end of an epoch, and a stream's epoch has no end.
+        ValueError: it would be stepped at the end of an epoch, and a stream's epoch has no end; or validations come
+            between two optimizer steps, where Lightning steps no schedule.
     """
+    accumulated = trainer.accumulate_grad_batches
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.interval == "step" and config.frequency % accumulated:
+            multiple = -(-config.frequency // accumulated) * accumulated
+            raise ValueError(
+                f"`trainer.val_check_interval={config.frequency}` validates between optimizer steps "
+                f"(`trainer.accumulate_grad_batches={accumulated}`), where Lightning does not step an `lr_scheduler` "
+                "that follows a value. Set `trainer.val_check_interval` to a multiple of "
+                f"`trainer.accumulate_grad_batches`, e.g. {multiple}"
+            )
     waits = any(config.reduce_on_plateau and config.interval == "epoch" for config in trainer.lr_scheduler_configs)
     if waits and math.isinf(trainer.num_training_batches):
         raise ValueError(
@@ -118,7 +129,7 @@ def check_schedule_is_stepped(trainer: Any) -> None:
 
 
 def check_labels(step: int, count: float) -> None:
-    """Stop before an update that nothing is learnt from. Raises: ValueError.
+    """Stop before an update that nothing is learned from. Raises: ValueError.
 
     Args:
         step: Its number from 0.

@@ -1,4 +1,4 @@
-"""How a checkpoint's LoRA factors are meant: their rank and scaling, which the factors themselves do not say."""
+"""Rank and scaling of a checkpoint's LoRA factors, which the factors themselves do not say."""
 
 import math
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from .hyperparameters import plain_lora
 LORA_KEY = "mixcn_lora"
 # What decides rank and scaling; targets are seen by the names.
 _MEANING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_DROPOUT = "lora_dropout"
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -40,7 +41,7 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
     """Check that a checkpoint's factors mean here what they meant when they were trained.
 
     Args:
-        checkpoint: With the record; one that was written before there was any has the module's arguments.
+        checkpoint: With the record; an older checkpoint, which has none, has the module's arguments.
         module: Its model is built.
 
     Raises:
@@ -50,11 +51,9 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
         return
     present, saved = lora_record(module), checkpoint.get(LORA_KEY)
     if saved is None:
-        given = checkpoint.get("hyper_parameters", {}).get("lora")
-        if given:
-            given = given.get("init_args", given)
-            if changed := _changed(given, present["config"], _MEANING):
-                raise ValueError(f"The checkpoint's adapters mean something else: {changed}. {_remedy()}")
+        given = _saved_config(checkpoint)
+        if given and (changed := _changed(given, present["config"], _MEANING)):
+            raise ValueError(f"The checkpoint's adapters mean something else: {changed}. {_remedy()}")
         return
     for name, (rank, scaling) in saved["layers"].items():
         here = present["layers"].get(name)
@@ -70,6 +69,31 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
     if more := sorted(present["layers"].keys() - saved["layers"].keys()):
         changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` is another"
         raise ValueError(f"The checkpoint has no adapter of {more[0]}, which has one here: {changed}. {_remedy()}")
+
+
+def lora_changes(checkpoint: Mapping[str, Any], module: LightningModule) -> list[str]:
+    """List the options of LoRA that may change on resume and have changed.
+
+    Args:
+        checkpoint: With the record, or at least the module's arguments.
+        module: One with a ``lora``, perhaps.
+
+    Returns:
+        Changes such as ``lora.lora_dropout 0 → 0.1``.
+    """
+    lora, saved = getattr(module, "lora", None), _saved_config(checkpoint)
+    if lora is None or saved is None:
+        return []
+    old, new = (float(config.get(_DROPOUT, vars(LoraConfig())[_DROPOUT])) for config in (saved, plain_lora(lora)))
+    return [] if old == new else [f"lora.{_DROPOUT} {old:g} → {new:g}"]
+
+
+def _saved_config(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the options in the record, or in an older checkpoint's arguments as the command line has them or plain."""
+    if (saved := checkpoint.get(LORA_KEY)) is not None:
+        return dict(saved["config"])
+    given = checkpoint.get("hyper_parameters", {}).get("lora")
+    return dict(given.get("init_args", given)) if given else None
 
 
 def _changed(saved: Mapping[str, Any], present: Mapping[str, Any], options: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model: what trains, and which base it belongs to."""
+"""Content of a checkpoint: the parameters that train, and the identity of the base that they belong to."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from lightning_mixcn.model import base_identity
 from lightning_mixcn.model.local_rows import plain_name
 
 from .resume import SETTINGS_KEY, ConfiguredOptimization, callback_changes, settings_changes
-from .saved_lora import LORA_KEY, check_same_lora, lora_record
+from .saved_lora import LORA_KEY, check_same_lora, lora_changes, lora_record
 
 BASE_KEY = "mixcn_base"
 ACCUMULATION_KEY = "mixcn_accumulate_grad_batches"
@@ -42,7 +42,7 @@ class SavedStateModule(LightningModule):
         self._resumed: dict[str, Any] | None = None  # settings in the checkpoint that training goes on from
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch's has overloads
-        """Only what trains; the base is named by its identity, see `on_save_checkpoint`."""
+        """Return what trains only; the base is named by its identity, see `on_save_checkpoint`."""
         trainable, prefix = trainable_names(self), kwargs.get("prefix", "")
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         for name in [name for name in state if plain_name(name.removeprefix(prefix)) not in trainable]:
@@ -143,10 +143,11 @@ class SavedStateModule(LightningModule):
         """Keep what is compared once all is restored; in evaluation, say what differs at once."""
         changes = settings_changes(checkpoint.get("hyper_parameters", {}), self.hparams, apart=_APART)
         if not self._is_fitting:
-            told = [change for change in changes if change.startswith(("quantization ", "dtype "))]
-            if told:
-                rank_zero_info(f"The checkpoint was trained otherwise: {', '.join(told)}")
+            changed = [change for change in changes if change.startswith(("quantization ", "dtype "))]
+            if changed:
+                rank_zero_info(f"The checkpoint was trained otherwise: {', '.join(changed)}")
             return
+        changes += lora_changes(checkpoint, self)
         changes += callback_changes(self.trainer.callbacks, checkpoint.get("callbacks", {}))  # type: ignore[attr-defined]
         schedules = checkpoint.get("lr_schedulers", [])
         self._resumed = {
@@ -169,7 +170,7 @@ class SavedStateModule(LightningModule):
 
 
 def trainable_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that train, as a checkpoint has them; a tied pair has one."""
+    """Return the names of the parameters that train, as a checkpoint has them; a tied pair has one."""
     return {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
@@ -210,8 +211,8 @@ def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any])
     if saved["sha256"] != present["sha256"]:
         raise ValueError(
             f"The checkpoint was trained on the base {saved['path']} (sha256 {saved['sha256'][:12]}…), but `base` is "
-            f"{present['path']} (sha256 {present['sha256'][:12]}…). Set `model.init_args.base` to the former; to start "
-            "anew from its adapter on this base, give `model.init_args.adapter` instead of `--ckpt_path`"
+            f"{present['path']} (sha256 {present['sha256'][:12]}…). Set `model.init_args.base` to the former; to begin "
+            "a new run from its adapter on this base, give `model.init_args.adapter` instead of `--ckpt_path`"
         )
 
 
@@ -254,7 +255,7 @@ def rescale_batch_counts(checkpoint: dict[str, Any], accumulate_grad_batches: in
 
 
 def adapter_folder(adapter: str | None) -> str | None:
-    """The PEFT folder to continue from: the given one, or the one that `AdapterCheckpoint` wrote in a run folder."""
+    """Return the PEFT folder to continue from: the given one, or the one that `AdapterCheckpoint` wrote inside it."""
     inside = Path(adapter).expanduser() / "adapter" if adapter else None
     return str(inside) if inside is not None and inside.is_dir() else adapter
 

@@ -121,7 +121,7 @@ def known_length(scheduler: LRSchedulerTypeUnion, max_steps: int) -> LRScheduler
 def scheduled(
     optimizer: Optimizer, scheduler: LRSchedulerTypeUnion, val_check_interval: int | float
 ) -> OptimizerLRScheduler:
-    """What Lightning's `configure_optimizers` returns.
+    """Return optimizer and schedule as Lightning's `configure_optimizers` does.
 
     Args:
         optimizer: The optimizer.

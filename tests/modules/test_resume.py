@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop, lr_scheduler
 
 from lightning_mixcn.modules import PretrainModule, WarmupCosine
+from lightning_mixcn.modules.resume import settings_changes
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from tests.modules import strategy_run
 
@@ -105,6 +106,59 @@ def test_an_unchanged_configuration_is_not_mentioned(runs: Runs) -> None:
     runs.fit(STEPS, resume=False, **settings)
     runs.fit(STEPS + 1, resume=True, **settings)
     assert runs.said == []
+
+
+class Estimating(SGD):
+    """Keeps an estimate `d` and a count `k` in its parameter groups, as Prodigy, D-Adaptation and ScheduleFree do.
+
+    Like D-Adaptation's SGD it makes its states at k = 0 only.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, d0: float = 1e-6) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.param_groups[0] |= {"d0": d0, "d": d0, "k": 0, "train_mode": False}
+
+    def train(self) -> None:
+        """Switch to training, as ScheduleFree asks for."""
+        self.param_groups[0]["train_mode"] = True
+
+    def step(self, closure: Any = None) -> Any:
+        """Step, and double the estimate."""
+        (group,) = self.param_groups
+        for parameter in group["params"]:
+            if group["k"] == 0:
+                self.state[parameter]["start"] = parameter.detach().clone()
+            if parameter.grad is not None:
+                self.state[parameter]["start"]  # KeyError where it was not made
+        group["k"] += 1
+        group["d"] *= 2
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr": 1e-4}, {"weight_decay": 0.1}, {"d0": 1e-3}])
+def test_progress_that_an_optimizer_keeps_in_its_groups_goes_on(changes: dict[str, Any], runs: Runs) -> None:
+    runs.fit(STEPS, resume=False, optimizer=partial(Estimating, lr=1e-3), lr_scheduler=constant)
+    run = runs.fit(
+        STEPS + 1, resume=True, optimizer=partial(Estimating, **({"lr": 1e-3} | changes)), lr_scheduler=constant
+    )
+    (group,) = run.optimizers[0].param_groups
+    assert group["k"] == STEPS + 1
+    # Another configured start is a configured value like any other.
+    assert group["d"] == (1e-3 * 2 if "d0" in changes else 1e-6 * 2 ** (STEPS + 1))
+    assert (group["lr"], group["weight_decay"]) == (changes.get("lr", 1e-3), changes.get("weight_decay", 0.0))
+    assert len(runs.said) == bool(changes)
+    assert all(f"{key} " in runs.said[0] for key in changes)
+    assert not any(" k " in line for line in runs.said)
+
+
+def test_an_older_checkpoint_without_configured_groups_is_read(runs: Runs) -> None:
+    runs.fit(STEPS, resume=False, optimizer=partial(AdamW, lr=1e-3), lr_scheduler=constant)
+    path = runs.folder / f"step={STEPS}.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["mixcn_settings"]["groups"], content["mixcn_settings"]["lr_scheduler_parts"]
+    torch.save(content, path)
+    runs.fit(STEPS + 1, resume=True, optimizer=partial(AdamW, lr=1e-3, weight_decay=0.5), lr_scheduler=constant)
+    assert runs.said == ["resume at optimizer step 3: weight_decay 0.01 → 0.5"]
 
 
 def test_states_that_a_setting_needs_and_that_are_not_there_are_refused(runs: Runs) -> None:
@@ -200,13 +254,58 @@ def test_a_longer_cosine_says_how_its_curve_changes(runs: Runs) -> None:
     assert runs.said == ["resume at optimizer step 3: learning rate of step 3 0.0001 → 0.00055, total_steps 3 → 6"]
 
 
+def cosine_after_warmup(of: Optimizer, *, warmup: int = 2, length: int = 10) -> Any:
+    parts = [lr_scheduler.LinearLR(of, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(of, T_max=length)]
+    return lr_scheduler.SequentialLR(of, parts, [warmup])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"warmup": 5}, "milestones [2] → [5]"),
+        ({"length": 20}, "schedulers[1].T_max 10 → 20"),
+    ],
+)
+def test_changes_inside_a_sequence_are_said(changes: dict[str, Any], said: str, runs: Runs) -> None:
+    optimizer = partial(AdamW, lr=1e-3)
+    runs.fit(STEPS, resume=False, optimizer=optimizer, lr_scheduler=cosine_after_warmup)
+    runs.fit(STEPS + 1, resume=True, optimizer=optimizer, lr_scheduler=partial(cosine_after_warmup, **changes))
+    assert said in runs.said[0]
+
+
+def test_another_anneal_strategy_is_said(runs: Runs) -> None:
+    make = partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=10)
+    runs.fit(STEPS, resume=False, lr_scheduler=make)
+    runs.fit(STEPS + 1, resume=True, lr_scheduler=partial(make, anneal_strategy="linear"))
+    assert "anneal_func_type cos → linear" in runs.said[0]
+
+
+@pytest.mark.parametrize(
+    "parts", [lambda of: [lr_scheduler.ExponentialLR(of, 0.9)], lambda of: [lr_scheduler.ConstantLR(of)] * 2]
+)
+def test_a_sequence_of_other_parts_is_another_schedule(parts: Any, runs: Runs) -> None:
+    def other(of: Optimizer) -> Any:
+        first = lr_scheduler.LinearLR(of, 0.1, total_iters=2)
+        rest = parts(of)
+        return lr_scheduler.SequentialLR(of, [first, *rest], list(range(2, 2 + len(rest))))
+
+    runs.fit(STEPS, resume=False, optimizer=partial(AdamW, lr=1e-3), lr_scheduler=cosine_after_warmup)
+    watch = Rates()
+    runs.fit(STEPS + 2, resume=True, callbacks=(watch,), optimizer=partial(AdamW, lr=1e-3), lr_scheduler=other)
+    assert watch.rates == pytest.approx(curve(other, 1e-3, STEPS + 2)[STEPS:])
+    assert "SequentialLR(torch.LinearLR, torch.CosineAnnealingLR) → torch.SequentialLR(torch.LinearLR, " in runs.said[0]
+
+
 def test_another_kind_of_schedule(runs: Runs) -> None:
     watch = Rates()
     runs.fit(STEPS, resume=False, optimizer=partial(AdamW, lr=1e-3), lr_scheduler=SCHEDULES["warmup"][0])
     parts = SCHEDULES["parts"][0]
     runs.fit(STEPS + 3, resume=True, callbacks=(watch,), optimizer=partial(AdamW, lr=1e-3), lr_scheduler=parts)
     assert watch.rates == pytest.approx(curve(parts, 1e-3, STEPS + 3)[STEPS:])
-    assert "lr_scheduler lightning_mixcn.WarmupCosine → torch.SequentialLR" in runs.said[0]
+    assert (
+        "lr_scheduler lightning_mixcn.WarmupCosine → torch.SequentialLR(torch.LinearLR, torch.ExponentialLR)"
+        in runs.said[0]
+    )
 
 
 def test_a_schedule_that_has_ended_is_refused(runs: Runs) -> None:
@@ -231,6 +330,14 @@ def test_a_schedule_that_follows_a_value_is_stepped_after_each_validation(runs: 
     runs.fit(4, resume=False, callbacks=(watch,), optimizer=partial(AdamW, lr=1e-3), lr_scheduler=plateau(),
              trainer=PLATEAU)  # fmt: skip
     assert watch.rates == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4])
+
+
+def test_a_schedule_that_would_miss_validations_is_refused(runs: Runs) -> None:
+    """Lightning steps it only where an optimizer step ends."""
+    for accumulate, interval in ((2, 3), (4, 2)):
+        settings = {"limit_val_batches": 1, "accumulate_grad_batches": accumulate, "val_check_interval": interval}
+        with pytest.raises(ValueError, match=rf"`trainer.val_check_interval={interval}`.* multiple of.*e\.g\. 4$"):
+            runs.fit(2, resume=False, lr_scheduler=plateau(), trainer=settings)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +406,7 @@ def test_another_quantization_is_refused(runs: Runs) -> None:
 def test_factors_that_would_mean_something_else_are_refused(
     changes: dict[str, Any], message: str, has_record: bool, runs: Runs, lora: Make
 ) -> None:
-    """A checkpoint of before the record was written is judged by the arguments that it holds."""
+    """An older checkpoint, which has no record, is judged by the arguments that it holds."""
     runs.fit(STEPS, resume=False)
     path = runs.folder / f"step={STEPS}.ckpt"
     if not has_record:
@@ -309,6 +416,34 @@ def test_factors_that_would_mean_something_else_are_refused(
         message = "mean something else: `lora|do not train here|checkpoint lacks"
     with pytest.raises(ValueError, match=message.replace("{", r"\{").replace("}", r"\}")):
         runs.fit(STEPS + 1, resume=True, lora=lora(**changes))
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_another_dropout_is_taken_and_said(has_record: bool, runs: Runs, lora: Make) -> None:
+    runs.fit(STEPS, resume=False, lr_scheduler=constant)
+    path = runs.folder / f"step={STEPS}.ckpt"
+    if not has_record:
+        content = torch.load(path, weights_only=True)
+        del content["mixcn_lora"]
+        torch.save(content, path)
+    runs.fit(STEPS + 1, resume=True, lora=lora(lora_dropout=0.25), lr_scheduler=constant)
+    assert runs.said == ["resume at optimizer step 3: lora.lora_dropout 0 → 0.25"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "present", "said"),
+    [
+        (None, {"a": 1}, ["x null → {'a': 1}"]),
+        ({"a": 1}, None, ["x {'a': 1} → null"]),
+        ({}, {"a": 1}, ["x {} → {'a': 1}"]),
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, ["x.a.b 1 → 2"]),
+        ({"a": 1}, {"a": 1, "b": 2}, ["x.b not set → 2"]),
+        ({"a": 1, "b": 2}, {"a": 1}, ["x.b 2 → not set"]),
+        (None, None, []),
+    ],
+)
+def test_changes_of_nested_arguments(saved: Any, present: Any, said: list[str]) -> None:
+    assert settings_changes({"x": saved}, {"x": present}) == said
 
 
 def test_the_same_adapters_in_other_words_are_taken(runs: Runs, lora: Make) -> None:
@@ -336,3 +471,12 @@ def test_under_fsdp2_and_ddp(tmp_path: Path, tiny_base: Path) -> None:
         ):
             with pytest.raises(RuntimeError, match=message):
                 run_distributed(partial(resume, **changes), 2, *common)
+
+
+@pytest.mark.multiprocess
+def test_progress_in_groups_goes_on_from_a_sharded_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+    folder, common = str(tmp_path / "saved"), (["fsdp2"], str(tiny_base), str(tmp_path / "out"))
+    train: Any = partial(strategy_run.train, optimizer=Estimating)
+    run_distributed(partial(train, checkpoints=folder, max_steps=5), 2, *common)
+    for rank in run_distributed(partial(train, ckpt_path=f"{folder}/step=00000005.ckpt", max_steps=6), 2, *common):
+        assert (rank["fsdp2"]["settings"]["k"], rank["fsdp2"]["settings"]["d"]) == (6, 1e-6 * 2**6)
