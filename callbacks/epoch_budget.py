@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
@@ -18,9 +20,10 @@ class EpochBudget(Callback):
     """Sets the steps of `fit` to those in which every source is read ``max_epochs`` times.
 
     The rows of a run are only known once its text has been tokenized, so this is done once before training, with a
-    progress bar; ``epochs.json`` in the run's folder keeps their number. The command line adds this callback where
-    neither ``trainer.max_steps`` nor ByteBudget says how long the run is; ``trainer.max_epochs: N`` there stands for
-    ``max_epochs: N`` of every source that has none. A run with a source that never ends stays as it is.
+    progress bar, each rank a share of the streams; ``epochs.json`` in the run's folder keeps their number. The command
+    line adds this callback where neither ``trainer.max_steps`` nor ByteBudget says how long the run is;
+    ``trainer.max_epochs: N`` there means ``max_epochs: N`` of every source that has none. A run with a source that
+    never ends stays as it is, and so does one of ``trainer.fast_dev_run``.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -31,10 +34,11 @@ class EpochBudget(Callback):
         """
         data = getattr(trainer, "datamodule", None)
         self._rows_a_step = 0
-        if stage != "fit" or not isinstance(data, StreamDataModule):
+        self._record = ""
+        host: Any = trainer  # Lightning sets `fast_dev_run` outside of the class
+        if stage != "fit" or host.fast_dev_run or not isinstance(data, StreamDataModule):
             return
-        rows: int | None = self._rows(trainer, data) if trainer.is_global_zero else None
-        rows = trainer.strategy.broadcast(rows)
+        rows = self._rows(trainer, data)
         if rows is None:
             return
         if rows == 0:
@@ -46,6 +50,12 @@ class EpochBudget(Callback):
         # Where Lightning keeps them; `Trainer(max_steps=…)` writes there too.
         trainer.fit_loop.epoch_loop.max_steps = steps
         rank_zero_info(f"EpochBudget: the sources, read `max_epochs` times, are {rows:,} rows, {steps:,} steps")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the number again where `--overwrite` has just removed it with the old run."""
+        file = Path(trainer.default_root_dir, EPOCHS_FILE)
+        if trainer.is_global_zero and self._record and not file.is_file():
+            write_text(file, self._record)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to go on with steps of another size.
@@ -65,16 +75,32 @@ class EpochBudget(Callback):
                 "`accumulate_grad_batches` as it was, or give `trainer.max_steps`"
             )
 
-    @staticmethod
-    def _rows(trainer: Trainer, data: StreamDataModule) -> int | None:
-        """Count the rows, or read what was counted before."""
+    def _rows(self, trainer: Trainer, data: StreamDataModule) -> int | None:
+        """Count the rows, or read what was counted before; None if a source never ends."""
         file, order = Path(trainer.default_root_dir, EPOCHS_FILE), json.loads(json.dumps(data.order()))
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["order"] == order:
-                return int(kept["rows"])
-        with tqdm(desc="counting rows", unit=" rows", leave=False, delay=2) as bar:
-            rows = data.count_rows(bar.update)
-        if rows is not None:
-            write_text(file, json.dumps({"rows": rows, "order": order}, ensure_ascii=False, indent=2) + "\n")
+        rows: int | None = _kept(file, order) if trainer.is_global_zero else None
+        rows = trainer.strategy.broadcast(rows)  # the file may be on a disk of rank 0 only
+        if rows is None:
+            rows = _counted(trainer, data)
+        if rows is not None and trainer.is_global_zero:
+            self._record = json.dumps({"rows": rows, "order": order}, ensure_ascii=False, indent=2) + "\n"
+            write_text(file, self._record)
         return rows
+
+
+def _kept(file: Path, order: Any) -> int | None:
+    """Read what was counted before for the same order of rows."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"order": None}
+    return int(kept["rows"]) if kept["order"] == order else None
+
+
+def _counted(trainer: Trainer, data: StreamDataModule) -> int | None:
+    """Count the rows, each rank those of its share of the streams: no rank waits long for another one."""
+    mine = range(trainer.global_rank, data.num_streams, trainer.world_size)
+    with tqdm(desc="counting rows", unit=" rows", leave=False, delay=2, disable=not trainer.is_global_zero) as bar:
+        rows = data.count_rows(bar.update, mine)
+    if rows is None:  # on all ranks
+        return None
+    # The last row of the run is the last one of all streams.
+    largest = torch.tensor(rows, dtype=torch.int64, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(largest, reduce_op="max"))
