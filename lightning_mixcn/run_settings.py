@@ -1,6 +1,7 @@
 """The settings of a run as they are given, made consistent before anything is made of them."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,44 @@ def expand_home(settings: Any) -> None:
     Lightning's parts disagree: some expand it, others make a folder of this name.
 
     Args:
-        settings: A subcommand's configuration. Lists of texts, such as prompts, stay as they are.
+        settings: A subcommand's configuration. Lists of texts stay as they are, such as prompts; those under the key
+            ``path`` are paths.
     """
     mapping = vars(settings) if isinstance(settings, Namespace) else settings
     items = enumerate(settings) if isinstance(settings, list) else mapping.items()
     for key, value in list(items):
-        if isinstance(value, Namespace | dict | list):
+        if key == "path" and isinstance(value, list):
+            settings[key] = [os.path.expanduser(path) for path in value]
+        elif isinstance(value, Namespace | dict | list):
             expand_home(value)
         elif isinstance(value, str) and value.startswith("~") and not isinstance(settings, list):
             settings[key] = os.path.expanduser(value)
 
 
+def input_paths(settings: Any) -> Iterator[tuple[str, str]]:
+    """List what a run reads.
+
+    Args:
+        settings: A subcommand's configuration.
+
+    Yields:
+        Name of an argument, such as ``data.init_args.sources[0].path``, and a path, a glob or a hub id.
+    """
+    for config in settings.get("config") or []:
+        yield "--config", str(config)
+    for part, names in (("model", ("adapter", "base", "tokenizer")), ("data", ("tokenizer",))):
+        for name in names:
+            if (value := _arguments(settings, part).get(name)) is not None:
+                yield f"{part}.init_args.{name}", str(value)
+    for name in ("sources", "val_sources", "test_sources", "predict_sources"):
+        sources = _arguments(settings, "data").get(name)
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            for path in source["path"] if isinstance(source["path"], list) else [source["path"]]:
+                yield f"data.init_args.{name}[{number}].path", str(path)
+
+
 def settle_epochs(settings: Any) -> None:
-    """Have ``trainer.max_epochs`` mean that every source is read so often, in place.
+    """Turn ``trainer.max_epochs`` into ``max_epochs`` of every source that has none, in place.
 
     An epoch of Lightning's is what its loader gives, and that of a stream has no end.
 
@@ -37,7 +63,7 @@ def settle_epochs(settings: Any) -> None:
         settings: A subcommand's configuration; data without sources are left to Lightning.
 
     Raises:
-        ValueError: the length of the run is given twice.
+        ValueError: the length of the run is given twice, or every source has another ``max_epochs`` of its own.
     """
     trainer, sources = settings.trainer, _arguments(settings, "data").get("sources")
     epochs = trainer.max_epochs
@@ -49,6 +75,13 @@ def settle_epochs(settings: Any) -> None:
         raise ValueError(
             f"`trainer.max_epochs={epochs}` and `trainer.max_steps={trainer.max_steps}` both say how long the run is. "
             "Give one of them"
+        )
+    own = [source["max_epochs"] for source in sources]
+    if None not in own and any(value != epochs for value in own):
+        given = ", ".join(f"{source['name']} {source['max_epochs']}" for source in sources)
+        raise ValueError(
+            f"`trainer.max_epochs={epochs}` has no effect: every source has its own `max_epochs` ({given}). Change "
+            "those in `data.init_args.sources`, or leave `trainer.max_epochs` out"
         )
     for source in sources:
         if source["max_epochs"] is None:
@@ -66,7 +99,7 @@ def settle_tokenizer(settings: Any) -> None:
         ValueError: the data module was given another one, or an adapter was trained with another one.
     """
     model, data = (_arguments(settings, part) for part in ("model", "data"))
-    if "base" not in model or "tokenizer" not in model or "tokenizer" not in data:
+    if not _shares_tokenizer(model, data):
         return
     wanted = tokenizer_for(model["base"], model["tokenizer"], adapter_folder(model.get("adapter")))
     given = data["tokenizer"]
@@ -87,9 +120,13 @@ def fetch_tokenizer(settings: Any) -> None:
 
 def forget_tokenizer(settings: Any) -> None:
     """Leave out of a configuration what `settle_tokenizer` derives from the rest of it, in place."""
-    data = _arguments(settings, "data")
-    if "tokenizer" in data and "tokenizer" in _arguments(settings, "model"):
+    model, data = (_arguments(settings, part) for part in ("model", "data"))
+    if _shares_tokenizer(model, data):
         data["tokenizer"] = None
+
+
+def _shares_tokenizer(model: Any, data: Any) -> bool:
+    return "base" in model and "tokenizer" in model and "tokenizer" in data
 
 
 def _arguments(settings: Any, part: str) -> Any:

@@ -39,12 +39,13 @@ from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.function_cli import add_function_subcommands
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.run_checks import check_precision
-from lightning_mixcn.run_folder import Overwrite, check_free, check_overwrite
+from lightning_mixcn.run_folder import CHECKPOINTS, CONFIG, Overwrite, check_free, check_overwrite
 from lightning_mixcn.run_plan import RunPlan
 from lightning_mixcn.run_settings import (
     expand_home,
     fetch_tokenizer,
     forget_tokenizer,
+    input_paths,
     settle_epochs,
     settle_tokenizer,
 )
@@ -96,7 +97,7 @@ class RunConfig(SaveConfigCallback):
         forget_tokenizer(self.config)
         text = self.parser.dump(self.config, skip_none=False)
         command = trainer.state.fn.value if trainer.state.fn else stage
-        name = "config.yaml" if command == "fit" else f"config.{command}.yaml"
+        name = CONFIG if command == "fit" else f"config.{command}.yaml"
         write_text(Path(trainer.default_root_dir, name), text)
         for logger in trainer.loggers:
             if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
@@ -148,8 +149,8 @@ class MixcnCLI(LightningCLI):
             parser.add_argument(
                 "--overwrite",
                 action="store_true",
-                help="replace the run that is in trainer.default_root_dir, once the new one is loaded; what is no "
-                "run's stays",
+                help="replace the run that is in trainer.default_root_dir, once the new one is loaded; other "
+                "files stay",
             )
 
     def _parse_ckpt_path(self) -> None:
@@ -225,11 +226,11 @@ class MixcnCLI(LightningCLI):
                 callbacks.append(callback)
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((root / "checkpoints").resolve())
+                callback.dirpath = str((root / CHECKPOINTS).resolve())
         if self._settings.get("overwrite") and not settings.fast_dev_run:
             adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
             folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
-            callbacks.insert(0, Overwrite(root, folders))
+            callbacks.insert(0, Overwrite(root, folders, input_paths(self._settings)))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -254,7 +255,7 @@ class MixcnCLI(LightningCLI):
         callbacks: list[Callback] = [DataMonitor(), RankWatch()]
         if self.subcommand == "fit":
             callbacks += [PreemptionCheckpoint(), TrainabilityCheck(), FitSummary()]
-            if settings.max_steps in (None, -1):
+            if settings.max_steps in (None, -1) and not settings.fast_dev_run:
                 callbacks.append(EpochBudget())
         if settings.enable_checkpointing is not False:
             callbacks += [StepCheckpoint(), AdapterCheckpoint()]

@@ -4,14 +4,20 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.data import PretrainDataModule
+from lightning_mixcn.run_settings import forget_tokenizer, settle_tokenizer
 from tests.extended_tokenizers import HAN, extend
 from tests.test_trainer_cli import CONFIG, run, write_source
 
@@ -230,3 +236,232 @@ def test_rows_beyond_the_context_are_warned_of(config: dict[str, Any], recwarn: 
     config["data"]["init_args"] |= {"sequence_length": 600, "micro_batch_size": 1}
     with pytest.warns(UserWarning, match=r"sequence_length=600` exceeds the base's max_position_embeddings of 512 tok"):
         assert run(config) == 0
+
+
+def test_overwrite_removes_nothing_where_no_run_is(config: dict[str, Any]) -> None:
+    """Evaluation alone is no run, and names that a run uses are no proof of one."""
+    for name in (
+        "config.train.yaml",
+        "samples.jsonl",
+        "facts.json",
+        "long_context/mine.csv",
+        "tensorboard/hparams.yaml",
+    ):
+        path = ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine", encoding="utf-8")
+    config["trainer"]["callbacks"] = None
+    assert run(config, "validate", f"--trainer.default_root_dir={ROOT}") == 0
+    before = digests(ROOT)
+    assert run(config, "fit", "--overwrite", "--trainer.logger=false") == 0
+    after = digests(ROOT)
+    assert {name: after[name] for name in before} == before
+
+
+def test_overwrite_keeps_other_configurations(config: dict[str, Any]) -> None:
+    assert run(config) == 0
+    for command in ("validate", "test", "predict"):
+        assert run(config, command, "--ckpt_path=last") == 0
+    (ROOT / "config.zh.yaml").write_text("mine", encoding="utf-8")
+    (ROOT / "epochs.json").write_text('{"rows": 1, "order": {}}', encoding="utf-8")
+    assert run(config, "fit", "--overwrite") == 0
+    names = {path.name for path in ROOT.iterdir() if path.name.startswith(("config", "epochs"))}
+    assert names == {"config.yaml", "config.zh.yaml"}
+
+
+def test_overwrite_counts_epochs_for_the_new_run(config: dict[str, Any]) -> None:
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 1, "limit_val_batches": 0, "callbacks": None}
+    assert run(config) == 0
+    counted = (ROOT / "epochs.json").read_bytes()
+    assert run(config, "fit", "--overwrite") == 0
+    assert (ROOT / "epochs.json").read_bytes() == counted
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model.init_args.adapter", "runs/tiny"),
+        ("model.init_args.adapter", "runs/tiny/adapter"),
+        ("model.init_args.adapter", "linked"),
+        ("model.init_args.base", "runs/tiny/adapter/base"),
+        ("model.init_args.tokenizer", "runs/tiny/adapter/base"),
+        ("data.init_args.sources[0].path", "runs/tiny/samples.jsonl"),
+        ("data.init_args.sources[1].path", "runs/tiny/*.jsonl"),
+        ("data.init_args.sources[0].path", "runs"),
+        ("data.init_args.sources[0].path", ["zh.jsonl", "runs/tiny/samples.jsonl"]),
+        ("data.init_args.test_sources[0].path", "runs/tiny/samples.jsonl"),
+        ("--config", "runs/tiny/config.yaml"),
+    ],
+)
+def test_overwrite_does_not_remove_what_the_new_run_reads(
+    option: str, value: Any, config: dict[str, Any], tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(config) == 0
+    Path("linked").symlink_to("runs/tiny/adapter")
+    shutil.copytree(tiny_base, ROOT / "adapter/base")
+    before = digests(ROOT)
+    parent: Any = config
+    *path, last = option.replace("[", ".").replace("]", "").split(".")
+    if option == "--config":
+        assert main(["fit", option, value, "--overwrite"]) == 2
+    else:
+        for key in path:
+            parent = parent[int(key)] if key.isdigit() else parent[key]
+        parent[last] = value
+        assert run(config, "fit", "--overwrite") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mixcn: error:")]
+    shown = value[1] if isinstance(value, list) else value
+    assert f"`{option}={shown!r}` " in line
+    relation = "contains some of" if value in ("runs", "runs/tiny") else "is in"
+    assert f"` {relation} what `--overwrite` would remove ('runs/tiny/" in line
+    assert "Choose another `trainer.default_root_dir`" in line
+    assert digests(ROOT) == before
+
+
+def test_overwrite_needs_a_folder(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").write_text("mine", encoding="utf-8")
+    assert run(config, "fit", "--overwrite", "--trainer.default_root_dir=taken") == 2
+    assert "`trainer.default_root_dir='taken'` is a file, expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restarted_job_does_not_overwrite_its_own_run(
+    count: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(count, "0")
+    assert run(config, "fit", "--overwrite") == 0
+    before = digests(ROOT)
+    monkeypatch.setenv(count, "1")
+    assert run(config, "fit", "--overwrite") == 2
+    error = capsys.readouterr().err
+    assert f"{count}=1" in error
+    assert "`--ckpt_path last`" in error
+    assert digests(ROOT) == before
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/last.ckpt", "checkpoints/step=00000001.ckpt"])
+def test_last_without_a_checkpoint_does_not_replace_the_adapter(
+    lost: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(config) == 0
+    (ROOT / lost).rename("lost")
+    before = digests(ROOT)
+    assert run(config, "fit", "--ckpt_path=last") == 2
+    error = capsys.readouterr().err
+    assert "`--ckpt_path last`" in error
+    assert "'runs/tiny' holds an adapter" in error
+    assert digests(ROOT) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
+def test_a_job_that_was_killed_before_its_first_checkpoint_begins_again(config: dict[str, Any]) -> None:
+    assert run(config) == 0
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(ROOT / name)
+    assert run(config, "fit", "--ckpt_path=last") == 0
+
+
+def test_epochs_that_no_source_takes_are_refused(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 1, "limit_val_batches": 0, "callbacks": None}
+    assert run(config) == 0
+    again = ["fit", "--config", "runs/tiny/config.yaml", "--trainer.default_root_dir=again"]
+    assert main([*again, "--trainer.max_epochs=2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mixcn: error:")]
+    assert "`trainer.max_epochs=2` has no effect: every source has its own `max_epochs` (zh 1, en 1)" in line
+    assert not Path("again").exists()
+    assert main([*again, "--trainer.max_epochs=1"]) == 0
+    config["data"]["init_args"]["sources"][0]["max_epochs"] = 2  # the other takes the trainer's
+    assert run(config, "fit", "--overwrite") == 0
+    saved = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    assert [source["max_epochs"] for source in saved["data"]["init_args"]["sources"]] == [2, 1]
+
+
+@pytest.mark.parametrize("callbacks", [None, [{"class_path": "EpochBudget"}]])
+def test_fast_dev_run_counts_nothing(
+    callbacks: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_mixcn.data.StreamDataModule.count_rows", None)
+    config["trainer"] |= {"max_steps": -1, "callbacks": callbacks, "fast_dev_run": 2, "accumulate_grad_batches": 1}
+    for source in config["data"]["init_args"]["sources"]:
+        source["max_epochs"] = 1
+    assert run(config) == 0
+    assert "EpochBudget" not in capsys.readouterr().err
+
+
+def test_home_is_expanded_in_lists_of_paths(config: dict[str, Any], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("zh", "en"):
+        Path(f"{name}.jsonl").rename(home / f"{name}.jsonl")
+    config["data"]["init_args"] |= {
+        "sources": [{"name": "zh", "path": ["~/zh.jsonl", "~/en.jsonl"]}],
+        "test_sources": [],
+        "predict_sources": [],
+    }
+    assert run(config) == 0
+    (source,) = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]["sources"]
+    assert source["path"] == [str(home / "zh.jsonl"), str(home / "en.jsonl")]
+
+
+def test_only_a_tokenizer_that_was_derived_is_left_out() -> None:
+    """A model with a tokenizer but no base leaves the data's tokenizer as it was given."""
+    given = Namespace(
+        model=Namespace(init_args=Namespace(tokenizer="own")), data=Namespace(init_args=Namespace(tokenizer="given"))
+    )
+    settle_tokenizer(given)
+    forget_tokenizer(given)
+    assert given.data.init_args.tokenizer == "given"
+
+
+def test_ranks_count_their_own_streams(config: dict[str, Any]) -> None:
+    """The rows of all streams end with the last row of any of them, so shares of streams can be counted apart."""
+    sources = [{"name": name, "path": f"{name}.jsonl", "max_epochs": 2} for name in ("zh", "en")]
+    settings = config["data"]["init_args"] | {"sources": sources, "tokenizer": config["model"]["init_args"]["base"]}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PretrainDataModule, "data")
+    data = parser.instantiate_classes(
+        parser.parse_object({"data": {"class_path": "PretrainDataModule", "init_args": settings}})
+    ).data
+    data.setup("fit")
+    made: list[int] = []
+    whole = data.count_rows(lambda: made.append(-1))
+    for ranks in (1, 3, 4, 7):
+        counts = [data.count_rows(lambda: made.append(ranks), range(rank, 4, ranks)) for rank in range(ranks)]  # noqa: B023
+        assert max(counts) == whole
+        assert made.count(ranks) == made.count(-1)
+
+
+COUNTING = """
+import json, os
+from pathlib import Path
+from lightning_mixcn import PretrainDataModule
+
+class Counting(PretrainDataModule):
+    def count_rows(self, on_row=lambda: None, streams=None):
+        Path(f"counted-{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps(list(streams)))
+        return super().count_rows(on_row, streams)
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_count_as_one_does(config: dict[str, Any]) -> None:
+    Path("counting.py").write_text(COUNTING, encoding="utf-8")
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 1, "limit_val_batches": 0, "callbacks": None}
+    assert run(config, "fit", "--trainer.default_root_dir=alone") == 0
+    config["data"]["class_path"] = "counting.Counting"
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    Path("tiny.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    command = [sys.executable, "-m", "lightning_mixcn", "fit", "--config", "tiny.yaml"]
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert (ROOT / "epochs.json").read_bytes() == Path("alone/epochs.json").read_bytes()
+        if command[-1] != "last":
+            counted = [json.loads(Path(f"counted-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+            assert counted == [[0, 2], [1, 3]]
+            for rank in range(2):
+                Path(f"counted-{rank}.json").unlink()
+            command += ["--ckpt_path", "last"]
+    assert not list(Path().glob("counted-*.json"))  # rank 0 read the file, the other received it
