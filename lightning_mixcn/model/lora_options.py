@@ -109,7 +109,7 @@ def check_stored_options(raw: dict[str, Any], where: str) -> None:
 
 
 def _check_stored_values(raw: Mapping[str, Any], where: str) -> None:
-    values = dataclasses.asdict(LoraConfig()) | raw
+    values = {**dataclasses.asdict(LoraConfig()), **raw}
     patterns = [(name, values[name]) for name in ("rank_pattern", "alpha_pattern")]
     _check_values(where, "an object or null", lambda value: isinstance(value, dict | None), patterns)
     _check_values(where, "true or false", lambda value: isinstance(value, bool), [("use_rslora", values["use_rslora"])])

@@ -102,8 +102,8 @@ class ConfiguredOptimization:
         """Tell whether the schedule and its parts are of the classes whose state the checkpoint holds."""
         if saved is None:
             return True
-        parts = _part_names(self._scheduler)
-        return saved["lr_scheduler"] == _name(self._scheduler) and saved.get("lr_scheduler_parts", parts) == parts
+        here = (_name(self._scheduler), _part_names(self._scheduler))
+        return (saved["lr_scheduler"], saved.get("lr_scheduler_parts", here[1])) == here
 
     def apply(
         self,
