@@ -90,7 +90,9 @@ class EpochBudget(Callback):
 
 def _kept(file: Path, order: Any) -> int | None:
     """Read what was counted before for the same order of rows."""
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"order": None}
+    if not file.is_file():
+        return None
+    kept = json.loads(file.read_text(encoding="utf-8"))
     return int(kept["rows"]) if kept["order"] == order else None
 
 
