@@ -112,7 +112,7 @@ ALL = "all-linear"
         ({"target_modules": ["w1"], "rank_pattern": {"w2": 2}}, r"pattern\['w2'\]` has no effect: .* not adapt it"),
         ({"target_modules": ALL, "rank_pattern": {"w1": 2, r"layers\.0\..*w1": 3}}, "keys before it match all"),
         ({"target_modules": ALL, "rank_pattern": {"w1": 0}}, r"rank_pattern\['w1'\]=0` must be a whole number"),
-        ({"target_modules": ALL, "alpha_pattern": {"w1": 0}}, r"alpha_pattern\['w1'\]=0` must be a finite number of more than 0"),
+        ({"target_modules": ALL, "alpha_pattern": {"w1": 0}}, r"alpha_pattern\['w1'\]=0` must be a finite number"),
         ({"target_modules": ALL, "lora_alpha": 0}, r"lora_alpha=0` must be a finite number of more than 0"),
         ({"target_modules": ALL, "rank_pattern": {"model.layers.0.block_sparse_moe.experts.0.w1": 2}},
          r"rank_pattern` gives w1 of layer 0 2 and 4 by expert"),
