@@ -190,7 +190,9 @@ def answers_that_do_not_fit(folder: Path) -> dict[str, Any]:
 
 
 def refused_by_the_template(folder: Path) -> dict[str, Any]:
-    write(folder / "a.jsonl", [*GOOD, conversation("a forbidden question")])
+    """Odd numbers are forbidden: of so many conversations, every other one is tried before training."""
+    texts = ["a forbidden question" if number % 82 == 1 else f"question {number}" for number in range(8_190)]
+    write(folder / "a.jsonl", list(map(conversation, texts)))
     (folder / "refusing.jinja").write_text(REFUSING)
     return {"template": "refusing.jinja"}
 
@@ -207,8 +209,9 @@ def cut_off(folder: Path) -> dict[str, Any]:
 
 
 def gone(folder: Path) -> dict[str, Any]:
-    write(folder / "a.jsonl", GOOD)
-    return {"trainer": {"callbacks": [{"class_path": "tampering.Removes"}]}}
+    """Of a text, which nobody has opened before the workers do; conversations are tried before."""
+    write(folder / "a.jsonl", [{"text": f"text {number}"} for number in range(120)])
+    return {"kind": "Pretrain", "trainer": {"callbacks": [{"class_path": "tampering.Removes"}]}}
 
 
 def not_json(folder: Path) -> dict[str, Any]:
@@ -245,8 +248,8 @@ def no_file(folder: Path) -> dict[str, Any]:
 ERRORS = [
     (too_long, r"mixcn: error: 1000 documents of source 'a', .* Raise `sequence_length`"),
     (answers_that_do_not_fit, r"mixcn: error: 1000 documents of source 'a', .* Raise `sequence_length`"),
-    (refused_by_the_template, r"mixcn: error: `refusing.jinja` cannot be used for this conversation: forbidden word"),
-    (changed_by_the_template, r"mixcn: error: `lower.jinja` does not write the contents"),
+    (refused_by_the_template, r"mixcn: error: `a.jsonl` line \d+: `refusing.jinja` cannot be used .*: forbidden word"),
+    (changed_by_the_template, r"mixcn: error: `a.jsonl` line 121: `lower.jinja` does not write the contents"),
     (cut_off, r"mixcn: error: .*Start this process again"),
     (gone, r"mixcn: error: The unpacked texts in .* are gone"),
     (not_json, r"mixcn: error: .*a.jsonl"),
@@ -275,7 +278,7 @@ def test_data_that_cannot_be_used(
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_any_number_of_workers(workers: int, start: Start, tmp_path: Path) -> None:
     run = start(**refused_by_the_template(tmp_path), num_workers=workers)
-    assert run.end(r"mixcn: error: `refusing.jinja` cannot be used")[0] == 2
+    assert run.end(r"mixcn: error: `a.jsonl` line \d+: `refusing.jinja` cannot be used")[0] == 2
 
 
 @pytest.mark.slow
@@ -339,7 +342,7 @@ def test_one_rank_s_error_ends_all(
     code, seconds = run.end("cannot be used for this conversation: forbidden word")
     print(f"ended after {seconds:.1f} s with {code}\n{run.log}")
     assert code in (1, 2), run.log
-    assert re.search(r"mixcn: error: `refusing.jinja` cannot be used for this conversation: forbidden word", run.log)
+    assert re.search(r"mixcn: error: .*`refusing.jinja` cannot be used for this conversation: forbidden word", run.log)
 
 
 @pytest.mark.slow
