@@ -244,15 +244,18 @@ class RowStream:
 
         A document that is longer than a row is cut where its source has none that fits.
         """
-        for source in self._candidates():
-            pool, limit = self._fill_pool(source), self._limit(source, space)
-            if not pool:
-                continue  # its last documents were dropped
-            place = 0 if space == self._plan.sequence_length else _longest_fitting(pool, space)
-            if place is None and limit >= self._plan.sequence_length * _LEAST_PART:
-                place = next((place for place, waiting in enumerate(pool) if waiting.divisible), None)
-            if place is not None:
-                return self._charge(self._take_waiting(source, place, limit))
+        while candidates := self._candidates():
+            for source in candidates:
+                pool, limit = self._fill_pool(source), self._limit(source, space)
+                if not pool:
+                    continue  # its last documents were dropped
+                place = 0 if space == self._plan.sequence_length else _longest_fitting(pool, space)
+                if place is None and limit >= self._plan.sequence_length * _LEAST_PART:
+                    place = next((place for place, waiting in enumerate(pool) if waiting.divisible), None)
+                if place is not None:
+                    return self._charge(self._take_waiting(source, place, limit))
+            if self._candidates() == candidates:  # else a source has ended, and another takes its place
+                break
         return None
 
     def _take_waiting(self, source: int, place: int, limit: int) -> Segment:

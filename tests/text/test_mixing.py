@@ -144,6 +144,37 @@ def test_whole_documents_are_mixed_although_their_rows_are_padded(
     require_mixed(counts_RN, weights, 64)  # eight rows of whole documents cannot hold the weights as closely
 
 
+@pytest.mark.parametrize("num_streams", [8, 64])
+def test_best_fit_fills_rows_from_sources_that_are_owed_some(
+    num_streams: int, tokenizer: TextTokenizer, training: Documents
+) -> None:
+    """A row holds one document of the first source; filled with the second's, a third of the run would be those."""
+    texts = [["the " * 34] * 300, ["the " * 3] * 300]
+    plan = plan_of(texts, (0.9, 0.1), tokenizer, training, num_streams=num_streams, packing="best_fit")
+    plan = replace(plan, encoder=Whole(tokenizer))
+    counts_N = counts_of(rows_of(plan, 512), 2, lambda part: len(part.tokens)).sum(0)
+    assert counts_N / counts_N.sum() == pytest.approx((0.9, 0.1), abs=0.02)
+
+
+class Dropping(Whole):
+    """Drops Chinese."""
+
+    def encode(self, text: str) -> EncodedDocument:
+        document = super().encode(text)
+        return EncodedDocument(document.tokens[:0], too_long="dropped") if "中" in text else document
+
+
+@pytest.mark.parametrize("packing", ["documents", "best_fit"])
+def test_a_source_whose_documents_are_all_dropped_leaves_no_empty_row(
+    packing: str, tokenizer: TextTokenizer, training: Documents
+) -> None:
+    parts = [training(["中"] * 40, name="a", weight=0.9, max_epochs=1), training(["the"] * 900, name="b", max_epochs=1)]
+    streams = StreamPlan(parts, Dropping(tokenizer), 64, 8, 0, packing).open(range(8))
+    for stream in streams.values():
+        while not stream.exhausted:
+            assert stream.next_row() or stream.exhausted
+
+
 def test_long_documents_are_cut_at_rows(tokenizer: TextTokenizer, training: Documents, texts: list[list[str]]) -> None:
     """Mixing costs few cuts: all but some rows of a source of long documents are one segment."""
     plan = plan_of([texts[1], texts[0]], (0.7, 0.3), tokenizer, training, num_streams=64)
