@@ -15,7 +15,7 @@ from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.strategies import whole_parameters
 
 from .adapter_files import RunFiles
-from .finished_output import new_folder
+from .finished_output import replaced_folder
 from .host import causal_lm
 
 _CONFIG = "config.yaml"
@@ -131,7 +131,7 @@ class AdapterCheckpoint(Callback):
                 model.save_pretrained("", is_main_process=False)
                 return
             root = Path(trainer.default_root_dir)
-            with new_folder(root / name) as folder:
+            with replaced_folder(root / name) as folder:
                 model.save_pretrained(str(folder))
                 config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
                 for file in config:

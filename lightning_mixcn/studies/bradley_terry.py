@@ -11,7 +11,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
 ANCHOR_ELO = 1000.0
 _ELO_OF_A_NAT = 400 / math.log(10)
 _LARGEST_STEP_NATS, _MOST_STEPS, _PRECISE_NATS = 2.0, 1000, 1e-9

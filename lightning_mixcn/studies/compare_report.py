@@ -29,7 +29,7 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
         _amounts(arms, results, costs),
     ]
     if any(result["scores"] for result in results):
-        parts.append(_scores(arms, results))
+        parts.append(_scores_table(arms, results))
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,7 +91,7 @@ def _amounts(arms: Sequence[str], results: Rows, costs: Rows) -> str:
     return _table(head, lines)
 
 
-def _scores(arms: Sequence[str], results: Rows) -> str:
+def _scores_table(arms: Sequence[str], results: Rows) -> str:
     """Rows are tasks here: there may be many."""
     lines = []
     for name in results[0]["scores"]:

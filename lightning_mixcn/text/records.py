@@ -64,7 +64,7 @@ def iterate_conversations(
     """
     form = None if file.records == "any" else file.records
     unit = "row" if file.format in ("parquet", "arrow") else "line"
-    for number, record in _records(file, on_bad_record, on_read, tally):
+    for number, record in _conversation_records(file, on_bad_record, on_read, tally):
         try:
             if not isinstance(record, Mapping):
                 raise ValueError(f"expected an object, got a {type(record).__name__}")
@@ -108,7 +108,7 @@ def _with_own_columns(message: str, record: Mapping[str, Any], file: SourceFile,
     return told
 
 
-def _records(
+def _conversation_records(
     file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, Any]]:
     if file.format in ("parquet", "arrow"):

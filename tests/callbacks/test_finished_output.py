@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.callbacks.finished_output import new_folder, write_text
+from lightning_mixcn.callbacks.finished_output import replaced_folder, write_text
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -17,18 +17,18 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
 
 def test_a_folder_is_replaced(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        with new_folder(tmp_path / "folder") as folder:
+        with replaced_folder(tmp_path / "folder") as folder:
             (folder / name).touch()
         assert [entry.name for entry in (tmp_path / "folder").iterdir()] == [name]
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "folder") as folder:
+    with replaced_folder(tmp_path / "folder") as folder:
         (folder / "a").touch()
 
     def fail() -> None:
-        with new_folder(tmp_path / "folder") as folder:
+        with replaced_folder(tmp_path / "folder") as folder:
             (folder / "half").touch()
             raise ZeroDivisionError
 
@@ -40,6 +40,6 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / ".folder.unfinished").mkdir()
     (tmp_path / ".folder.unfinished" / "half").touch()
-    with new_folder(tmp_path / "folder") as folder:
+    with replaced_folder(tmp_path / "folder") as folder:
         assert not list(folder.iterdir())
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
