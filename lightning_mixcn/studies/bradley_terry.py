@@ -15,6 +15,8 @@ ANCHOR_ELO = 1000.0
 _ELO_OF_A_NAT = 400 / math.log(10)
 _LARGEST_STEP_NATS, _MOST_STEPS, _PRECISE_NATS = 2.0, 1000, 1e-9
 
+Floats = NDArray[np.float64]
+
 
 def elo_ratings(wins: Floats) -> Floats:
     """Fit ratings: a model that is 400 above another is expected to win ten times for each time it loses.

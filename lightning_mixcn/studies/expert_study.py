@@ -16,7 +16,6 @@ from .expert_results import BatchParts
 from .request_scores import RequestScores
 from .study_parts import StudyParts
 
-Arrays = dict[str, NDArray[Any]]
 
 
 class BatchWork(NamedTuple):

@@ -20,7 +20,6 @@ from .bradley_terry import elo_ratings
 from .preference_matches import LEFT, MISSING, RIGHT, TIE, Matches
 from .significance import sign_flip_p
 
-Floats = NDArray[np.float64]
 _RESAMPLES, _TAILS = 2000, (2.5, 97.5)
 _Z_95 = 1.959963984540054
 # Resamples that may be without a finite Elo for an interval to be given.
