@@ -45,8 +45,13 @@ def serve(connection: Connection, name: str, options: argparse.Namespace) -> Non
     from peft import LoraConfig
 
     from lightning_mixcn import PretrainDataModule, PretrainModule
-    from lightning_mixcn.allocator import keep_freed_memory
-    from lightning_mixcn.callbacks import DataMonitor, ExpertLoadMonitor, ThroughputLogger, TrainabilityCheck
+    from lightning_mixcn.callbacks import (
+        DataMonitor,
+        ExpertLoadMonitor,
+        ThroughputLogger,
+        TrainabilityCheck,
+    )
+    from lightning_mixcn.cli.allocator import keep_freed_memory
     from lightning_mixcn.text import Source
 
     keep_freed_memory()

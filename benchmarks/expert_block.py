@@ -22,7 +22,7 @@ from expert_contenders import Rows, kernels, ours, peers
 from products import expert_products, flops, timed
 from random_base import PRESETS, config_of
 
-from lightning_mixcn.model.expert_path import PATHS
+from lightning_mixcn.model.experts.block import PATHS
 
 GIGABYTE = 1e9
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mixcn.model.expert_function import ExpertBlock
-from lightning_mixcn.model.expert_operands import Dropout, ExpertWeights
-from lightning_mixcn.model.expert_path import PATHS
-from lightning_mixcn.model.swiglu import swiglu_backward_of_torch, swiglu_of_torch
-from lightning_mixcn.model.weights import NF4Weight
+from lightning_mixcn.model.experts.block import PATHS, ExpertBlock
+from lightning_mixcn.model.experts.grouped import swiglu_backward_of_torch, swiglu_of_torch
+from lightning_mixcn.model.experts.operands import Dropout, ExpertWeights
+from lightning_mixcn.model.nf4.storage import NF4Weight
 
 Contender = Callable[[bool], None]
 
@@ -85,8 +84,8 @@ def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contende
 
 def kernels(config: Any, tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
     """Our kernels that stand in for several operations, each beside those; on a GPU."""
-    from lightning_mixcn.model import nf4
     from lightning_mixcn.model.kernels import nf4_decode, swiglu
+    from lightning_mixcn.model.nf4 import codec as nf4
 
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     packed = nf4.quantize(torch.randn(experts * inner * hidden, device="cuda") * 0.02)

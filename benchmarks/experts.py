@@ -21,14 +21,13 @@ from long_context import DEMO
 from torch import nn
 from transformers import MixtralConfig
 
-from lightning_mixcn.allocator import keep_freed_memory
+from lightning_mixcn.cli.allocator import keep_freed_memory
 from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model import build_mixtral, load_mixtral
-from lightning_mixcn.model.adapters import base_of
-from lightning_mixcn.studies.disabled_expert import disabled_expert
-from lightning_mixcn.studies.disabled_passes import Batch
-from lightning_mixcn.studies.expert_flops import pairs_of_rows
-from lightning_mixcn.studies.expert_importance import Arrays, ExpertImportance
+from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.studies.experts.disabling import Batch, disabled_expert
+from lightning_mixcn.studies.experts.flops import pairs_of_rows
+from lightning_mixcn.studies.experts.importance import Arrays, ExpertImportance
 
 Result = TypeVar("Result")
 

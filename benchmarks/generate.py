@@ -43,9 +43,9 @@ def model_of(name: str, base: str, device: str) -> Any:
     import transformers
 
     if name == "ours":
-        from lightning_mixcn.allocator import keep_freed_memory
+        from lightning_mixcn.cli.allocator import keep_freed_memory
         from lightning_mixcn.model import load_mixtral
-        from lightning_mixcn.model.generation import prepare_for_generation
+        from lightning_mixcn.model.inference.generation import prepare_for_generation
 
         keep_freed_memory()
         model = load_mixtral(base, device=device).eval()

@@ -121,7 +121,7 @@ def report(case: str, size: int, seconds: dict[str, dict[str, list[float]]]) -> 
 
 def main() -> None:
     """Measure and write results/load.json."""
-    from lightning_mixcn.model.quantize import quantize
+    from lightning_mixcn.model.convert.quantize import quantize
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="load", help="sizes of the random base")

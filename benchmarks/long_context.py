@@ -17,10 +17,10 @@ import record
 import torch
 from transformers import MixtralConfig
 
+from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.model import build_mixtral, load_mixtral
-from lightning_mixcn.model.adapters import base_of
-from lightning_mixcn.model.prefill import ChunkedPrefill
-from lightning_mixcn.peak_memory import peak_resident_bytes
+from lightning_mixcn.model.inference.prefill import ChunkedPrefill
+from lightning_mixcn.model.mixtral import base_of
 
 DEMO: dict[str, Any] = {
     "vocab_size": 49152,

@@ -17,13 +17,11 @@ from peft import LoraConfig
 from random_base import PRESETS, config_of, random_model
 from torch import Tensor
 
-from lightning_mixcn.allocator import keep_freed_memory
+from lightning_mixcn.cli.allocator import keep_freed_memory
 from lightning_mixcn.model import set_activation_checkpointing
-from lightning_mixcn.model.layer_memory import MicroBatch
-from lightning_mixcn.model.live_bytes import LiveBytes
-from lightning_mixcn.model.memory_plan import MemoryPlan, Run, plan_memory
-from lightning_mixcn.model.optimizer_memory import optimizer_memory
-from lightning_mixcn.model.shard_plan import Sharing
+from lightning_mixcn.model.memory.layer import MicroBatch
+from lightning_mixcn.model.memory.optimizer import LiveBytes, optimizer_memory
+from lightning_mixcn.model.memory.plan import MemoryPlan, Run, Sharing, plan_memory
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
 PURPOSES = ("parameters", "gradients", "optimizer states", "activations", "peak")

@@ -29,8 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 
 from lightning_mixcn import build_mixtral, load_mixtral
-from lightning_mixcn.model import bytes_in_memory, local_bytes, set_gradient_sync, shard_model
-from lightning_mixcn.model.shard_plan import Sharing
+from lightning_mixcn.model import (
+    bytes_in_memory,
+    local_bytes,
+    set_gradient_sync,
+    shard_model,
+)
+from lightning_mixcn.model.memory.plan import Sharing
 from lightning_mixcn.testing import random_batch, run_distributed, save_tiny_mixtral
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]

@@ -36,7 +36,7 @@ def ours(options: argparse.Namespace) -> Any:
     import torch
     from random_base import random_model
 
-    from lightning_mixcn.allocator import keep_freed_memory
+    from lightning_mixcn.cli.allocator import keep_freed_memory
     from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
 
     keep_freed_memory()

@@ -111,7 +111,7 @@ def peak_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    from lightning_mixcn.peak_memory import peak_resident_bytes
+    from lightning_mixcn.commands.process import peak_resident_bytes
 
     return peak_resident_bytes()
 

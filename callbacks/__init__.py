@@ -8,20 +8,15 @@ if __name__ != "lightning_mixcn.callbacks":
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .benchmark_eval import BenchmarkEval
-from .byte_budget import ByteBudget
+from .checkpoints import PreemptionCheckpoint, StepCheckpoint
+from .compared_run import ByteBudget, RunFacts
 from .data_monitor import DataMonitor
 from .epoch_budget import EpochBudget
-from .evaluation_report import EvaluationReport
-from .expert_load_monitor import ExpertLoadMonitor
-from .fit_summary import FitSummary
-from .long_context_eval import LongContextEval
-from .prediction_writer import PredictionWriter
-from .preemption_checkpoint import PreemptionCheckpoint
+from .expert_load.monitor import ExpertLoadMonitor
+from .long_context import LongContextEval
 from .rank_watch import RankWatch
-from .run_facts import RunFacts
-from .sample_answers import SampleAnswers
-from .sample_text import SampleText
-from .step_checkpoint import StepCheckpoint
+from .reports import EvaluationReport, FitSummary, PredictionWriter
+from .samples import SampleAnswers, SampleText
 from .step_progress_bar import StepProgressBar
 from .throughput_logger import ThroughputLogger
 from .trainability_check import TrainabilityCheck

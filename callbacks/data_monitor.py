@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from .fetch_clock import FetchClock
+from .clocks import FetchClock
 
 # Difference between a source's share of tokens and the share asked for that is warned of, and the rows that hold the
 # weights as closely for any number of streams: in fewer, a row of one source is a large share.

@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_mixcn.data import StreamDataModule
-
-from .finished_output import write_text
+from lightning_mixcn.files.atomic import write_text
 
 EPOCHS_FILE = "epochs.json"
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_mixcn.metrics.time_left import TimeLeft
+from .clocks import TimeLeft
 
 # What the bar shows of what is logged for it, and how.
 _SHORT = {

@@ -9,14 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_mixcn.metrics.peak_rate import peak_rate
-from lightning_mixcn.metrics.time_left import TimeLeft
-from lightning_mixcn.model.adapters import base_of
-from lightning_mixcn.model.flops import TrainingFlops, attended_pairs, count_training_flops
+from lightning_mixcn.metrics.device import peak_rate
+from lightning_mixcn.model.memory.flops import TrainingFlops, attended_pairs, count_training_flops
+from lightning_mixcn.model.mixtral import base_of
 
-from .fetch_clock import FetchClock
+from .clocks import FetchClock, PhaseClock, TimeLeft
 from .host import causal_lm
-from .phase_clock import PhaseClock
 
 _PHASES = ("forward", "backward", "optimizer")
 

@@ -9,11 +9,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mixcn.model.adaptation import GradientArrivals, TrainedTensor, nonzero_groups, trained_tensors
-from lightning_mixcn.model.adapters import base_of
-from lightning_mixcn.model.experts import Experts
-from lightning_mixcn.model.fingerprint import fingerprints
-from lightning_mixcn.model.inventory import verify_quantised
+from lightning_mixcn.model.experts.block import Experts
+from lightning_mixcn.model.lora.trainability import (
+    GradientArrivals,
+    TrainedTensor,
+    fingerprints,
+    nonzero_groups,
+    trained_tensors,
+)
+from lightning_mixcn.model.mixtral import base_of, verify_quantised
 
 from .host import causal_lm
 

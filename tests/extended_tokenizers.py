@@ -6,8 +6,8 @@ import random
 import re
 from pathlib import Path
 
-from lightning_mixcn.studies.vocab import merge
-from lightning_mixcn.studies.vocab_pieces import train_pieces
+from lightning_mixcn.studies.vocabulary.command import merge
+from lightning_mixcn.studies.vocabulary.training import train_pieces
 
 HAN = re.findall("..", "今天天气中国北京学生学习语言模型我们可以大家一起看书电视新闻报道经济发展")
 CYRILLIC = re.findall(r"\w+", "привет мир сегодня хорошая погода книга читать люди город новый язык учить слово дом")

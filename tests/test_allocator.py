@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-PROGRAM = "from lightning_mixcn.allocator import keep_freed_memory; print(keep_freed_memory())"
+PROGRAM = "from lightning_mixcn.cli.allocator import keep_freed_memory; print(keep_freed_memory())"
 GLIBC = sys.platform.startswith("linux") and (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
 
 # Gives back a block that is larger than the usual threshold, and says how much stays resident.
 KEPT = """
 import ctypes
-from lightning_mixcn.allocator import keep_freed_memory
+from lightning_mixcn.cli.allocator import keep_freed_memory
 {call}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

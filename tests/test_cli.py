@@ -8,7 +8,7 @@ import pytest
 
 import lightning_mixcn
 from lightning_mixcn import cli
-from lightning_mixcn.commands import CommandFailed
+from lightning_mixcn.commands.process import CommandFailed
 
 
 def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "module"), [(ValueError("bad"), "torch.nn"), (RuntimeError("bad"), "lightning_mixcn.model.nf4")]
+    ("error", "module"), [(ValueError("bad"), "torch.nn"), (RuntimeError("bad"), "lightning_mixcn.model.nf4.codec")]
 )
 def test_other_errors_keep_their_traceback(error: Exception, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_run", raising(error, module))
@@ -108,7 +108,7 @@ def test_a_command_that_failed_has_said_why(
 
 
 def test_the_class_is_found_here() -> None:
-    from lightning_mixcn.trainer_cli import MixcnCLI
+    from lightning_mixcn.cli.trainer import MixcnCLI
 
     assert cli.MixcnCLI is MixcnCLI
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
@@ -118,7 +118,7 @@ def test_the_class_is_found_here() -> None:
 def test_what_the_package_logs_is_shown() -> None:
     program = (
         "import logging, sys; from lightning_mixcn import cli; cli._show_log(); cli._show_log(); "
-        "logging.getLogger('lightning_mixcn.text.corpus').info('2 files read'); logging.getLogger('other').info('x')"
+        "logging.getLogger('lightning_mixcn.text.corpus.corpus').info('2 files read'); logging.getLogger('other').info('x')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "2 files read\n")

@@ -3,7 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.commands import CommandFailed, output_of_mixcn, run, run_mixcn
+from lightning_mixcn.commands.process import (
+    CommandFailed,
+    output_of_mixcn,
+    run,
+    run_mixcn,
+)
 
 
 def test_peak_memory_is_that_of_the_child(capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-import lightning_mixcn.studies.compare as compare
+import lightning_mixcn.studies.comparison.command as compare
 from lightning_mixcn.cli import main
-from lightning_mixcn.run_settings import settle_tokenizer
-from lightning_mixcn.studies.compare_recipe import Recipe, read_recipe
-from lightning_mixcn.trainer_cli import MixcnCLI
+from lightning_mixcn.cli.settings import settle_tokenizer
+from lightning_mixcn.cli.trainer import MixcnCLI
+from lightning_mixcn.studies.comparison.recipe import Recipe, read_recipe
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RUNS = sorted(FOLDER.glob("*.yaml"))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn import function_cli
 from lightning_mixcn.cli import main
+from lightning_mixcn.commands import functions as function_cli
 from lightning_mixcn.model import load_mixtral
 
 

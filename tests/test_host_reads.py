@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.callbacks import DataMonitor, ThroughputLogger
-from lightning_mixcn.callbacks.expert_load_window import LoadWindow
-from lightning_mixcn.model import attention, set_activation_checkpointing
-from lightning_mixcn.model.adaptation import GradientArrivals
-from lightning_mixcn.model.experts import Experts
-from lightning_mixcn.model.packed_attention import PackedDocuments
-from lightning_mixcn.model.routing_observation import observe_routing
+from lightning_mixcn.callbacks.expert_load.window import LoadWindow
+from lightning_mixcn.model import set_activation_checkpointing
+from lightning_mixcn.model.attention import documents as attention
+from lightning_mixcn.model.attention.packed import PackedDocuments
+from lightning_mixcn.model.experts.block import Experts
+from lightning_mixcn.model.experts.observe import observe_routing
+from lightning_mixcn.model.lora.trainability import GradientArrivals
 from lightning_mixcn.modules import CausalLMModule, InstructModule, PretrainModule
 from lightning_mixcn.testing import random_batch, tiny_mixtral_config
 

@@ -65,7 +65,7 @@ def test_a_layer_imports_only_what_it_may(layer: str) -> None:
 @pytest.mark.parametrize(
     ("source", "package", "expected"),
     [
-        ("import lightning_mixcn.model.nf4", "lightning_mixcn.data", ["model"]),
+        ("import lightning_mixcn.model.nf4.codec", "lightning_mixcn.data", ["model"]),
         ("from lightning_mixcn import model", "lightning_mixcn.data", ["model"]),
         ("from lightning_mixcn.model import nf4", "lightning_mixcn.data", ["model"]),
         ("from ..model import nf4", "lightning_mixcn.data", ["model"]),

@@ -16,8 +16,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.cli.settings import forget_tokenizer, settle_tokenizer
 from lightning_mixcn.data import PretrainDataModule
-from lightning_mixcn.run_settings import forget_tokenizer, settle_tokenizer
 from tests.extended_tokenizers import HAN, extend
 from tests.test_trainer_cli import CONFIG, run, write_source
 

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model.live_bytes import LiveBytes
+from lightning_mixcn.cli.plan import Ranks
+from lightning_mixcn.model.memory.optimizer import LiveBytes
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.run_plan import Ranks
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_mixtral
 
 CONFIG = """
@@ -111,7 +111,7 @@ def test_a_fit_is_as_large_as_planned(mode: Any, tmp_path: Path) -> None:
     """Small, but wide: 2 x 512 tokens."""
     from peft import LoraConfig
 
-    from lightning_mixcn.run_plan import RunPlan
+    from lightning_mixcn.cli.plan import RunPlan
 
     sizes = {"hidden_size": 128, "intermediate_size": 448, "head_dim": 32, "max_position_embeddings": 1024}
     base = save_tiny_mixtral(tmp_path / "base", **sizes)

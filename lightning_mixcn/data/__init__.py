@@ -1,7 +1,7 @@
 """LightningDataModules: text to batches, with exact resume."""
 
-from lightning_mixcn.data.instruct import InstructDataModule
-from lightning_mixcn.data.pretrain import PretrainDataModule
-from lightning_mixcn.data.streaming import StreamDataModule
+from .instruct import InstructDataModule
+from .module import StreamDataModule
+from .pretrain import PretrainDataModule
 
 __all__ = ["InstructDataModule", "PretrainDataModule", "StreamDataModule"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from lightning_mixcn.data.document_sets import DocumentSets
-from lightning_mixcn.data.streaming import StreamDataModule
 from lightning_mixcn.text import (
     Answers,
     BadRecordPolicy,
@@ -19,6 +17,9 @@ from lightning_mixcn.text import (
     load_conversation,
     load_template,
 )
+
+from .module import StreamDataModule
+from .sets import DocumentSets
 
 _TRIED_CONVERSATIONS = 4096  # about a second and a half
 

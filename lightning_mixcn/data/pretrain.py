@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar, get_args
 
-from lightning_mixcn.data.document_sets import DocumentSets
-from lightning_mixcn.data.streaming import StreamDataModule
-from lightning_mixcn.text import PACKINGS, BadRecordPolicy, DocumentSet, PlainText, Source, WeightUnit
+from lightning_mixcn.text import (
+    PACKINGS,
+    BadRecordPolicy,
+    DocumentSet,
+    PlainText,
+    Source,
+    WeightUnit,
+)
+
+from .module import StreamDataModule
+from .sets import DocumentSets
 
 Value = TypeVar("Value", bound=str)
 

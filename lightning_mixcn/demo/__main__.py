@@ -3,9 +3,10 @@
 import argparse
 import sys
 
-from lightning_mixcn.commands import CommandFailed
-from lightning_mixcn.demo.instruct import run_instruct_demo
-from lightning_mixcn.demo.run import run_demo
+from lightning_mixcn.commands.process import CommandFailed
+
+from .instruct import run_instruct_demo
+from .run import run_demo
 
 
 def main() -> int:

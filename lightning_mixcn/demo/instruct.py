@@ -8,9 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_mixcn.demo import fetch
-from lightning_mixcn.demo.base import CACHE, TEXT, Demo, announce, config, make_base, make_demo_text, write_json
-from lightning_mixcn.demo.store import reuse_or_make
+from . import fetch
+from .base import (
+    CACHE,
+    TEXT,
+    Demo,
+    announce,
+    config,
+    make_base,
+    make_demo_text,
+    reuse_or_make,
+    write_json,
+)
 
 # configs/demo_instruct.yaml names these, too.
 RUN = Path("runs/demo_instruct")

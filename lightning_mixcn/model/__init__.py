@@ -6,14 +6,19 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # ruff: noqa: E402  # the imports come after the line that keeps them quiet
-from .activation_checkpointing import set_activation_checkpointing
-from .adapters import MixtralPeftModel
-from .identity import base_identity
-from .inventory import bytes_in_memory, count_parameters, planned_quantised_bytes
+from .checkpoints.identity import ModelSource, base_identity
+from .find import find_model, load_found
 from .loading import build_mixtral, load_mixtral
-from .mixtral import MixtralForCausalLM
-from .model_source import ModelSource, find_model, load_found
-from .sharding import is_sharded, local_bytes, set_gradient_sync, shard_model
+from .lora.attach import MixtralPeftModel
+from .memory.checkpointing import set_activation_checkpointing
+from .memory.counts import count_parameters
+from .mixtral import MixtralForCausalLM, bytes_in_memory, planned_quantised_bytes
+from .sharding import (
+    is_sharded,
+    local_bytes,
+    set_gradient_sync,
+    shard_model,
+)
 
 __all__ = [
     "MixtralForCausalLM",

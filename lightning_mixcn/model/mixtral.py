@@ -7,17 +7,39 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
+import torch.nn.functional as F
 import transformers
+from peft import PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, load_balancing_loss_func
 
-from . import attention
-from .experts import Experts, Router
-from .frozen_linear import FrozenLinear
+from .attention import documents as attention
+from .experts.block import Experts, Router
 from .head import IGNORED, Embedding, Head
-from .norm import FusedRMSNorm
+from .nf4.codec import superblocks
+from .nf4.linear import FrozenLinear
+from .nf4.storage import NF4Weight
+
+
+class FusedRMSNorm(MixtralRMSNorm):
+    """transformers' norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467) with torch's fused kernel on CUDA.
+
+    Step by step, as transformers has it, a norm moves 36 bytes an element forward and some 60 backward, and keeps its
+    input in float32 for backward; fused it moves 4 and 6, and keeps the input as it is. The 65 norms of Mixtral-8x7B
+    move 26 MB a token in steps, 9 µs of an H100's memory at 80 % of 3.35 TB/s, where 7,250 tokens/s leave 138 for all;
+    and keep 1.1 MB a token, twice what they need to. On other devices this is transformers' norm, bit for bit.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., H]`` to the same; the mean square is taken in float32 either way."""
+        if hidden_states.is_cuda and torch.version.cuda is not None:
+            # Fused only if the weight has the same dtype, which a frozen one has.
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        normalised: Tensor = super().forward(hidden_states)
+        return normalised
+
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -151,3 +173,53 @@ def move_to_device(model: MixtralForCausalLM, device: torch.device) -> None:
     model.model.rotary_emb = rotary.to(device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def base_of(model: nn.Module) -> MixtralForCausalLM:
+    """The Mixtral inside a PeftModel, or the model itself."""
+    return cast(MixtralForCausalLM, model.get_base_model() if isinstance(model, PeftModelForCausalLM) else model)
+
+
+_SUPERBLOCK_BYTES = 8192 + 256 + 4 + 4
+
+
+def bytes_in_memory(model: nn.Module) -> dict[str, int]:
+    """Bytes of parameters: ``quantised`` (codes and scales), ``trainable`` and ``dense`` (the frozen rest)."""
+    packed = {id(parameter) for parameter in _packed(model)}
+    sizes = {"quantised": 0, "trainable": 0, "dense": 0}
+    for parameter in model.parameters():
+        kind = "quantised" if id(parameter) in packed else "trainable" if parameter.requires_grad else "dense"
+        sizes[kind] += parameter.nbytes
+    return sizes
+
+
+def planned_quantised_bytes(config: MixtralConfig) -> int:
+    """Bytes of codes and scales when attention projections and experts are in NF4, from the sizes alone."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
+    attention = [config.hidden_size * width for width in (query, key_value, key_value, query)]
+    experts = [config.num_local_experts * config.intermediate_size * config.hidden_size] * 3
+    assert len(attention) == len(ATTENTION_PROJECTIONS)
+    return config.num_hidden_layers * _SUPERBLOCK_BYTES * sum(superblocks(numel) for numel in attention + experts)
+
+
+def verify_quantised(model: nn.Module, config: MixtralConfig) -> None:
+    """Check that every expert and attention projection is in 4 bits and that bytes are within 2 % of the plan.
+
+    Raises:
+        RuntimeError: names what is not in 4 bits, or states both byte counts.
+    """
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear) and "gate.linear" not in name and not isinstance(module.storage, NF4Weight)
+    ]
+    if dense:
+        raise RuntimeError(f"{len(dense)} projections are not in 4 bits, the first is {dense[0]}")
+    held, planned = bytes_in_memory(model)["quantised"], planned_quantised_bytes(config)
+    if abs(held - planned) > 0.02 * planned:
+        raise RuntimeError(f"the 4-bit weights take {held:,} bytes, more than 2 % off the planned {planned:,}")
+
+
+def _packed(model: nn.Module) -> list[Tensor]:
+    return [p for module in model.modules() if isinstance(module, NF4Weight) for p in module.parameters()]

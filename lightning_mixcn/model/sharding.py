@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .adapters import base_of
 from .local_rows import local_rows
+from .mixtral import base_of
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True, prefetch: int = 1) -> None:

@@ -15,24 +15,41 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mixcn.metrics import DocumentScores, Likelihood, score_documents, scored_positions
+from lightning_mixcn.metrics import (
+    DocumentScores,
+    Likelihood,
+    score_documents,
+    scored_positions,
+)
 from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.mixtral import CausalLMOutput
-from lightning_mixcn.model.vocabulary_extension import tokenizer_for
+from lightning_mixcn.model.vocabulary import tokenizer_for
 
-from . import run_checks
-from .accumulation import Contribution, GradientWindow, clip_gradients, micro_batch_scale, rescale_gradients
-from .checkpoint_files import check_before_loading
-from .dropout_seed import seed_micro_batch
+from . import checks as run_checks
+from .checkpoints import check_before_loading
+from .checks import check_optimizer
 from .evaluation import SourceEvaluation
-from .hyperparameters import make_plain
-from .optimizer_states import check_optimizer
-from .planned_run import budgeted_modes
+from .memory import budgeted_modes
 from .resume import ConfiguredOptimization
-from .saved_state import SavedStateModule, adapter_folder
 from .schedule import WarmupCosine, known_length, scheduled
+from .state import SavedStateModule, adapter_folder, make_plain
+from .step import (
+    Contribution,
+    GradientWindow,
+    clip_gradients,
+    micro_batch_scale,
+    rescale_gradients,
+    seed_micro_batch,
+)
 from .step_clock import StepClock
-from .strategies import Shard, build_device, fsdp2_shard, gradient_group, keep_base_whole, sync_gradients
+from .strategies import (
+    Shard,
+    build_device,
+    fsdp2_shard,
+    gradient_group,
+    keep_base_whole,
+    sync_gradients,
+)
 
 Batch = dict[str, Tensor]
 

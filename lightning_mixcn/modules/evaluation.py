@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_mixcn.metrics import Likelihood, SourceLikelihood
 
-from .run_checks import source_names
+from .checks import source_names
 
 
 class SourceEvaluation:

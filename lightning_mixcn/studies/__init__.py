@@ -1,9 +1,13 @@
 """What is studied about an adapted model beyond its loss. Nothing here knows a trainer."""
 
-from .document_rows import DocumentRow, longest_documents
-from .long_context import LengthLikelihood, LongContextResult, evaluate_lengths
-from .retrieval import RetrievalResult, check_room, evaluate_retrieval
-from .retrieval_texts import RETRIEVAL_TASKS
+from .long_context.likelihood import (
+    DocumentRow,
+    LengthLikelihood,
+    LongContextResult,
+    evaluate_lengths,
+    longest_documents,
+)
+from .long_context.retrieval import RETRIEVAL_TASKS, RetrievalResult, check_room, evaluate_retrieval
 
 __all__ = [
     "RETRIEVAL_TASKS",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import distributed
 
-from lightning_mixcn.model.loading import torch_device
+from lightning_mixcn.model.checkpoints.reading import torch_device
 
 Result = TypeVar("Result")
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

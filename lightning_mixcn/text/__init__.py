@@ -1,24 +1,48 @@
 """Strings to token ids, label masks and packed rows, without torch.distributed and without Lightning."""
 
-from lightning_mixcn.text.chat_template import ChatTemplate, Turn, load_template
-from lightning_mixcn.text.collation import (
+from lightning_mixcn.tokenizer.tokenizer import TextTokenizer, load_tokenizer
+
+from .chat.portable import portable_source, template_of_model
+from .chat.records import RecordFormat, load_conversation
+from .chat.templates import load_template
+from .chat.turns import ChatTemplate, Turn
+from .corpus.corpus import (
+    Corpus,
+    DocumentOrigin,
+    DocumentSet,
+    TrainingDocuments,
+    all_documents,
+    read_corpus,
+    split_by_hash,
+)
+from .corpus.sources import (
+    AnySource,
+    ConversationSource,
+    Source,
+    SourceKind,
+    parse_sources,
+)
+from .corpus.store import BadRecordPolicy
+from .rows.batches import (
     IGNORED_LABEL,
     RowTable,
     collate_evaluation_rows,
     collate_rows,
     collate_table,
 )
-from lightning_mixcn.text.conversation_encoder import Answers, Conversations, TooLongPolicy
-from lightning_mixcn.text.conversations import RecordFormat, load_conversation
-from lightning_mixcn.text.corpus import Corpus, DocumentOrigin, read_corpus
-from lightning_mixcn.text.document_set import DocumentSet, TrainingDocuments, all_documents, split_by_hash
-from lightning_mixcn.text.encoders import DocumentEncoder, PlainText
-from lightning_mixcn.text.packing import PACKINGS, Row, ScoredRow, evaluation_rows
-from lightning_mixcn.text.portable_template import portable_source, template_of_model
-from lightning_mixcn.text.sources import AnySource, ConversationSource, Source, SourceKind, parse_sources
-from lightning_mixcn.text.stores import BadRecordPolicy
-from lightning_mixcn.text.streams import RowStream, StreamPlan, StreamState, WeightUnit
-from lightning_mixcn.text.tokenizer import TextTokenizer, load_tokenizer
+from .rows.encoders import Answers, Conversations, DocumentEncoder, PlainText, TooLongPolicy
+from .rows.packing import (
+    PACKINGS,
+    Row,
+    ScoredRow,
+    evaluation_rows,
+)
+from .rows.streams import (
+    RowStream,
+    StreamPlan,
+    StreamState,
+    WeightUnit,
+)
 
 __all__ = [
     "IGNORED_LABEL",

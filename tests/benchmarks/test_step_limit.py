@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.frozen_linear import FrozenLinear
+from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}

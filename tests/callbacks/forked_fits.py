@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-import lightning_mixcn.trainer_cli
+import lightning_mixcn.cli.trainer
 from lightning_mixcn.cli import main
 
-assert lightning_mixcn.trainer_cli  # imported for the forked processes' sake
+assert lightning_mixcn.cli.trainer  # imported for the forked processes' sake
 
 
 def work(rank: int, run: dict[str, Any]) -> int:

@@ -17,12 +17,18 @@ from safetensors.torch import load_file
 from lightning_mixcn.callbacks import AdapterCheckpoint, StepCheckpoint
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.identity import IDENTITY_FILE
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
+from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.modules import InstructModule, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
-from lightning_mixcn.text import ChatTemplate, ConversationSource, TextTokenizer, Turn, load_tokenizer
-from lightning_mixcn.text.chat_template import Segment
+from lightning_mixcn.text import (
+    ChatTemplate,
+    ConversationSource,
+    TextTokenizer,
+    Turn,
+    load_tokenizer,
+)
+from lightning_mixcn.text.chat.turns import Segment
 
 Make = Callable[..., Any]
 

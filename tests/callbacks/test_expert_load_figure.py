@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lightning_mixcn.callbacks.expert_load_figure import load_figure
+from lightning_mixcn.callbacks.expert_load.report import load_figure
 
 
 def test_a_panel_for_each_table_in_uniform_shares() -> None:

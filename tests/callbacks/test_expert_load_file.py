@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.callbacks.expert_load_file import ExpertLoadFile, Row
+from lightning_mixcn.callbacks.expert_load.report import ExpertLoadFile, Row
 
 HEADER = "step,stage,source,position_from,layer,expert,tokens"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.callbacks.expert_load_tags import divergence_tags, layer_tags, load_tags
+from lightning_mixcn.callbacks.expert_load.report import divergence_tags, layer_tags, load_tags
 from lightning_mixcn.metrics.expert_load import LoadSums
 
 COUNTS = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0]])

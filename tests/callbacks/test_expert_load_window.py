@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_mixcn.callbacks.expert_load_window import LoadWindow
+from lightning_mixcn.callbacks.expert_load.window import LoadWindow
 from lightning_mixcn.metrics.expert_load import LoadSums
 
 TRAINER = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)

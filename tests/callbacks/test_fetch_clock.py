@@ -2,7 +2,7 @@
 
 from lightning.pytorch.profilers import SimpleProfiler
 
-from lightning_mixcn.callbacks.fetch_clock import FetchClock
+from lightning_mixcn.callbacks.clocks import FetchClock
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 

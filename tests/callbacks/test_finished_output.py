@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.callbacks.finished_output import replaced_folder, write_text
+from lightning_mixcn.files.atomic import replaced_folder, write_text
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:

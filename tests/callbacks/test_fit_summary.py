@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mixcn.callbacks import AdapterCheckpoint, DataMonitor, FitSummary, StepCheckpoint
+from lightning_mixcn.callbacks import (
+    AdapterCheckpoint,
+    DataMonitor,
+    FitSummary,
+    StepCheckpoint,
+)
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
-from lightning_mixcn.callbacks.heartbeats import Beat, Heartbeats
+from lightning_mixcn.callbacks.rank_watch import Beat, Heartbeats
 
 
 @pytest.fixture

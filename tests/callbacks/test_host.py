@@ -3,7 +3,12 @@
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_mixcn.callbacks import AdapterCheckpoint, EvaluationReport, PredictionWriter, SampleText
+from lightning_mixcn.callbacks import (
+    AdapterCheckpoint,
+    EvaluationReport,
+    PredictionWriter,
+    SampleText,
+)
 
 
 @pytest.mark.parametrize(

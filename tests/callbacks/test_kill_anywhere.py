@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mixcn.modules.checkpoint_files import find_fault, verify
+from lightning_mixcn.modules.checkpoints import find_fault, verify
 
 pytestmark = pytest.mark.multiprocess
 

@@ -19,11 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from lightning_mixcn.callbacks import LongContextEval
 from lightning_mixcn.cli import main
 from lightning_mixcn.data import PretrainDataModule
-from lightning_mixcn.model.prefill import ChunkedPrefill
+from lightning_mixcn.model.inference.prefill import ChunkedPrefill
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.modules.step_clock import StepClock
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
-from lightning_mixcn.text import DocumentSet, Source, all_documents, read_corpus
+from lightning_mixcn.text import (
+    DocumentSet,
+    Source,
+    all_documents,
+    read_corpus,
+)
 from tests.callbacks.long_context_run import fit
 
 Make = Callable[..., Trainer]

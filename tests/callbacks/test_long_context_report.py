@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_mixcn.callbacks.long_context_report import LongContextReport, perplexity_figure, retrieval_figure
+from lightning_mixcn.callbacks.long_context import LongContextReport, perplexity_figure, retrieval_figure
 
 LENGTHS = (512, 1024, 2048, 4096)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.callbacks.phase_clock import PhaseClock
+from lightning_mixcn.callbacks.clocks import PhaseClock
 
 
 def test_phases_are_added_up() -> None:

@@ -18,8 +18,7 @@ from lightning.pytorch import Trainer
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # torch does not say that it does
 
 from lightning_mixcn.callbacks import RankWatch
-from lightning_mixcn.callbacks.heartbeats import Beat
-from lightning_mixcn.callbacks.rank_watch import Watch
+from lightning_mixcn.callbacks.rank_watch import Beat, Watch
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mixcn.callbacks.run_facts import FACTS_FILE, RunFacts
-from lightning_mixcn.peak_memory import peak_resident_bytes
+from lightning_mixcn.callbacks.compared_run import FACTS_FILE, RunFacts
+from lightning_mixcn.commands.process import peak_resident_bytes
 
 ROWS = {
     "document_ids": torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]]),

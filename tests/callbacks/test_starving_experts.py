@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_mixcn.callbacks.starving_experts import StarvingExperts
+from lightning_mixcn.callbacks.expert_load.window import StarvingExperts
 
 FED, HUNGRY = [0.25, 0.25, 0.25, 0.25], [0.4, 0.35, 0.24, 0.01]
 

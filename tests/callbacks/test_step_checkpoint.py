@@ -10,9 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_mixcn.callbacks import StepCheckpoint, step_checkpoint
+from lightning_mixcn.callbacks import StepCheckpoint
+from lightning_mixcn.callbacks import checkpoints as step_checkpoint
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.modules.checkpoint_files import publish, verify
+from lightning_mixcn.modules.checkpoints import publish, verify
 from lightning_mixcn.testing import FixedBatches, random_batch
 
 Make = Callable[..., Any]
@@ -182,7 +183,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
 from lightning_mixcn.callbacks import StepCheckpoint
-from lightning_mixcn.modules.checkpoint_files import check_before_loading
+from lightning_mixcn.modules.checkpoints import check_before_loading
 
 folder, steps = sys.argv[1], int(sys.argv[2])
 

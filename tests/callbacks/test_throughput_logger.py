@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from lightning_mixcn.callbacks import DataMonitor, ThroughputLogger
 from lightning_mixcn.cli import main
-from lightning_mixcn.metrics.peak_rate import PeakRate
-from lightning_mixcn.model.flops import count_training_flops
+from lightning_mixcn.metrics.device import PeakRate
+from lightning_mixcn.model.memory.flops import count_training_flops
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 

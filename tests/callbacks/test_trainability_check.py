@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lightning_mixcn.callbacks import TrainabilityCheck
-from lightning_mixcn.model.adaptation import GradientArrivals
-from lightning_mixcn.model.adapters import lora_layers
+from lightning_mixcn.model.lora.attach import lora_layers
+from lightning_mixcn.model.lora.trainability import GradientArrivals
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 

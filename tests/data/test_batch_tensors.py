@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mixcn.data.batch_tensors import batch_tensors
+from lightning_mixcn.data.loaders import batch_tensors
 
 
 def arrays() -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.data.document_sets import DocumentSets
+from lightning_mixcn.data.sets import DocumentSets
 from lightning_mixcn.text import Source
 
 

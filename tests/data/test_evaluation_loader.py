@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
+from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
 from lightning_mixcn.text import (
     DocumentSet,
     PlainText,

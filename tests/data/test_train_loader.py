@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from torch import Tensor
 
-from lightning_mixcn.data.train_loader import Schedule, TrainLoader
+from lightning_mixcn.data.loaders import Schedule, TrainLoader
 from lightning_mixcn.text import (
     PlainText,
     Source,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lightning_mixcn.commands import Usage
+from lightning_mixcn.commands.process import Usage
 from lightning_mixcn.demo import run
 
 SOURCES = {name: {"bits_per_byte": 2.5, "nll_nats_per_token": 3.0, "tokens": 9, "bytes": 9} for name in ("zh", "en")}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.demo.encyclopedia import read_summaries
+from lightning_mixcn.demo.text import read_summaries
 
 
 def wheel_of(folder: Path, entries: dict[str, dict[str, str]], name: str = "summaries_en-us.json") -> Path:

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.demo.fetch import PACKAGES, Package, fetch, missing
+from lightning_mixcn.demo.fetch import (
+    PACKAGES,
+    Package,
+    fetch,
+    missing,
+)
 
 SETUP = "import pathlib; pathlib.Path({marker!r}).write_text('ran'); from setuptools import setup; setup()"
 

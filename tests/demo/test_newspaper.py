@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.demo.newspaper import is_headline, read_articles, split_articles, untag
+from lightning_mixcn.demo.text import (
+    is_headline,
+    read_articles,
+    split_articles,
+    untag,
+)
 
 SENTENCE = "今天的阳光照在江边的小城里，人们走出家门，在街上慢慢地散步，谈论着新的一年。"
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.demo.overlap import HeldOutRuns, run_hashes
+from lightning_mixcn.demo.text import HeldOutRuns, run_hashes
 
 # Few different tokens and short runs, so that runs do coincide.
 documents = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.demo.report import build_report, check_report, summary
+from lightning_mixcn.demo.run import build_report, check_report, summary
 
 LIKELIHOODS = {
     stage: {"zh": {"bits_per_byte": zh, "tokens": 10}, "en": {"bits_per_byte": en, "tokens": 10}}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.commands import CommandFailed
+from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.demo import __main__ as program
 from lightning_mixcn.demo import base, run
 from tests.demo.stand_in import Mixcn

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.demo.store import digest_of_sources, reuse_or_make
+from lightning_mixcn.demo.base import digest_of_sources, reuse_or_make
 
 
 class Maker:

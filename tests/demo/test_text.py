@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mixcn.demo import text
-from lightning_mixcn.demo.overlap import RUN_TOKENS
+from lightning_mixcn.demo.text import RUN_TOKENS
 
 
 def encode(texts: list[str]) -> list[list[int]]:

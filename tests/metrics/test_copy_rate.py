@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_mixcn.metrics.copy_rate import copy_rate
+from lightning_mixcn.metrics.device import copy_rate
 
 
 def test_a_rate() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.metrics.peak_rate import peak_rate, stated_peak
+from lightning_mixcn.metrics.device import peak_rate, stated_peak
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_mixcn.metrics.time_left import TimeLeft
+from lightning_mixcn.callbacks.clocks import TimeLeft
 
 
 @pytest.mark.parametrize(

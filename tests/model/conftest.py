@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mixcn.model import nf4
+from lightning_mixcn.model.nf4 import codec as nf4
 from lightning_mixcn.testing import save_tiny_mixtral
 
 STORIES = Path(__file__).parents[2].parent / "shared/data/models/stories260K-mixtral-4e"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn import build_mixtral
-from lightning_mixcn.model import activation_checkpointing, load_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.live_bytes import LiveBytes
-from lightning_mixcn.model.routing_observation import observe_routing
+from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model.experts.observe import observe_routing
+from lightning_mixcn.model.memory import checkpointing as activation_checkpointing
+from lightning_mixcn.model.memory.optimizer import LiveBytes
 from lightning_mixcn.testing import random_batch, tiny_mixtral_config
 
 MODES: list[str | list[str]] = ["selective", "full", "offload", ["full", "selective"], ["none", "offload"]]

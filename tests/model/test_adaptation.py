@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lightning_mixcn.model import build_mixtral
-from lightning_mixcn.model.adaptation import GradientArrivals, nonzero_groups, trained_tensors
+from lightning_mixcn.model.lora.trainability import GradientArrivals, nonzero_groups, trained_tensors
 from lightning_mixcn.testing import tiny_mixtral_config
 
 
@@ -33,7 +33,7 @@ def test_shares_of_ranks_add_up(ranks: int, monkeypatch: pytest.MonkeyPatch) -> 
     for rank in range(ranks):
         first = min(rank * size, 12)
         share = whole[first : first + size]
-        monkeypatch.setattr("lightning_mixcn.model.adaptation.local_rows", lambda _, s=share, f=first: (s, f))
+        monkeypatch.setattr("lightning_mixcn.model.lora.trainability.local_rows", lambda _, s=share, f=first: (s, f))
         found += nonzero_groups(whole, 4)
     assert found.sign().tolist() == [1, 1, 0, 1]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_mixcn.model.adapter_file import AdapterFile
+from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from tests.model.adapters_on_disk import write_by_hand
 
 SIZES = {"kv": 4, "vocab_size": 11, "hidden_size": 8, "intermediate_size": 6}

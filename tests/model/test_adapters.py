@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_mixcn.model import MixtralPeftModel, load_mixtral
-from lightning_mixcn.model.adapters import lora_layers
-from lightning_mixcn.model.lora_targets import SHORT_NAMES
+from lightning_mixcn.model.lora.attach import lora_layers
+from lightning_mixcn.model.lora.targets import SHORT_NAMES
 
 ALL = list(SHORT_NAMES)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.attention import NAME, document_spans
+from lightning_mixcn.model.attention.documents import NAME, document_spans
 
 POSITIONS = torch.tensor([[*range(17), *range(1), *range(22)], [*range(17), *range(23)]])
 

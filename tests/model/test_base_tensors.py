@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.quantize import quantize
-from lightning_mixcn.model.upcycle import upcycle
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.convert.upcycle import upcycle
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral, tiny_mixtral_config
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.test_export_checkpoint import logits_of, stock_logits

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import find_model, load_found, load_mixtral
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.test_export_checkpoint import logits_of, stock_logits

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mixcn.model import causal_attention as module
-from lightning_mixcn.model.causal_attention import causal_attention
+from lightning_mixcn.model.attention import cpu as module
+from lightning_mixcn.model.attention.cpu import causal_attention
 
 
 def states(length: int, heads: tuple[int, int], size: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_mixcn.model.checkpoint import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
 
 HIDDEN, INNER, EXPERTS = 6, 5, 3
 
@@ -244,7 +244,7 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
 
 MEASURE = """
 import re, sys
-from lightning_mixcn.model.checkpoint import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
 checkpoint = Checkpoint(sys.argv[1])

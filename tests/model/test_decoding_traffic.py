@@ -4,7 +4,7 @@ import pytest
 from transformers import MixtralConfig
 
 from lightning_mixcn.model import build_mixtral
-from lightning_mixcn.model.decoding_traffic import decoding_bytes
+from lightning_mixcn.model.memory.counts import decoding_bytes
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("none", 2), ("full", 3), ("offload", 3)])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_mixcn.model.dense_source import open_dense
+from lightning_mixcn.model.convert.upcycle import open_dense
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

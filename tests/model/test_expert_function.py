@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mixcn.model.expert_function import ExpertBlock
-from lightning_mixcn.model.expert_operands import Dropout, ExpertWeights
-from lightning_mixcn.model.expert_routing import route_rows
-from lightning_mixcn.model.weights import DenseWeight, NF4Weight, Weight
+from lightning_mixcn.model.experts.block import ExpertBlock
+from lightning_mixcn.model.experts.operands import Dropout, ExpertWeights
+from lightning_mixcn.model.experts.routing import route_rows
+from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 
 HIDDEN, INTERMEDIATE, RANK = 32, 48, 8
 Names = tuple[str, ...]

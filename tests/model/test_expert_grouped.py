@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lightning_mixcn.model import nf4
-from lightning_mixcn.model.expert_function import ExpertBlock
-from lightning_mixcn.model.expert_operands import Dropout, ExpertWeights
-from lightning_mixcn.model.weights import NF4Weight
+from lightning_mixcn.model.experts.block import ExpertBlock
+from lightning_mixcn.model.experts.operands import Dropout, ExpertWeights
+from lightning_mixcn.model.nf4 import codec as nf4
+from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
 def train_on_nothing() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_mixcn.model.expert_operands import Dropout
+from lightning_mixcn.model.experts.operands import Dropout
 
 
 def test_masks_depend_on_the_seed_only() -> None:

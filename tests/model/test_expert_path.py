@@ -13,10 +13,16 @@ import transformers
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_mixcn.model import expert_path, load_mixtral, set_activation_checkpointing, shard_model
-from lightning_mixcn.model.expert_operands import BlockInputs, Dropout, ExpertFactors, ExpertWeights
-from lightning_mixcn.model.expert_path import choose_expert_path
-from lightning_mixcn.model.weights import DenseWeight
+from lightning_mixcn.model import load_mixtral, set_activation_checkpointing, shard_model
+from lightning_mixcn.model.experts import block as expert_path
+from lightning_mixcn.model.experts.block import choose_expert_path
+from lightning_mixcn.model.experts.operands import (
+    BlockInputs,
+    Dropout,
+    ExpertFactors,
+    ExpertWeights,
+)
+from lightning_mixcn.model.nf4.storage import DenseWeight
 from lightning_mixcn.testing import run_distributed
 
 INDEX = torch.zeros(6, 2, dtype=torch.int64)

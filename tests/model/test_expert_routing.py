@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.model.expert_routing import padded_rows, route_rows, route_rows_on_device
+from lightning_mixcn.model.experts.routing import padded_rows, route_rows, route_rows_on_device
 
 
 def test_few_row_counts() -> None:

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model import hub, shard_writer
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.model_card import Training, adapter_card
-from lightning_mixcn.model.quantize import quantize
-from lightning_mixcn.model.shard_writer import ShardWriter
+from lightning_mixcn.files import hub
+from lightning_mixcn.model.checkpoints import writer as shard_writer
+from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.export.card import Training, adapter_card
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 
@@ -181,7 +182,7 @@ def test_an_interrupted_export_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "add", interrupt)
-    monkeypatch.setattr("lightning_mixcn.model.export_adapter.write_safetensors", interrupt_writing)
+    monkeypatch.setattr("lightning_mixcn.model.export.adapter.write_safetensors", interrupt_writing)
     with pytest.raises(KeyboardInterrupt):
         export(str(run), str(tmp_path / "out"), format=format)
     assert sorted(tmp_path.iterdir()) == before
@@ -196,7 +197,7 @@ def test_a_full_disk_is_named(
 
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(shard_writer, "write_safetensors", full)
-    monkeypatch.setattr("lightning_mixcn.model.export_adapter.write_safetensors", full)
+    monkeypatch.setattr("lightning_mixcn.model.export.adapter.write_safetensors", full)
     assert main(["export", str(run), str(tmp_path / "out"), f"--format={format}"]) == 2
     assert "no space to write" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_mixcn.model import find_model, load_found, load_mixtral
-from lightning_mixcn.model.adapter_file import AdapterFile
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.export.command import export
+from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.testing import save_tiny_mixtral, tiny_mixtral_config
 from tests.model.adapters_on_disk import save_adapter, write_by_hand
 from tests.model.test_export_checkpoint import LORAS, logits_of, stock_logits

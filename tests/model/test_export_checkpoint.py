@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_mixcn.model import MixtralPeftModel, find_model, load_found
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter, write_by_hand
 

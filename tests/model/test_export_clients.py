@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.export.command import export
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.test_export_checkpoint import logits_of
 

@@ -12,11 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_mixcn.model import find_model, hub, load_found, load_mixtral
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.identity import IDENTITY_FILE, QUANTIZATION_METHOD
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.files import hub
+from lightning_mixcn.model import find_model, load_found, load_mixtral
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE, QUANTIZATION_METHOD
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.test_export_checkpoint import logits_of

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import MixtralForCausalLM
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model import export_gguf
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.export_gguf import CONVERTER, QUANTIZER
+from lightning_mixcn.model.export import gguf as export_gguf
+from lightning_mixcn.model.export.command import export
+from lightning_mixcn.model.export.gguf import CONVERTER, QUANTIZER
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 
@@ -172,7 +172,9 @@ def test_failures_leave_nothing(
         (llama_cpp / CONVERTER).write_text(STAND_IN.format(code=3))
         message = "convert_hf_to_gguf.py ended with code 3"
     elif failure == "no tokenizer.model":
-        monkeypatch.setattr("lightning_mixcn.model.export.export_checkpoint", must_not_be_called)  # nor merged at all
+        monkeypatch.setattr(
+            "lightning_mixcn.model.export.command.export_checkpoint", must_not_be_called
+        )  # nor merged at all
         (base / "tokenizer.model").unlink()
         pieces = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
         pieces["decoder"] = {"type": "ByteFallback"}  # SentencePiece's

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model.export_gguf import CONVERTER
+from lightning_mixcn.model.export.gguf import CONVERTER
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.conftest import STORIES

@@ -16,7 +16,7 @@ from tests.model.test_loading_memory import write_random_checkpoint
 MEASURE = """
 import re, sys
 from pathlib import Path
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.export.command import export
 def figure(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = figure("VmRSS")

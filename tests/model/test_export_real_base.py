@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from lightning_mixcn.model import find_model, load_found
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.export.command import export
 from tests.model.adapters_on_disk import save_adapter
 
 BASE = Path(__file__).parents[2] / ".cache" / "demo" / "base"

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.few_rows import MOST_ROWS, FewRows
-from lightning_mixcn.model.generation import prepare_for_generation
-from lightning_mixcn.model.weights import NF4Weight
+from lightning_mixcn.model.inference.generation import prepare_for_generation
+from lightning_mixcn.model.nf4.storage import MOST_ROWS, FewRows, NF4Weight
 from lightning_mixcn.testing import save_tiny_mixtral
 
 pytestmark = pytest.mark.skipif(
@@ -143,7 +142,7 @@ def test_training_goes_on_as_before(model: Any) -> None:
 
 
 def test_not_where_memory_is_short(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mixcn.model.generation.usable_bytes", lambda device: 0)
+    monkeypatch.setattr("lightning_mixcn.model.inference.generation.usable_bytes", lambda device: 0)
     assert prepare_for_generation(model) == 0
     assert all(module.few_rows is None for module in model.modules() if isinstance(module, NF4Weight))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.model.fingerprint import fingerprints
+from lightning_mixcn.model.lora.trainability import fingerprints
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])

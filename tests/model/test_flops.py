@@ -11,7 +11,7 @@ from transformers import MixtralConfig
 from transformers import MixtralForCausalLM as StockMixtral
 
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.flops import Flops, attended_pairs, count_training_flops
+from lightning_mixcn.model.memory.flops import Flops, attended_pairs, count_training_flops
 from lightning_mixcn.testing import tiny_mixtral_config
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]

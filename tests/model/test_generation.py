@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.generation import PrefixCache, Sampling, stream_tokens
+from lightning_mixcn.model.inference.generation import PrefixCache, Sampling, stream_tokens
 from lightning_mixcn.testing import save_tiny_mixtral
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=24)
@@ -153,7 +153,7 @@ def test_a_prompt_that_is_cached_already_is_answered(model: nn.Module, length: i
 
 def test_a_long_prompt_is_run_in_chunks(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(stream(model, PROMPT))
-    monkeypatch.setattr("lightning_mixcn.model.generation._CHUNK", 7)
+    monkeypatch.setattr("lightning_mixcn.model.inference.generation._CHUNK", 7)
     assert list(stream(model, PROMPT)) == expected
 
 

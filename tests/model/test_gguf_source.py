@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
-from lightning_mixcn.model.dense_source import open_dense
-from lightning_mixcn.model.upcycle import upcycle
+from lightning_mixcn.model.convert.upcycle import open_dense, upcycle
 
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("the gguf package is not installed (extra `demo`)", allow_module_level=True)

@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mixcn.model.grouped_product import decoding_product, factor_product, outer_product, stack_product
-from lightning_mixcn.model.weights import DenseWeight, NF4Weight, Weight
+from lightning_mixcn.model.experts.grouped import (
+    decoding_product,
+    factor_product,
+    outer_product,
+    stack_product,
+)
+from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 
 COUNTS = [0, 5, 0, 9, 0]
 

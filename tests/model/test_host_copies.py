@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.model.host_copies import HostCopy, kept_on_host
+from lightning_mixcn.model.memory.checkpointing import HostCopy, kept_on_host
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils._paths import filter_repo_objects
 
-from lightning_mixcn.model.hub import local_folder
+from lightning_mixcn.files.hub import local_folder
 
 
 @pytest.fixture

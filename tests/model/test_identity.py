@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 
 from lightning_mixcn.model import base_identity
-from lightning_mixcn.model.identity import IDENTITY_FILE, check_made_from, read_identity, write_identity
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.checkpoints.identity import (
+    IDENTITY_FILE,
+    check_made_from,
+    read_identity,
+    write_identity,
+)
+from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral
 
 

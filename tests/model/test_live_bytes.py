@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_mixcn.model.live_bytes import LiveBytes
+from lightning_mixcn.model.memory.optimizer import LiveBytes
 
 
 def test_views_are_free_and_what_is_gone_is_not_counted() -> None:

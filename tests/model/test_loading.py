@@ -14,8 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MixtralConfig
 
-from lightning_mixcn.model import base_identity, build_mixtral, count_parameters, load_mixtral, loading
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model import (
+    base_identity,
+    build_mixtral,
+    count_parameters,
+    load_mixtral,
+    loading,
+)
+from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral, tiny_mixtral_config
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig
 
 from lightning_mixcn.model import load_mixtral, local_bytes, shard_model
-from lightning_mixcn.model.shard_writer import ShardWriter
+from lightning_mixcn.model.checkpoints.writer import ShardWriter
 from lightning_mixcn.testing import run_distributed
 
 CONFIG: dict[str, Any] = {
@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
 MEASURE = """
 import json, sys
 from lightning_mixcn.model import bytes_in_memory, load_mixtral, planned_quantised_bytes
-from lightning_mixcn.peak_memory import peak_resident_bytes
+from lightning_mixcn.commands.process import peak_resident_bytes
 before = peak_resident_bytes()
 model = load_mixtral(sys.argv[1])
 peak = peak_resident_bytes()

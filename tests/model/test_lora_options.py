@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from lightning_mixcn.model import build_mixtral, find_model, load_found
-from lightning_mixcn.model.adapter_file import AdapterFile
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.export.command import export
+from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.testing import tiny_mixtral_config
 from tests.model.test_export_checkpoint import logits_of, stock_logits
 

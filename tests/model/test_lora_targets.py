@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_mixcn.model import build_mixtral
-from lightning_mixcn.model.adapters import lora_layers
-from lightning_mixcn.model.layout import disk_names
+from lightning_mixcn.model.checkpoints.layout import disk_names
+from lightning_mixcn.model.lora.attach import lora_layers
 from lightning_mixcn.testing import tiny_mixtral_config
 from tests.model.transformers4 import NamesOfTransformers4
 

@@ -9,11 +9,15 @@ import torch
 from peft import LoraConfig
 
 from lightning_mixcn.model import build_mixtral
-from lightning_mixcn.model.layer_memory import MicroBatch
-from lightning_mixcn.model.memory_budget import RESERVE, activation_bytes, fitting_modes, usable_bytes
-from lightning_mixcn.model.memory_plan import Run, plan_memory
-from lightning_mixcn.model.optimizer_memory import OptimizerMemory
-from lightning_mixcn.model.shard_plan import Sharing
+from lightning_mixcn.model.memory.budget import (
+    RESERVE,
+    activation_bytes,
+    fitting_modes,
+    usable_bytes,
+)
+from lightning_mixcn.model.memory.layer import MicroBatch
+from lightning_mixcn.model.memory.optimizer import OptimizerMemory
+from lightning_mixcn.model.memory.plan import Run, Sharing, plan_memory
 from lightning_mixcn.testing import tiny_mixtral_config
 
 LAYERS = 4

@@ -8,12 +8,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.activation_memory import model_activations
-from lightning_mixcn.model.layer_memory import MicroBatch
-from lightning_mixcn.model.live_bytes import LiveBytes
-from lightning_mixcn.model.memory_plan import Run, plan_memory
-from lightning_mixcn.model.optimizer_memory import optimizer_memory
-from lightning_mixcn.model.shard_plan import Sharing
+from lightning_mixcn.model.memory.layer import MicroBatch, model_activations
+from lightning_mixcn.model.memory.optimizer import LiveBytes, optimizer_memory
+from lightning_mixcn.model.memory.plan import Run, Sharing, plan_memory
 from lightning_mixcn.testing import tiny_mixtral_config
 
 # Small, but wide enough for matrices to outweigh what a plan leaves out; documents longer than those that attention

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from huggingface_hub import metadata_load
 
-from lightning_mixcn.model.export import export
-from lightning_mixcn.model.model_card import Training, adapter_card
+from lightning_mixcn.model.export.card import Training, adapter_card
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from lightning_mixcn.model import ModelSource, find_model, load_found
-from lightning_mixcn.model.identity import IDENTITY_FILE
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
+from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mixcn.model import nf4
+from lightning_mixcn.model.nf4 import codec as nf4
 
 Roundtrip = Callable[[Tensor, torch.dtype], Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.norm import FusedRMSNorm
+from lightning_mixcn.model.mixtral import FusedRMSNorm
 
 
 def given(dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mixcn.model.optimizer_memory import optimizer_memory
+from lightning_mixcn.model.memory.optimizer import optimizer_memory
 
 SHAPES = [(64, 512), (10, 10), (8192,)]
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from lightning_mixcn.model import attention, load_mixtral, packed_attention
-from lightning_mixcn.model.packed_attention import PackedDocuments, pack_documents, serves
+from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model.attention import documents as attention
+from lightning_mixcn.model.attention import packed as packed_attention
+from lightning_mixcn.model.attention.packed import PackedDocuments, pack_documents, serves
 
 # A whole row and the front of the next document of the same length; a document that goes on with one begun before.
 POSITIONS = torch.tensor([[*range(17), *range(1), *range(22)], [*range(5, 22), *range(23)]])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.prefill import ChunkedPrefill, ChunkScores
+from lightning_mixcn.model.inference.prefill import ChunkedPrefill, ChunkScores
 
 
 def random_row(length: int) -> Tensor:
@@ -90,7 +90,7 @@ import sys
 import torch
 from transformers import MixtralConfig
 from lightning_mixcn.model import build_mixtral
-from lightning_mixcn.peak_memory import peak_resident_bytes
+from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.studies import DocumentRow, evaluate_lengths
 
 config = MixtralConfig(

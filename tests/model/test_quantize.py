@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightning_mixcn.model import bytes_in_memory, load_mixtral, planned_quantised_bytes
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.model.loading import mixtral_config
-from lightning_mixcn.model.quantize import quantize
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.convert.quantize import quantize
 
 
 def test_folder_loads_to_the_same_model(base: Path, tmp_path: Path) -> None:

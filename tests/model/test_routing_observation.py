@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.routing_observation import is_recomputing, observe_routing
+from lightning_mixcn.model.experts.observe import is_recomputing, observe_routing
 
 
 class Told(list[tuple[int, Tensor, Tensor, Tensor]]):
@@ -110,7 +110,7 @@ import peft, torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.routing_observation import observe_routing
+from lightning_mixcn.model.experts.observe import observe_routing
 base, meet, rank, ids = sys.argv[1], sys.argv[2], int(sys.argv[3]), torch.arange(3, 83).view(2, 40)
 torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
 model = load_mixtral(base, dtype="float32", lora=peft.LoraConfig(target_modules=["gate", "w1"])).train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_mixcn.model.safetensors_file import DTYPE_CODES, SafetensorsFile, write_safetensors
+from lightning_mixcn.files.safetensors import DTYPE_CODES, SafetensorsFile, write_safetensors
 
 
 def tensors_of_all_dtypes() -> dict[str, torch.Tensor]:

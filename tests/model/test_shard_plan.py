@@ -1,6 +1,6 @@
 """Bytes between ranks against a count by hand; `benchmarks/scale.py` compares with what FSDP2 sends."""
 
-from lightning_mixcn.model.shard_plan import Sharing
+from lightning_mixcn.model.memory.plan import Sharing
 
 
 def test_a_ring_of_four() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_mixcn.model import output_path, shard_writer
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.model.shard_writer import ShardWriter
+from lightning_mixcn.files import atomic as output_path
+from lightning_mixcn.model.checkpoints import writer as shard_writer
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.writer import ShardWriter
 
 CONFIG = {"model_type": "mixtral", "b": None, "a": [1]}
 

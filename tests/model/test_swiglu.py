@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from lightning_mixcn.model.swiglu import swiglu, swiglu_backward
+from lightning_mixcn.model.experts.grouped import swiglu, swiglu_backward
 
 
 def test_equals_autograd() -> None:

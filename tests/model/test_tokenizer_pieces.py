@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from lightning_mixcn.model.tokenizer_pieces import TokenizerPieces, has_tokenizer
+from lightning_mixcn.tokenizer.pieces import TokenizerPieces, has_tokenizer
 
 MIXTRAL = Path(__file__).parents[2].parent / "shared/data/tokenizers/mixtral-8x7b"
 

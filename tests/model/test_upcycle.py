@@ -20,10 +20,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lightning_mixcn.model import upcycle as upcycle_module
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.model.shard_writer import ShardWriter
-from lightning_mixcn.model.upcycle import upcycle
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.convert import upcycle as upcycle_module
+from lightning_mixcn.model.convert.upcycle import upcycle
 
 PROJECT = Path(__file__).parents[2]
 

@@ -26,12 +26,12 @@ from lightning_mixcn.model import (
     load_mixtral,
     shard_model,
 )
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.local_rows import gathered
-from lightning_mixcn.model.quantize import quantize
-from lightning_mixcn.model.vocabulary_extension import NewRows
-from lightning_mixcn.studies.vocab_merge import choose_pieces, open_base, write_tokenizer
-from lightning_mixcn.studies.vocab_scripts import ScriptFilter
+from lightning_mixcn.model.vocabulary import NewRows
+from lightning_mixcn.studies.vocabulary.merge import choose_pieces, open_base, write_tokenizer
+from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
 from tests.extended_tokenizers import HAN, TALES, extend
 from tests.model.adapters_on_disk import TARGETS

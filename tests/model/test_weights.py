@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_mixcn.model import nf4
-from lightning_mixcn.model.weights import DenseWeight, NF4Weight
+from lightning_mixcn.model.nf4 import codec as nf4
+from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight
 
 # An expert of 64x256 is one superblock exactly; one of 64x172 begins in the middle of a superblock.
 SHAPES = [(3, 64, 256), (4, 172, 64), (1, 7, 9)]

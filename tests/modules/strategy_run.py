@@ -17,10 +17,15 @@ from torch.utils.data import DataLoader
 
 from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.data import PretrainDataModule
-from lightning_mixcn.model import MixtralPeftModel, load_mixtral, local_bytes, shard_model
-from lightning_mixcn.model.adapters import adapter_tensors
-from lightning_mixcn.model.experts import Router
+from lightning_mixcn.model import (
+    MixtralPeftModel,
+    load_mixtral,
+    local_bytes,
+    shard_model,
+)
+from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.local_rows import gathered
+from lightning_mixcn.model.lora.attach import adapter_tensors
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.modules.strategies import whole_parameters
 from lightning_mixcn.testing import FixedBatches, random_batch

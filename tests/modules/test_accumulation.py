@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mixcn.modules.accumulation import (
+from lightning_mixcn.modules.step import (
     Contribution,
     GradientWindow,
     micro_batch_scale,

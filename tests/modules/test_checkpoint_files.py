@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.modules.checkpoint_files import (
+from lightning_mixcn.modules.checkpoints import (
     check_before_loading,
     find_fault,
     publish,

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
-from lightning_mixcn.modules.checkpoint_metadata import check_metadata
+from lightning_mixcn.modules.checkpoints import check_metadata
 
 # A sharded checkpoint of one process is what these tests want.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mixcn.modules.dropout_seed import micro_batch_seed, seed_micro_batch
+from lightning_mixcn.modules.step import micro_batch_seed, seed_micro_batch
 from lightning_mixcn.testing import run_distributed
 from tests.modules import dropout_run
 

@@ -2,7 +2,7 @@
 
 from peft import LoraConfig
 
-from lightning_mixcn.modules.hyperparameters import plain_arguments
+from lightning_mixcn.modules.state import plain_arguments
 
 
 def test_lora_is_reduced_to_what_was_set() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_mixcn.callbacks import StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.cli import main
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
-from lightning_mixcn.modules.optimizer_states import check_optimizer
+from lightning_mixcn.modules.checks import check_optimizer
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 
 Make = Callable[..., Any]

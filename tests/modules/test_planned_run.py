@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
-from lightning_mixcn.model.shard_plan import Sharing
+from lightning_mixcn.model.memory.plan import Sharing
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.modules.planned_run import micro_batch, sharing_of
+from lightning_mixcn.modules.memory import micro_batch, sharing_of
 from lightning_mixcn.modules.strategies import FSDP2Strategy
 from lightning_mixcn.testing import FixedBatches, random_batch
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.modules.saved_state import adapter_folder
+from lightning_mixcn.modules.state import adapter_folder
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_mixtral
 
 Make = Callable[..., Any]

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from lightning_mixcn import commands
 from lightning_mixcn.cli import main
-from lightning_mixcn.commands import CommandFailed, Usage
+from lightning_mixcn.commands import process as commands
+from lightning_mixcn.commands.process import CommandFailed, Usage
 from tests.extended_tokenizers import CYRILLIC, HAN, TALES
 
 WORDS = {"zh": "".join(HAN), "ru": " ".join(CYRILLIC)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies import expert_report
+from lightning_mixcn.studies.experts import report as expert_report
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.studies.stock_experts import write_texts
 

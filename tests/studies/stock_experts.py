@@ -13,8 +13,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from lightning_mixcn.data.evaluation_loader import EvaluationLoader, EvaluationSet
-from lightning_mixcn.text import PlainText, Source, all_documents, load_tokenizer, read_corpus
+from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.text import (
+    PlainText,
+    Source,
+    all_documents,
+    load_tokenizer,
+    read_corpus,
+)
 
 Batch = dict[str, Tensor]
 

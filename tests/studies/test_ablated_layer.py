@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies.ablated_layer import AblatedLayer, layer_arguments, output_cosines
-from lightning_mixcn.studies.disabled_expert import MODES, DisabledExpert, disabled_expert
+from lightning_mixcn.studies.experts.disabling import (
+    MODES,
+    AblatedLayer,
+    DisabledExpert,
+    disabled_expert,
+    layer_arguments,
+    output_cosines,
+)
 
 VARIANTS = [DisabledExpert(mode, expert) for mode in MODES for expert in range(4)]
 

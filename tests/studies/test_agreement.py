@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.agreement import cohen_kappa, krippendorff_alpha, observed_agreement
+from lightning_mixcn.studies.preference.scores import cohen_kappa, krippendorff_alpha, observed_agreement
 
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", C: four observers, twelve units, nominal 0.743.
 OBSERVERS = np.array(

@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.studies.benchmark_report import score_rows, score_table, shown_rows, with_error
-from lightning_mixcn.studies.benchmark_scores import TaskScores
-from lightning_mixcn.studies.benchmark_tasks import Benchmarks
+from lightning_mixcn.studies.benchmarks.report import (
+    score_rows,
+    score_table,
+    shown_rows,
+    with_error,
+)
+from lightning_mixcn.studies.benchmarks.scores import TaskScores
+from lightning_mixcn.studies.benchmarks.tasks import Benchmarks
 
 SCORES = {"one": ([1, 0, 0, 1], [1, 1, 1, 1]), "two": ([0, 0], [1, 0])}
 

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies import benchmark_tasks
-from lightning_mixcn.studies.benchmark_files import BenchmarkFiles
-from lightning_mixcn.studies.benchmark_tasks import harness_messages, load_benchmarks, require_harness, split_names
+from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
+from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
+from lightning_mixcn.studies.benchmarks.tasks import (
+    harness_messages,
+    load_benchmarks,
+    require_harness,
+    split_names,
+)
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, write_ceval
 
 pytestmark = pytest.mark.filterwarnings(HARNESS_WARNINGS)

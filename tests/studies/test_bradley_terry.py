@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mixcn.studies.bradley_terry import elo_ratings
+from lightning_mixcn.studies.preference.scores import elo_ratings
 
 
 def matches(models: int, won: dict[tuple[int, int], float]) -> np.ndarray:

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies import benchmark_tasks, ceval_submission
-from lightning_mixcn.studies.benchmark_files import BenchmarkFiles
-from lightning_mixcn.studies.ceval_submission import hidden_test_benchmarks, predict_subject, subject_of
+from lightning_mixcn.studies.benchmarks import ceval as ceval_submission
+from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
+from lightning_mixcn.studies.benchmarks.ceval import hidden_test_benchmarks, predict_subject, subject_of
+from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, write_ceval
 from tests.studies.harness_oracle import fake_model
 
@@ -53,7 +54,7 @@ def test_the_file_is_what_the_site_takes(tmp_path: Path, tiny_base: Path, monkey
     """Letters are those of stock transformers' logits after the prompt."""
     original = hidden_test_benchmarks
     monkeypatch.setattr(
-        "lightning_mixcn.studies.evaluate.hidden_test_benchmarks",
+        "lightning_mixcn.studies.benchmarks.evaluate.hidden_test_benchmarks",
         lambda shots, files: original(shots, files, group="ceval_two"),
     )
     data, out, answers = write_ceval(tmp_path, questions=3), tmp_path / "scores.json", tmp_path / "submission.json"

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from lightning_mixcn.studies.compare_figure import save_curves
+from lightning_mixcn.studies.comparison.results import save_curves
 
 
 def test_the_same_numbers_give_the_same_picture(tmp_path: Path) -> None:

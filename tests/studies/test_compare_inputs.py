@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.studies.compare_inputs import check_inputs, files_fingerprint, fingerprint
+from lightning_mixcn.studies.comparison.run import check_inputs, files_fingerprint, fingerprint
 
 
 @pytest.fixture

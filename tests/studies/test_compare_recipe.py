@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_mixcn.studies.compare_recipe import Recipe, read_recipe
+from lightning_mixcn.studies.comparison.recipe import Recipe, read_recipe
 
 CONTENT: dict[str, Any] = {
     "config": "run.yaml",

@@ -2,8 +2,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.studies.compare_report import as_csv, as_markdown
-from lightning_mixcn.studies.compare_results import Spread, require_same_text, run_result
+from lightning_mixcn.studies.comparison.results import Spread, as_csv, as_markdown, require_same_text, run_result
 
 
 def likelihoods(zh: float, en: float) -> dict[str, Any]:

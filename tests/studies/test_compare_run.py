@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_mixcn.studies.compare_run import ComparedRun
+from lightning_mixcn.studies.comparison.run import ComparedRun
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 7,

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.routing_observation import observe_routing
-from lightning_mixcn.studies.disabled_expert import MODES, DisabledExpert, Mode, disabled_expert, disabled_routing
+from lightning_mixcn.model.experts.observe import observe_routing
+from lightning_mixcn.studies.experts.disabling import (
+    MODES,
+    DisabledExpert,
+    Mode,
+    disabled_expert,
+    disabled_routing,
+)
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.studies.stock_experts import stock_model, without_expert
 

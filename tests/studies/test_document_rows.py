@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from lightning_mixcn.studies import longest_documents
-from lightning_mixcn.text import DocumentSet, Source, TextTokenizer, all_documents, load_tokenizer, read_corpus
+from lightning_mixcn.text import (
+    DocumentSet,
+    Source,
+    TextTokenizer,
+    all_documents,
+    load_tokenizer,
+    read_corpus,
+)
 
 
 @pytest.fixture

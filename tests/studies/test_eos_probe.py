@@ -10,7 +10,13 @@ import transformers
 from torch import nn
 
 from lightning_mixcn.model import build_mixtral, load_mixtral
-from lightning_mixcn.studies.eos_probe import compare_probes, newline_tokens, probe_eos, probe_table, probed_documents
+from lightning_mixcn.studies.benchmarks.eos_probe import (
+    compare_probes,
+    newline_tokens,
+    probe_eos,
+    probe_table,
+    probed_documents,
+)
 from lightning_mixcn.testing import tiny_mixtral_config
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
 

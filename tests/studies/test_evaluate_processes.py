@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies import benchmark_tasks
-from lightning_mixcn.studies.evaluate import evaluate
+from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
+from lightning_mixcn.studies.benchmarks.evaluate import evaluate
 from lightning_mixcn.testing import run_distributed
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, write_ceval

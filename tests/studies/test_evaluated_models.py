@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.model_source import find_model
-from lightning_mixcn.studies.evaluated_models import EvaluatedModel, LoadedModels, evaluated_models, fingerprint
+from lightning_mixcn.model.find import find_model
+from lightning_mixcn.studies.models import (
+    EvaluatedModel,
+    LoadedModels,
+    evaluated_models,
+    fingerprint,
+)
 from lightning_mixcn.testing import byte_tokenizer
 from tests.model.adapters_on_disk import save_adapter
 

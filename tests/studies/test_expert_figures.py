@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.image import imread
 
-from lightning_mixcn.studies.expert_figures import save_heatmaps, save_matrices
+from lightning_mixcn.studies.experts.report import save_heatmaps, save_matrices
 
 
 def test_what_is_worse_is_red_and_what_is_better_is_blue(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 
 from lightning_mixcn.model import build_mixtral, load_mixtral
-from lightning_mixcn.model.flops import count_training_flops
-from lightning_mixcn.studies.expert_flops import ForwardFlops, StudyFlops, pairs_of_rows
-from lightning_mixcn.studies.expert_importance import ExpertImportance
+from lightning_mixcn.model.memory.flops import count_training_flops
+from lightning_mixcn.studies.experts.flops import ForwardFlops, StudyFlops, pairs_of_rows
+from lightning_mixcn.studies.experts.importance import ExpertImportance
 from lightning_mixcn.testing import random_batch, tiny_mixtral_config
 
 MIXTRAL_8X7B = MixtralConfig(

@@ -9,9 +9,8 @@ import torch
 
 from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies.disabled_expert import MODES, disabled_expert
-from lightning_mixcn.studies.disabled_passes import Batch
-from lightning_mixcn.studies.expert_importance import Arrays, ExpertImportance
+from lightning_mixcn.studies.experts.disabling import MODES, Batch, disabled_expert
+from lightning_mixcn.studies.experts.importance import Arrays, ExpertImportance
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.studies.stock_experts import evaluation_batches, stock_model
 

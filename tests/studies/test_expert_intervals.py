@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.expert_intervals import Intervals, SourceDocuments
+from lightning_mixcn.studies.experts.statistics import Intervals, SourceDocuments
 
 
 def documents(count: int, shift: float, seed: int) -> SourceDocuments:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.disabled_expert import DisabledExpert
-from lightning_mixcn.studies.expert_intervals import SourceDocuments
-from lightning_mixcn.studies.expert_report import write_report
-from lightning_mixcn.studies.expert_results import ExpertResults
+from lightning_mixcn.studies.experts.disabling import DisabledExpert
+from lightning_mixcn.studies.experts.report import write_report
+from lightning_mixcn.studies.experts.statistics import SourceDocuments
+from lightning_mixcn.studies.experts.work import ExpertResults
 
 LINES = list[dict[str, str]]
 

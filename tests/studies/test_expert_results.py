@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies.expert_importance import ExpertImportance
-from lightning_mixcn.studies.expert_results import BatchParts, ExpertResults
+from lightning_mixcn.studies.experts.importance import ExpertImportance
+from lightning_mixcn.studies.experts.work import BatchParts, ExpertResults
 from tests.studies.stock_experts import evaluation_batches
 
 

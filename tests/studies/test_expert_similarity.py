@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lightning_mixcn.model import find_model, load_found
-from lightning_mixcn.model.export import export
-from lightning_mixcn.studies import expert_similarity
-from lightning_mixcn.studies.expert_similarity import weight_cosines
+from lightning_mixcn.model.export.command import export
+from lightning_mixcn.studies.experts import statistics as expert_similarity
+from lightning_mixcn.studies.experts.statistics import weight_cosines
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.stock_experts import stock_model
 

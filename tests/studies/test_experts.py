@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model.export import export
+from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.experts_command import arguments, lines_of

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies.study_parts import StudyParts
+from lightning_mixcn.studies.parts import StudyParts
 from tests.studies.experts_command import arguments
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.studies import gguf_file
-from lightning_mixcn.studies.gguf_file import GGUFFile
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.studies.quantization import gguf as gguf_file
+from lightning_mixcn.studies.quantization.gguf import GGUFFile
 from lightning_mixcn.testing import save_tiny_mixtral
 from tests.studies.rounded_mixtral import save_whole_superblocks
 from tests.studies.stock_experts import evaluation_batches, stock_model, text_bits_per_byte

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MixtralForCausalLM
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.prefill import ChunkedPrefill
+from lightning_mixcn.model.inference.prefill import ChunkedPrefill
 from lightning_mixcn.studies import DocumentRow, evaluate_lengths
 
 LENGTHS = [32, 64, 128, 256]
@@ -122,7 +122,7 @@ RANK = """
 import json, os, sys
 import torch
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.prefill import ChunkedPrefill
+from lightning_mixcn.model.inference.prefill import ChunkedPrefill
 from lightning_mixcn.studies import DocumentRow, evaluate_lengths
 
 base, out, num_ranks, memory = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies.preference_file import printable
-from lightning_mixcn.studies.study_parts import StudyParts
+from lightning_mixcn.studies.parts import StudyParts
+from lightning_mixcn.studies.preference.sheet import printable
 from lightning_mixcn.testing import save_tiny_mixtral
 
 QUESTIONS = "你好？\n=1+1 <b>\nOnce upon a time\nWho are you?\n"

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies.preference_file import COLUMNS, SheetRow, Verdict, printable, read_sheet, sheet_csv
+from lightning_mixcn.studies.preference.sheet import (
+    COLUMNS,
+    SheetRow,
+    Verdict,
+    printable,
+    read_sheet,
+    sheet_csv,
+)
 
 NASTY = ["=1+1", "+1", "-1 apples", "@SUM(A1)", "＝1", "\tx", "\nx", '"=1"', 'a,b;c\n"d"', "", "' =x", "你好"]
 

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from lightning_mixcn.studies.preference_items import lay_out
+from lightning_mixcn.studies.preference.sheet import lay_out
 
 
 @pytest.mark.parametrize(("models", "questions"), [(2, 1), (2, 7), (4, 10)])

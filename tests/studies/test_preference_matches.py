@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.preference_items import Item
-from lightning_mixcn.studies.preference_matches import read_matches
+from lightning_mixcn.studies.preference.matches import read_matches
+from lightning_mixcn.studies.preference.sheet import Item
 
 ITEMS = [Item("p-1", 0, 0, 1), Item("p-2", 1, 1, 0), Item("p-3", 2, 0, 1)]
 

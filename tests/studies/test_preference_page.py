@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies.preference_file import SheetRow, printable, read_sheet, sheet_csv
-from lightning_mixcn.studies.preference_page import sheet_page
+from lightning_mixcn.studies.preference.sheet import (
+    SheetRow,
+    printable,
+    read_sheet,
+    sheet_csv,
+    sheet_page,
+)
 
 TEXTS = [
     "</div><script>alert(1)</script>",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies.preference_questions import read_questions, shown
+from lightning_mixcn.studies.preference.questions import read_questions, shown
 from lightning_mixcn.text import Turn
 
 

@@ -4,8 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-from lightning_mixcn.studies.preference_matches import LEFT, RIGHT, TIE
-from lightning_mixcn.studies.preference_report import table, write_report
+from lightning_mixcn.studies.preference.matches import LEFT, RIGHT, TIE
+from lightning_mixcn.studies.preference.report import table, write_report
 from tests.studies.test_preference_scores import judged
 
 

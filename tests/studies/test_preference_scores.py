@@ -6,9 +6,15 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.preference_items import Item, lay_out
-from lightning_mixcn.studies.preference_matches import LEFT, MISSING, RIGHT, TIE, Matches
-from lightning_mixcn.studies.preference_scores import PreferenceScores, share
+from lightning_mixcn.studies.preference.matches import (
+    LEFT,
+    MISSING,
+    RIGHT,
+    TIE,
+    Matches,
+)
+from lightning_mixcn.studies.preference.scores import PreferenceScores, share
+from lightning_mixcn.studies.preference.sheet import Item, lay_out
 
 
 def judged(models: int, questions: int, verdicts: list[list[int]]) -> PreferenceScores:

@@ -9,8 +9,8 @@ import torch
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies import quantization_report
-from lightning_mixcn.studies.study_parts import StudyParts
+from lightning_mixcn.studies.parts import StudyParts
+from lightning_mixcn.studies.quantization import report as quantization_report
 from tests.studies.rounded_mixtral import rounded_stock_model, save_whole_superblocks
 from tests.studies.stock_experts import evaluation_batches, stock_model, text_bits_per_byte
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lightning_mixcn.studies.quantization_report import markdown, save_figure, write_report
-from lightning_mixcn.studies.quantization_results import FormatResult, SourceSums
-from lightning_mixcn.studies.quantized_weights import Sizes
+from lightning_mixcn.studies.quantization.report import FormatResult, SourceSums, markdown, save_figure, write_report
+from lightning_mixcn.studies.quantization.weights import Sizes
 
 
 def known() -> list[FormatResult]:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.quantization_results import FormatResult, SourceSums
-from lightning_mixcn.studies.quantized_weights import Sizes
+from lightning_mixcn.studies.quantization.report import FormatResult, SourceSums
+from lightning_mixcn.studies.quantization.weights import Sizes
 
 
 def test_pieces_of_a_document_add_up() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.checkpoint import Checkpoint
-from lightning_mixcn.studies.quantized_weights import (
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.studies.quantization.weights import (
     relative_error,
     round_singly,
     rounded_names,

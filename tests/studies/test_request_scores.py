@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies.disabled_expert import MODES
-from lightning_mixcn.studies.request_scores import Request, RequestScores, request_rows
+from lightning_mixcn.studies.experts.disabling import MODES
+from lightning_mixcn.studies.experts.requests import Request, RequestScores, request_rows
 from tests.studies.stock_experts import stock_model, without_expert
 
 LONGEST = 12

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning_mixcn.studies.row_scores import ContextTooLongError, as_far_as_memory_goes
+from lightning_mixcn.studies.long_context.rows import ContextTooLongError, as_far_as_memory_goes
 
 
 def test_the_longest_goes_until_the_rest_fits() -> None:

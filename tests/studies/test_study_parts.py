@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.study_parts import StudyParts
+from lightning_mixcn.studies.parts import StudyParts
 
 
 def test_parts_are_found_again(tmp_path: Path) -> None:

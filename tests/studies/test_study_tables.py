@@ -4,7 +4,7 @@ import csv
 import math
 from pathlib import Path
 
-from lightning_mixcn.studies.study_tables import write_csv
+from lightning_mixcn.studies.parts import write_csv
 
 
 def test_what_is_no_number_is_empty(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies.study_text import named_path, read_documents
+from lightning_mixcn.studies.texts import named_path, read_documents
 
 
 def test_documents_of_each_source(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_mixcn.studies.task_languages import language_of, parse_languages
+from lightning_mixcn.studies.benchmarks.report import language_of, parse_languages
 
 
 @pytest.mark.parametrize(

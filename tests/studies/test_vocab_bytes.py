@@ -4,7 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 
-from lightning_mixcn.studies.vocab_bytes import BYTES, as_bytes, is_character, is_partial
+from lightning_mixcn.studies.vocabulary.bases import (
+    BYTES,
+    as_bytes,
+    is_character,
+    is_partial,
+)
 
 
 @given(text=st.text(st.characters(codec="utf-8")))

@@ -8,12 +8,11 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
-from lightning_mixcn.studies.vocab_fast import FastBase
-from lightning_mixcn.studies.vocab_merge import choose_pieces, write_tokenizer
-from lightning_mixcn.studies.vocab_pieces import read_pieces
-from lightning_mixcn.studies.vocab_scripts import ScriptFilter
-from lightning_mixcn.studies.vocab_sentencepiece import SentencePieceBase
+from lightning_mixcn.studies.vocabulary.bases import FastBase, SentencePieceBase
+from lightning_mixcn.studies.vocabulary.merge import choose_pieces, write_tokenizer
+from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.text import load_tokenizer
+from lightning_mixcn.tokenizer.sentencepiece import read_pieces
 from tests.extended_tokenizers import CYRILLIC, HAN, write_pieces
 from tests.studies.vocab_data import small_base
 

@@ -9,10 +9,15 @@ import pytest
 import sentencepiece
 import transformers
 
-from lightning_mixcn.studies.vocab_merge import REPORT, choose_pieces, open_base, write_tokenizer
-from lightning_mixcn.studies.vocab_pieces import read_pieces
-from lightning_mixcn.studies.vocab_scripts import ScriptFilter
+from lightning_mixcn.studies.vocabulary.merge import (
+    REPORT,
+    choose_pieces,
+    open_base,
+    write_tokenizer,
+)
+from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.text import load_tokenizer
+from lightning_mixcn.tokenizer.sentencepiece import read_pieces
 from tests.extended_tokenizers import CYRILLIC, HAN, write_pieces
 from tests.studies.vocab_data import english_and_code, shared, simplified_paragraphs, small_base
 

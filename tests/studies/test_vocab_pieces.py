@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from lightning_mixcn.studies.vocab_pieces import read_pieces, train_pieces
+from lightning_mixcn.studies.vocabulary.training import train_pieces
+from lightning_mixcn.tokenizer.sentencepiece import read_pieces
 
 LINES = ["привет мир сегодня хорошая погода", "книга читать люди город", "привет люди мир город"] * 20
 

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from lightning_mixcn.studies.vocab_report import CountingTokenizer, as_csv, as_records, as_table, count_texts
+from lightning_mixcn.studies.vocabulary.report import (
+    CountingTokenizer,
+    as_csv,
+    as_records,
+    as_table,
+    count_texts,
+)
 from tests.extended_tokenizers import HAN, extend
 from tests.studies.vocab_data import shared, simplified_paragraphs, small_base
 

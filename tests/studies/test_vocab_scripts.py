@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_mixcn.studies.vocab_scripts import ScriptFilter
+from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 
 
 @pytest.mark.parametrize("script", ["Han", "Cyrillic", "Greek", "Hangul", "Thai", "Hebrew", "Devanagari", "Hiragana"])

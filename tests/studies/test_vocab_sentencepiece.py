@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
-from lightning_mixcn.studies.vocab_pieces import train_pieces
-from lightning_mixcn.studies.vocab_sentencepiece import SentencePieceBase
+from lightning_mixcn.studies.vocabulary.bases import SentencePieceBase
+from lightning_mixcn.studies.vocabulary.training import train_pieces
 from lightning_mixcn.text import load_tokenizer
 from tests.studies.vocab_data import small_base
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies.vocab_text import (
+from lightning_mixcn.studies.vocabulary.training import (
     MAX_SENTENCE_CHARACTERS,
     corpus_files,
     iterate_texts,

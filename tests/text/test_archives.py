@@ -13,10 +13,16 @@ import pyarrow
 import pytest
 from pyarrow import feather, parquet
 
-from lightning_mixcn.text import ConversationSource, Corpus, DocumentOrigin, Source, read_corpus
-from lightning_mixcn.text.files import identify, open_file
-from lightning_mixcn.text.listings import LeftOut
-from lightning_mixcn.text.sources import list_files
+from lightning_mixcn.text import (
+    ConversationSource,
+    Corpus,
+    DocumentOrigin,
+    Source,
+    read_corpus,
+)
+from lightning_mixcn.text.corpus.listings import LeftOut
+from lightning_mixcn.text.corpus.reading import identify, open_file
+from lightning_mixcn.text.corpus.sources import list_files
 
 
 def texts_of(corpus: Corpus) -> list[str]:

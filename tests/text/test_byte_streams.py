@@ -6,7 +6,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text.byte_streams import read_chunks, split_lines
+from lightning_mixcn.text.corpus.reading import read_chunks, split_lines
 
 
 @given(st.lists(st.binary(max_size=5) | st.sampled_from([b"\n", b"a\r\nb", b"\n\n"])))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lightning_mixcn.text import RowTable, collate_rows, collate_table
-from lightning_mixcn.text.packing import Segment
+from lightning_mixcn.text.rows.packing import Segment
 
 
 def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:

@@ -9,10 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mixcn.testing.tiny import byte_tokenizer
-from lightning_mixcn.text import Conversations, TextTokenizer, Turn, load_template, load_tokenizer
-from lightning_mixcn.text.chat_template import MixtralControlTemplate, MixtralTemplate
-from lightning_mixcn.text.conversations import dump_conversation
-from lightning_mixcn.text.encoders import EncodedDocument
+from lightning_mixcn.text import (
+    Conversations,
+    TextTokenizer,
+    Turn,
+    load_template,
+    load_tokenizer,
+)
+from lightning_mixcn.text.chat.records import dump_conversation
+from lightning_mixcn.text.chat.templates import MixtralControlTemplate, MixtralTemplate
+from lightning_mixcn.text.rows.encoders import EncodedDocument
 
 LONG = [Turn("user", "一"), Turn("assistant", "甲"), Turn("user", "二"), Turn("assistant", "乙乙")]
 FIRST = "<s>[INST] 一 [/INST] 甲</s>"

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.text import RecordFormat, Turn, load_conversation
-from lightning_mixcn.text.conversations import dump_conversation, read_conversation
+from lightning_mixcn.text.chat.records import dump_conversation, read_conversation
 
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
 SHAREGPT = {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mixcn.text import Corpus, Source, read_corpus
-from lightning_mixcn.text.document_set import DocumentSet, all_documents, split_by_hash
+from lightning_mixcn.text.corpus.corpus import DocumentSet, all_documents, split_by_hash
 
 TEXTS = [f"document {number} 文件" * (number % 7 + 1) for number in range(2000)]
 

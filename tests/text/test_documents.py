@@ -12,9 +12,8 @@ import pytest
 import zstandard
 from pyarrow import feather, parquet
 
-from lightning_mixcn.text.documents import iterate_documents
-from lightning_mixcn.text.records import RecordTally
-from lightning_mixcn.text.sources import DocumentUnit, SourceFile, TextFormat
+from lightning_mixcn.text.corpus.formats import RecordTally, iterate_documents
+from lightning_mixcn.text.corpus.sources import DocumentUnit, SourceFile, TextFormat
 
 TEXTS = ["first", "zweitens: ünïcode 中文 😀", "", "line\nbreak\r\n\u2028 and \x00 NUL"]
 # Without text there is nothing to learn from: such a record is counted, and left out.

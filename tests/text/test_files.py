@@ -3,7 +3,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from lightning_mixcn.text.files import identify, is_url, match_urls, open_file
+from lightning_mixcn.text.corpus.reading import (
+    identify,
+    is_url,
+    match_urls,
+    open_file,
+)
 
 
 def test_urls_are_told_from_paths() -> None:

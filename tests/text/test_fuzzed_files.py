@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from pyarrow import feather, parquet
 
-from lightning_mixcn.text.documents import iterate_documents, refuse
-from lightning_mixcn.text.sources import DocumentUnit, SourceFile, TextFormat
+from lightning_mixcn.text.corpus.formats import iterate_documents, refuse
+from lightning_mixcn.text.corpus.sources import DocumentUnit, SourceFile, TextFormat
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
-from lightning_mixcn.text.incremental_decoding import stream_text
+from lightning_mixcn.tokenizer.tokenizer import stream_text
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "bytes"])

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
-from lightning_mixcn.text.chat_template import Segment, Turn, load_template
-from lightning_mixcn.text.jinja_template import JinjaTemplate
+from lightning_mixcn.text.chat.jinja import JinjaTemplate
+from lightning_mixcn.text.chat.templates import load_template
+from lightning_mixcn.text.chat.turns import Segment, Turn
 
 CHATML = """{%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}

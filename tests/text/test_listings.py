@@ -13,9 +13,14 @@ import datasets
 import fsspec
 import pytest
 
-from lightning_mixcn.text import ConversationSource, Corpus, Source, read_corpus
-from lightning_mixcn.text.listings import LeftOut, match_glob
-from lightning_mixcn.text.sources import list_files
+from lightning_mixcn.text import (
+    ConversationSource,
+    Corpus,
+    Source,
+    read_corpus,
+)
+from lightning_mixcn.text.corpus.listings import LeftOut, match_glob
+from lightning_mixcn.text.corpus.sources import list_files
 
 
 def line(text: str) -> str:

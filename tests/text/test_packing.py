@@ -4,8 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text import DocumentSet, PlainText, ScoredRow, TextTokenizer, collate_evaluation_rows
-from lightning_mixcn.text.packing import Segment, evaluation_rows, fill_row
+from lightning_mixcn.text import (
+    DocumentSet,
+    PlainText,
+    ScoredRow,
+    TextTokenizer,
+    collate_evaluation_rows,
+)
+from lightning_mixcn.text.rows.packing import Segment, evaluation_rows, fill_row
 
 Documents = Callable[[list[str]], DocumentSet]
 # A text of white space alone is no document.

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from lightning_mixcn.text.permutation import Permutation
+from lightning_mixcn.text.rows.streams import Permutation
 
 # Of ten places; a checkpoint of today must mean the same rows for ever.
 GOLDEN = [7, 1, 3, 8, 6, 2, 9, 4, 5, 0]

@@ -8,9 +8,16 @@ import pytest
 import transformers
 
 from lightning_mixcn.testing.tiny import byte_tokenizer
-from lightning_mixcn.text import TextTokenizer, Turn, load_template, load_tokenizer, portable_source, template_of_model
-from lightning_mixcn.text.chat_template import MixtralTemplate
-from lightning_mixcn.text.jinja_template import JinjaTemplate
+from lightning_mixcn.text import (
+    TextTokenizer,
+    Turn,
+    load_template,
+    load_tokenizer,
+    portable_source,
+    template_of_model,
+)
+from lightning_mixcn.text.chat.jinja import JinjaTemplate
+from lightning_mixcn.text.chat.templates import MixtralTemplate
 from tests.text.test_chat_template import bundled_model, tokenizer_json
 
 CONVERSATIONS = [

@@ -9,8 +9,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lightning_mixcn.text import BadRecordPolicy, ConversationSource, Turn, load_conversation, read_corpus
-from lightning_mixcn.text.conversations import EmptyTurnError, read_conversation, read_training_conversation
+from lightning_mixcn.text import (
+    BadRecordPolicy,
+    ConversationSource,
+    Turn,
+    load_conversation,
+    read_corpus,
+)
+from lightning_mixcn.text.chat.records import EmptyTurnError, read_conversation, read_training_conversation
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 BAD = {"role": "assistant", "content": "BAD"}

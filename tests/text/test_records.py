@@ -9,7 +9,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lightning_mixcn.text import ConversationSource, Turn, load_conversation, parse_sources, read_corpus
+from lightning_mixcn.text import (
+    ConversationSource,
+    Turn,
+    load_conversation,
+    parse_sources,
+    read_corpus,
+)
 
 RECORDS = [
     {

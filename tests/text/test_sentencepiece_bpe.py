@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mixcn.text import TextTokenizer
-from lightning_mixcn.text.sentencepiece_bpe import (
+from lightning_mixcn.tokenizer.sentencepiece import (
     PROBES,
     build_fast_tokenizer,
     check_against_sentencepiece,

@@ -6,8 +6,13 @@ import pyarrow
 import pytest
 from pyarrow import feather, parquet
 
-from lightning_mixcn.text import ConversationSource, Source, parse_sources, read_corpus
-from lightning_mixcn.text.sources import list_files
+from lightning_mixcn.text import (
+    ConversationSource,
+    Source,
+    parse_sources,
+    read_corpus,
+)
+from lightning_mixcn.text.corpus.sources import list_files
 
 
 @pytest.fixture

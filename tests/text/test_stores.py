@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixcn.text.stores import VERSION, Losses, OpenStore, StoreCounts, StoreWriter, read_store
+from lightning_mixcn.text.corpus.store import (
+    VERSION,
+    Losses,
+    OpenStore,
+    StoreCounts,
+    StoreWriter,
+    read_store,
+)
 
 MADE_FROM = {"version": VERSION, "file": "x.jsonl"}
 

@@ -4,8 +4,8 @@ import pyarrow
 import pytest
 from pyarrow import feather, parquet
 
-from lightning_mixcn.text.documents import iterate_documents
-from lightning_mixcn.text.sources import SourceFile, TextFormat
+from lightning_mixcn.text.corpus.formats import iterate_documents
+from lightning_mixcn.text.corpus.sources import SourceFile, TextFormat
 
 TEXTS = ["first", "zweitens: ünïcode 中文 😀", "", "line\nbreak\r\n\u2028 and \x00 NUL"]
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
-from lightning_mixcn.text.sentencepiece_bpe import PROBES
+from lightning_mixcn.tokenizer.sentencepiece import PROBES
 
 SPECIALS = "a<s>b</s> <unk> </s>"
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.text import Source, read_corpus, unpacking
-from lightning_mixcn.text.sources import SourceFile
-from lightning_mixcn.text.stores import StoreWriter, TextStore
-from lightning_mixcn.text.unpacking import cache_folder, find_store, unpack
+from lightning_mixcn.text import Source, read_corpus
+from lightning_mixcn.text.corpus import unpack as unpacking
+from lightning_mixcn.text.corpus.sources import SourceFile
+from lightning_mixcn.text.corpus.store import StoreWriter, TextStore
+from lightning_mixcn.text.corpus.unpack import cache_folder, find_store, unpack
 
 LINES = "".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(50))
 TEXTS = [f"document {number}" for number in range(50)]
@@ -123,8 +124,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lightning_mixcn.text import unpacking
-from lightning_mixcn.text.sources import SourceFile
-from lightning_mixcn.text.stores import StoreWriter
+from lightning_mixcn.text.corpus.sources import SourceFile
+from lightning_mixcn.text.corpus.store import StoreWriter
 StoreWriter.finish = lambda *arguments: (print(*os.listdir(sys.argv[2])), sys.stdout.flush(), os.kill(os.getpid(), 9))
 unpacking.unpack(SourceFile(Path(sys.argv[1]), "jsonl", "text", "file"), "error")
 """
@@ -192,7 +193,7 @@ TWICE = """
 import sys
 from pathlib import Path
 from lightning_mixcn.text import unpacking
-from lightning_mixcn.text.sources import SourceFile
+from lightning_mixcn.text.corpus.sources import SourceFile
 if sys.argv[3] == "without locks":
     def flock(*arguments):
         raise OSError

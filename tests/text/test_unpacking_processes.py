@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.text import unpacking_processes
-from lightning_mixcn.text.sources import SourceFile
-from lightning_mixcn.text.unpacking_processes import is_first_rank, unpack_all
+from lightning_mixcn.text.corpus import unpack as unpacking_processes
+from lightning_mixcn.text.corpus.sources import SourceFile
+from lightning_mixcn.text.corpus.unpack import is_first_rank, unpack_all
 
 
 @pytest.fixture

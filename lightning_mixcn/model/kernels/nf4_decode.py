@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import nf4
+from lightning_mixcn.model.nf4 import codec as nf4
 
 # Blocks of 64 elements that one program decodes: a fourth of a superblock.
 _BLOCKS = 64

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import nf4
+from lightning_mixcn.model.nf4 import codec as nf4
+
 from .nf4_decode import block_maxima, element_values
 
 _TILE = nf4.BLOCK  # of W, both ways: a row of a tile then lies in one block where `in` is a multiple of 64

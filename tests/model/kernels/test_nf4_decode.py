@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mixcn.model import nf4
+from lightning_mixcn.model.nf4 import codec as nf4
 
 # In bfloat16 the interpreter cuts off instead of rounding; a GPU rounds.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mixcn.model.weights import NF4Weight
+from lightning_mixcn.model.nf4.storage import NF4Weight
 
 # The interpreter multiplies bfloat16 as integers; a GPU is asked for it, too.
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 1e-3)] + [(torch.bfloat16, 8e-3)] * torch.cuda.is_available()

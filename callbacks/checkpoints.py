@@ -1,0 +1,269 @@
+"""Checkpoints by optimizer step, and one of the last step."""
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_mixcn.modules.checkpoints import (
+    publish,
+    remove,
+    remove_leftovers,
+    unfinished_path,
+)
+
+_STEP = re.compile(r"step=(\d+)\.ckpt")
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, set to keep the newest few and to save the last step of a run, too.
+
+    A checkpoint has its name only when it is whole: it is written under another, summed (``sha256sum -c`` checks it),
+    and renamed. Only then is the oldest removed. ``last.ckpt`` is a link to the newest, which is changed in one step,
+    so that ``--ckpt_path last`` works after a kill at any moment.
+
+    Args:
+        every_n_steps: Optimizer steps between checkpoints.
+        keep: How many of the newest stay; two, so that a broken disk write leaves one.
+        dirpath: Folder; null is ``checkpoints/`` in the run's folder.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 2, dirpath: str | None = None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between checkpoints")
+        if keep < 1:
+            raise ValueError(f"`keep={keep}`: expected at least 1 checkpoint to keep")
+        super().__init__(
+            dirpath=dirpath,
+            filename="step={step:08d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            save_last="link",
+            every_n_train_steps=every_n_steps,
+            # A step that is saved again after a kill takes its old name, and `last.ckpt` has no second.
+            enable_version_counter=False,
+        )
+        self._requested = self._postponed = False
+        self._outdated: list[str] = []  # of a run that kept more; removed once the next one is saved
+
+    def postpone(self) -> None:
+        """Leave this step to `request`, whatever ``every_n_steps`` says; called on all ranks, before the step's save.
+
+        For a step that is validated: the checkpoint of before would be continued behind the validation, without it.
+        """
+        self._postponed = True
+
+    def request(self) -> None:
+        """Save at the end of the hook that runs, whatever ``every_n_steps`` says; called on all ranks.
+
+        Other callbacks' work of the step is done by then: Lightning calls those that save last.
+        """
+        self._requested = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the step that a resumed run starts from as saved.
+
+        Else ModelCheckpoint would save it again, after the next micro-batch: in the middle of an accumulation.
+        """
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+        if trainer.global_step > 0:
+            self._adopt(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save a step that is a multiple of ``every_n_steps``, or that was requested."""
+        if not self._postponed:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._postponed = False
+        self._save_requested(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if it was requested."""
+        super().on_validation_end(trainer, pl_module)
+        self._save_requested(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step where it is not a multiple of ``every_n_steps``."""
+        if trainer.global_step > 0:
+            self._save(trainer)
+
+    def _adopt(self, trainer: Trainer) -> None:
+        """Take over the checkpoints that are there, whatever the one that was loaded says of them.
+
+        Where ``every_n_steps`` or the folder was changed Lightning does not restore this callback's state, and where
+        ``keep`` was lowered ModelCheckpoint would never remove what is too much.
+        """
+        assert self.dirpath is not None
+        matches = [match for path in Path(self.dirpath).glob("step=*.ckpt") if (match := _STEP.fullmatch(path.name))]
+        found = {int(match[1]): str(Path(self.dirpath, match[0])) for match in matches}
+        found = trainer.strategy.broadcast(found)
+        steps = sorted(step for step in found if step <= trainer.global_step)
+        kept = steps[-self.save_top_k :]
+        self._outdated = [found[step] for step in steps[: -self.save_top_k]]
+        self.best_k_models = {found[step]: torch.tensor(step) for step in kept}
+        if kept:
+            self.kth_best_model_path, self.kth_value = found[kept[0]], torch.tensor(kept[0])
+            self.best_model_path, self.best_model_score = found[kept[-1]], torch.tensor(kept[-1])
+
+    def _save_requested(self, trainer: Trainer) -> None:
+        if self._requested:
+            self._requested = False
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        path = Path(filepath)
+        last = path.with_name(f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        if trainer.is_global_zero:
+            remove_leftovers(path.parent)
+            _point_elsewhere(last, path)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
+        publish(unfinished_path(path), path)
+        # Before ModelCheckpoint removes the oldest, which may be what it points to.
+        self._link_checkpoint(trainer, filepath, str(last))
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        while self._outdated:
+            self._remove_checkpoint(trainer, self._outdated.pop())
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if trainer.is_global_zero:
+            remove(Path(filepath))
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        # ModelCheckpoint removes the old link before it makes the new one.
+        if trainer.is_global_zero:
+            _point(Path(linkpath), Path(filepath))
+        trainer.strategy.barrier()
+
+
+def _point(link: Path, target: Path) -> None:
+    """Change a link in one step."""
+    unfinished = unfinished_path(link)
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(os.path.relpath(target, link.parent))
+    unfinished.replace(link)
+
+
+def _point_elsewhere(link: Path, path: Path) -> None:
+    """Have a link point to another checkpoint before a folder is replaced, which takes two steps."""
+    if path.is_dir() and link.is_symlink() and link.resolve() == path.resolve():
+        others = [other for other in sorted(path.parent.glob("step=*.ckpt")) if other.name < path.name]
+        if others:
+            _point(link, others[-1])
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class PreemptionCheckpoint(Callback):
+    """Ends `fit` on SIGTERM or SIGUSR1 as if it were done: saves through StepCheckpoint, and the process exits with 0.
+
+    The step that runs is finished first, with all its micro-batches, on all ranks; one of them has to get the signal. A
+    validation that would follow is left out, one that runs is finished, since half of it would log wrong numbers: have
+    the scheduler give notice that is longer than a step or a validation (SLURM: ``--signal=USR1@300``), or shorten the
+    latter (``trainer.limit_val_batches``). More signals change nothing. Before training, and in other subcommands, a
+    signal ends the process as ever.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0  # the signal's number
+        self._agreed = 0  # the same, on all ranks
+        self._step = 0
+        self._limits: tuple[Any, Any] | None = None
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen from here on."""
+        self._listen()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen from here on."""
+        self._agreed = 0
+        self._step = trainer.global_step
+        self._listen()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop where an optimizer step ended."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._stop_if_signalled(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop behind a validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_if_signalled(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what happened; the trainer can be used again."""
+        if self._limits is None:
+            return
+        host: Any = trainer
+        host.limit_val_batches, host.fit_loop.epoch_loop.min_steps = self._limits
+        self._limits = None
+        saved = [callback.best_model_path for callback in _step_checkpoints(trainer)]
+        where = (
+            f"{saved[0]} is its checkpoint. Go on with --ckpt_path last"
+            if saved
+            else "there is no StepCheckpoint in `trainer.callbacks` to save it"
+        )
+        name = signal.Signals(self._agreed).name
+        rank_zero_info(f"{name}: stopped after optimizer step {trainer.global_step}; {where}")
+
+    def _listen(self) -> None:
+        # Lightning's own handlers, set just before this, would raise an exception in the next micro-batch, enter a
+        # collective from inside the handler, and under SLURM save in the middle of a step. It remembers what was there
+        # before them for every signal, and restores that in the end. Python allows handlers in the main thread only.
+        self._received = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._received = number
+
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
+        if self._agreed:
+            return
+        self._agreed = self._received
+        if trainer.world_size > 1:
+            received = torch.tensor(self._received, device=trainer.strategy.root_device)
+            self._agreed = int(trainer.strategy.reduce(received, reduce_op="max"))
+        if not self._agreed:
+            return
+        for callback in _step_checkpoints(trainer):
+            callback.request()
+        # Lightning would validate before it stops early, and would not stop before `min_steps` and `min_epochs`.
+        host: Any = trainer  # some of its attributes have no types
+        self._limits = host.limit_val_batches, host.fit_loop.epoch_loop.min_steps
+        host.limit_val_batches = 0
+        host.fit_loop.epoch_loop.min_steps = None
+        host.fit_loop.min_epochs = 0
+        host.should_stop = True
+
+
+def _step_checkpoints(trainer: Trainer) -> list[StepCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoint)]

@@ -1,0 +1,232 @@
+"""A callback that writes down what a run did, for reports and for comparing runs."""
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_mixcn.commands.process import peak_resident_bytes
+from lightning_mixcn.data import StreamDataModule
+from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.model import bytes_in_memory, count_parameters
+
+from .checkpoints import StepCheckpoint
+
+FACTS_FILE = "facts.json"
+
+# Attributes that a checkpoint keeps, `validations` aside.
+_STATE = ("tokens", "text_bytes", "training_seconds", "fit_seconds", "peak_memory_bytes")
+
+
+class RunFacts(Callback):
+    """Write ``facts.json`` into the run's folder: size of the model, tokens, speed and each validation's likelihoods.
+
+    It holds ``parameters`` (total, trainable, quantised), ``bytes_in_memory``, ``steps`` of ``planned_steps``,
+    ``tokens_seen`` (positions that are not padding) and ``text_bytes_seen`` (UTF-8 bytes of their text, null without a
+    tokenizer in the data module), both of all ranks; ``training_seconds`` (steps and waiting for data; no validation,
+    no samples), ``fit_seconds`` (everything since the model is there), ``tokens_per_second``, ``peak_memory_bytes``
+    (of the rank with most: allocated on a GPU, else resident in the process), and ``validations``: a list of ``step``,
+    ``text_bytes_seen`` and ``sources``, which has ``nll_nats_per_token``, ``bits_per_byte``, ``tokens`` and ``bytes``
+    by source. A resumed run goes on counting.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = self._text_bytes = 0  # of all ranks
+        self._training_seconds = 0.0
+        self._mark: float | None = None
+        self._fit_seconds = 0.0
+        self._fit_mark: float | None = None
+        self._peak_memory_bytes = 0
+        self._validations: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the whole."""
+        self._fit_mark = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock at the first step."""
+        if self._mark is None:
+            self._mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Count the batch's tokens and its seconds, those it waited for data included."""
+        assert self._mark is not None
+        here = torch.tensor([*_tokens_and_bytes(batch, _tokenizer(trainer))], device=pl_module.device)
+        counted: Any = trainer.strategy.reduce(here, reduce_op="sum")
+        tokens, text_bytes = counted.tolist()
+        self._tokens, self._text_bytes = self._tokens + tokens, self._text_bytes + text_bytes
+        now = time.perf_counter()
+        self._training_seconds += now - self._mark
+        self._mark = now
+        self._measure(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the likelihoods, and leave validation out of the training time."""
+        if self._mark is not None:
+            self._mark = time.perf_counter()
+        if not trainer.sanity_checking:
+            # `source_likelihoods` is CausalLMModule's; a callback of another host has nothing to keep.
+            sources = getattr(pl_module, "source_likelihoods", {}).get("val", {})
+            kept = {"step": trainer.global_step, "text_bytes_seen": self._bytes_seen(trainer), "sources": sources}
+            self._validations.append(json.loads(json.dumps(kept)))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file, complete or not at all."""
+        self._measure(pl_module)
+        peak: Any = trainer.strategy.reduce(
+            torch.tensor(self._peak_memory_bytes, device=pl_module.device), reduce_op="max"
+        )
+        if not trainer.is_global_zero:
+            return
+        facts = {
+            "parameters": count_parameters(pl_module),
+            "bytes_in_memory": bytes_in_memory(pl_module),
+            "steps": trainer.global_step,
+            "planned_steps": trainer.max_steps,
+            "tokens_seen": self._tokens,
+            "text_bytes_seen": self._bytes_seen(trainer),
+            "training_seconds": self._training_seconds,
+            "fit_seconds": self._fit_seconds,
+            "tokens_per_second": self._tokens / self._training_seconds if self._training_seconds else 0.0,
+            "peak_memory_bytes": int(peak),
+            "validations": self._validations,
+        }
+        write_text(Path(trainer.default_root_dir, FACTS_FILE), json.dumps(facts, indent=2) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted so far, in plain values."""
+        return {name: getattr(self, f"_{name}") for name in _STATE} | {"validations": list(self._validations)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        for name in _STATE:
+            setattr(self, f"_{name}", state_dict[name])
+        self._validations = list(state_dict["validations"])
+
+    def _measure(self, pl_module: LightningModule) -> None:
+        """Bring time and memory up to date."""
+        now = time.perf_counter()
+        self._fit_seconds += 0.0 if self._fit_mark is None else now - self._fit_mark
+        self._fit_mark = now
+        device = pl_module.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+        self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
+
+    def _bytes_seen(self, trainer: Trainer) -> int | None:
+        return None if _tokenizer(trainer) is None else self._text_bytes
+
+
+def _tokenizer(trainer: Trainer) -> Any:
+    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+
+
+def _tokens_and_bytes(batch: dict[str, Tensor], tokenizer: Any) -> tuple[int, int]:
+    """Of this rank's batch: positions that are no padding, and bytes of their text."""
+    is_token = batch["document_ids"] >= 0
+    rows = [] if tokenizer is None else zip(batch["input_ids"], is_token, strict=True)
+    return int(is_token.sum()), sum(tokenizer.num_bytes(row[kept].tolist()) for row, kept in rows)
+
+
+_ROWS_MEASURED = 2048
+
+
+class ByteBudget(Callback):
+    """Sets the steps of `fit` so that they see ``text_bytes`` bytes of text; ``trainer.max_steps`` gives way.
+
+    Runs with different tokenizers can be compared then: each sees as much text, in as many tokens as it needs. How many
+    bytes a row has is measured before training, on the first rows (2,048, or fewer where these are the budget). Only
+    whole steps are taken; learning-rate schedules and progress follow. Sources are mixed alike, too, where the data's
+    ``weight_unit`` is ``bytes``.
+
+    Args:
+        text_bytes: UTF-8 bytes of text, of all sources and ranks together.
+        validations: How many there are, evenly spaced, the last one at the end; the trainer's own interval gives way.
+    """
+
+    def __init__(self, text_bytes: int, validations: int = 1) -> None:
+        for name, value in (("text_bytes", text_bytes), ("validations", validations)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}`: expected at least 1")
+        self.text_bytes, self.validations = text_bytes, validations
+        self._due: list[int] = []  # steps after which there is a validation
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set the steps, before the optimizer and its schedule are made.
+
+        Raises:
+            TypeError: the data module is none of this project's streams.
+            ValueError: the sources end before the budget, or it has fewer steps than validations.
+        """
+        if stage != "fit":
+            return
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, StreamDataModule):
+            raise TypeError(
+                "ByteBudget measures the rows of a PretrainDataModule or InstructDataModule, "
+                f"not of {type(data).__name__}"
+            )
+        rows = self._rows(data)
+        steps = round(rows / (data.rows_a_batch * trainer.accumulate_grad_batches))
+        if steps < self.validations:
+            raise ValueError(
+                f"`text_bytes={self.text_bytes}` are {steps} steps, fewer than `validations={self.validations}`. Give "
+                "more text, smaller steps or fewer validations"
+            )
+        self._due = [round(steps * part / self.validations) for part in range(1, self.validations + 1)]
+        # Where Lightning keeps them; `Trainer(max_steps=…)` writes there too.
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        # In micro-batches since the beginning of the run, whatever an epoch is.
+        trainer.check_val_every_n_epoch = None
+        trainer.val_check_interval = steps * trainer.accumulate_grad_batches
+        rank_zero_info(f"ByteBudget: {self.text_bytes:,} bytes are {rows:,.0f} rows, {steps:,} steps")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Say when the next validation is due: Lightning validates where the batches are a multiple of it."""
+        step = next(step for step in self._due if step > trainer.global_step)
+        trainer.val_check_batch = step * trainer.accumulate_grad_batches
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the checkpoint of a step that is validated saved behind the validation: no resumed run lacks one."""
+        if trainer.global_step in self._due:
+            for checkpoint in _step_checkpoints(trainer):
+                checkpoint.postpone()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            for checkpoint in _step_checkpoints(trainer):
+                checkpoint.request()
+
+    def _rows(self, data: StreamDataModule) -> float:
+        """Rows that hold the budget."""
+        rows = measured = 0
+        for row_bytes in islice(_row_bytes(data), _ROWS_MEASURED):
+            if not row_bytes:
+                raise ValueError(
+                    f"`text_bytes={self.text_bytes}`: the sources end after {measured:,} bytes. Give less, or raise "
+                    "their `max_epochs`"
+                )
+            rows, measured = rows + 1, measured + row_bytes
+            if measured >= self.text_bytes:
+                break
+        return rows * self.text_bytes / measured
+
+
+def _step_checkpoints(trainer: Trainer) -> list[StepCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoint)]
+
+
+def _row_bytes(data: StreamDataModule) -> Iterator[int]:
+    for row in data.training_rows():
+        yield sum(data.tokenizer.num_bytes(part.tokens.tolist()) for part in row)

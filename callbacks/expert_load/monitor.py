@@ -1,0 +1,278 @@
+"""Which experts the tokens go to, while the model trains.
+
+Legend: L layers, E experts, N sources.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_mixcn.callbacks.host import causal_lm
+from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, shares
+from lightning_mixcn.model.experts.block import Router
+from lightning_mixcn.model.experts.observe import observe_routing
+
+from .report import ExpertLoadFile, Row, divergence_tags, layer_tags, load_figure, load_tags
+from .window import LoadWindow, StarvingExperts
+
+_PREFIX = {"train": "experts", "val": "experts/val"}
+
+
+class ExpertLoadMonitor(Callback):
+    """Logs under ``experts/`` how tokens are shared out among the experts, and appends their counts to ``experts.csv``.
+
+    Training is logged every so often, over the steps since the last log and the tokens of all ranks; validation after
+    each pass, under ``experts/val/``. Every number is the mean over the layers, ``…_worst_layer`` is its worst layer's.
+    ``experts/<source>/`` is the same of each source's tokens, ``source_divergence_bits`` how differently the sources
+    use the experts, and ``drift_bits`` how far the shares have moved from those of the run's first log: both are
+    Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares in uniform shares, 1 / E. Padding is
+    not counted, nor is what activation checkpointing computes again.
+
+    Args:
+        every_n_steps: Optimizer steps between logs of training; a log waits for the device, and sums over the ranks.
+        figure_every_n_steps: Optimizer steps at least between heatmaps of training; one takes a third of a second.
+        per_layer: Also log every number and share of each layer, under ``experts/layer_00/`` and so on: many tags.
+        position_boundaries: Positions in a document, such as 512 and 4096, at which buckets begin that are logged
+            apart, under ``experts/position_from_512/`` and so on; empty logs none.
+        starving_share: An expert starves below this many uniform shares of its layer's tokens.
+        starving_steps: Optimizer steps after which a starving expert is warned of.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        figure_every_n_steps: int = 500,
+        per_layer: bool = False,
+        position_boundaries: Sequence[int] = (),
+        starving_share: float = 0.1,
+        starving_steps: int = 200,
+    ) -> None:
+        steps = {
+            "every_n_steps": every_n_steps,
+            "figure_every_n_steps": figure_every_n_steps,
+            "starving_steps": starving_steps,
+        }
+        for name, value in steps.items():
+            if value < 1:
+                raise ValueError(f"`{name}={value}`: expected at least 1 optimizer step")
+        if not 0 <= starving_share < 1:
+            raise ValueError(f"`starving_share={starving_share}`: expected 0 (no warning) to below 1, a uniform share")
+        if list(position_boundaries) != sorted({*position_boundaries} - {0}) or min(position_boundaries, default=1) < 1:
+            raise ValueError(
+                f"`position_boundaries={list(position_boundaries)}`: expected ascending positions above 0, e.g. [512]"
+            )
+        self.every_n_steps, self.figure_every_n_steps = every_n_steps, figure_every_n_steps
+        self.per_layer, self.position_boundaries = per_layer, list(position_boundaries)
+        self._starving = StarvingExperts(starving_share, starving_steps)
+        self._windows: dict[str, LoadWindow] = {}
+        self._open: LoadWindow | None = None  # of the batch that is in its forward pass
+        self._observation = ExitStack()
+        self._trainer: Trainer | None = None
+        self._base_shares_LE: Tensor | None = None
+        self._logged_at = 0
+        self._drawn_at: int | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another kind of module."""
+        causal_lm(self, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to observe, now that the model is there and where it belongs."""
+        model = causal_lm(self, pl_module).model
+        assert model is not None
+        self._observation = observe_routing(model, self._observe)
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
+        for stage in ("train", "val"):
+            sources = names(stage) if names else []
+            if "val" in sources:
+                raise ValueError("A source is named 'val', as validation is under `experts/`. Give it another name")
+            sizes = len(routers), routers[0].num_experts
+            self._windows[stage] = LoadWindow(sources, self.position_boundaries, *sizes, pl_module.device)
+        self._trainer = trainer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the window of a checkpoint, or open the first one."""
+        self._file = ExpertLoadFile(Path(trainer.default_root_dir, "experts.csv"))
+        self._windows["train"].clear()
+        self._logged_at, self._drawn_at = trainer.global_step, None
+        if trainer.global_step == 0:
+            self._base_shares_LE = None
+            self._starving.load_state_dict({"steps": None})
+        if (state := self._restored) is not None:
+            self._restored = None
+            self._base_shares_LE = state["base_shares"]
+            self._starving.load_state_dict(state["starving"])
+            if self._windows["train"].load_state_dict(state["window"]):
+                self._logged_at = state["logged_at"]
+            else:
+                rank_zero_info("ExpertLoadMonitor begins to count anew: sources or `position_boundaries` have changed")
+        if trainer.is_global_zero:
+            self._file.start(trainer.global_step, self._logged_at)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Expect the batch's forward pass."""
+        self._expect("train", batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The batch's forward pass is over; what other callbacks may generate or evaluate later is not training."""
+        self._close_batch()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log where a step ended that is a multiple of ``every_n_steps``."""
+        self._close_batch()
+        step = trainer.global_step
+        # Micro-batches of the next step still see this step's number.
+        if step % self.every_n_steps == 0 and step > self._logged_at:
+            is_drawn = self._drawn_at is None or step - self._drawn_at >= self.figure_every_n_steps
+            self._log_training(trainer, is_drawn)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what came after the last log."""
+        if trainer.global_step > self._logged_at:
+            self._log_training(trainer, is_drawn=True)
+        self._observation.close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count a pass of its own."""
+        if self._is_fitting(trainer):
+            self._windows["val"].clear()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Expect the batch's forward pass."""
+        if self._is_fitting(trainer):
+            self._expect("val", batch)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The batch's forward pass is over."""
+        self._close_batch()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the pass."""
+        if self._is_fitting(trainer):
+            self._log(trainer, "val", self._windows["val"].sum_up(trainer), is_drawn=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self._observation.close()
+        self._open = self._trainer = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window of all ranks, and what is compared with; Lightning calls this on every rank, as it must."""
+        if not self._windows or self._restored is not None:
+            return self._restored or {}
+        if self._trainer is not None:
+            self._windows["train"].sum_up(self._trainer)
+        return {
+            "window": self._windows["train"].state_dict(),
+            "logged_at": self._logged_at,
+            "base_shares": self._base_shares_LE,
+            "starving": self._starving.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, once training starts."""
+        self._restored = state_dict
+
+    def _is_fitting(self, trainer: Trainer) -> bool:
+        """Whether a validation is one of a run, which `mixcn validate` and the check of its beginning are not."""
+        return self._trainer is not None and not trainer.sanity_checking
+
+    def _expect(self, stage: str, batch: Any) -> None:
+        self._open = self._windows[stage]
+        self._open.open_batch(batch)
+
+    def _close_batch(self) -> None:
+        if self._open is not None:
+            self._open.close_batch()
+            self._open = None
+
+    def _observe(self, *routing: Any) -> None:
+        if self._open is not None:
+            self._open.observe(*routing)
+
+    def _log_training(self, trainer: Trainer, is_drawn: bool) -> None:
+        """Close the window and open the next one."""
+        step, window = trainer.global_step, self._windows["train"]
+        sums = window.sum_up(trainer)
+        overall = sums.of_groups(range(len(sums.counts)))
+        if int(overall.tokens.min()):
+            shares_LE = shares(overall.counts)
+            if self._base_shares_LE is None:
+                self._base_shares_LE = shares_LE
+            if starving := self._starving.update(shares_LE, step - self._logged_at):
+                rank_zero_warn(self._starving.warning(starving))
+        else:
+            rank_zero_warn(
+                f"ExpertLoadMonitor counted no token up to step {step}: no router saw as many as the batch has. "
+                "Give the model whole batches in `training_step`"
+            )
+        if is_drawn:
+            self._drawn_at = step
+        self._log(trainer, "train", sums, is_drawn)
+        window.clear()
+        self._logged_at = step
+
+    def _log(self, trainer: Trainer, stage: str, sums: LoadSums, is_drawn: bool) -> None:
+        if not trainer.is_global_zero:
+            return
+        step, window = trainer.global_step, self._windows[stage]
+        self._file.append(_rows(step, stage, window, sums))
+        overall = sums.of_groups(range(len(sums.counts)))
+        if not int(overall.tokens.min()):
+            return
+        by_source = {name: window.of_source(sums, source) for source, name in enumerate(window.sources)}
+        by_source = {name: of_source for name, of_source in by_source.items() if int(of_source.tokens.min())}
+        tags = self._tags(_PREFIX[stage], window, sums, by_source)
+        for logger in trainer.loggers:
+            # Lightning's own numbers of this step are logged under the one before: it counts them from 0.
+            logger.log_metrics(tags, step=max(step - 1, 0))
+            if is_drawn and (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)):
+                panels = {"all": overall} | (by_source if len(by_source) > 1 else {})
+                figure = load_figure({name: shares(part.counts) for name, part in panels.items()}, f"{stage}, {step}")
+                add_figure(f"{_PREFIX[stage]}/load", figure, max(step - 1, 0))
+
+    def _tags(
+        self, prefix: str, window: LoadWindow, sums: LoadSums, by_source: dict[str, LoadSums]
+    ) -> dict[str, float]:
+        overall = sums.of_groups(range(len(sums.counts)))
+        tags = load_tags(prefix, overall)
+        if self.per_layer:
+            tags |= layer_tags(prefix, overall)
+        for name, of_source in by_source.items():
+            tags |= load_tags(f"{prefix}/{name}", of_source)
+        if window.boundaries:
+            for bucket, start in enumerate(window.bucket_starts()):
+                tags |= load_tags(f"{prefix}/position_from_{start}", window.of_bucket(sums, bucket))
+        if len(by_source) > 1:
+            tables_NLE = torch.stack([shares(of_source.counts) for of_source in by_source.values()])
+            bits_L = jensen_shannon_bits(tables_NLE)
+            tags |= divergence_tags(prefix, "source_divergence_bits", bits_L, self.per_layer)
+        if self._base_shares_LE is not None:
+            bits_L = jensen_shannon_bits(torch.stack((self._base_shares_LE, shares(overall.counts))))
+            tags |= divergence_tags(prefix, "drift_bits", bits_L, self.per_layer)
+        return tags
+
+
+def _rows(step: int, stage: str, window: LoadWindow, sums: LoadSums) -> Iterator[Row]:
+    names, starts = window.sources or ["all"], window.bucket_starts()
+    for group, counts_LE in enumerate(sums.counts[:-1].tolist()):
+        source, bucket = divmod(group, window.num_buckets)
+        for layer, counts_E in enumerate(counts_LE):
+            for expert, tokens in enumerate(counts_E):
+                yield Row(step, stage, names[source], starts[bucket], layer, expert, tokens)

@@ -1,0 +1,195 @@
+"""Tokens of each expert as a file, for those who plot on their own."""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.metrics.expert_load import (
+    LoadSums,
+    coefficient_of_variation,
+    dead_expert_fraction,
+    effective_experts,
+    imbalance_max_over_mean,
+    shares,
+)
+
+
+class Row(NamedTuple):
+    """A line of the file.
+
+    Args:
+        step: Optimizer steps done when it was written.
+        stage: ``train``, of the steps since the last such line; or ``val``, of one pass.
+        source: Name of the source, ``all`` where sources have no names.
+        position_from: First position in its document of the bucket of positions.
+        layer: From 0.
+        expert: From 0.
+        tokens: How often it was chosen.
+    """
+
+    step: int
+    stage: str
+    source: str
+    position_from: int
+    layer: int
+    expert: int
+    tokens: int
+
+
+_HEADER = ",".join(Row._fields) + "\n"
+
+
+class ExpertLoadFile:
+    """``experts.csv``, in which every step is there once, however often a run is resumed.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._started_at = 0
+
+    def start(self, step: int, logged_at: int) -> None:
+        """Begin or go on: remove what a resumed run will write again.
+
+        Args:
+            step: Optimizer steps done; 0 begins a new file.
+            logged_at: Of these, those whose training lines were written before the checkpoint was.
+        """
+        self._started_at = step
+        self._keep(lambda at, stage: at <= (logged_at if stage == "train" else step) and step > 0)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add the lines of one step and stage."""
+        lines = list(rows)
+        if lines and lines[0].step <= self._started_at:
+            # Lightning repeats the validation of the step that a run is resumed from, or not: it depends on where.
+            self._keep(lambda at, stage: (at, stage) != lines[0][:2])
+        with self._path.open("a", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+
+    def _keep(self, is_kept: Callable[[int, str], bool]) -> None:
+        before = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        kept = []
+        for line in before[1:]:
+            step, stage, _ = line.split(",", 2) if line.count(",") > 1 else ("", "", "")
+            # A kill can leave half a line.
+            if line.endswith("\n") and step.isdigit() and is_kept(int(step), stage):
+                kept.append(line)
+        write_text(self._path, _HEADER + "".join(kept))
+
+
+_BRIGHTEST = 2.0  # uniform shares; above it, colours are alike, so that one busy expert does not darken all others
+
+
+def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
+    """Draw heatmaps.
+
+    Args:
+        shares_by_name: Of each panel, the share of each expert in its layer, float ``[L, E]`` on the CPU.
+        title: Over all panels.
+
+    Returns:
+        A `matplotlib.figure.Figure`, which belongs to no window.
+    """
+    # Takes a second, which only those wait for who draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_layers, num_experts = next(iter(shares_by_name.values())).shape
+    width, height = 1.2 + len(shares_by_name) * (0.9 + 0.3 * num_experts), 1.6 + 0.2 * num_layers
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="small")
+    panels = figure.subplots(1, len(shares_by_name), squeeze=False, sharey=True)[0]
+    for panel, (name, shares_LE) in zip(panels, shares_by_name.items(), strict=True):
+        image = panel.imshow(
+            (shares_LE * num_experts).numpy(), vmin=0.0, vmax=_BRIGHTEST, cmap="viridis", aspect="auto"
+        )
+        panel.set_title(name, fontsize="small")
+        panel.set_xlabel("expert")
+        panel.set_xticks(range(num_experts))
+    panels[0].set_ylabel("layer")
+    panels[0].yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=list(panels), label="tokens, in uniform shares", extend="max")
+    return figure
+
+
+# Each number, and which layer's is the worst; of the routers' confidence, neither end is.
+_OF_COUNTS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "imbalance_max_over_mean": (imbalance_max_over_mean, Tensor.max),
+    "coefficient_of_variation": (coefficient_of_variation, Tensor.max),
+    "dead_expert_fraction": (dead_expert_fraction, Tensor.max),
+    "effective_experts": (effective_experts, Tensor.min),
+    "smallest_share": (lambda counts: shares(counts).amin(-1), Tensor.min),
+}
+
+
+def load_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
+    """Means over the layers, and the worst layer's.
+
+    Args:
+        prefix: First part of the names.
+        sums: By layer ``[L]``.
+
+    Returns:
+        Empty if no token was counted.
+    """
+    if not int(sums.tokens.sum()):
+        return {}
+    tags: dict[str, float] = {}
+    for name, (number, worst) in _OF_COUNTS.items():
+        values_L = number(sums.counts)
+        tags[f"{prefix}/{name}"] = float(values_L.mean())
+        tags[f"{prefix}/{name}_worst_layer"] = float(worst(values_L))
+    for name, values_L in _of_router(sums).items():
+        tags[f"{prefix}/{name}"] = float(values_L.mean())
+    return tags
+
+
+def layer_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
+    """The same numbers of each layer, and each expert's share.
+
+    Args:
+        prefix: First part of the names.
+        sums: By layer ``[L]``.
+
+    Returns:
+        ``<prefix>/layer_00/…``; empty if no token was counted.
+    """
+    if not int(sums.tokens.sum()):
+        return {}
+    numbers = {name: number(sums.counts) for name, (number, _) in _OF_COUNTS.items()} | _of_router(sums)
+    numbers |= {f"share_{expert}": share_L for expert, share_L in enumerate(shares(sums.counts).unbind(-1))}
+    return {
+        f"{prefix}/layer_{layer:02d}/{name}": float(value)
+        for name, values_L in numbers.items()
+        for layer, value in enumerate(values_L)
+    }
+
+
+def divergence_tags(prefix: str, name: str, bits: Tensor, per_layer: bool) -> dict[str, float]:
+    """A divergence: its mean over the layers, its largest, and on request each layer's.
+
+    Args:
+        prefix: First part of the names.
+        name: What diverges, with its unit.
+        bits: ``[L]``.
+        per_layer: Give each layer's, too.
+    """
+    tags = {f"{prefix}/{name}": float(bits.mean()), f"{prefix}/{name}_largest_layer": float(bits.max())}
+    if per_layer:
+        tags |= {f"{prefix}/layer_{layer:02d}/{name}": float(value) for layer, value in enumerate(bits)}
+    return tags
+
+
+def _of_router(sums: LoadSums) -> dict[str, Tensor]:
+    return {
+        "router_entropy_nats": sums.entropy_nats / sums.tokens,
+        "router_confidence": sums.confidence / sums.tokens,
+    }

@@ -1,0 +1,176 @@
+"""Expert load since the last log: of this rank on its device, and of all ranks on the CPU.
+
+Legend: B rows, S positions of a row, T = B * S tokens, G groups, L layers, E experts, K experts a token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_mixcn.metrics.expert_load import ExpertLoad, LoadSums
+from lightning_mixcn.metrics.likelihood import per_position
+
+Batch = dict[str, Tensor]
+
+
+class LoadWindow:
+    """Sums of one stage, by source and position.
+
+    Args:
+        sources: Names of the sources that ``source_ids`` counts; empty counts all tokens together.
+        position_boundaries: Where buckets of positions inside a document begin, beside the one that begins at 0.
+        num_layers: Layers of the model.
+        num_experts: Experts of a layer.
+        device: Where the batches are.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        position_boundaries: Sequence[int],
+        num_layers: int,
+        num_experts: int,
+        device: torch.device,
+    ) -> None:
+        self.sources, self.boundaries = list(sources), list(position_boundaries)
+        self.num_buckets = len(self.boundaries) + 1
+        # One group more than sources and buckets have: tokens whose source has no name.
+        num_groups = max(1, len(self.sources)) * self.num_buckets + 1
+        self._load = ExpertLoad(num_groups, num_layers, num_experts).to(device)
+        self._totals = self._empty()
+        self._groups: Tensor | None = None
+
+    def open_batch(self, batch: Batch) -> None:
+        """Expect the forward pass of a batch: ``document_ids``, ``source_ids``, ``position_ids``, each ``[B, S]``."""
+        documents_BS, positions_BS = batch["document_ids"], batch["position_ids"]
+        group_BS = torch.zeros_like(documents_BS, dtype=torch.int64)
+        for boundary in self.boundaries:
+            group_BS += positions_BS >= boundary
+        if self.sources:
+            source_BS = per_position(batch["source_ids"], documents_BS).long()
+            known_BS = (source_BS >= 0) & (source_BS < len(self.sources))
+            last = len(self.sources) * self.num_buckets
+            group_BS = torch.where(known_BS, group_BS + source_BS * self.num_buckets, last)
+        self._groups = torch.where(documents_BS >= 0, group_BS, -1).flatten()
+
+    def close_batch(self) -> None:
+        """What is forwarded from now on is not the batch's forward pass."""
+        self._groups = None
+
+    def observe(self, layer: int, logits_TE: Tensor, _weights_TK: Tensor, index_TK: Tensor) -> None:
+        """Count what a router did, if it was with the open batch."""
+        if self._groups is not None and len(self._groups) == len(index_TK):
+            self._load.update(layer, logits_TE, index_TK, self._groups)
+
+    def sum_up(self, trainer: Trainer) -> LoadSums:
+        """Move this rank's sums to those of all ranks; called on all of them at the same time.
+
+        Returns:
+            Sums over all ranks since `clear`, on the CPU.
+
+        Raises:
+            ValueError: tokens belong to none of the sources.
+        """
+        mine = [getattr(self._load, name) for name in LoadSums._fields]
+        # One reduction: float64 holds counts exactly up to 2⁵³. It works in place, but not on what `cat` made.
+        packed = torch.cat([part.double().flatten() for part in mine])
+        summed = trainer.strategy.reduce(packed, reduce_op="sum").cpu() / _replicas(trainer)
+        self._load.reset()
+        parts = summed.split([part.numel() for part in mine])
+        pairs = zip(mine, parts, strict=True)
+        self._totals = self._totals.plus(LoadSums(*(total.view(like.shape).to(like.dtype) for like, total in pairs)))
+        if strangers := int(self._totals.tokens[-1].max()):
+            raise ValueError(
+                f"{strangers} tokens have `source_ids` outside of 0 to {len(self.sources) - 1}; the data module's "
+                f"`source_names` gives {self.sources}. Name every source, or give padding the `document_ids` -1"
+            )
+        return self._totals
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._load.reset()
+        self._totals = self._empty()
+
+    def of_source(self, sums: LoadSums, source: int) -> LoadSums:
+        """Sums ``[L]`` of one source."""
+        return sums.of_groups(range(source * self.num_buckets, (source + 1) * self.num_buckets))
+
+    def of_bucket(self, sums: LoadSums, bucket: int) -> LoadSums:
+        """Sums ``[L]`` of one bucket of positions."""
+        return sums.of_groups(range(bucket, len(sums.counts) - 1, self.num_buckets))
+
+    def bucket_starts(self) -> list[int]:
+        """First position of each bucket."""
+        return [0, *self.boundaries]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `sum_up` summed up."""
+        return {"sources": self.sources, "boundaries": self.boundaries, "sums": list(self._totals)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from a checkpoint; ``False`` if it counted other groups of tokens, which then are forgotten."""
+        if state["sources"] != self.sources or state["boundaries"] != self.boundaries:
+            return False
+        self._totals = LoadSums(*state["sums"])
+        return True
+
+    def _empty(self) -> LoadSums:
+        parts = (torch.zeros_like(getattr(self._load, name), device="cpu") for name in LoadSums._fields)
+        return LoadSums(*parts)
+
+
+def _replicas(trainer: Trainer) -> int:
+    """How many ranks read the same rows, which several do under tensor parallelism."""
+    readers = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+    return int(trainer.world_size // readers)
+
+
+class StarvingExperts:
+    """Counts for each expert the optimizer steps that it has been under a share of its layer's tokens.
+
+    Args:
+        share: The share, in uniform shares (1 / E).
+        steps: Optimizer steps after which an expert is told of.
+    """
+
+    def __init__(self, share: float, steps: int) -> None:
+        self.share, self.steps = share, steps
+        self._steps_LE: Tensor | None = None
+
+    def update(self, shares_LE: Tensor, steps: int) -> list[tuple[int, int]]:
+        """Add some steps.
+
+        Args:
+            shares_LE: Share of each expert in its layer, over these steps.
+            steps: How many they are.
+
+        Returns:
+            Layer and expert of those that have now starved for long enough and had not before.
+        """
+        before_LE = torch.zeros_like(shares_LE, dtype=torch.int64) if self._steps_LE is None else self._steps_LE
+        is_under_LE = shares_LE < self.share / shares_LE.shape[-1]
+        self._steps_LE = torch.where(is_under_LE, before_LE + steps, 0)
+        is_new_LE = (before_LE < self.steps) & (self._steps_LE >= self.steps)
+        return [(layer, expert) for layer, expert in is_new_LE.nonzero().tolist()]
+
+    def warning(self, starving: list[tuple[int, int]]) -> str:
+        """One line that names the experts."""
+        by_layer: dict[int, list[str]] = {}
+        for layer, expert in starving:
+            by_layer.setdefault(layer, []).append(str(expert))
+        names = "; ".join(f"layer {layer}: {', '.join(experts)}" for layer, experts in by_layer.items())
+        return (
+            f"Experts have starved for {self.steps} optimizer steps, with less than {self.share:g} of a uniform share "
+            f"of their layer's tokens: {names}. A larger `model.init_args.router_aux_loss_coef` evens the load out"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps of each expert."""
+        return {"steps": self._steps_LE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._steps_LE = state["steps"]

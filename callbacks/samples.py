@@ -1,0 +1,300 @@
+"""Text that the model writes while it trains: when, how, and where it is kept."""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.metrics import AnswerFigures, answer_figures
+from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
+
+from .host import causal_lm
+
+
+class Sampling(Callback):
+    """Calls `sample` before the first step, every so often and at the end; what to sample is the subclass's.
+
+    Args:
+        every_n_steps: Optimizer steps between samples.
+        max_new_tokens: Length of a sample in tokens.
+        temperature: 0 is greedy, else the softmax temperature.
+        repetition_penalty: Makes tokens that stood before less likely if more than 1, which is none.
+        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+        file: Name of the JSON Lines file in the run's folder.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        file: str,
+        repetition_penalty: float = 1.0,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}`: expected at least 1")
+        if temperature < 0:
+            raise ValueError(f"`temperature={temperature}`: expected 0 for greedy, or more")
+        if repetition_penalty <= 0:
+            raise ValueError(f"`repetition_penalty={repetition_penalty}`: expected 1 for none, or more")
+        self.every_n_steps = every_n_steps
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.repetition_penalty = repetition_penalty
+        self.seed = seed
+        self._file = file
+        self._sampled_at: int | None = None
+
+    def sample(self, trainer: Trainer, module: CausalLMModule) -> None:
+        """Sample and log. Every rank comes here, since a sharded model needs all of them."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another kind of module."""
+        causal_lm(self, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample the start of a run; a resumed one goes on."""
+        if trainer.global_step == 0:
+            if trainer.is_global_zero:
+                self._path(trainer).unlink(missing_ok=True)
+            self._sample(trainer, pl_module)
+        self._sampled_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample where a step is a multiple of ``every_n_steps``."""
+        # Micro-batches of the next step still see this step's number.
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._sampled_at:
+            self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample the last step."""
+        if trainer.global_step != self._sampled_at:
+            self._sample(trainer, pl_module)
+
+    def generate(
+        self, module: CausalLMModule, prompts: Sequence[Sequence[int]], stop_ids: Collection[int]
+    ) -> list[list[int]]:
+        """Continue prompts, all at once.
+
+        Args:
+            module: The module.
+            prompts: Token ids of each, at least one token.
+            stop_ids: Tokens that end a continuation.
+
+        Returns:
+            The tokens of each continuation, the one that ended it included.
+        """
+        width = max(map(len, prompts))
+        # The penalty sees the padding, too: a token of the prompt itself changes nothing.
+        rows = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        chosen = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        model: Any = module.model
+        with generating(module, self.seed):
+            generated = model.generate(
+                input_ids=torch.tensor(rows, device=module.device),
+                attention_mask=torch.tensor(mask, device=module.device),
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=sorted(stop_ids),
+                pad_token_id=min(stop_ids),
+                repetition_penalty=self.repetition_penalty,
+                **chosen,
+            )
+        return [_up_to_stop(row, stop_ids) for row in generated[:, width:].tolist()]
+
+    def write(self, trainer: Trainer, records: Sequence[dict[str, Any]], texts: dict[str, str]) -> None:
+        """Append records to the run's file, and show texts in TensorBoard, on rank zero.
+
+        Args:
+            trainer: Lightning's.
+            records: What is written, beside the step.
+            texts: Markdown by tag.
+        """
+        if not trainer.is_global_zero:
+            return
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({"step": trainer.global_step, **record}, ensure_ascii=False) + "\n")
+        for logger in trainer.loggers:
+            if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
+                for tag, text in texts.items():
+                    add_text(tag, text, trainer.global_step)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sampled_at = trainer.global_step
+        self.sample(trainer, causal_lm(self, pl_module))
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, self._file)
+
+
+def tokenizer_of(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:
+    """The data's tokenizer, or the one that the module names."""
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "tokenizer", None) or load_tokenizer(module.tokenizer_path)
+
+
+@contextmanager
+def generating(module: CausalLMModule, seed: int) -> Iterator[None]:
+    """Evaluation mode, and random numbers of its own; afterwards each submodule's mode is what it was."""
+    modes = [(child, child.training) for child in module.modules()]
+    devices = [module.device] if str(module.device).startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        module.eval()
+        try:
+            yield
+        finally:
+            for child, training in modes:
+                child.training = training
+
+
+def _up_to_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    ends = [place for place, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+class SampleAnswers(Sampling):
+    """Answers held-out questions before the first step, every so often and at the end.
+
+    Logs ``answers/eos_rate`` (share of answers that the model ends itself within ``max_new_tokens``),
+    ``answers/repetition_rate`` (share of 4-grams of tokens that an answer has had before) and
+    ``answers/length_tokens`` (mean); shows the answers in TensorBoard, and appends them to ``answers.jsonl`` in the
+    run's folder, one line a question: step, question, answer, whether it ended.
+
+    Args:
+        questions: Held-out conversations that are answered, the first ones of each source in turn; the model is given
+            all turns before the last answer.
+        every_n_steps: Optimizer steps between samples.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 is greedy, which makes samples of different steps comparable; else the softmax temperature.
+        repetition_penalty: Makes tokens of the conversation less likely if more than 1, which is none.
+        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+    """
+
+    def __init__(
+        self,
+        questions: int = 16,
+        every_n_steps: int = 500,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if questions < 1:
+            raise ValueError(f"`questions={questions}`: expected at least 1")
+        super().__init__(
+            every_n_steps=every_n_steps,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            file="answers.jsonl",
+        )
+        self.questions = questions
+        self.figures: AnswerFigures | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other data than conversations. Raises: ValueError, too, if no conversation is held out."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not any(_data(trainer).evaluation_conversations("val")):
+            raise ValueError(
+                "SampleAnswers needs held-out conversations: set data.init_args.val_fraction, e.g. 0.02, or val_sources"
+            )
+
+    def sample(self, trainer: Trainer, module: CausalLMModule) -> None:
+        """Answer the questions."""
+        data = _data(trainer)
+        template, tokenizer = data.template, data.tokenizer
+        of_sources = data.evaluation_conversations("val")
+        deepest = max(map(len, of_sources))
+        in_turn = [part[place] for place in range(deepest) for part in of_sources if place < len(part)]
+        asked, prompts = list[list[Turn]](), list[list[int]]()
+        for turns in in_turn:
+            if len(asked) == self.questions:
+                break
+            try:
+                prompts.append(template.encode_prompt(turns[:-1], tokenizer))
+            except ValueError:
+                if data.on_bad_record == "error":
+                    raise
+            else:  # what the template refuses is left out here, too
+                asked.append(turns[:-1])
+        stop_ids = template.stop_ids(tokenizer)
+        answers = self.generate(module, prompts, stop_ids)
+        self.figures = answer_figures(answers, stop_ids)
+        values: dict[str, Any] = {f"answers/{name}": value for name, value in self.figures.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        records, shown = [], {}
+        for number, (turns, ids) in enumerate(zip(asked, answers, strict=True)):
+            text, ended = tokenizer.decode(ids), ids[-1] in stop_ids
+            records.append({"question": turns[-1].content, "answer": text.strip(), "ended": ended})
+            shown[f"answers/{number}"] = f"**{turns[-1].content}**\n\n{text}" + ("" if ended else " …")
+        self.write(trainer, records, shown)
+
+
+def _data(trainer: Trainer) -> InstructDataModule:
+    data: Any = getattr(trainer, "datamodule", None)
+    if not isinstance(data, InstructDataModule):
+        raise ValueError(
+            f"SampleAnswers needs an InstructDataModule, got {type(data).__name__}. Use SampleText for plain text"
+        )
+    return data
+
+
+class SampleText(Sampling):
+    """Continues prompts before the first step, every so often and at the end; shows them in TensorBoard.
+
+    They are also appended to ``samples.jsonl`` in the run's folder, one line a prompt: step, prompt, continuation.
+
+    Args:
+        prompts: Texts to continue.
+        every_n_steps: Optimizer steps between samples.
+        max_new_tokens: Length of a continuation in tokens.
+        temperature: 0 is greedy, which makes samples of different steps comparable; else the softmax temperature.
+        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        every_n_steps: int = 500,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if not prompts:
+            raise ValueError("`prompts=[]`: expected at least one text to continue")
+        super().__init__(
+            every_n_steps=every_n_steps,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            file="samples.jsonl",
+        )
+        self.prompts = prompts
+
+    def sample(self, trainer: Trainer, module: CausalLMModule) -> None:
+        """Continue every prompt."""
+        tokenizer = tokenizer_of(trainer, module)
+        rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
+        texts = [tokenizer.decode(ids) for ids in self.generate(module, rows, [tokenizer.eos_id])]
+        pairs = list(zip(self.prompts, texts, strict=True))
+        records = [{"prompt": prompt, "continuation": text} for prompt, text in pairs]
+        shown = {f"samples/{number}": f"**{prompt}**{text}" for number, (prompt, text) in enumerate(pairs)}
+        self.write(trainer, records, shown)

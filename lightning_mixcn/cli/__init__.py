@@ -1,0 +1,137 @@
+"""The command ``mixcn``: what needs no torch is answered here, the rest is imported when a subcommand runs."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from lightning_mixcn.commands.process import CommandFailed
+from lightning_mixcn.commands.table import COMMANDS, UsageError
+
+_OF_THE_TRAINER = ("fit", "validate", "test", "predict")
+_COMPLETION = "--print_completion"
+_TRACEBACK = "MIXCN_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mixcn``.
+
+    Args:
+        argv: Arguments without the program's name; those of the process where it is ``None``.
+
+    Returns:
+        Exit code: 0, or 2 where what the user gave cannot be used and 1 where a loader worker was lost, which one line
+        on stderr explains.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from lightning_mixcn import __version__
+
+        print(f"mixcn {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS and not arguments[0].startswith(_COMPLETION):
+        return _report(f"unknown subcommand {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}; see mixcn --help")
+    try:
+        _run(arguments)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
+            raise
+        hint = "" if isinstance(error, UsageError | CommandFailed) else f" ({_TRACEBACK}=1 shows the traceback)"
+        return _report(message + hint, 1 if _lost_worker(error) else 2)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    """Import what a subcommand needs and run it."""
+    from .allocator import keep_freed_memory
+
+    keep_freed_memory()  # before torch allocates
+    # A `class_path` may name a module in the folder one works in; last, so that it hides nothing.
+    sys.path.append(os.getcwd())
+    _show_log()
+    # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if arguments[0] in COMMANDS and arguments[0] not in _OF_THE_TRAINER:
+        from lightning_mixcn.commands.functions import run_function
+
+        run_function(arguments[0], arguments[1:])
+    else:
+        from .trainer import run_trainer
+
+        run_trainer(arguments)
+
+
+class _StderrHandler(logging.Handler):
+    """Print records as they are, to the stderr of the moment: a notebook or a progress bar may replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        print(self.format(record), file=sys.stderr)
+
+
+def _show_log() -> None:
+    """Show what the package logs of the data; Python itself would show warnings only."""
+    logger = logging.getLogger(__package__)
+    if not logger.hasHandlers():
+        logger.addHandler(_StderrHandler())
+        logger.setLevel(logging.INFO)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mixcn SUBCOMMAND …",
+            "",
+            "Adapt Mixtral-style mixture-of-experts models to another language, in 4 bits, on few GPUs.",
+            "",
+            *lines,
+            "",
+            "mixcn SUBCOMMAND --help lists a subcommand's options; mixcn --version the version.",
+            f"mixcn {_COMPLETION}=shtab-bash (or -zsh, -tcsh) prints a script for your shell's completion.",
+        ]
+    )
+
+
+def _report(message: str, code: int = 2) -> int:
+    print(f"mixcn: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _explained(error: Exception) -> str | None:
+    """The message for the user, where the error is the user's to mend: else the traceback is worth more."""
+    if isinstance(error, UsageError | CommandFailed):
+        return str(error)
+    if _lost_worker(error):
+        return (
+            f"{error.__cause__ or error} It may have run out of memory: lower `data.init_args.num_workers`, or look "
+            "into the system's log"
+        )
+    if not isinstance(error, ValueError | OSError | FloatingPointError) or error.__traceback__ is None:
+        return None
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    module = str(innermost.f_globals.get("__name__", ""))
+    if module.partition(".")[0] == __package__:
+        return str(error)
+    if module.partition(".")[0] == "jsonargparse" and isinstance(error.__cause__, Exception):
+        return _explained(error.__cause__)  # it wraps what the constructor of a class says
+    return None
+
+
+def _lost_worker(error: Exception) -> bool:
+    """Whether torch says that a loader's worker process was killed or crashed, wherever the training process was."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def __getattr__(name: str) -> Callable[..., object]:
+    """`MixcnCLI` is imported when it is first asked for (PEP 562), since it needs torch."""
+    if name != "MixcnCLI":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trainer import MixcnCLI
+
+    return MixcnCLI

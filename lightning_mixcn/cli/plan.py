@@ -1,0 +1,229 @@
+"""``mixcn fit … --plan``: what a run will need, from its configuration, before anything is loaded."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MixtralConfig
+
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.metrics.device import copy_rate, peak_rate
+from lightning_mixcn.model import build_mixtral
+from lightning_mixcn.model.checkpoints.reading import stock_settings
+from lightning_mixcn.model.memory.budget import RESERVE, fitting_modes, usable_bytes
+from lightning_mixcn.model.memory.checkpointing import layer_modes
+from lightning_mixcn.model.memory.counts import decoding_bytes
+from lightning_mixcn.model.memory.flops import count_training_flops
+from lightning_mixcn.model.memory.plan import MemoryPlan, Run, plan_memory
+from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.modules.memory import micro_batch, planned_run, sharing_of
+from lightning_mixcn.text import load_tokenizer
+
+# Of the products' rate: what the best public figure for this model reaches (an A100, attention-only LoRA).
+EXPECTED_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where a run takes place, from ``trainer`` in its configuration; nothing is connected.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        of_node: Ranks on each machine.
+        nodes: Machines.
+    """
+
+    device_type: str
+    of_node: int
+    nodes: int
+
+    @classmethod
+    def of(cls, settings: Any) -> "Ranks":
+        """Read the settings as Lightning does; where there is no GPU, ``devices: auto`` is one."""
+        given, there = str(settings.accelerator), torch.cuda.is_available()
+        device_type = "cuda" if given in ("gpu", "cuda") or (given == "auto" and there) else "cpu"
+        return cls(device_type, _count(settings.devices, device_type), int(settings.num_nodes))
+
+    @property
+    def device(self) -> torch.device | None:
+        """One like those of the run, if this machine has it."""
+        return None if self.device_type == "cuda" and not torch.cuda.is_available() else torch.device(self.device_type)
+
+
+class RunPlan:
+    """A planned run.
+
+    Args:
+        settings: The configuration's ``trainer``, its classes made.
+        module: The LightningModule; its model is not.
+        data: The LightningDataModule.
+
+    Raises:
+        ValueError: what the plan needs is not known, or `activation_memory` is too small.
+    """
+
+    def __init__(self, settings: Any, module: CausalLMModule, data: Any) -> None:
+        self.ranks, self.module = Ranks.of(settings), module
+        self.device = self.ranks.device
+        self.model = meta_model_of(module)
+        sharing = sharing_of(settings.strategy, self.ranks.of_node * self.ranks.nodes, self.ranks.of_node)
+        accumulates, kind = settings.accumulate_grad_batches > 1, self.ranks.device_type
+        run = planned_run(self.model, micro_batch(data), [], kind, accumulates, sharing, module.make_optimizer)
+        self.usable = None if self.device is None else usable_bytes(self.device, self.ranks.of_node)
+        self.run = replace(run, modes=self._modes(run))
+        self.memory = plan_memory(self.model, self.run)
+
+    def _modes(self, run: Run) -> list[str]:
+        budget, layers = self.module.activation_memory, self.model.config.num_hidden_layers
+        if budget is None:
+            return layer_modes(self.module.activation_checkpointing, layers)
+        if budget == "auto" and self.usable is None:
+            raise ValueError(
+                "`activation_memory: auto` cannot be planned here: there is no GPU. Give bytes for the plan"
+            )
+        return fitting_modes(self.model, run, budget, self.usable or 0)
+
+    def largest_rows(self) -> int:
+        """The most rows of a micro-batch that fit into the device, less the reserve; 0 if one does not."""
+        assert self.usable is not None
+        available = (1 - RESERVE) * self.usable
+        # With a budget, layers are computed again until the micro-batch fits.
+        modes = self.run.modes
+        if self.module.activation_memory is not None:
+            modes = [*["full"] * (len(modes) - 1), "selective"]
+
+        def fits(rows: int) -> bool:
+            run = replace(self.run, batch=self.run.batch._replace(rows=rows), modes=modes)
+            return plan_memory(self.model, run).peak <= available
+
+        if not fits(1):
+            return 0
+        most, too_many = 1, 2
+        while fits(too_many):
+            most, too_many = too_many, 2 * too_many
+        while too_many - most > 1:
+            middle = (most + too_many) // 2
+            most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+        return most
+
+    def text(self) -> str:
+        """The plan as it is printed."""
+        batch, modes = self.run.batch, self.run.modes
+        counts = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
+        ranks = self.ranks.of_node * self.ranks.nodes
+        lines = [
+            f"One of {ranks} rank{'s' * (ranks > 1)} on {self.ranks.device_type}, micro-batches of {batch.rows} x "
+            f"{batch.length:,} tokens, activations: {counts} layers",
+            "",
+            *_table(self.memory, type(self.module.make_optimizer([nn.Parameter(torch.zeros(1))])).__name__),
+            "",
+            f"The fullest moment of a step is the {self.memory.fullest.name}.",
+        ]
+        if self.device is None:
+            return "\n".join([*lines, "There is no GPU here: what it holds, and how fast it is, is not known."])
+        return "\n".join([*lines, self._fit(), *self._speed(self.device)])
+
+    def _fit(self) -> str:
+        assert self.usable is not None
+        left = (1 - RESERVE) * self.usable - self.memory.peak
+        rows = self.largest_rows()
+        return (
+            f"A rank can have {self.usable / 1e9:.2f} GB, of which {RESERVE:.0%} stay in reserve: the run "
+            f"{'fits' if left >= 0 else 'does NOT fit'} ({left / 1e9:+.2f} GB). The largest micro-batch is {rows} rows "
+            f"of {self.run.batch.length:,} tokens."
+        )
+
+    def _speed(self, device: torch.device) -> list[str]:
+        """Tokens a second of a rank, when documents fill their rows: the time of the products and of decoding."""
+        batch = self.run.batch
+        flops = count_training_flops(self.model, self.run.modes)
+        total = flops.of(batch.tokens, batch.rows * batch.length * (batch.length + 1) // 2).total
+        peak = peak_rate(device, getattr(torch, self.module.dtype_name))
+        copied, rate = decoding_bytes(self.model, self.run.modes), copy_rate(device)
+        products, decoding = total / peak.flops_per_second, copied / rate
+        limit, expected = (batch.tokens / (products / share + decoding) for share in (1.0, EXPECTED_SHARE))
+        measured = "measured" if peak.measured else "stated by its maker"
+        return [
+            f"A micro-batch takes {total / 1e12:.2f} TFLOP, {products:.3f} s at {peak.flops_per_second / 1e12:.2f} "
+            f"TFLOP/s ({measured}), and moves {copied / 1e9:.2f} GB to decode weights, {decoding:.3f} s at "
+            f"{rate / 1e9:.1f} GB/s (measured).",
+            f"The limit is {limit:,.0f} tokens/s on a rank; {expected:,.0f} are expected, with products at "
+            f"{EXPECTED_SHARE:.0%} of that rate. Traffic between ranks is not counted.",
+        ]
+
+
+def meta_model_of(module: CausalLMModule) -> Any:
+    """The module's model without memory, from the base's and the tokenizer's configuration alone.
+
+    Raises:
+        FileNotFoundError: there is no such base.
+        ValueError: it is no Mixtral, or an option does not fit.
+    """
+    config = _base_config(module.base)
+    if module.tokenizer_path != module.base:
+        config.vocab_size = max(config.vocab_size, load_tokenizer(module.tokenizer_path).vocab_size)
+    return build_mixtral(
+        config,
+        quantization=module.quantization,
+        lora=module.lora,
+        dtype=module.dtype_name,
+        device="meta",
+        train_embeddings=module.train_embeddings,
+    )
+
+
+def _base_config(base: str) -> MixtralConfig:
+    file = Path(base).expanduser() / "config.json"
+    settings = stock_settings(json.loads(file.read_text()) if file.is_file() else _from_hub(base))
+    if settings.get("model_type") != "mixtral":
+        raise ValueError(f"`base={base!r}` holds a model of type {settings.get('model_type')!r}. Expected 'mixtral'")
+    return MixtralConfig.from_dict(settings)
+
+
+def _from_hub(base: str) -> dict[str, Any]:
+    """The configuration alone of a hub model; `local_folder` would fetch all of it, and says what is wrong."""
+    if Path(base).exists() or base.count("/") != 1:
+        return dict(json.loads((local_folder(base) / "config.json").read_text()))
+    settings, _ = MixtralConfig.get_config_dict(base)
+    return settings
+
+
+def _count(devices: Any, device_type: str) -> int:
+    """How many devices ``trainer.devices`` names."""
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if device_type == "cuda" else 1
+    if isinstance(devices, str):
+        names = [name for name in devices.split(",") if name]
+        return len(names) if len(names) > 1 or devices.endswith(",") else int(devices)
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def _table(plan: MemoryPlan, optimizer: str) -> list[str]:
+    """Bytes by purpose: all of each, and at the fullest moment of a step."""
+    moment = plan.fullest
+    held = {
+        "base in 4 bits": plan.quantised,
+        "base, dense": plan.dense,
+        "trained, float32": plan.trained,
+        f"optimizer states ({optimizer})": plan.optimizer_states,
+    }
+    rows = [(name, size, size) for name, size in held.items()]
+    rows += [
+        ("gradients, float32", plan.gradients, moment.gradients),
+        ("activations kept for backward", plan.activations, moment.activations),
+        ("gathered from other ranks", moment.gathered, moment.gathered),
+        ("workspace of the moment", moment.workspace, moment.workspace),
+    ]
+    lines = [f"{'GB':<40}{'in all':>10}{'at the fullest moment':>24}"]
+    lines += [f"{name:<40}{size / 1e9:>10.3f}{then / 1e9:>24.3f}" for name, size, then in rows if size]
+    lines.append(f"{'sum':<40}{'':>10}{plan.peak / 1e9:>24.3f}")
+    lines.append(
+        f"Of a moment's workspace, one decoded matrix of an expert is {plan.decoded / 1e9:.3f} GB, the loss's chunk of "
+        f"logits {plan.logits_chunk / 1e9:.3f} GB."
+    )
+    if plan.host:
+        lines.append(f"The host holds {plan.host / 1e9:.3f} GB of activations.")
+    return lines

@@ -1,0 +1,192 @@
+"""The folder of a run: which files in it a run writes, and what keeps a second run from replacing them."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from glob import has_magic
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_mixcn.callbacks.epoch_budget import EPOCHS_FILE
+from lightning_mixcn.text.corpus.listings import LeftOut, match_glob
+from lightning_mixcn.text.corpus.reading import LOCAL, is_url
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+ADAPTER_CONFIG = "adapter_config.json"
+_KEYWORDS = ("last", "best", "hpc")
+# How often torchrun and SLURM have started this job again.
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+# By folder, the names of the files that a run writes.
+_CONTENT = {
+    ".": (
+        CONFIG,
+        "config.validate.yaml",
+        "config.test.yaml",
+        "config.predict.yaml",
+        EPOCHS_FILE,
+        "validate.json",
+        "test.json",
+        "predictions.jsonl",
+        "samples.jsonl",
+        "answers.jsonl",
+        "benchmarks.jsonl",
+        "experts.csv",
+        "facts.json",
+    ),
+    CHECKPOINTS: ("*.ckpt", "*.ckpt.sha256", ".*.ckpt.unfinished", ".*.ckpt.outdated"),
+    "tensorboard": ("events.out.tfevents.*", "hparams.yaml"),
+    "long_context": ("*.csv", "*.png", "*.json"),
+}
+
+
+def holds_run(root: Path) -> bool:
+    """Tell whether training has begun in a folder; `validate`, `test` and `predict` alone make no run."""
+    if (root / CONFIG).is_file() or any(root.glob(f"{CHECKPOINTS}/*.ckpt")):
+        return True
+    return any((root / name / ADAPTER_CONFIG).is_file() for name in ("adapter", "adapter_best"))
+
+
+def check_free(root: Path, checkpoint: str | None, checkpoint_folders: list[str]) -> None:
+    """Refuse to train where a run is, unless it is that run which goes on.
+
+    Args:
+        root: The run's folder, `trainer.default_root_dir`.
+        checkpoint: `ckpt_path`.
+        checkpoint_folders: Further folders that the run keeps checkpoints in.
+
+    Raises:
+        ValueError: the folder holds a run that would be replaced.
+    """
+    if not holds_run(root):
+        return
+    if checkpoint == "last":
+        _check_last(root, checkpoint_folders)
+    if checkpoint is not None:
+        homes = [root, *map(Path, checkpoint_folders)]
+        if checkpoint in _KEYWORDS or "://" in checkpoint:
+            return
+        if any(Path(checkpoint).absolute().is_relative_to(home.absolute()) for home in homes):
+            return
+        if any(Path(checkpoint).resolve().is_relative_to(home.resolve()) for home in homes):
+            return
+    given = "" if checkpoint is None else f", and `--ckpt_path {checkpoint}` is another run's"
+    raise ValueError(
+        f"`trainer.default_root_dir={str(root)!r}` holds a run{given}. Go on with it by `--ckpt_path last`, choose "
+        "another folder by `--trainer.default_root_dir`, or replace it by `--overwrite`"
+    )
+
+
+def _check_last(root: Path, checkpoint_folders: list[str]) -> None:
+    """Refuse to begin from scratch, as Lightning does without a last checkpoint, where an adapter has been trained.
+
+    A job that was killed before or while it wrote its first checkpoint may begin again.
+    """
+    folders = [str(root / CHECKPOINTS), *checkpoint_folders]
+    if any("://" in folder for folder in folders) or not (root / "adapter" / ADAPTER_CONFIG).is_file():
+        return
+    # A link whose checkpoint was deleted is listed by `glob`, but does not exist.
+    found = [path for folder in folders for path in Path(folder).glob("last*.ckpt") if path.exists()]
+    unfinished = [path for folder in folders for path in Path(folder).glob(".*.ckpt.unfinished")]
+    if not (found or unfinished or any(root.glob("hpc_ckpt_*.ckpt"))):
+        raise ValueError(
+            f"`--ckpt_path last`: {str(root)!r} holds an adapter, but there is no last checkpoint in "
+            f"{', '.join(folders)}, so training would begin from scratch and replace the adapter. Give a checkpoint by "
+            "its path, choose another folder by `--trainer.default_root_dir`, or replace the run by `--overwrite`"
+        )
+
+
+def check_overwrite(root: Path, checkpoint: str | None) -> None:
+    """Refuse `--overwrite` where it contradicts `ckpt_path`, where no folder is, and in a job that was restarted.
+
+    Args:
+        root: The run's folder.
+        checkpoint: `ckpt_path`.
+
+    Raises:
+        ValueError: a checkpoint is given, the folder is a file, or the job was restarted and so the run is its own.
+    """
+    if checkpoint is not None:
+        raise ValueError(
+            f"`--overwrite` begins a new run, `--ckpt_path {checkpoint}` goes on with one. Give one of them"
+        )
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"`trainer.default_root_dir={str(root)!r}` is a file, expected a folder")
+    for name in _RESTART_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 0 and holds_run(root):
+            raise ValueError(
+                f"`--overwrite` in a restarted job ({name}={count}) would remove what the job itself has trained in "
+                f"{str(root)!r}. Give `--ckpt_path last` in place of `--overwrite`: without a checkpoint it begins "
+                "from scratch"
+            )
+
+
+class Overwrite(Callback):
+    """Removes the run that a new one replaces, once model, data and optimizer of the new one are made.
+
+    Only files that a run writes are removed, only where a run is, and only those that were there when this callback
+    was made: Lightning opens the loggers' files of the new run before `on_fit_start`.
+
+    Args:
+        root: The run's folder.
+        adapter_folders: Names of the adapters' folders in it.
+        inputs: What the new run reads: names of arguments, each with a path or a glob.
+
+    Raises:
+        ValueError: one of the inputs would be removed.
+    """
+
+    def __init__(self, root: Path, adapter_folders: list[str], inputs: Iterable[tuple[str, str]]) -> None:
+        self._root, self._content = root, list(_content(root, adapter_folders)) if holds_run(root) else []
+        removed = {place: path for path in self._content for place in _places(path)}
+        for name, value in inputs:
+            for place in _input_places(value):
+                for other, path in removed.items():
+                    if place.is_relative_to(other) or other.is_relative_to(place):
+                        relation = "is in" if place.is_relative_to(other) else "contains some of"
+                        raise ValueError(
+                            f"`{name}={value!r}` {relation} what `--overwrite` would remove ({str(path)!r}). "
+                            "Choose another `trainer.default_root_dir`"
+                        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove it, before anything of the new run is written."""
+        if trainer.is_global_zero and self._content:
+            for path in self._content:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            for folder in map(self._root.joinpath, _CONTENT):
+                if folder != self._root and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            rank_zero_info(f"--overwrite: the run in {self._root} was removed")
+        trainer.strategy.barrier("overwrite")
+
+
+def _content(root: Path, adapter_folders: list[str]) -> Iterator[Path]:
+    """Files and folders that a run has written."""
+    for folder, patterns in _CONTENT.items():
+        for pattern in patterns:
+            yield from (root / folder).glob(pattern)
+    for name in adapter_folders:
+        if (root / name / ADAPTER_CONFIG).is_file():
+            yield root / name
+
+
+def _places(path: Path) -> set[Path]:
+    """Absolute paths of a file; what a link points to is another file."""
+    return {Path(os.path.abspath(path)), path.parent.resolve() / path.name}
+
+
+def _input_places(value: str) -> set[Path]:
+    """Absolute paths of what a path or a glob names, links followed and not."""
+    path = Path(os.path.expanduser(value.removeprefix(LOCAL)))
+    if is_url(str(path)):
+        return set()
+    files = match_glob(str(path), LeftOut()) if has_magic(str(path)) and not path.exists() else [path]
+    return {place for file in files for place in (*_places(file), file.resolve())}

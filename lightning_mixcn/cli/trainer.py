@@ -1,0 +1,353 @@
+"""``mixcn fit | validate | test | predict``: LightningCLI with this project's classes, defaults and run folder."""
+
+import argparse
+import atexit
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_mixcn.callbacks import (
+    AdapterCheckpoint,
+    ByteBudget,
+    DataMonitor,
+    EpochBudget,
+    EvaluationReport,
+    FitSummary,
+    PredictionWriter,
+    PreemptionCheckpoint,
+    RankWatch,
+    StepCheckpoint,
+    StepProgressBar,
+    ThroughputLogger,
+    TrainabilityCheck,
+)
+from lightning_mixcn.commands.functions import add_function_subcommands
+from lightning_mixcn.commands.table import COMMANDS, UsageError
+from lightning_mixcn.data import PretrainDataModule
+from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.modules.checks import check_precision
+
+from .plan import RunPlan
+from .run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    Overwrite,
+    check_free,
+    check_overwrite,
+)
+from .settings import (
+    expand_home,
+    fetch_tokenizer,
+    forget_tokenizer,
+    input_paths,
+    settle_epochs,
+    settle_tokenizer,
+)
+
+__all__ = ["MixcnCLI", "PretrainDataModule", "RunConfig", "run_trainer"]
+
+_TRAINER_DEFAULTS = {
+    # The compute dtype is the model's; the data module shares rows out between ranks itself.
+    "precision": "32-true",
+    "use_distributed_sampler": False,
+    # Steps take seconds, and the module waits for each one's loss anyway.
+    "log_every_n_steps": 1,
+    # The stream has no end of Lightning's kind: a run is as long as its steps, see `settle_epochs`.
+    "max_epochs": -1,
+}
+
+
+# Lines of jsonargparse's messages that say what else it tried, or repeat the input.
+_NOISE = (
+    "Given value",
+    "Subtypes:",
+    "Errors:",
+    "Does not validate",
+    "Expected a <class 'NoneType'>",
+    "Not a valid subclass of",
+    "Subclass types expect",
+    "a class path (str)",
+    "a dict with",
+)
+_UNKNOWN_CLASS = "Expected a dot import path string: "
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the configuration into the run's folder: ``config.yaml`` of `fit`, ``config.<subcommand>.yaml`` else."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, but for `fit` not before the model is there: a folder with ``config.yaml`` holds a run."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, and show it in TensorBoard."""
+        for option in ("plan", "overwrite"):  # which are not the run's, and other subcommands do not know
+            self.config.pop(option, None)
+        forget_tokenizer(self.config)
+        text = self.parser.dump(self.config, skip_none=False)
+        command = trainer.state.fn.value if trainer.state.fn else stage
+        name = CONFIG if command == "fit" else f"config.{command}.yaml"
+        write_text(Path(trainer.default_root_dir, name), text)
+        for logger in trainer.loggers:
+            if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
+                add_text("config", f"```yaml\n{text}```")
+
+
+class MixcnCLI(LightningCLI):
+    """LightningCLI that knows this project's modules by their short names and keeps a run in one folder.
+
+    A run's folder is ``trainer.default_root_dir``, by default ``runs/<name of the first --config>``. Logger,
+    checkpoints, monitors of learning rate and data, progress bar and reports are added unless the configuration has
+    its own.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            model_class=CausalLMModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            parser_kwargs={"prog": "mixcn", "exit_on_error": False}
+            | {command: {"prog": f"mixcn {command}", "exit_on_error": False} for command in self.subcommands()},
+            args=args,
+        )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Add the other subcommands, which `cli` runs without this class, for the completion script."""
+        super().setup_parser(*args, **kwargs)
+        subcommands = self.parser._subcommands_action  # LightningCLI keeps it to itself
+        assert subcommands is not None
+        add_function_subcommands(subcommands, COMMANDS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; LightningCLI's own also warns that the arguments might come from Python."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give `fit` its own options."""
+        if parser.prog.endswith(" fit"):
+            parser.add_argument(
+                "--plan",
+                action="store_true",
+                help="print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit",
+            )
+            parser.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="replace the run that is in trainer.default_root_dir, once the new one is loaded; other "
+                "files stay",
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI lets the hyper-parameters in a checkpoint override the configuration: `base` too, unnoticed.
+        # Here the configuration holds, and the module refuses a checkpoint that does not fit it.
+        pass
+
+    @property
+    def _settings(self) -> Any:
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder and check what can be checked before anything is loaded."""
+        settings = self._settings
+        if settings.trainer.default_root_dir is None:
+            configs = settings.get("config") or []
+            name = Path(str(configs[0])).stem if configs else "default"
+            settings.trainer.default_root_dir = str(Path("runs", name))
+        expand_home(settings)
+        self._settle_folder(settings)
+        settle_epochs(settings)
+        settle_tokenizer(settings)
+        if not self._planning:
+            fetch_tokenizer(settings)
+        if torch.cuda.is_available():
+            # TF32 for what is float32: router and LoRA where the compute dtype is float32.
+            torch.set_float32_matmul_precision("high")
+
+    def _settle_folder(self, settings: Any) -> None:
+        """Keep a run that is there from being replaced, unless that is asked for."""
+        self.root = Path(settings.trainer.default_root_dir)
+        if self._planning:
+            return
+        if settings.trainer.fast_dev_run:
+            # Callbacks write there whatever the trainer says.
+            scratch = mkdtemp(prefix="mixcn-fast-dev-run-")
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+            settings.trainer.default_root_dir = scratch
+            rank_zero_info(f"fast_dev_run: nothing is kept, {self.root} stays as it is")
+        elif self.subcommand == "fit" and settings.overwrite:
+            check_overwrite(self.root, settings.ckpt_path)
+        elif self.subcommand == "fit":
+            check_free(self.root, settings.ckpt_path, _checkpoint_folders(settings.trainer.callbacks))
+
+    @property
+    def _planning(self) -> bool:
+        return bool(self._settings.get("plan"))
+
+    def instantiate_classes(self) -> None:
+        """Make the classes; for a plan no trainer, whose devices need not be there."""
+        if not self._planning:
+            super().instantiate_classes()
+            return
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._planning:
+            print(RunPlan(self._get(self.config_init, "trainer"), self.model, self.datamodule).text())
+        else:
+            super()._run_subcommand(subcommand)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with the callbacks and the logger of a run where the configuration has none of its own."""
+        settings = self._get(self.config_init, "trainer")
+        root = self.root
+        if settings.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
+        given = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        callbacks = [callback for callback in given if callback is not None]
+        for callback in self._default_callbacks(settings):
+            if not any(isinstance(other, _kinds(callback)) for other in callbacks):
+                callbacks.append(callback)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((root / CHECKPOINTS).resolve())
+        if self._settings.get("overwrite") and not settings.fast_dev_run:
+            adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
+            folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
+            callbacks.insert(0, Overwrite(root, folders, input_paths(self._settings)))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse, before anything is read or written, what could not work.
+
+        A checkpoint that is not there is one: Lightning would evaluate the base without a word.
+        """
+        if self._planning:
+            return
+        check_precision(self.trainer.precision)
+        path = self._settings.get("ckpt_path")
+        folders = [str(getattr(callback, "dirpath", "")) for callback in self.trainer.checkpoint_callbacks]
+        if path == "last" and self.subcommand != "fit" and not any(list(Path(f).glob("last*")) for f in folders):
+            raise FileNotFoundError(
+                f"`--ckpt_path last`: there is no checkpoint in {', '.join(folders)}. Run fit first"
+            )
+        if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).exists():
+            raise FileNotFoundError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
+
+    def _default_callbacks(self, settings: Any) -> list[Callback]:
+        # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
+        callbacks: list[Callback] = [DataMonitor(), RankWatch()]
+        if self.subcommand == "fit":
+            callbacks += [PreemptionCheckpoint(), TrainabilityCheck(), FitSummary()]
+            if settings.max_steps in (None, -1) and not settings.fast_dev_run:
+                callbacks.append(EpochBudget())
+        if settings.enable_checkpointing is not False:
+            callbacks += [StepCheckpoint(), AdapterCheckpoint()]
+        if settings.logger is not False and self.subcommand == "fit":
+            callbacks += [LearningRateMonitor(logging_interval="step"), ThroughputLogger()]
+        if settings.enable_progress_bar is not False:
+            callbacks.append(StepProgressBar())
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter())
+        if self.subcommand in ("validate", "test"):
+            callbacks.append(EvaluationReport())
+        return callbacks
+
+
+def run_trainer(arguments: list[str]) -> None:
+    """Parse ``fit …`` and the like, and run it.
+
+    Args:
+        arguments: With the subcommand first, or an option of the whole program.
+
+    Raises:
+        UsageError: the command line or the configuration cannot be used; names the key.
+    """
+    _quieten()
+    set_parsing_settings(add_print_completion_argument=True)
+    try:
+        MixcnCLI(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{readable(str(error))}. See mixcn {arguments[0]} --help") from error
+
+
+def readable(message: str) -> str:
+    r"""Reduce jsonargparse's tree of what was tried to the line that matters.
+
+    Args:
+        message: Its message, many lines.
+
+    Returns:
+        The keys that lead to the error, and the error.
+
+    >>> readable('Parser key "model":\n  Does not validate against any of the Union subtypes\n'
+    ...          "  Errors:\n    - Option 'bas' is not accepted\n    - Expected a <class 'NoneType'>")
+    "model: Option 'bas' is not accepted"
+    """
+    kept = []
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if line.startswith(_NOISE):
+            continue
+        if line.startswith("Parser key"):
+            line = line.removeprefix('Parser key "').replace('":', ":", 1)
+        if line.startswith(_UNKNOWN_CLASS):
+            name = line.removeprefix(_UNKNOWN_CLASS)
+            line = (
+                f"there is no class {name!r}. Give one of lightning_mixcn by its name, another by its full import path"
+            )
+        kept.append(line)
+    return " ".join(kept)
+
+
+def _checkpoint_folders(callbacks: Any) -> list[str]:
+    """Folders that the configured callbacks keep checkpoints in, besides the run's own."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    folders = [callback.get("init_args", {}).get("dirpath") for callback in given]
+    return [folder for folder in folders if folder is not None]
+
+
+def _kinds(callback: Callback) -> type[Callback] | tuple[type[Callback], ...]:
+    """What makes a default callback superfluous: any of the configuration that does its work."""
+    for kind in (ModelCheckpoint, ProgressBar):
+        if isinstance(callback, kind):
+            return kind
+    return (EpochBudget, ByteBudget) if isinstance(callback, EpochBudget) else type(callback)
+
+
+def _quieten() -> None:
+    """Keep out of the output what concerns neither the user nor this project."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls jsonargparse by old names
+    warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")  # PEFT's own default
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # every resumed run
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")  # Lightning's, of torch
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_offer)
+
+
+def _is_no_offer(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's log is anything but an offer of its maker's other products."""
+    return "Tip:" not in record.getMessage()

@@ -1,0 +1,41 @@
+"""TODO."""
+
+# Each with the line that `mixcn --help` shows.
+COMMANDS = {
+    "fit": "train from a YAML configuration; --ckpt_path last resumes",
+    "validate": "likelihood of every source's held-out documents, into validate.json",
+    "test": "likelihood of every test source, into test.json",
+    "predict": "nats, bytes and tokens of every document, into predictions.jsonl",
+    "upcycle": "make a Mixtral of a dense Llama or Mistral model",
+    "quantize": "write a 4-bit model folder, which loads without quantising again",
+    "export": "write a merged model or an adapter for transformers, PEFT, vLLM and llama.cpp",
+    "chat": "talk to a model in the terminal, or pipe questions into it",
+    "evaluate": "benchmarks of lm-evaluation-harness, a base beside its adapted self",
+    "experts": "disable each expert in turn: what it costs in bits per byte, by source",
+    "vocab": "train pieces of another language, merge them into a tokenizer, count tokens",
+    "compare": "run a recipe's arms on the same bytes of text: table and figure",
+    "preference": "blind sheets of models' answers for judges; win rates, Elo and agreement from filled-in ones",
+    "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
+}
+
+
+class UsageError(Exception):
+    """A command line or a configuration that cannot be used; the message is one line."""
+
+
+FUNCTIONS = {
+    "upcycle": "lightning_mixcn.model.convert.upcycle",
+    "quantize": "lightning_mixcn.model.convert.quantize",
+    "export": "lightning_mixcn.model.export.command",
+    "chat": "lightning_mixcn.cli.chat",
+    "evaluate": "lightning_mixcn.studies.benchmarks.evaluate",
+    "experts": "lightning_mixcn.studies.experts.command",
+    "vocab": "lightning_mixcn.studies.vocabulary.command",
+    "compare": "lightning_mixcn.studies.comparison.command",
+    "preference": "lightning_mixcn.studies.preference.command",
+    "quantization": "lightning_mixcn.studies.quantization.command",
+}
+
+
+# Of a module that is several functions: `mixcn vocab train` and so on.
+NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score")}

@@ -1,0 +1,427 @@
+"""What every LightningDataModule of streams does, whatever is in them: rows in their order, and exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_mixcn.text import (
+    BadRecordPolicy,
+    DocumentEncoder,
+    DocumentOrigin,
+    Row,
+    RowStream,
+    StreamPlan,
+    TextTokenizer,
+    WeightUnit,
+    load_tokenizer,
+)
+
+from .loaders import EvaluationLoader, EvaluationSet, RepeatedBatches, Schedule, TrainLoader
+from .progress import Order, RunProgress, order_of
+from .sets import DocumentSets
+
+_SET_OF_STAGE = {"validate": "val", "test": "test", "predict": "predict"}
+
+
+class StreamDataModule(LightningDataModule):
+    """Packed rows of weighted sources, the same rows a step for any number of ranks and loader workers.
+
+    A subclass says in `make_encoder` how a document becomes tokens.
+
+    Args:
+        documents: The documents of each stage.
+        sequence_length: Tokens of a row.
+        micro_batch_size: Rows of a batch on one rank.
+        num_streams: Parallel streams the documents are dealt to.
+        num_workers: Processes a rank that tokenize.
+        packing: One of `PACKINGS`.
+        seed: Seed of the order of documents.
+        max_eval_rows: Rows of each source that validation and test use at most; None uses all.
+        tokenizer: Folder of the tokenizer.
+        weight_unit: What weights are shares of.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentSets,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        num_streams: int,
+        num_workers: int,
+        packing: str,
+        seed: int,
+        max_eval_rows: int | None,
+        tokenizer: str | None,
+        weight_unit: WeightUnit = "tokens",
+    ) -> None:
+        """Check the arguments; files are read in `setup`."""
+        super().__init__()
+        self._documents = documents
+        self.sequence_length = _at_least("sequence_length", sequence_length, 2, "each token is predicted from another")
+        self.micro_batch_size = _at_least("micro_batch_size", micro_batch_size, 1, "rows of a batch on one rank")
+        self.num_streams = _at_least("num_streams", num_streams, 1, "64 is a good number")
+        self.num_workers = _at_least("num_workers", num_workers, 0, "0 tokenizes in the training process")
+        self.max_eval_rows = (
+            max_eval_rows if max_eval_rows is None else _at_least("max_eval_rows", max_eval_rows, 1, "null for all")
+        )
+        self.packing, self.weight_unit, self.seed = packing, weight_unit, seed
+        self.tokenizer_path = tokenizer
+        self._tokenizer: TextTokenizer | None = None
+        self._evaluation_sets: dict[str, EvaluationSet] = {}
+        self._plan: StreamPlan | None = None
+        self._train_loader: TrainLoader | None = None
+        self._progress = RunProgress()
+        self._unprepared: Exception | None = None
+
+    def make_encoder(self) -> DocumentEncoder:
+        """Make what turns documents into tokens; `tokenizer` is there."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer; it is there after `setup`."""
+        if self._tokenizer is None:
+            raise ValueError("The tokenizer is loaded by `setup`, which has not run. Call `setup` first")
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Unpack the sources that the stage needs, in one process of each machine.
+
+        The other processes wait meanwhile for the next collective, so an error of this one is kept for `setup`, where
+        each meets it.
+        """
+        try:
+            self._unpack()
+        except (ValueError, OSError) as error:
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            self._unprepared = error
+
+    def _unpack(self) -> None:
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        if stage in (None, TrainerFn.FITTING):
+            self._documents.read_training()
+            self._documents.read("val", required=False)
+        else:
+            self._documents.read(_SET_OF_STAGE[stage.value])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer, read the sources that the stage needs, and hold out documents.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`, as Lightning says it; None sets up for `fit`.
+
+        Raises:
+            FileNotFoundError: The tokenizer or a source's files are missing.
+            ValueError: No tokenizer or source is given, a file is damaged, or a set has no document.
+        """
+        if self._unprepared is not None:
+            raise self._unprepared
+        if self.tokenizer_path is None:
+            raise ValueError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_path)
+        if stage not in ("fit", None):
+            self._documents.read(_SET_OF_STAGE[stage])
+        elif self._plan is None:
+            if self.trainer is not None:
+                _check_endless(self.trainer)
+            documents = self._documents.read_training()
+            self._documents.read("val", required=False)
+            self._plan = StreamPlan(
+                documents, self.make_encoder(), self.sequence_length, self.num_streams, self.seed, self.packing,
+                self.weight_unit,
+            )  # fmt: skip
+            self._progress.set_order(order_of(self._plan))
+
+    def train_dataloader(self) -> TrainLoader | RepeatedBatches:
+        """Make the loader of training batches, which goes on behind the rows already trained on.
+
+        Returns:
+            Batches of `collate_rows`, as tensors ``[micro_batch_size, sequence_length]``; under
+            `trainer.overfit_batches` always the same ones.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        self.teardown("fit")  # the loader before, under `reload_dataloaders_every_n_epochs`
+        overfit = _overfit_batches(self.trainer)
+        self._train_loader = TrainLoader(
+            self._plan,
+            self._begin,
+            self.num_workers,
+            all_ranks_agree=self._all_ranks_agree,
+            on_batch=_ignore if overfit else self._progress.hand_out,
+            on_end=_ignore if overfit else self._on_end,
+        )
+        if overfit:
+            return RepeatedBatches(self._train_loader, overfit, self._batches_trained)
+        return self._train_loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Make the loader of validation batches; an empty list if there is no validation set."""
+        return self._evaluation_loader("val") if self._documents.read("val", required=False) else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Make the loader of test batches."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Make the loader that gives each document of `predict_sources` once."""
+        return self._evaluation_loader("predict")
+
+    def teardown(self, stage: str) -> None:
+        """Stop the loader workers."""
+        if stage == "fit" and self._train_loader is not None:
+            self._train_loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop the loader workers, which would live as long as the exception's traceback."""
+        self.teardown("fit")
+
+    def source_names(self, stage: str) -> list[str]:
+        """List the sources that `source_ids` count.
+
+        Args:
+            stage: `train`, `val`, `test` or `predict`.
+
+        Returns:
+            The name of source 0, 1 and so on.
+        """
+        return self._documents.names(stage)
+
+    def document_source(self, index: int, stage: str = "predict") -> DocumentOrigin:
+        """Tell where a document of an evaluation set was read.
+
+        Args:
+            index: What batches have in ``document_index``.
+            stage: `val`, `test` or `predict`.
+
+        Returns:
+            Its source, file, and line or row.
+        """
+        return self._evaluation_set(stage).origin(index)
+
+    def describe(self) -> dict[str, int]:
+        """Count documents and UTF-8 bytes of each set and source that was set up.
+
+        Returns:
+            For example ``{"train/zh/documents": 1504, "train/zh/bytes": 24562707}``.
+        """
+        return self._documents.describe()
+
+    def training_rows(self) -> Iterator[Row]:
+        """Make the training rows in their order, from the first one of the run; what trains is not moved by it."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._plan.open(range(self.num_streams))
+        for number in count():
+            yield streams[number % self.num_streams].next_row()
+
+    def count_rows(
+        self, on_row: Callable[[], object] = lambda: None, streams: Sequence[int] | None = None
+    ) -> int | None:
+        """Count the training rows of a whole run, by making them.
+
+        Args:
+            on_row: Called after each row that was made.
+            streams: Numbers of the streams that are read; None reads all. Several processes can count a share of the
+                streams each: the number of the whole is the largest of theirs.
+
+        Returns:
+            Rows until every source has been read `max_epochs` times, empty ones of streams that end early included;
+            None if a source has no `max_epochs`.
+        """
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        if any(documents.corpus.source.max_epochs is None for documents in self._plan.documents):
+            return None
+        last = -1
+        for index, stream in self._plan.open(range(self.num_streams) if streams is None else streams).items():
+            while not stream.exhausted:
+                last = max(last, stream.position * self.num_streams + index)
+                stream.next_row()
+                on_row()
+        return last + 1
+
+    def order(self) -> Order:
+        """Give what the sequence of training rows depends on."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        return order_of(self._plan)
+
+    @property
+    def rows_trained(self) -> int:
+        """Rows that all ranks together have trained on since the beginning of the run."""
+        return self._progress.rows
+
+    @property
+    def on_bad_record(self) -> BadRecordPolicy:
+        """What to do with a bad record, `error` or `skip`."""
+        return self._documents.on_bad_record
+
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows of a batch of all ranks together."""
+        return self.micro_batch_size * self._ranks()[0]
+
+    def epochs(self) -> dict[str, float]:
+        """How often each training source was read, such as ``{"zh": 0.25}``, by the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        streams = self._progress.streams.values()
+        newest = max((state["position"] for state in streams), default=0)
+        current = [state["documents"] for state in streams if state["position"] >= newest - 1]
+        return {
+            part.name: sum(documents[index][0] for documents in current) / len(part.corpus) / max(1, len(current))
+            for index, part in enumerate(self._plan.documents)
+        }
+
+    def token_shares(self) -> dict[str, float]:
+        """Give the share of tokens that the weights ask of each training source, such as ``{"zh": 0.55}``.
+
+        Weights in bytes are turned into tokens by what the streams of this rank have read.
+        """
+        shares = zip(*(stream.token_shares() for stream in self._current_streams()), strict=True)
+        return {name: sum(each) / len(each) for name, each in zip(self.source_names("train"), shares, strict=True)}
+
+    def ended_sources(self) -> list[str]:
+        """List the training sources that have been read `max_epochs` times in a stream of this rank."""
+        names = self.source_names("train")
+        return sorted({names[source] for stream in self._current_streams() for source in stream.ended_sources()})
+
+    def _current_streams(self) -> list[RowStream]:
+        """Open the streams that this rank has read, where they are; before the first row a new one."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        states = self._progress.streams
+        return list(self._plan.open(sorted(states) or [0], states).values())
+
+    def too_long(self) -> dict[str, tuple[int, int]]:
+        """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        counts = [state["too_long"] for state in self._progress.streams.values()]
+        return {
+            part.name: (sum(count[index][0] for count in counts), sum(count[index][1] for count in counts))
+            for index, part in enumerate(self._plan.documents)
+        }
+
+    def refused(self) -> dict[str, int]:
+        """Count documents of each training source that the encoder refused, in the streams that this rank reads."""
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        counts = [state["too_long"] for state in self._progress.streams.values()]
+        return {part.name: sum(count[index][2] for count in counts) for index, part in enumerate(self._plan.documents)}
+
+    def bad_records(self) -> int:
+        """Count the records of the training sources that were skipped."""
+        return sum(documents.corpus.bad_records for documents in self._documents.read_training())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the rows trained on by all ranks together, where the streams stand, and what their order depends on.
+
+        Under several processes all must call it: each knows its own streams only.
+        """
+        return self._progress.state_dict(_of_all_ranks)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the rows of a checkpoint, on any number of ranks and workers.
+
+        Args:
+            state_dict: What `state_dict` gave.
+
+        Raises:
+            ValueError: The order of rows would be another; the message names what changed.
+        """
+        self._progress.load_state_dict(state_dict)
+
+    def _evaluation_set(self, stage: str) -> EvaluationSet:
+        if stage not in self._evaluation_sets:
+            documents, cap = self._documents.read(stage), None if stage == "predict" else self.max_eval_rows
+            self._evaluation_sets[stage] = EvaluationSet(documents, self.make_encoder(), self.sequence_length, cap)
+        return self._evaluation_sets[stage]
+
+    def _evaluation_loader(self, stage: str) -> EvaluationLoader:
+        return EvaluationLoader(self._evaluation_set(stage), self.micro_batch_size, *self._ranks())
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks that read different rows, and this one's place; under tensor parallelism fewer than all."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
+
+    def _begin(self) -> Schedule:
+        """Find where the training rows go on, and count from there."""
+        num_ranks, rank = self._ranks()
+        trainer, loader = self.trainer, self._train_loader
+        assert loader is not None
+        if _overfit_batches(trainer):
+            self._progress.begin(lambda: 0, 0)
+        elif (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.state.status == TrainerStatus.RUNNING
+        ):
+            # Lightning fetches a batch ahead: only what it has processed is consumed.
+            self._progress.begin(self._batches_trained, self.micro_batch_size * num_ranks)
+        else:
+            self._progress.begin(lambda: loader.batches_given, self.micro_batch_size * num_ranks)
+        return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows, dict(self._progress.streams))
+
+    def _batches_trained(self) -> int:
+        assert self.trainer is not None
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning types `total` too narrowly
+        return int(batches.total.processed)
+
+    def _all_ranks_agree(self, decision: bool) -> bool:
+        return decision if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(decision, all=True)
+
+    def _on_end(self) -> None:
+        rank_zero_info("The sources have been read `max_epochs` times: training ends.")
+        if self.trainer is not None:
+            self.trainer.should_stop = True
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _overfit_batches(trainer: Any) -> int:
+    """Read the trainer's setting, which Lightning sets outside of the class; 0 without a trainer."""
+    return int(trainer.overfit_batches) if trainer is not None else 0
+
+
+def _ignore(*_: Any) -> None:
+    """Take the place of a callback that is not wanted."""
+
+
+def _check_endless(trainer: Any) -> None:
+    """Refuse what needs a length of the training data or epochs, neither of which a stream has.
+
+    Raises:
+        ValueError: A share of the training batches is asked for, or accumulation that changes with the epoch.
+    """
+    for name in ("overfit_batches", "limit_train_batches", "val_check_interval"):
+        value = getattr(trainer, name)
+        if isinstance(value, float) and (0.0 < value < 1.0 or (name == "overfit_batches" and value)):
+            raise ValueError(
+                f"`trainer.{name}={value}`: the stream of training rows has no end of which this could be a share. "
+                "Give a number of batches, such as 10"
+            )
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler) and max(callback.scheduling) > 0:
+            raise ValueError(
+                f"`GradientAccumulationScheduler(scheduling={callback.scheduling})`: it counts epochs, which the "
+                "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another "
+                "value to change it"
+            )
+
+
+def _at_least(name: str, value: int, least: int, why: str) -> int:
+    if value < least:
+        raise ValueError(f"`{name}={value}`: expected at least {least} ({why})")
+    return value

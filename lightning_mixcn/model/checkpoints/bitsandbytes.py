@@ -1,0 +1,120 @@
+"""A checkpoint that bitsandbytes quantised (transformers 4: one ``Linear4bit`` an expert), taken over bit for bit.
+
+Its format is ours but for one thing: the second level has one offset a tensor, where a superblock has its own here. So
+codes, scales and second-level scales are copied, and each superblock gets the tensor's offset. That needs every matrix
+to fill whole superblocks, as those of a real Mixtral do.
+
+Legend: N = superblocks.
+"""
+
+import json
+from math import prod
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+
+from lightning_mixcn.model.nf4.codec import (
+    BLOCK,
+    BLOCKS_PER_SUPERBLOCK,
+    SUPERBLOCK,
+    NF4Tensors,
+)
+
+from .folder import Checkpoint
+from .layout import Entry
+
+_TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATE = "quant_state.bitsandbytes__nf4"
+
+
+def is_bitsandbytes(checkpoint: Checkpoint) -> bool:
+    """Whether bitsandbytes quantised it, in whatever format."""
+    return bool((checkpoint.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes")
+
+
+class BitsAndBytesSource:
+    """The 4-bit weights of such a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        ValueError: it is in 8 bits, FP4, or without double quantisation, which ours would have to round.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Check the format."""
+        self._checkpoint = checkpoint
+        settings = checkpoint.config["quantization_config"]
+        expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        for key, value in expected.items():
+            if settings.get(key) != value:
+                raise ValueError(
+                    f"{checkpoint.path} was quantised by bitsandbytes with {key}={settings.get(key)!r}, expected "
+                    f"{value!r}. Quantise the original instead: this would have to be rounded once more"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the weight of this name is in 4 bits; modules that were skipped are not."""
+        return f"{name}.{_STATE}" in self._checkpoint
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether an entry, or a part of one, is in 4 bits."""
+        return any(segment.name in self for segment in entry.segments)
+
+    def names(self, entry: Entry) -> list[str]:
+        """Names of all tensors that an entry in 4 bits is stored in."""
+        parts = [segment.name for segment in entry.segments]
+        return [*parts, *(f"{name}.{key}" for name in parts for key in (*_TABLES, _STATE))]
+
+    def check(self, entry: Entry) -> None:
+        """Check that every part of an entry is there in 4 bits and fits. ValueError if not."""
+        shape = tuple(entry.shape[-2:])
+        for segment in entry.segments:
+            if segment.name not in self or self.shape(segment.name) != shape:
+                raise ValueError(
+                    f"{self._checkpoint.path}: {segment.name} is not in 4 bits of shape {shape}. Is config.json of "
+                    "this model?"
+                )
+
+    def stack(self, entry: Entry) -> NF4Tensors:
+        """All matrices of an entry as they are stored, one after the other. See `packed`."""
+        return NF4Tensors(*map(torch.cat, zip(*(self.packed(part.name) for part in entry.segments), strict=True)))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the weight before it was quantised."""
+        return tuple(self._state(name)["shape"])
+
+    def packed(self, name: str) -> NF4Tensors:
+        """The weight as it is stored, in our four tensors.
+
+        Raises:
+            ValueError: other blocks or tables than NF4's, or no whole number of superblocks.
+        """
+        state, where = self._state(name), f"{self._checkpoint.path}: {name}"
+        numel = prod(state["shape"])
+        if (state["blocksize"], state["nested_blocksize"]) != (BLOCK, BLOCKS_PER_SUPERBLOCK):
+            raise ValueError(
+                f"{where} has blocks of {state['blocksize']} and {state['nested_blocksize']}, not 64 and 256"
+            )
+        if numel % SUPERBLOCK:
+            raise ValueError(
+                f"{where} has {numel:,} elements, no multiple of {SUPERBLOCK:,}, so that it cannot be taken over as it "
+                "is. Quantise the original instead"
+            )
+        tables = {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
+        for key, table in tables.items():
+            if not torch.allclose(self._checkpoint.read(f"{name}.{key}").float(), table.float(), rtol=0, atol=1e-6):
+                raise ValueError(f"{where}.{key} is not bitsandbytes' own table. Quantise the original instead")
+        count = numel // SUPERBLOCK
+        return NF4Tensors(
+            self._checkpoint.read(name).view(torch.uint8).view(count, SUPERBLOCK // 2),
+            self._checkpoint.read(f"{name}.absmax").view(count, BLOCKS_PER_SUPERBLOCK),
+            self._checkpoint.read(f"{name}.nested_absmax").float(),
+            torch.full((count,), float(state["nested_offset"])),
+        )
+
+    def _state(self, name: str) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(bytes(self._checkpoint.read(f"{name}.{_STATE}").tolist()))
+        return state

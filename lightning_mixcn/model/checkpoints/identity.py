@@ -1,0 +1,132 @@
+"""Which base something was made from, in a file beside it: PEFT's own configuration has a path, but no content."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .folder import Checkpoint
+
+IDENTITY_FILE = "base_identity.json"
+QUANTIZATION_METHOD = "mixcn_nf4"
+# Not ``mixtral`` with a ``quant_method``: transformers skips a method that it does not know with a warning, and goes on
+# with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
+QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
+_KEYS = ("path", "sha256")
+_ORIGINAL_KEYS = ("original_path", "original_sha256")
+
+
+def base_identity(path: str | Path) -> dict[str, str]:
+    """Return what identifies a base: ``path`` (see `recorded_path`) and ``sha256`` of its content.
+
+    The hash covers the configuration, every tensor's name, shape and type, and a sample of the content, so it takes
+    seconds for any size. A 4-bit folder that records what it was made from has ``original_path`` and
+    ``original_sha256`` of that, too.
+    """
+    checkpoint = Checkpoint(path)
+    identity = {"path": recorded_path(path), "sha256": checkpoint.identity()}
+    original = read_identity(checkpoint.path)
+    if original is not None:
+        identity |= {"original_path": recorded_path(original["path"]), "original_sha256": original["sha256"]}
+    return identity
+
+
+def recorded_path(path: str | Path) -> str:
+    """Return how a base is named in files: a folder by its absolute path, a hub id (or what is not there) as given."""
+    folder = Path(path).expanduser()
+    return os.path.abspath(folder) if folder.is_dir() else str(path)
+
+
+def is_own_format(config: Mapping[str, Any]) -> bool:
+    """Whether the content of a ``config.json`` is that of a 4-bit folder of `mixcn quantize`."""
+    if config.get("model_type") == QUANTISED_MODEL_TYPE:
+        return True
+    # Folders that were written before there was such a type name the method.
+    return bool((config.get("quantization_config") or {}).get("quant_method") == QUANTIZATION_METHOD)
+
+
+def stock_base(path: str | Path) -> str | None:
+    """Return the name of a base for tools that cannot read the 4-bit folders of `mixcn quantize`.
+
+    Args:
+        path: Folder or hub id of the base. Of such a 4-bit folder, what it was made from is named.
+
+    Returns:
+        See `recorded_path`; ``None`` where a 4-bit folder does not record its original.
+    """
+    checkpoint = Checkpoint(path)
+    if not is_own_format(checkpoint.config):
+        return recorded_path(path)
+    original = read_identity(checkpoint.path)
+    return None if original is None else recorded_path(original["path"])
+
+
+def write_identity(folder: Path, identity: dict[str, str]) -> None:
+    """Write ``base_identity.json``.
+
+    Args:
+        folder: Of the adapter, or of the 4-bit model.
+        identity: ``path`` and ``sha256`` of the base, see `base_identity`.
+    """
+    (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_identity(folder: Path) -> dict[str, str] | None:
+    """What `write_identity` wrote there; ``None`` where it did not.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    file = folder / IDENTITY_FILE
+    if not file.is_file():
+        return None
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+        original = [key for key in _ORIGINAL_KEYS if key in identity]
+        return {key: str(identity[key]) for key in (*_KEYS, *original)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(file)!r} does not hold a base's path and sha256. Copy it again, or delete it"
+        ) from error
+
+
+def check_made_from(folder: Path, base: str | Path) -> None:
+    """Check that what is in a folder was made from a base; its folder may have moved.
+
+    A 4-bit base counts as the base that it was quantised from, and that base as its 4 bits.
+
+    Args:
+        folder: With ``base_identity.json``; without it there is nothing to check.
+        base: Folder or hub id.
+
+    Raises:
+        ValueError: it is another base.
+    """
+    recorded = read_identity(folder)
+    if recorded is None:
+        return
+    checkpoint = Checkpoint(base)
+    present, original = checkpoint.identity(), read_identity(checkpoint.path)
+    accepted = {present, original["sha256"] if original else present}
+    if accepted.isdisjoint((recorded["sha256"], recorded.get("original_sha256"))):
+        raise ValueError(
+            f"{str(folder)!r} was made from the base {recorded['path']} (sha256 {recorded['sha256'][:12]}…), but "
+            f"{base} is another one (sha256 {present[:12]}…). Give the former, or move it back to its place"
+        )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the parts of a model are.
+
+    Attributes:
+        base: Hugging Face folder, 4-bit folder or hub id.
+        adapters: PEFT adapter folders in the order in which they are applied; none or one, unless more were asked for.
+        tokenizer: Folder or hub id of the tokenizer, and chat template, that belong to the model.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    tokenizer: str

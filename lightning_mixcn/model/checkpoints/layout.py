@@ -1,0 +1,102 @@
+"""Where a checkpoint keeps what a module needs: the two namings of Mixtral's weights.
+
+transformers 4 and the published checkpoints store one matrix an expert (``block_sparse_moe.experts.N.w1.weight``);
+transformers 5 can store them fused (``mlp.experts.gate_up_proj [E, 2I, H]``, gate rows first).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from transformers import MixtralConfig
+
+from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.nf4.storage import Weight
+
+from .folder import Checkpoint, Segment
+
+# PEFT's and our name of an expert projection → the paper's.
+EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def disk_names(module_name: str, groups: int) -> list[str]:
+    """Names on disk of the groups of the module that is called ``module_name`` in memory."""
+    if module_name.endswith(".mlp.gate.linear"):
+        return [module_name.replace(".mlp.gate.linear", ".block_sparse_moe.gate")]
+    layer, found, leaf = module_name.partition(".mlp.experts.")
+    if not found:
+        return [module_name]
+    return [f"{layer}.block_sparse_moe.experts.{expert}.{EXPERT_NAMES[leaf]}" for expert in range(groups)]
+
+
+class Entry(NamedTuple):
+    """One thing to load.
+
+    Args:
+        module: The module that owns it.
+        name: The module's name in the model.
+        segments: Its parts in the checkpoint, in order.
+        attribute: The parameter to fill as it is stored; ``None`` for a `FrozenLinear`, whose storage takes the weight
+            in its own way.
+    """
+
+    module: nn.Module
+    name: str
+    segments: list[Segment]
+    attribute: str | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is loaded."""
+        return self.parameter.shape if self.attribute else self.storage.shape
+
+    @property
+    def storage(self) -> Weight:
+        """The `FrozenLinear`'s storage."""
+        storage: Weight = self.module.storage  # type: ignore[assignment]  # a FrozenLinear
+        return storage
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The plain parameter. Looked up anew: moving a meta model to a device replaces its parameters."""
+        parameter: nn.Parameter = getattr(self.module, self.attribute or "weight")
+        return parameter
+
+
+def entries(model: nn.Module, checkpoint: Checkpoint, config: MixtralConfig) -> Iterator[Entry]:
+    """Everything that ``model`` takes from ``checkpoint``, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            yield Entry(module, name, _frozen_segments(name, checkpoint, config), None)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            tied = name == "lm_head" and config.tie_word_embeddings
+            if not tied:
+                yield Entry(module, name, [Segment(f"{name}.weight")], "weight")
+
+
+def stored_entries(model: nn.Module) -> Iterator[Entry]:
+    """The same for a folder of `mixcn quantize`, which holds the model's parameters under their own names."""
+    for name, _ in model.named_parameters():  # a tied head is named once
+        owner, _, attribute = name.rpartition(".")
+        yield Entry(model.get_submodule(owner), owner, [Segment(name)], attribute)
+
+
+def _frozen_segments(name: str, checkpoint: Checkpoint, config: MixtralConfig) -> list[Segment]:
+    prefix, _, leaf = name.rpartition(".")
+    if prefix.endswith("mlp.experts"):
+        return _expert_segments(prefix.removesuffix(".mlp.experts"), leaf, checkpoint, config)
+    if prefix.endswith("mlp.gate"):
+        layer = prefix.removesuffix(".mlp.gate")
+        fused = f"{layer}.mlp.gate.weight"
+        return [Segment(fused if fused in checkpoint else f"{layer}.block_sparse_moe.gate.weight")]
+    return [Segment(f"{name}.weight")]
+
+
+def _expert_segments(layer: str, leaf: str, checkpoint: Checkpoint, config: MixtralConfig) -> list[Segment]:
+    experts, intermediate = range(config.num_local_experts), config.intermediate_size
+    fused = f"{layer}.mlp.experts.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
+    if fused not in checkpoint:
+        name = f"{layer}.block_sparse_moe.experts.{{}}.{EXPERT_NAMES[leaf]}.weight"
+        return [Segment(name.format(expert)) for expert in experts]
+    rows = {"gate_proj": (0, intermediate), "up_proj": (intermediate, 2 * intermediate), "down_proj": None}[leaf]
+    return [Segment(fused, expert, rows) for expert in experts]

@@ -1,0 +1,169 @@
+"""TODO."""
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig
+
+from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.identity import (
+    QUANTISED_MODEL_TYPE,
+    is_own_format,
+)
+from lightning_mixcn.model.checkpoints.layout import Entry
+from lightning_mixcn.model.local_rows import (
+    copy_rows,
+    held_elements,
+    local_rows,
+    write_elements,
+)
+from lightning_mixcn.model.nf4.codec import SUPERBLOCK, dequantize
+from lightning_mixcn.model.nf4.storage import NF4Weight
+
+# Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
+CHUNK = 2048 * SUPERBLOCK
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
+    """The checkpoint's configuration, tied as its files are; refuses other architectures."""
+    settings = stock_settings(checkpoint.config)
+    if (kind := settings.get("model_type")) != "mixtral":
+        raise ValueError(
+            f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
+            "one with `mixcn upcycle`"
+        )
+    return MixtralConfig.from_dict(settings | {"tie_word_embeddings": checkpoint.ties_head()})
+
+
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    """Whether it is in 4 bits, by `mixcn quantize` or by bitsandbytes; refuses other quantised formats."""
+    if is_own_format(checkpoint.config) or is_bitsandbytes(checkpoint):
+        return True
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        raise ValueError(
+            f"{checkpoint.path} is quantised with {method!r}. Give the unquantised model, or one of `mixcn quantize`"
+        )
+    return False
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``bfloat16``, ``float16`` or ``float32`` as torch's."""
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"`dtype={dtype!r}` is not known. Expected one of {', '.join(_DTYPES)}")
+    return found
+
+
+def torch_device(device: str | torch.device) -> torch.device:
+    """``cpu``, ``cuda``, ``cuda:1`` … as torch's. Raises: ValueError."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
+
+
+def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
+    """Check that every part is there and that its shape is what the module needs. ValueError if not."""
+    for part in entry.segments:
+        if part.name not in checkpoint:
+            raise ValueError(
+                f"{checkpoint.path} lacks the tensor {part.name}. Download it again; is config.json of this model?"
+            )
+        found, expected = checkpoint.shape(part.name), _stored_shape(entry, part)
+        if found != expected:
+            raise ValueError(
+                f"{checkpoint.path}: {part.name} has the wrong shape {found} for {entry.name}, which needs {expected}. "
+                "Is config.json of this model?"
+            )
+
+
+def fill(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None = None) -> None:
+    """Read what this rank holds of an entry, piece by piece, quantising where the module is quantised.
+
+    Args:
+        entry: What is read.
+        checkpoint: Where from.
+        source: bitsandbytes' 4-bit weights, which are taken over as they are.
+    """
+    if source is not None and source.holds(entry):
+        _take_over(entry, source)
+        return
+    held = held_elements(entry.parameter) if entry.attribute else entry.storage.held()
+    if entry.attribute and held.stop > (stored := prod(checkpoint.shape(entry.segments[0].name))):
+        held = range(min(held.start, stored), stored)  # the rows of an extended vocabulary are not in the checkpoint
+    target = _readable(entry, checkpoint)
+    for start, values in pieces(entry, checkpoint, held, target):
+        if entry.attribute is None:
+            entry.storage.write(start, values)
+        elif target is None:
+            write_elements(entry.parameter, start, values)
+
+
+def _readable(entry: Entry, checkpoint: Checkpoint) -> Tensor | None:
+    """The parameter's memory, flat, where the file's bytes can go straight into it."""
+    if entry.attribute is None:
+        return None
+    rows, _ = local_rows(entry.parameter)
+    fits = rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype == checkpoint.dtype(entry.segments[0].name)
+    return rows.view(-1) if fits else None
+
+
+def pieces(
+    entry: Entry, checkpoint: Checkpoint, held: range | None = None, target: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """``(first element, flat values)`` of an entry, at most `CHUNK` elements each; refuses NaN and infinity.
+
+    Args:
+        entry: What is read.
+        checkpoint: Where from.
+        held: The elements wanted; ``None`` for all.
+        target: Flat memory that they are read into, the first of ``held`` at its beginning; ``None`` for new tensors.
+    """
+    wanted = range(prod(entry.shape)) if held is None else held
+    for start in range(wanted.start, wanted.stop, CHUNK):
+        stop = min(start + CHUNK, wanted.stop)
+        part = None if target is None else target[start - wanted.start : stop - wanted.start]
+        values = checkpoint.read_segments(entry.segments, start, stop, part)
+        # The extremes tell as much as isfinite of every element, which takes 20 times as long on the CPU.
+        if values.is_floating_point() and not torch.stack(values.aminmax()).isfinite().all():
+            raise ValueError(
+                f"{checkpoint.path}: {entry.segments[0].name} holds NaN or infinite values. Download it again"
+            )
+        yield start, values
+
+
+def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json`` as that of the unquantised model; of a 4-bit folder, its original's."""
+    settings = {key: value for key, value in config.items() if key != "quantization_config"}
+    if settings.get("model_type") == QUANTISED_MODEL_TYPE:
+        settings["model_type"] = "mixtral"
+    return settings
+
+
+def _stored_shape(entry: Entry, part: Segment) -> tuple[int, ...]:
+    """Shape of the tensor that holds a part: a parameter as it is, one matrix, or a stack of all experts'."""
+    if entry.attribute:
+        return tuple(entry.shape)
+    groups, rows, columns = entry.shape
+    if part.index is None:
+        return rows, columns
+    return groups, rows * (1 if part.rows is None else 2), columns
+
+
+def _take_over(entry: Entry, source: BitsAndBytesSource) -> None:
+    packed, storage = source.stack(entry), entry.storage
+    if isinstance(storage, NF4Weight):
+        for name, tensor in packed._asdict().items():
+            copy_rows(getattr(storage, name), tensor)
+    else:  # the router, which is not quantised here
+        held = storage.held()
+        values = dequantize(packed, storage.values.dtype)[: prod(storage.shape)]
+        storage.write(held.start, values[held.start : held.stop])

@@ -1,0 +1,108 @@
+"""A GGUF file of a dense Llama or Mistral as the source of an upcycling, read through transformers.
+
+transformers ignores what it does not know in a GGUF — a Mixtral comes back as a re-initialised Llama, rope factors of
+Llama 3.1 are dropped — so everything in the file is checked against the architecture first.
+"""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .dense import (
+    ARCHITECTURES,
+    DenseSource,
+    check_tensors,
+    dense_config,
+)
+
+_TENSOR = re.compile(
+    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
+)
+
+# GGUF's name → transformers'
+_SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def open_gguf(path: Path) -> DenseSource:
+    """Dequantise a GGUF file into float32 on the CPU. See `open_dense` for what it raises."""
+    if not path.is_file():
+        raise FileNotFoundError(f"`src={path}` is not there. Give a .gguf file or a Hugging Face folder")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            f"`src={path}` is a GGUF file, which takes the package gguf to read: pip install 'lightning_mixcn[demo]'"
+        )
+    special_ids = _check_content(path)
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # typed as the model alone
+        path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+    )
+    model, report = loaded
+    missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    if missing:  # it would have drawn them at random
+        raise ValueError(f"`src={path}`: tensors {missing[:3]} are missing or do not fit. Download the file again")
+    raw = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    config = dense_config(str(path), raw)
+    tensors = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return DenseSource(
+        name=str(path),
+        config=config,
+        shapes=check_tensors(str(path), config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}),
+        dtype=torch.float32,
+        read=tensors.__getitem__,
+        save_tokenizer=lambda out: _save_tokenizer(path, special_ids, out),
+    )
+
+
+def _check_content(path: Path) -> dict[str, int]:
+    """Refuse what transformers would misread: other architectures, experts, biases, scaled rope.
+
+    Returns:
+        transformers' name → id of each special token that the file declares.
+    """
+    from gguf import GGUFReader
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"`src={path}` is not a GGUF file (it does not begin with GGUF). Download it again")
+    try:
+        reader = GGUFReader(path)
+        fields: dict[str, Any] = dict(reader.fields)
+        names = [tensor.name for tensor in reader.tensors]
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`src={path}` is truncated or damaged ({reason}). Download it again") from error
+    architecture = fields["general.architecture"].contents() if "general.architecture" in fields else None
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"`src={path}` has the architecture {architecture!r}, expected llama or mistral")
+    scaling = fields.get(f"{architecture}.rope.scaling.type")
+    unknown = [f"rope.scaling.type={scaling.contents()}"] if scaling and scaling.contents() != "none" else []
+    unknown += [name for name in names if not _TENSOR.fullmatch(name)]
+    if unknown:
+        raise ValueError(
+            f"`src={path}` holds {unknown[0]}, which transformers does not read from a GGUF of this architecture or a "
+            "Mixtral cannot express. Give the model's Hugging Face folder, if it is a plain Llama or Mistral"
+        )
+    keys = {name: f"tokenizer.ggml.{key}_token_id" for key, name in _SPECIAL_TOKENS.items()}
+    return {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
+
+
+def _save_tokenizer(path: Path, special_ids: dict[str, int], out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for name, token_id in special_ids.items():  # transformers 5.17 takes the first control token for all of them
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.save_pretrained(out)
+    # Only this class takes tokenizer.json as it is: others rebuild parts of it.
+    file = out / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key in ("is_local", "local_files_only", "gguf_file"):  # how it was loaded, not what it is
+        content.pop(key, None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

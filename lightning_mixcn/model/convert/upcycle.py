@@ -1,0 +1,213 @@
+"""Sparse upcycling: a dense Llama or Mistral becomes a Mixtral whose experts start as its feed-forward layers.
+
+Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints" (arXiv:2212.05055). Mixtral
+normalises the weights of the chosen experts to sum to one, so identical experts give the dense model's output whatever
+the router says.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_mixcn.files.atomic import check_output
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.model.checkpoints.writer import ShardWriter
+
+from .dense import DenseSource, _open_folder
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    pass
+
+# E = experts, H = hidden, O × I = out × in features of one feed-forward matrix
+
+import hashlib
+import math
+
+if TYPE_CHECKING:
+    from transformers import MixtralConfig
+
+
+_EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_KEPT_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+)
+_ROUTER_STD = 0.02
+_AUXILIARY_LOSS_COEFFICIENT = 0.02
+
+
+def upcycle(
+    src: str | Path,
+    out: str | Path,
+    *,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    noise: float = 0.0,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    seed: int = 0,
+) -> None:
+    """Make a Mixtral of a dense Llama- or Mistral-architecture model.
+
+    Every expert starts as a copy of the layer's feed-forward matrices, and each router is drawn from a normal
+    distribution of standard deviation 0.02. Weights are streamed: peak memory is one shard of 1 GB (and, for a GGUF,
+    the dense model in float32).
+
+    Args:
+        src: Dense model: a Hugging Face folder or hub id with safetensors in float32, float16 or bfloat16, or a .gguf
+            file.
+        out: Folder to make; it must not exist, or be empty.
+        num_experts: Number of experts in each layer.
+        num_experts_per_tok: Number of experts that compute each token; at most num_experts.
+        noise: How far experts start apart: each expert's matrices get independent normal noise of this many standard
+            deviations of the matrix (a number without unit, e.g. 0.01). 0 gives identical experts and exactly the dense
+            model's logits.
+        dtype: Number format of the result: float32, float16 or bfloat16. Null keeps the source's (float32 for a GGUF).
+        seed: Seed of the routers and the noise; the same seed gives the same bytes.
+
+    Raises:
+        FileNotFoundError: `src` is not there or lacks its config or weights.
+        FileExistsError: `out` is not empty.
+        ValueError: `src` is nothing that a Mixtral can express, or an argument is out of range.
+        ModuleNotFoundError: `src` is a GGUF file and the package gguf is not installed.
+        OSError: the disk is full.
+    """
+    _check_arguments(num_experts, num_experts_per_tok, noise, dtype)
+    check_output(Path(out).expanduser())
+    source = open_dense(src)
+    target_dtype = getattr(torch, dtype) if dtype else None
+    config = mixtral_config(source, num_experts, num_experts_per_tok, target_dtype or source.dtype)
+    with ShardWriter(out, config.to_diff_dict()) as writer:
+        total_bytes = _expected_bytes(source, num_experts, target_dtype or source.dtype)
+        writer.require_free_bytes(total_bytes)
+        source.save_tokenizer(writer.folder)
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Upcycling", delay=1) as progress:
+            for name, tensor in _mixtral_tensors(source, num_experts, noise, target_dtype, seed):
+                writer.add(name, tensor)
+                progress.update(tensor.nbytes)
+
+
+def mixtral_config(
+    source: DenseSource, num_experts: int, num_experts_per_tok: int, dtype: torch.dtype
+) -> "MixtralConfig":
+    """Write a dense model's config as a Mixtral's, with the auxiliary load-balancing loss weighted 0.02.
+
+    Args:
+        source: The dense model.
+        num_experts: Number of experts in each layer.
+        num_experts_per_tok: Number of experts that compute each token.
+        dtype: What `dtype` in the config says.
+    """
+    from transformers import MixtralConfig
+
+    dense = source.config
+    kept: dict[str, Any] = {key: getattr(dense, key) for key in _KEPT_SETTINGS}
+    return MixtralConfig(
+        **kept,
+        rope_parameters=dict(dense.rope_parameters),
+        sliding_window=getattr(dense, "sliding_window", None),
+        num_local_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        router_aux_loss_coef=_AUXILIARY_LOSS_COEFFICIENT,
+        architectures=["MixtralForCausalLM"],
+        dtype=dtype,
+    )
+
+
+def _mixtral_tensors(
+    source: DenseSource, num_experts: int, noise: float, dtype: torch.dtype | None, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Mixtral's tensors under their per-expert names, layer by layer, one dense tensor at a time."""
+    for name in source.shapes:
+        tensor = source.read(name).to(dtype)
+        layer, _, matrix = name.removesuffix(".weight").partition(".mlp.")
+        if not matrix:
+            yield name, tensor
+            continue
+        if matrix == "gate_proj":
+            router = f"{layer}.block_sparse_moe.gate.weight"
+            scores_EH = torch.randn(num_experts, source.config.hidden_size, generator=_generator(seed, router))
+            yield router, (scores_EH * _ROUTER_STD).to(tensor.dtype)
+        for expert in range(num_experts):
+            expert_name = f"{layer}.block_sparse_moe.experts.{expert}.{_EXPERT_NAMES[matrix]}.weight"
+            yield expert_name, _perturbed(tensor, noise, _generator(seed, expert_name))
+
+
+def _perturbed(weight_OI: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Add ``noise`` × std(weight) × N(0, 1), computed in float32."""
+    if noise == 0:
+        return weight_OI
+    scale = noise * weight_OI.float().std(correction=0)
+    noise_OI = torch.randn(weight_OI.shape, generator=generator)
+    return noise_OI.mul_(scale).add_(weight_OI).to(weight_OI.dtype)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each tensor, so that its numbers depend on nothing but the seed and its name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _expected_bytes(source: DenseSource, num_experts: int, dtype: torch.dtype) -> int:
+    """Bytes of the result's weights, by which the progress bar and the free disk space are measured."""
+    copies = {name: num_experts if ".mlp." in name else 1 for name in source.shapes}
+    elements = sum(math.prod(shape) * copies[name] for name, shape in source.shapes.items())
+    routers: int = source.config.num_hidden_layers * num_experts * source.config.hidden_size
+    return (elements + routers) * dtype.itemsize
+
+
+def _check_arguments(num_experts: int, num_experts_per_tok: int, noise: float, dtype: str | None) -> None:
+    if num_experts < 1:
+        raise ValueError(f"`num_experts` must be at least 1, not {num_experts}")
+    if not 1 <= num_experts_per_tok <= num_experts:
+        raise ValueError(
+            f"`num_experts_per_tok` must be between 1 and num_experts={num_experts}, not {num_experts_per_tok}"
+        )
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"`noise` must be a finite number of standard deviations, 0 or more, not {noise}")
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"`dtype` must be float32, float16, bfloat16 or null, not {dtype!r}")
+
+
+def open_dense(src: str | Path) -> DenseSource:
+    """Open a folder, hub id or ``.gguf`` file, and refuse what a Mixtral cannot express.
+
+    Args:
+        src: A Hugging Face folder or hub id of a dense Llama or Mistral model in float weights, or a GGUF file of one.
+
+    Returns:
+        The source; a GGUF's weights are in memory in float32, a folder's are on the disk.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or it lacks its config or weights.
+        ValueError: another architecture, biases, quantised weights, missing or unexpected tensors, or a broken file.
+        ModuleNotFoundError: a GGUF was given, and the package ``gguf`` is not installed.
+    """
+    path = Path(src).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        from .gguf import open_gguf
+
+        return open_gguf(path)
+    folder = local_folder(src)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{str(src)!r} is a folder of GGUF files. Give one of the files, e.g. {str(ggufs[0])!r}")
+    return _open_folder(str(src), folder)

@@ -1,0 +1,290 @@
+"""README of an adapter or an exported model: its origin, and the run's measurements."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
+from transformers import MixtralConfig
+
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.identity import ModelSource, is_own_format, read_identity, stock_base
+from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.find import ADAPTER_FOLDER
+from lightning_mixcn.model.lora.adapter_file import AdapterFile
+from lightning_mixcn.model.vocabulary import adapter_rows
+
+CARD_NAME = "README.md"
+_REPORT = "validate.json"
+_TRAINING = "## Training"
+_HELD = {"nf4": "with the base in 4 bits (NF4)", "none": "with the base unquantised"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Facts of a run for the card of its adapter.
+
+    Args:
+        base: The run's base as it was given.
+        steps: Optimizer steps of the adapter.
+        quantization: ``nf4`` or ``none``.
+        dtype: The compute dtype's name.
+        chat_template: Name of the template of the answers in the run's configuration; ``None`` after pre-training.
+        chat_is_portable: The adapter's folder has that template.
+        end_ids: Tokens that end an answer.
+        languages: Codes of the languages, where the person named them.
+    """
+
+    base: str
+    steps: int
+    quantization: str
+    dtype: str
+    chat_template: str | None = None
+    chat_is_portable: bool = True
+    end_ids: Sequence[int] = ()
+    languages: Sequence[str] | None = None
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """List what other tools will miss in the adapter's folder, one line each."""
+        lines = base_shortcomings(self.base)
+        if self.chat_template is not None and not self.chat_is_portable:
+            lines.append(
+                f"the chat template {self.chat_template!r} has no equal in Jinja for this tokenizer, so none is "
+                "written and servers refuse conversations. Give `data.init_args.template` a Jinja file"
+            )
+        return lines
+
+
+def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) -> str:
+    """Write the card of an adapter that a run saves.
+
+    Args:
+        folder: Where the adapter is.
+        training: What is known of the run.
+        measured: ``step`` and ``sources`` (by name: ``nll_nats_per_token``, ``bits_per_byte``, ``tokens``) of the run's
+            last validation; empty if there was none.
+    """
+    checkpoint = Checkpoint(training.base)
+    named = stock_base(training.base) or training.base
+    name, license_of = _public_name(named), _license([named, training.base])
+    resizing = resizing_note(AdapterFile(folder), mixtral_config(checkpoint))
+    made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
+    parts = [
+        _header(named, "peft", training.languages, license_of),
+        f"# {name}: LoRA adapter",
+        made,
+        _base_line(folder, name),
+        *base_shortcomings(training.base),
+        _license_line(license_of),
+        _TRAINING,
+        f"Trained for {training.steps:,} steps {_HELD[training.quantization]}, computed in {training.dtype}.",
+        _chat_line(training),
+    ]
+    if measured:
+        says = f"Measured after {measured['step']:,} steps, {_HELD[training.quantization]}:"
+        parts.append(_table(measured["sources"], says))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def model_card(
+    found: ModelSource, src: str, made: str, library: str, *, onto: str | None, languages: Sequence[str] | None = None
+) -> str:
+    """Write the card of an export. It has no date and no absolute path, so the same export gives the same bytes.
+
+    Args:
+        found: What was exported.
+        src: What the person named; a run's ``validate.json`` is looked for there.
+        made: How it was made, as sentences.
+        library: ``transformers`` or ``peft``, for the hub's ``library_name``.
+        onto: ``original`` or ``dequantised`` weights that adapters were merged onto; ``None`` for an adapter.
+        languages: Codes for the header; ``None`` takes those of the adapters' cards.
+    """
+    named = stock_base(found.base) or found.base
+    name, license_of = _public_name(named), _license([named, found.base])
+    title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters else name
+    if languages is None:
+        languages = _languages(found.adapters)
+    parts = [
+        _header(named, library, languages, license_of),
+        f"# {title}",
+        made,
+        _base_line(Path(found.adapters[0]) if found.adapters else None, name),
+        *(base_shortcomings(found.base) if onto is None else []),
+        _license_line(license_of),
+        # Of adapters, their own cards say it.
+        "A chat template here is the base's." if onto is not None and not found.adapters else None,
+        _figures(src, onto) if found.adapters else None,
+        *(_adapter_text(adapter) for adapter in found.adapters),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def public_title(found: ModelSource) -> str:
+    """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``."""
+    named = stock_base(found.base) or found.base
+    return _public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
+
+
+def resizing_note(adapter: AdapterFile, config: MixtralConfig) -> str:
+    """Say what a user of an adapter has to do first where it has more rows of embedding and head than the base."""
+    rows = adapter_rows(adapter, tied=config.tie_word_embeddings) or config.vocab_size
+    if rows <= config.vocab_size:
+        return ""
+    return (
+        f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
+        "mean_resizing=False)` before PEFT loads it."
+    )
+
+
+def _header(base: str, library: str, languages: Sequence[str] | None, license_of: Mapping[str, Any]) -> str:
+    is_hub_id = "/" in base and not Path(base).is_absolute() and not Path(base).expanduser().is_dir()
+    data = ModelCardData(
+        base_model=base if is_hub_id else None,
+        language=list(languages) if languages else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["mixtral", "moe"],
+        **license_of,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _public_name(path: str) -> str:
+    """Return a hub id as it is, a folder without the path of this machine."""
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else path
+
+
+def _base_line(made_from: Path | None, base: str) -> str:
+    identity = (read_identity(made_from) if made_from else None) or {}
+    digest = identity.get("original_sha256", identity.get("sha256"))
+    return f"Base: `{base}`{f' (content hash `{digest}`)' if digest else ''}."
+
+
+def base_shortcomings(base: str) -> list[str]:
+    """Say what keeps other tools from the base of an adapter, as sentences; nothing, where they find it."""
+    checkpoint = Checkpoint(base)
+    if not is_own_format(checkpoint.config):
+        return []
+    named, folder = stock_base(base), _public_name(str(checkpoint.path))
+    if named is None:
+        return [
+            f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no "
+            "base: set base_model_name_or_path in adapter_config.json to the unquantised model for other tools"
+        ]
+    if Path(named).is_absolute() and not Path(named).is_dir():
+        return [
+            f"The unquantised base {_public_name(named)!r}, which {folder!r} was made from, was not there when the "
+            "adapter was written: set base_model_name_or_path in adapter_config.json to where it is for other tools"
+        ]
+    return []
+
+
+def _license(bases: Sequence[str]) -> dict[str, str]:
+    """Return the license fields of the first base on this machine whose own card names a license."""
+    for base in bases:
+        metadata = _metadata(Path(base).expanduser())
+        # A list names no single license, and YAML reads other things than text, too.
+        fields = ("license", "license_name", "license_link")
+        named = {key: metadata[key] for key in fields if isinstance(metadata.get(key), str)}
+        if "license" in named:
+            return named
+    return {}
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Read the header of a folder's card; none where there is no card, or where its header cannot be read.
+
+    The card is a stranger's, and describes only: a run does not end because of it.
+    """
+    card = folder / CARD_NAME
+    try:
+        return (metadata_load(card) or {}) if card.is_file() else {}
+    except (yaml.YAMLError, ValueError):
+        return {}
+
+
+def _license_line(license_of: Mapping[str, str]) -> str:
+    if not license_of:
+        return "License: that of the base, which its files here do not state."
+    return f"License: {license_of.get('license_name', license_of['license'])}, as the base's card says."
+
+
+def _languages(adapters: Sequence[str]) -> list[str]:
+    """Return the languages that the adapters' cards name, each once."""
+    named: list[str] = []
+    for adapter in adapters:
+        given = _metadata(Path(adapter)).get("language")
+        listed = given if isinstance(given, list) else [given]
+        named += [language for language in listed if isinstance(language, str)]
+    return list(dict.fromkeys(named))
+
+
+def _chat_line(training: Training) -> str:
+    if training.chat_template is None:
+        return "Trained on plain text: a chat template here is the base's, and was not trained on."
+    ends = ", ".join(map(str, training.end_ids))
+    if not training.chat_is_portable:
+        return (
+            f"Answers were laid out by {Path(training.chat_template).name!r}, which has no equal in Jinja: there is no "
+            f"chat template here. Tokens that end an answer: {ends}."
+        )
+    return (
+        f"Answers were laid out by the chat template in this folder ({Path(training.chat_template).name!r} in the "
+        f"run's configuration). Tokens that end an answer: {ends}."
+    )
+
+
+def _figures(src: str, onto: str | None) -> str | None:
+    """Return a table of the likelihoods that `mixcn validate` wrote into the run's folder."""
+    folder = Path(src).expanduser()
+    runs = [folder, folder.parent] if folder.name == ADAPTER_FOLDER else [folder]
+    reports = [run / _REPORT for run in runs if (run / _REPORT).is_file()]
+    if not reports:
+        return None
+    try:
+        report = json.loads(reports[0].read_text(encoding="utf-8"))
+        held = _HELD.get(report.get("quantization"))
+        says = f"Measured on the run after {report['steps_trained']} steps{f', {held}' if held else ''}, before export"
+        if report.get("quantization") == "nf4" and onto == "original":
+            says += "; the merged model differs by what the 4 bits round off"
+        return _table(report["sources"], f"{says}:")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(reports[0])!r} is not what `mixcn validate` writes. Delete it or run it again"
+        ) from error
+
+
+def _table(sources: Mapping[str, Mapping[str, Any]], says: str) -> str:
+    rows = [_row(name, result) for name, result in sorted(sources.items())]
+    return "\n".join(
+        [says, "", "| held-out source | nats per token | bits per byte | tokens |", "|---|---|---|---|", *rows]
+    )
+
+
+def _row(name: str, result: Mapping[str, Any]) -> str:
+    per_byte = result.get("bits_per_byte")
+    # A source of no bytes has none: null in JSON, not a number in memory.
+    shown = "" if per_byte is None or math.isnan(per_byte) else f"{per_byte:.4f}"
+    return f"| {name} | {result['nll_nats_per_token']:.4f} | {shown} | {result['tokens']:,} |"
+
+
+def _card_text(adapter: str) -> str:
+    """Read the adapter's own card without its header; empty if there is none."""
+    card = Path(adapter) / CARD_NAME
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    return (text.partition("\n---\n")[2] if text.startswith("---\n") else text).strip()
+
+
+def _adapter_text(adapter: str) -> str | None:
+    """Return the part of an adapter's card about its training; of another tool's card, all of it."""
+    text = _card_text(adapter)
+    _, found, training = text.partition(f"{_TRAINING}\n")
+    if found:
+        return f"{_TRAINING}\n{training}"
+    return f"## From the adapter's card\n\n{text}" if text else None

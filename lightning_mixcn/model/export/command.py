@@ -1,0 +1,92 @@
+"""`mixcn export`: a trained model in the formats that other tools load."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from lightning_mixcn.files.atomic import check_output
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.model.find import find_model, tokenizer_of
+
+from .adapter import export_adapter
+from .card import public_title
+from .folder import MergeOptions, export_checkpoint
+from .gguf import LlamaCpp, check_file, check_tokenizer
+from .merge import Layout, Precision
+
+
+def export(
+    src: str,
+    out: str,
+    *,
+    format: Literal["hf", "peft", "peft-per-expert", "gguf"] = "hf",
+    base: Precision = "original",
+    original: str | None = None,
+    adapter: list[str] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    layout: Layout = "per-expert",
+    max_shard_bytes: int = 1_000_000_000,
+    outtype: str | None = None,
+    llama_cpp: str | None = None,
+    languages: list[str] | None = None,
+) -> None:
+    """Write SRC as a checkpoint or adapter that transformers, PEFT, vLLM and llama.cpp load.
+
+    A merged model is written tensor by tensor: the host holds one shard and one matrix of a layer, whatever its size.
+    Exporting twice gives the same bytes. Tokenizer, chat template and generation config (with the tokens that end an
+    answer) are the run's, where SRC is a run or its adapter.
+
+    Args:
+        src: Hugging Face folder or hub id, 4-bit folder, run folder, or PEFT adapter folder.
+        out: Folder to make (a file for gguf); it must not exist, or be empty.
+        format: hf: adapters merged into one checkpoint. peft: the adapter in PEFT's fused layout for transformers 5.
+            peft-per-expert: the adapter with one pair of factors an expert, which vLLM and llama.cpp read as well.
+            gguf: merged, then through llama.cpp's converter.
+        base: What adapters are merged onto. original: the high-precision weights that 4 bits approximated in training;
+            every weight differs from the trained model's by what quantisation rounded off. dequantised: what the 4 bits
+            hold, which gives the very model that was trained, in float32.
+        original: Folder or hub id of the high-precision base, where SRC stands on a 4-bit folder and that base moved.
+        adapter: Further PEFT adapters, each trained on what those before it give, merged in this order on top of SRC.
+        dtype: Number format of a merged model: float32, float16 or bfloat16. Null keeps the base's, but is float32 for
+            base=dequantised and for a gguf of outtype f32 or f16. In bfloat16, dequantised weights are rounded a second
+            time: logits of the test model then differ from the trained model's by up to 0.85, in float32 by 2e-5.
+        layout: Names of a merged model's experts. per-expert (block_sparse_moe.experts.N.w1.weight) is what
+            transformers 4 and 5, vLLM and llama.cpp read; fused (mlp.experts.gate_up_proj) is transformers 5's own.
+        max_shard_bytes: Size of a safetensors shard, in bytes.
+        outtype: Type of a gguf, handed to llama.cpp: f32, f16, bf16, q8_0 or auto; others such as q4_k_m need its
+            llama-quantize. Null is auto, 16 bits.
+        llama_cpp: Checkout of llama.cpp with its convert_hf_to_gguf.py. Null takes the environment's LLAMA_CPP, then
+            the PATH.
+        languages: Codes of the languages that the model card names, e.g. [zh,en]. Null takes what the adapter's card
+            names, if anything.
+
+    Raises:
+        FileNotFoundError: SRC, its base, or llama.cpp is not there.
+        FileExistsError: OUT is not empty.
+        ValueError: an adapter of another base, or options that do not go together.
+        OSError: the disk is full.
+    """
+    target = Path(out).expanduser().resolve()
+    options = MergeOptions(base, original, dtype, layout, max_shard_bytes, languages)
+    if format != "gguf" and (outtype, llama_cpp) != (None, None):
+        raise ValueError(f"`outtype` and `llama_cpp` are for `format=gguf`, not {format}. Leave them out")
+    if format in ("peft", "peft-per-expert") and options != MergeOptions(languages=languages):
+        raise ValueError(
+            f"`format={format}` merges nothing: leave out base, original, dtype, layout and max_shard_bytes"
+        )
+    (check_file if format == "gguf" else check_output)(target)
+    converter = LlamaCpp(llama_cpp, outtype or "auto") if format == "gguf" else None
+    found = find_model(src)
+    for further in adapter or ():
+        found = replace(
+            found, adapters=(*found.adapters, further), tokenizer=tokenizer_of(further, otherwise=found.tokenizer)
+        )
+    if converter is not None:
+        if dtype is None and converter.is_finer_than_bfloat16:
+            options = replace(options, dtype="float32")
+        check_tokenizer(local_folder(found.tokenizer))
+        converter.write(target, public_title(found), lambda folder: export_checkpoint(found, src, folder, options))
+    elif format == "hf":
+        export_checkpoint(found, src, target, options)
+    else:
+        export_adapter(found, src, target, format, languages=languages)

@@ -1,0 +1,104 @@
+"""A merged model as a Hugging Face folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.model.checkpoints.identity import ModelSource
+from lightning_mixcn.model.checkpoints.reading import stock_settings, torch_dtype
+from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.lora.adapter_file import AdapterFile
+from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
+
+from .card import CARD_NAME, model_card
+from .merge import (
+    Layout,
+    MergedWeights,
+    Precision,
+    open_base,
+)
+
+_DROPPED = ("_name_or_path", "torch_dtype")
+
+
+def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The base's configuration as that of an unquantised Mixtral in `dtype`.
+
+    transformers 5 writes ``dtype`` and ``rope_parameters``; transformers 4, vLLM and llama.cpp read ``torch_dtype``
+    and ``rope_theta``, and would silently fall back to a default. Both are written.
+
+    Args:
+        config: Content of the base's ``config.json``.
+        dtype: Of the exported weights.
+    """
+    kept = {key: value for key, value in stock_settings(config).items() if key not in _DROPPED}
+    name = str(dtype).removeprefix("torch.")
+    kept |= {"architectures": ["MixtralForCausalLM"], "dtype": name, "torch_dtype": name}
+    rope = kept.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        kept.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        kept.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    return kept
+
+
+_ONTO = {
+    "original": "the base's own high-precision weights",
+    "dequantised": "the base's weights as 4 bits (NF4) round them",
+}
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How weights are merged and written; see `export`, whose arguments these are."""
+
+    precision: Precision = "original"
+    original: str | None = None
+    dtype: str | None = None
+    layout: Layout = "per-expert"
+    max_shard_bytes: int = 1_000_000_000
+    languages: list[str] | None = None
+
+
+def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOptions) -> None:
+    """Write ``W + Σ s·B·A`` tensor by tensor, with tokenizer, chat template, generation config and a card.
+
+    Args:
+        found: The model.
+        src: What the person named.
+        out: Folder to make.
+        options: How.
+    """
+    base, checkpoint = open_base(found, options.precision, options.original)
+    adapters = [AdapterFile(path) for path in found.adapters]
+    # A merged weight that came out of 4 bits has no 16-bit original: rounding it would be a change of its own.
+    exact = "float32" if options.precision == "dequantised" else None
+    dtype = None if (name := options.dtype or exact) is None else torch_dtype(name)
+    merged = MergedWeights(base, adapters, options.layout, dtype)
+    shape = {"vocab_size": merged.vocab_size, "tie_word_embeddings": base.config.tie_word_embeddings}
+    extended = checkpoint.config | shape
+    config = exported_config(extended, merged.dtype(next(iter(base.modules))))
+    with ShardWriter(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
+        writer.require_free_bytes(merged.nbytes)
+        tokenizer = local_folder(found.tokenizer)
+        for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer, checkpoint.path)]:
+            writer.add_file(file)
+        made = _made(adapters, options)
+        card = model_card(found, src, made, "transformers", onto=options.precision, languages=options.languages)
+        (writer.folder / CARD_NAME).write_text(card, encoding="utf-8")
+        with tqdm(total=merged.nbytes, unit="B", unit_scale=True, desc="exporting", delay=1) as progress:
+            for name, tensor in merged.tensors():
+                writer.add(name, tensor)
+                progress.update(tensor.nbytes)
+
+
+def _made(adapters: Sequence[AdapterFile], options: MergeOptions) -> str:
+    if not adapters:
+        return f"A copy of {_ONTO[options.precision]}."
+    what = f"{len(adapters)} low-rank adapter{'s' if len(adapters) > 1 else ''} (LoRA)"
+    return f"{what} merged onto {_ONTO[options.precision]}, computed in float32."

@@ -1,0 +1,131 @@
+"""GGUF through llama.cpp's own programs, which are called, not copied."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_mixcn.files.atomic import (
+    check_output,
+    clear_disk_errors,
+    flush_to_disk,
+    partial_path,
+)
+from lightning_mixcn.tokenizer.pieces import TokenizerPieces
+
+CONVERTER = "convert_hf_to_gguf.py"
+QUANTIZER = "llama-quantize"
+# What the converter writes itself; other types are llama-quantize's, from 16 bits.
+CONVERTED_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
+_STDERR = 2
+
+
+class LlamaCpp:
+    """The programs of a llama.cpp checkout.
+
+    Args:
+        folder: The checkout; ``None`` takes the environment's ``LLAMA_CPP``, and then what is on the ``PATH``.
+        outtype: llama.cpp's name of a type, e.g. ``bf16``, ``q8_0`` or ``q4_k_m``.
+
+    Raises:
+        FileNotFoundError: a program that this type needs is not there.
+    """
+
+    def __init__(self, folder: str | None, outtype: str) -> None:
+        """Find the programs."""
+        self._outtype = outtype.lower()
+        self._converter = _find(folder, CONVERTER)
+        self._quantizer = None if self._outtype in CONVERTED_TYPES else _find(folder, QUANTIZER)
+
+    @property
+    def is_finer_than_bfloat16(self) -> bool:
+        """Whether the file holds digits of a weight that bfloat16 would have rounded off."""
+        return self._outtype in ("f32", "f16")
+
+    def write(self, out: Path, name: str, export: Callable[[Path], None]) -> None:
+        """Write a GGUF file; nothing is left under its name, or beside it, unless it is whole.
+
+        Args:
+            out: The file to make.
+            name: Of the model. The converter makes ``general.name`` and its like of the folder's name.
+            export: Writes the merged Hugging Face folder to the path it is given, below one beside ``out``.
+
+        Raises:
+            FileExistsError: ``out`` is there.
+            ValueError: a program failed.
+            OSError: the disk is full.
+        """
+        check_file(out)
+        scratch, converted, quantised = (partial_path(out) for _ in range(3))
+        merged = scratch / name
+        try:
+            with clear_disk_errors(out):
+                export(merged)
+                kind = self._outtype if self._quantizer is None else "bf16"
+                _call(self._converter, [str(merged), "--outfile", str(converted), "--outtype", kind], converted)
+                if self._quantizer is not None:
+                    _call(self._quantizer, [str(converted), str(quantised), self._outtype.upper()], quantised)
+                finished = converted if self._quantizer is None else quantised
+                flush_to_disk(finished)
+                check_file(out)
+                finished.rename(out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            for file in (converted, quantised):
+                file.unlink(missing_ok=True)
+
+
+def check_file(out: Path) -> None:
+    """Raise FileExistsError unless a file of this name can be made."""
+    if out.is_dir():
+        raise FileExistsError(f"{str(out)!r} is a folder, expected a new file. Give a name such as model.gguf")
+    if out.exists():
+        check_output(out)
+
+
+def _find(folder: str | None, program: str) -> Path:
+    """A program in the checkout, where its build puts it, or on the ``PATH``."""
+    given = folder or os.environ.get("LLAMA_CPP")
+    if given is not None:
+        places = [Path(given).expanduser() / part / program for part in ("", "build/bin", "bin")]
+    else:
+        places = [Path(path) / program for path in os.get_exec_path()]
+    for place in places:
+        if place.is_file():
+            return place
+    where = f"in {given!r}" if given is not None else "on the PATH"
+    raise FileNotFoundError(
+        f"llama.cpp's {program} is not {where}. Give a checkout of github.com/ggml-org/llama.cpp with `--llama_cpp "
+        "FOLDER` (or the environment variable LLAMA_CPP), or export with `--format hf` and convert elsewhere"
+    )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer that the converter gets wrong: SentencePiece's pieces out of ``tokenizer.json`` alone.
+
+    Byte-level pieces (GPT-2's kind) it takes from there.
+
+    Args:
+        folder: Of the tokenizer.
+
+    Raises:
+        ValueError: there is no ``tokenizer.model``, and the pieces are not byte-level.
+    """
+    if not (folder / "tokenizer.model").is_file() and not TokenizerPieces(folder).is_byte_level:
+        raise ValueError(
+            "the model has no tokenizer.model, without which llama.cpp's converter writes a tokenizer that splits text "
+            "differently. Put the SentencePiece file beside the tokenizer.json of the base or adapter"
+        )
+
+
+def _call(program: Path, arguments: list[str], output: Path) -> None:
+    """Run one program, with its messages on our stderr as they come; it must leave its output behind."""
+    command = [sys.executable] if program.suffix == ".py" else []
+    code = subprocess.run([*command, str(program), *arguments], stdout=_STDERR).returncode
+    if code != 0 or not output.is_file():
+        raise ValueError(
+            f"llama.cpp's {program.name} ended with code {code} and no file; its last lines above say why. "
+            "Is this version made for this model, and are the packages in its requirements installed?"
+        )

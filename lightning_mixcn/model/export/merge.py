@@ -1,0 +1,293 @@
+"""A base and its adapters as one set of weights, ``W + Σ s·B·A``, one tensor after the other.
+
+Legend: E = experts, H = hidden, I = intermediate.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.identity import ModelSource, check_made_from, read_identity
+from lightning_mixcn.model.checkpoints.layout import Entry, disk_names
+from lightning_mixcn.model.checkpoints.reading import (
+    is_quantised,
+    mixtral_config,
+    pieces,
+    torch_dtype,
+)
+from lightning_mixcn.model.loading import open_entries
+from lightning_mixcn.model.lora.adapter_file import EMBEDDINGS, AdapterFile
+from lightning_mixcn.model.mixtral import meta_model
+from lightning_mixcn.model.nf4.codec import dequantize
+from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.nf4.storage import NF4Weight
+from lightning_mixcn.model.vocabulary import adapter_rows
+
+
+class BaseWeights:
+    """Every weight of a Mixtral, read when it is asked for.
+
+    Args:
+        checkpoint: High-precision, or 4-bit folder.
+        dequantised: Give attention and experts as NF4 rounds them, which is what `load_mixtral` computes with. A 4-bit
+            folder has nothing else.
+
+    Attributes:
+        config: The base's.
+        modules: The modules that have a weight, in the model's order: name → names of its matrices on disk (one an
+            expert).
+
+    Raises:
+        ValueError: another architecture, a missing weight, or the wrong shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dequantised: bool) -> None:
+        """Check every name and shape."""
+        self._checkpoint, self._stored = checkpoint, is_quantised(checkpoint)
+        assert dequantised or not self._stored, "a 4-bit folder has dequantised weights only"
+        self.config = mixtral_config(checkpoint)
+        model = meta_model(self.config, "nf4" if dequantised else "none", torch.float32)
+        todo, self._source = open_entries(model, checkpoint, self.config)
+        self._entries: dict[str, list[Entry]] = {}
+        for entry in todo:
+            self._entries.setdefault(entry.name.removesuffix(".storage"), []).append(entry)
+        self._modules = {name: model.get_submodule(name) for name in self._entries}
+        self.modules = {name: disk_names(name, self._groups(name)) for name in self._entries}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one matrix (or vector) of a module."""
+        module = self._modules[name]
+        if isinstance(module, FrozenLinear):
+            return module.out_features, module.in_features
+        return tuple(self._entries[name][0].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a module's weight in the checkpoint; of 4-bit weights, the one that the folder has beside them."""
+        segment = self._entries[name][0].segments[0].name
+        if (self._stored and self._is_nf4(name)) or self._packed(name) is not None:
+            settings = self._checkpoint.config  # transformers 4, which wrote bitsandbytes' folders, says torch_dtype
+            return torch_dtype(str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"))
+        return self._checkpoint.dtype(segment)
+
+    def matrices(self, name: str) -> Iterator[Tensor]:
+        """Read a module's matrices one after the other, private copies; float32 where they come out of 4 bits."""
+        if self._is_nf4(name):
+            decode = self._nf4(name).decoder(torch.float32)
+            yield from (decode(group) for group in range(self._groups(name)))
+            return
+        (entry,) = self._entries[name]
+        if (source := self._packed(name)) is not None:  # a router that bitsandbytes quantised
+            yield dequantize(source.stack(entry), torch.float32)[: prod(entry.shape)].view(self.shape(name))
+            return
+        segments: Sequence[Segment] = entry.segments
+        numel = prod(self.shape(name))
+        for group in range(self._groups(name)):
+            # Experts that lie in one tensor each are read as such; a stored stack has them one after the other.
+            part, first = ([segments[group]], 0) if len(segments) > 1 else (segments, group * numel)
+            values = self._checkpoint.read_segments(part, first, first + numel)
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{self._checkpoint.path}: {part[0].name} holds NaN or infinite values")
+            yield values.view(self.shape(name))
+
+    def _groups(self, name: str) -> int:
+        module = self._modules[name]
+        return module.groups if isinstance(module, FrozenLinear) else 1
+
+    def _is_nf4(self, name: str) -> bool:
+        module = self._modules[name]
+        return isinstance(module, FrozenLinear) and isinstance(module.storage, NF4Weight)
+
+    def _packed(self, name: str) -> BitsAndBytesSource | None:
+        """Return bitsandbytes' weights if the module's are among them."""
+        return self._source if self._source is not None and self._source.holds(self._entries[name][0]) else None
+
+    def _nf4(self, name: str) -> NF4Weight:
+        """The module's stack of matrices in 4 bits: read, or quantised now."""
+        module = self._modules[name]
+        assert isinstance(module, FrozenLinear)
+        storage = NF4Weight(module.storage.shape)
+        if (source := self._packed(name)) is not None:
+            storage.load_state_dict(source.stack(self._entries[name][0])._asdict())
+        elif self._stored and self._source is None:
+            storage.load_state_dict(
+                {str(entry.attribute): self._checkpoint.read(entry.segments[0].name) for entry in self._entries[name]}
+            )
+        else:
+            for start, values in pieces(self._entries[name][0], self._checkpoint):
+                storage.write(start, values)
+        return storage
+
+
+Layout = Literal["per-expert", "fused"]
+
+
+class MergedWeights:
+    """What an exported checkpoint holds.
+
+    Sums are computed in float32 and rounded once. Nothing is read before `tensors` comes to it.
+
+    Args:
+        base: The base's weights.
+        adapters: Applied one on top of the other, in order; of an embedding that several of them trained, the last
+            counts. One that was trained with an extended vocabulary has more rows than the base.
+        layout: Names of the experts' weights: ``per-expert`` (``block_sparse_moe.experts.N.w1.weight``) or ``fused``
+            (``mlp.experts.gate_up_proj [E, 2I, H]``).
+        dtype: Of the result; ``None`` keeps each tensor's.
+
+    Attributes:
+        vocab_size: Rows of embedding and head.
+
+    Raises:
+        ValueError: an adapter does not fit the base.
+    """
+
+    def __init__(
+        self, base: BaseWeights, adapters: Sequence[AdapterFile], layout: Layout, dtype: torch.dtype | None
+    ) -> None:
+        """Check that every factor has its matrix."""
+        self._base, self._adapters, self._layout, self._dtype = base, adapters, layout, dtype
+        self._shapes = {name: base.shape(module) for module, names in base.modules.items() for name in names}
+        self.vocab_size: int = base.config.vocab_size
+        for adapter in adapters:
+            tied = base.config.tie_word_embeddings
+            self.vocab_size = max(self.vocab_size, adapter_rows(adapter, tied=tied) or 0)
+            self._shapes |= {name: (self.vocab_size, *self._shapes[name][1:]) for name in EMBEDDINGS[: 2 - tied]}
+            _check_fit(adapter, self._shapes, tied=tied)
+
+    def dtype(self, module: str) -> torch.dtype:
+        """Type of a module's weight in the result."""
+        return self._dtype or self._base.dtype(module)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors, in bytes."""
+        return sum(
+            prod(self._shapes[name]) * self.dtype(module).itemsize
+            for module, names in self._base.modules.items()
+            for name in names
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name; at most one layer's projection is in memory."""
+        for module in self._base.modules:
+            layer, experts, leaf = module.partition(".mlp.experts.")
+            if not experts or self._layout == "per-expert":
+                yield from self._single(module)
+            elif leaf == "gate_proj":
+                yield f"{layer}.mlp.experts.gate_up_proj", self._stack([module, f"{layer}.mlp.experts.up_proj"])
+            elif leaf == "down_proj":
+                yield f"{layer}.mlp.experts.down_proj", self._stack([module])
+
+    def _single(self, module: str) -> Iterator[tuple[str, Tensor]]:
+        for name, matrix in zip(self._base.modules[module], self._base.matrices(module), strict=True):
+            exported = name.replace(".block_sparse_moe.", ".mlp.") if self._layout == "fused" else name
+            yield f"{exported}.weight", self._merged(module, name, matrix)
+
+    def _stack(self, modules: list[str]) -> Tensor:
+        """``[E, rows of all modules, in]``."""
+        names = [self._base.modules[module] for module in modules]
+        rows, columns = self._base.shape(modules[0])
+        stack = torch.empty(len(names[0]), rows * len(modules), columns, dtype=self.dtype(modules[0]))
+        for place, module in enumerate(modules):
+            for expert, matrix in enumerate(self._base.matrices(module)):
+                stack[expert, place * rows : (place + 1) * rows] = self._merged(module, names[place][expert], matrix)
+        return stack
+
+    def _merged(self, module: str, name: str, matrix: Tensor) -> Tensor:
+        """One matrix with what the adapters make of it."""
+        for adapter in self._adapters:
+            if name in adapter.saved:
+                matrix = adapter.read_saved(name)
+            elif name in adapter.names:
+                matrix = adapter.delta(name).add_(matrix)
+        result = matrix.to(self.dtype(module))
+        if not torch.isfinite(result).all():
+            raise ValueError(
+                f"{name} is NaN or infinite in {str(result.dtype).removeprefix('torch.')} once merged. "
+                "Give `--dtype` float32 or bfloat16"
+            )
+        return result
+
+
+def _check_fit(adapter: AdapterFile, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Every factor and embedding has a matrix of its shape in the base."""
+    path = str(adapter.folder)
+    for name in [*adapter.names, *adapter.saved]:
+        shape = adapter.shape(name)
+        if tied and name == "lm_head":
+            both = [adapter.read_saved(key) for key in adapter.saved]
+            if len(both) < len(EMBEDDINGS) or not torch.equal(*both):
+                raise ValueError(f"`adapter={path!r}` trains lm_head apart from embed_tokens, which the base ties")
+        elif name not in shapes:
+            raise ValueError(f"`adapter={path!r}` adapts {name}, which the base does not have. Give its own base")
+        elif shape != shapes[name]:
+            raise ValueError(
+                f"`adapter={path!r}`: {name} has the shape {list(shape)}, the base has {list(shapes[name])}. "
+                "Give the base that the adapter was trained on"
+            )
+
+
+Precision = Literal["original", "dequantised"]
+
+
+def open_base(found: ModelSource, precision: Precision, original: str | None) -> tuple[BaseWeights, Checkpoint]:
+    """Open the base of a model.
+
+    Args:
+        found: The model.
+        precision: ``original``: the high-precision weights; ``dequantised``: as 4 bits round them.
+        original: Where the high-precision weights are, if not where the model says.
+
+    Returns:
+        The weights, and the checkpoint that they are read from.
+
+    Raises:
+        FileNotFoundError: the base is in 4 bits, and what it was made from is not there.
+        ValueError: `original` is another base, in 4 bits itself, or given for dequantised weights.
+    """
+    checkpoint = Checkpoint(found.base)
+    if precision == "dequantised":
+        if original is not None:
+            raise ValueError(f"`original={original!r}` is not used by `base=dequantised`. Leave out one of the two")
+        return BaseWeights(checkpoint, dequantised=True), checkpoint
+    if original is None and is_quantised(checkpoint):
+        original = _recorded_original(checkpoint)
+        if is_quantised(Checkpoint(original)):
+            raise ValueError(
+                f"the base {str(checkpoint.path)!r} was made from {original!r}, which bitsandbytes quantised: there is "
+                "no unquantised one to merge onto. Give `--base dequantised`, or the published base with "
+                "`--original FOLDER`"
+            )
+    if original is not None:
+        stated = checkpoint
+        checkpoint = Checkpoint(original)
+        if is_quantised(checkpoint):
+            raise ValueError(f"`original={original!r}` is in 4 bits. Give the unquantised model")
+        # What was trained on 4 bits names those as its base, and they name what they were made from.
+        chain = [stated.path] if is_quantised(stated) else [local_folder(adapter) for adapter in found.adapters[:1]]
+        for folder in chain:
+            check_made_from(folder, original)
+    return BaseWeights(checkpoint, dequantised=False), checkpoint
+
+
+def _recorded_original(checkpoint: Checkpoint) -> str:
+    """Folder or hub id of what a 4-bit folder was quantised from."""
+    recorded = read_identity(checkpoint.path)
+    where = f"made from {recorded['path']!r}, which is not there" if recorded else "and does not say of what"
+    try:
+        if recorded is not None:
+            local_folder(recorded["path"])
+            return recorded["path"]
+        reason = None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = error
+    raise FileNotFoundError(
+        f"the base {str(checkpoint.path)!r} is in 4 bits, {where}. Give the unquantised base with "
+        "`--original FOLDER`, or `--base dequantised` to merge onto what the 4 bits hold"
+    ) from reason

@@ -1,0 +1,219 @@
+"""Tokens one by one, over a key-value cache that lasts from one prompt to the next.
+
+transformers' ``generate`` gives the same tokens. It is left aside since a chat wants each token when it is there, to
+stop between two of them, and to run only what is new of a conversation.
+
+Legend: V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lightning_mixcn.model.memory.budget import usable_bytes
+from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.nf4.storage import FewRows, NF4Weight
+
+# Tokens of a prompt in one forward pass, which bounds its attention mask and the experts' activations.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and how many there are; the defaults are those of Chinese-Mixtral's inference.
+
+    Args:
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_k: Choose among this many likeliest tokens; 0 for all.
+        top_p: Choose among the likeliest tokens that together have this probability; 1 for all.
+        repetition_penalty: Makes tokens of the prompt and the answer less likely if more than 1, which is none
+            (Keskar et al., 2019).
+        max_new_tokens: Most tokens of an answer.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    temperature: float = 0.2
+    top_k: int = 40
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+    max_new_tokens: int = 400
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, fits, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 for the likeliest token, or more"),
+            ("top_k", self.top_k >= 0, "0 for all tokens, or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0; 1 is none"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}={getattr(self, name)}`: expected {expected}")
+
+    def processors(self) -> LogitsProcessorList:
+        """What transformers' ``generate`` does to logits with these settings, in its order."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                processors.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1:
+                processors.append(TopPLogitsWarper(self.top_p))
+        return processors
+
+
+class PrefixCache:
+    """Keys and values of a row, kept for the next row that begins alike. It belongs to one set of weights."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self.clear()
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Tokens whose keys and values it holds."""
+        return self._ids
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._ids: list[int] = []
+        # Without the configuration: layers with a sliding window could not be cropped.
+        self._states = DynamicCache()
+
+    def next_logits(self, model: nn.Module, ids: Sequence[int]) -> Tensor:
+        """Run what it does not hold of a row.
+
+        Args:
+            model: The model, in evaluation mode.
+            ids: The row, at least one token.
+
+        Returns:
+            float32 logits ``[V]`` of the token behind the row.
+        """
+        self._crop(ids)
+        base: Any = base_of(model)
+        device, output = base.get_input_embeddings().weight.device, None
+        try:
+            for start in range(len(self._ids), len(ids), _CHUNK):
+                chunk = list(ids[start : start + _CHUNK])
+                with torch.no_grad():
+                    output = model(
+                        input_ids=torch.tensor([chunk], device=device),
+                        past_key_values=self._states,
+                        use_cache=True,
+                        logits_to_keep=1,
+                        output_router_logits=False,
+                    )
+                self._ids += chunk
+        except BaseException:  # Ctrl-C too: some layers may have the chunk, and others not
+            self.clear()
+            raise
+        assert output is not None, "a row has at least one token"
+        logits_V: Tensor = output.logits[0, -1].float()
+        return logits_V
+
+    def _crop(self, ids: Sequence[int]) -> None:
+        """Keep what ``ids`` begins with; its last token is run again, for its logits."""
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids[:-1], strict=False))
+        kept = sum(1 for _ in alike)
+        if kept < len(self._ids):
+            self._states.crop(kept - len(self._ids))
+            del self._ids[kept:]
+
+
+def prepare_for_generation(model: nn.Module) -> int:
+    """Make generation on a CPU fast, at the price of the 4 bits' memory once more; see `few_rows`.
+
+    Nothing changes on a GPU, on a CPU without bfloat16 instructions, for weights that are not in 4 bits, or where the
+    copies would take more than half of the free memory. A weight that is written later is no longer served by its copy.
+
+    Args:
+        model: A Mixtral of `load_mixtral`, or the PeftModel around it.
+
+    Returns:
+        Bytes of the copies.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, NF4Weight) and FewRows.can_hold(module)]
+    free = usable_bytes(torch.device("cpu")) - psutil.Process().memory_info().rss
+    needed = FewRows.planned_bytes(stacks)
+    if needed > free // 2:
+        return 0
+    for stack in stacks:
+        stack.few_rows = FewRows(stack)
+    return needed
+
+
+def stream_tokens(
+    model: nn.Module,
+    ids: Sequence[int],
+    cache: PrefixCache,
+    sampling: Sampling,
+    *,
+    stop_ids: Collection[int],
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Continue a row.
+
+    Args:
+        model: A Mixtral of `load_mixtral`, or the PeftModel around it, in evaluation mode.
+        ids: The prompt's tokens.
+        cache: Of this model and its present weights; what it holds of the prompt is not run again.
+        sampling: How tokens are chosen.
+        stop_ids: Tokens that end the answer.
+        generator: Source of the random numbers, on the model's device.
+
+    Returns:
+        The tokens of the answer as they come, without the one that ends it; no more than the model's context has room
+        for.
+
+    Raises:
+        ValueError: the prompt leaves no room in the model's context.
+    """
+    context = int(base_of(model).config.max_position_embeddings)
+    if len(ids) >= context:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, but the model's context has room for {context} with the answer. "
+            "Shorten it"
+        )
+    count = min(sampling.max_new_tokens, context - len(ids))
+    return _generate(model, list(ids), cache, sampling, count, stop_ids, generator)
+
+
+def _generate(
+    model: nn.Module,
+    row: list[int],
+    cache: PrefixCache,
+    sampling: Sampling,
+    count: int,
+    stop_ids: Collection[int],
+    generator: torch.Generator,
+) -> Iterator[int]:
+    processors: Any = sampling.processors()  # which ask for a LongTensor, a name that torch no longer makes
+    for _ in range(count):
+        logits_1V = cache.next_logits(model, row)[None]
+        scores_1V: Tensor = processors(torch.tensor([row], device=logits_1V.device), logits_1V)
+        if sampling.temperature:
+            token = int(torch.multinomial(scores_1V.softmax(-1), 1, generator=generator))
+        else:
+            token = int(scores_1V.argmax())
+        if token in stop_ids:
+            return
+        row.append(token)
+        yield token

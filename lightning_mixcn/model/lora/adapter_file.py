@@ -1,0 +1,279 @@
+"""Read a PEFT adapter folder, whoever wrote it: its adapted matrices and their factors.
+
+Names are the paper's, one matrix an expert (``model.layers.0.block_sparse_moe.experts.3.w1``), whatever the layout of
+the file.
+
+Legend: R rank.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.safetensors import SafetensorsFile
+
+from .options import check_stored_options
+
+_FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.(gate|experts\.base_layer|experts)")
+
+
+class FusedPlace(NamedTuple):
+    """The part of a wrapped parameter's factors that belongs to one matrix.
+
+    Args:
+        stored: Name in the file, without ``.lora_A.weight``.
+        parameter: Name of the wrapped parameter, which patterns in PEFT's configuration match.
+        expert: Number of the expert.
+        experts: E.
+        rank: R.
+        half: 0 for the upper half of B's rows (w1 in gate_up_proj), 1 for the lower (w3); ``None`` for all.
+    """
+
+    stored: str
+    parameter: str
+    expert: int
+    experts: int
+    rank: int
+    half: int | None
+
+    def rows_of_b(self, b_OC: Tensor) -> Tensor:
+        """Return this matrix's B ``[out, R]`` out of the stored one ``[O, R·E]``."""
+        b_OR = b_OC.view(len(b_OC), self.rank, self.experts)[:, :, self.expert]
+        return b_OR if self.half is None else b_OR.chunk(2)[self.half]
+
+
+def fused_places(
+    stored: set[str], shape: Callable[[str, str], tuple[int, ...]], config: LoraConfig
+) -> Iterator[tuple[str, FusedPlace]]:
+    """Yield the name of every matrix that fused factors adapt, and the place of its own.
+
+    Args:
+        stored: Names in the file.
+        shape: Name in the file, and ``A`` or ``B`` → shape of that factor.
+        config: PEFT's, for the ranks and the names of the parameters.
+
+    Raises:
+        ValueError: the rows are not a multiple of the rank, or it cannot be told which parameter factors wrap.
+    """
+    sizes: dict[str, int] = {}
+    for name in sorted(stored):
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            continue
+        layer, kind = match.groups()
+        parameter = _parameter(layer, kind, stored, config)
+        ranks: Mapping[str, int] = config.rank_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), parameter), config.r)
+        rows, _ = shape(name, "A")
+        experts, rest = divmod(rows, rank)
+        if rest or not experts:
+            raise ValueError(f"{name}.lora_A has {rows} rows, expected a multiple of its rank {rank}")
+        if kind == "gate":
+            yield f"{layer}.block_sparse_moe.gate", FusedPlace(name, parameter, 0, experts, rank, None)
+            continue
+        _check_sizes(sizes, name, parameter, (experts, shape(name, "B")[0], shape(name, "A")[1]))
+        halves = {"w1": 0, "w3": 1} if parameter.endswith("gate_up_proj") else {"w2": None}
+        for expert in range(experts):
+            for leaf, half in halves.items():
+                matrix = f"{layer}.block_sparse_moe.experts.{expert}.{leaf}"
+                yield matrix, FusedPlace(name, parameter, expert, experts, rank, half)
+
+
+def _check_sizes(sizes: dict[str, int], name: str, parameter: str, found: tuple[int, int, int]) -> None:
+    """Check that E, I and H are those of the factors before, so that none is taken for the other parameter's."""
+    experts, out, width = found
+    is_gate_up = parameter.endswith("gate_up_proj")
+    here = {"E": experts, "I": out // 2 if is_gate_up else width, "H": width if is_gate_up else out}
+    for size, value in here.items():
+        if sizes.setdefault(size, value) != value:
+            raise ValueError(
+                f"{name} has factors of {parameter.rpartition('.')[2]} with {size} = {value}, elsewhere {sizes[size]}. "
+                "Do target_parameters and rank_pattern belong to these tensors?"
+            )
+
+
+def _parameter(layer: str, kind: str, stored: set[str], config: LoraConfig) -> str:
+    """Name the parameter that factors wrap; where a layer has one wrapped, `target_parameters` say which.
+
+    PEFT wraps the two in the model's order, gate_up_proj first, and matches a target with the end of a name.
+    """
+    if kind == "gate":
+        return f"{layer}.mlp.gate.weight"
+    gate_up, down = (f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    if kind == "experts.base_layer":
+        return gate_up
+    if f"{layer}.mlp.experts.base_layer" in stored:
+        return down
+    targets = [str(target) for target in config.target_parameters or ()]
+    named = [name for name in (gate_up, down) if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if len(named) != 1:
+        raise ValueError(
+            f"{layer}.mlp.experts has the factors of one parameter, but target_parameters={targets} name "
+            f"{'both' if named else 'none'} of gate_up_proj and down_proj there. Name the one that was trained"
+        )
+    return named[0]
+
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EMBEDDINGS = ("model.embed_tokens", "lm_head")
+
+_FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+
+
+class StoredFactors(NamedTuple):
+    """The factors of one matrix as they are stored: it becomes ``W + scaling · B A``.
+
+    Args:
+        a: ``[R, in]``.
+        b: ``[out, R]``.
+        scaling: α/R, or α/√R under rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class AdapterFile:
+    """A LoRA adapter in a folder, of which headers are read until a matrix is asked for.
+
+    Args:
+        path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id.
+
+    Attributes:
+        folder: The folder.
+        config: PEFT's configuration as it is stored.
+        names: The adapted matrices, sorted.
+        saved: Names of the embeddings that were trained as a whole, out of ``model.embed_tokens`` and ``lm_head``.
+
+    Raises:
+        FileNotFoundError: no such folder, or not an adapter's.
+        ValueError: another method than LoRA, an extension of LoRA, or tensors of no known meaning.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the configuration and the header."""
+        self._path, self.folder = path, local_folder(path)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
+        self.config = self._read_config()
+        self._file = SafetensorsFile(self.folder / WEIGHTS_NAME)
+        found: dict[str, set[str]] = {}
+        saved = {f"{PREFIX}{name}.weight": name for name in EMBEDDINGS}
+        for key in self._file.entries:
+            if match := _FACTOR.fullmatch(key):
+                found.setdefault(match[1], set()).add(match[2])
+            elif key not in saved:
+                raise ValueError(
+                    f"`adapter={str(path)!r}` holds {key}, which is neither a LoRA factor nor embed_tokens or lm_head. "
+                    "Give a plain LoRA adapter"
+                )
+        self._fused = dict(fused_places(set(found), self._shape, self.config))
+        in_stacks = {place.stored for place in self._fused.values()}
+        self.names = sorted({*found, *self._fused} - in_stacks)
+        self.saved = [name for key, name in saved.items() if key in self._file.entries]
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether the matrix of this name has both factors."""
+        return name in self._fused or all(f"{PREFIX}{name}.lora_{key}.weight" in self._file.entries for key in "AB")
+
+    def rank(self, name: str) -> int:
+        """Rank of the factors of a matrix. ValueError if they do not fit each other."""
+        place = self._fused.get(name)
+        a, b = (self._shape(place.stored if place else name, factor) for factor in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ValueError(
+                f"`adapter={str(self._path)!r}`: the factors of {name} have the shapes {list(a)} and {list(b)}, which "
+                "do not fit each other. Copy or download the adapter again"
+            )
+        return place.rank if place else a[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the matrix that is adapted, ``[out, in]``, or of an embedding that is saved whole."""
+        if name in self.saved:
+            return self._file.entries[f"{PREFIX}{name}.weight"].shape
+        self.rank(name)
+        place = self._fused.get(name)
+        stored, parts = (place.stored, 1 if place.half is None else 2) if place else (name, 1)
+        return self._shape(stored, "B")[0] // parts, self._shape(stored, "A")[1]
+
+    def factors(self, name: str) -> StoredFactors:
+        """Read the factors of a matrix, as they are stored. ValueError if one is missing, or holds NaN or infinity."""
+        rank, place = self.rank(name), self._fused.get(name)
+        alphas = self.config.alpha_pattern or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), place.parameter if place else name), self.config.lora_alpha)
+        scaling = alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+        if place is None:
+            a, b = (self._read(f"{PREFIX}{name}.lora_{factor}.weight") for factor in "AB")
+            return StoredFactors(a, b, scaling)
+        rows = (place.expert * rank, (place.expert + 1) * rank)
+        a = self._read(f"{PREFIX}{place.stored}.lora_A.weight", rows)
+        return StoredFactors(a, place.rows_of_b(self._read(f"{PREFIX}{place.stored}.lora_B.weight")), scaling)
+
+    def delta(self, name: str) -> Tensor:
+        """Return the update that is added to a matrix, ``[out, in]`` float32."""
+        a, b, scaling = self.factors(name)
+        delta: Tensor = (b.float() * scaling) @ a.float()
+        return delta
+
+    def read_saved(self, name: str) -> Tensor:
+        """Read an embedding that was trained as a whole, ``[vocabulary, hidden]`` as it is stored."""
+        return self._read(f"{PREFIX}{name}.weight")
+
+    def check_tied(self) -> None:
+        """Refuse embedding and head that were trained apart, for a base that has one matrix for both.
+
+        Raises:
+            ValueError: the two differ, or only one of them is there, so that PEFT leaves the other as the base has it.
+        """
+        if not self.saved:
+            return
+        if len(self.saved) < len(EMBEDDINGS) or not torch.equal(*map(self.read_saved, EMBEDDINGS)):
+            raise ValueError(
+                f"`adapter={str(self._path)!r}` trains {' apart from '.join(reversed(self.saved))}"
+                f"{' alone' if len(self.saved) == 1 else ''}, but the base ties embed_tokens and lm_head. Train it in "
+                "PEFT with ensure_weight_tying=True, or merge it there and use the merged, untied model as the base"
+            )
+
+    def _read_config(self) -> LoraConfig:
+        where = f"`adapter={str(self._path)!r}`"
+        try:
+            raw = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise TypeError("it holds no object")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {CONFIG_NAME} cannot be read ({error}). Copy it again") from error
+        check_stored_options(raw, where)
+        try:
+            config = LoraConfig.from_pretrained(str(self.folder))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
+        assert isinstance(config, LoraConfig)
+        return config
+
+    def _shape(self, name: str, factor: str) -> tuple[int, ...]:
+        key = f"{PREFIX}{name}.lora_{factor}.weight"
+        if key not in self._file.entries:
+            raise ValueError(f"`adapter={str(self._path)!r}` has no {key}. Copy or download the adapter again")
+        return self._file.entries[key].shape
+
+    def _read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read a tensor of two dimensions, or some rows of it."""
+        height, width = self._file.entries[key].shape
+        first, last = rows or (0, height)
+        values = self._file.read(key, first * width, last * width).view(last - first, width)
+        if not torch.isfinite(values).all():
+            raise ValueError(f"`adapter={str(self._path)!r}`: {key} holds NaN or infinite values. Copy it again")
+        return values

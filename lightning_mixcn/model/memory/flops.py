@@ -1,0 +1,169 @@
+"""Floating point operations of a training step, counted from the model's modules.
+
+A product of ``[n, i]`` and ``[i, o]`` counts 2·n·i·o; norms, activations, softmax and the decoding of weights count
+nothing. Frozen weights have a gradient of their input only; LoRA has those of both factors and of its input. A layer
+whose input needs no gradient (the first one, under a frozen embedding) has none. Attention is causal inside documents
+and counts the pairs of a token and one that it attends to; its backward counts 2.5 times its forward, since fused
+kernels compute the scores again (FlashAttention, https://arxiv.org/abs/2205.14135).
+
+Legend: B rows, S positions of a row, R rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mixcn.model.lora.layer import adapter_rank
+from lightning_mixcn.model.mixtral import base_of
+
+from .checkpointing import layer_modes
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations, or how many there are for each of something.
+
+    Args:
+        forward: Of the forward pass.
+        backward: Of the backward pass, without what it computes again.
+        recompute: Of what backward computes again: activation checkpointing, and the logits of a trained head.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    recompute: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        """Both."""
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+
+    def __mul__(self, count: int) -> "Flops":
+        """``count`` times."""
+        return Flops(self.forward * count, self.backward * count, self.recompute * count)
+
+    @property
+    def total(self) -> int:
+        """All that is executed."""
+        return self.forward + self.backward + self.recompute
+
+    @property
+    def useful(self) -> int:
+        """What the result needs: forward and backward, as in a model FLOPs utilisation."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """What a training step costs, as a function of its tokens.
+
+    Args:
+        per_token: For each token that is not padding.
+        per_pair: For each pair of a token and one that it attends to (itself too), see `attended_pairs`.
+    """
+
+    per_token: Flops
+    per_pair: Flops
+
+    def of(self, tokens: int, pairs: int) -> Flops:
+        """Of ``tokens`` that attend to ``pairs``."""
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+def count_training_flops(model: nn.Module, activation_checkpointing: str | Sequence[str]) -> TrainingFlops:
+    """Count a model's training step; on the meta device, too.
+
+    Args:
+        model: A `MixtralForCausalLM` or the PeftModel around it: its sizes, its adapters and what of it trains count.
+        activation_checkpointing: A mode, or one for each layer, see `set_activation_checkpointing`.
+    """
+    base: Any = base_of(model)
+    pair = 4 * base.config.num_attention_heads * base.model.layers[0].self_attn.head_dim
+    token, attention = Flops(), Flops()
+    needs_gradient = base.model.embed_tokens.weight.requires_grad
+    modes = layer_modes(activation_checkpointing, len(base.model.layers))
+    for layer, mode in zip(base.model.layers, modes, strict=True):
+        chain = _Chain(needs_gradient)
+        layer_token, layer_pair = _attention(layer.self_attn, chain, pair)
+        if mode == "selective" and chain.needs_gradient:
+            layer_token, layer_pair = _again(layer_token), _again(layer_pair)
+        layer_token += _experts(layer.mlp, chain, base.config.num_experts_per_tok)
+        if mode in ("full", "offload") and chain.needs_gradient:
+            layer_token, layer_pair = _again(layer_token), _again(layer_pair)
+        token, attention, needs_gradient = token + layer_token, attention + layer_pair, chain.needs_gradient
+    return TrainingFlops(token + _head(base.lm_head, needs_gradient), attention)
+
+
+def attended_pairs(position_ids_BS: Tensor, document_ids_BS: Tensor, sliding_window: int | None = None) -> Tensor:
+    """Pairs of a token and one that it attends to: n(n + 1)/2 for a document, or a piece of one, of n tokens in a row.
+
+    Args:
+        position_ids_BS: ``[B, S]`` int64; a document begins wherever they do not go on by one.
+        document_ids_BS: ``[B, S]`` integers, −1 in padding, which is not counted.
+        sliding_window: Most tokens that one attends to.
+
+    Returns:
+        A scalar, int64, on the same device; nothing waits for it.
+
+    >>> positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    >>> int(attended_pairs(positions, torch.tensor([[0, 0, 0, 1, 1, -1]])))  # documents of 3 and 2 tokens, 1 of padding
+    9
+    """
+    place_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
+    starts_BS = F.pad(position_ids_BS.diff(dim=1) != 1, (1, 0), value=True)
+    start_BS = torch.where(starts_BS, place_S, 0).cummax(dim=1).values
+    attended_BS = place_S - start_BS + 1
+    if sliding_window is not None:
+        attended_BS = attended_BS.clamp_max(sliding_window)
+    return (attended_BS * (document_ids_BS >= 0)).sum()
+
+
+@dataclass
+class _Chain:
+    """Whether what flows on from here needs a gradient, which decides what backward has to do."""
+
+    needs_gradient: bool
+
+    def run(self, module: nn.Module) -> tuple[Flops, bool]:
+        """One projection: its cost a row, and whether it has an adapter."""
+        linear: Any = module
+        inputs, outputs, rank = linear.in_features, linear.out_features, adapter_rank(module)
+        product, a, b = 2 * inputs * outputs, 2 * rank * inputs, 2 * rank * outputs
+        # Of LoRA: dA and dB, the gradient that goes back through B, and on through A where the input needs it.
+        backward = (a + 2 * b) + (product + a if self.needs_gradient else 0)
+        return Flops(product + a + b, backward), rank > 0
+
+
+def _attention(attention: Any, chain: _Chain, pair: int) -> tuple[Flops, Flops]:
+    """Cost a token and a pair; the chain goes on behind the residual connection."""
+    inputs = [chain.run(projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    inner = _Chain(chain.needs_gradient or any(adapted for _, adapted in inputs))
+    output, adapted = inner.run(attention.o_proj)
+    chain.needs_gradient = inner.needs_gradient or adapted
+    return sum((flops for flops, _ in inputs), output), Flops(pair, 5 * pair // 2 if inner.needs_gradient else 0)
+
+
+def _experts(mlp: Any, chain: _Chain, top_k: int) -> Flops:
+    """Cost a token of the router and of the ``top_k`` experts that it chooses."""
+    router, router_adapted = chain.run(mlp.gate.linear)
+    inputs = [chain.run(projection) for projection in (mlp.experts.gate_proj, mlp.experts.up_proj)]
+    adapted = router_adapted or any(adapted for _, adapted in inputs) or adapter_rank(mlp.experts.down_proj) > 0
+    # Routing weights, and the adapters of gate and up, need the gradient of the hidden rows.
+    output, _ = _Chain(chain.needs_gradient or adapted).run(mlp.experts.down_proj)
+    chain.needs_gradient = chain.needs_gradient or adapted
+    return router + sum((flops for flops, _ in inputs), output) * top_k
+
+
+def _head(head: Any, needs_gradient: bool) -> Flops:
+    """Cost a token; a frozen head's dX is computed together with the loss, and counts as backward all the same."""
+    product = 2 * head.in_features * head.out_features
+    trained = head.weight.requires_grad
+    return Flops(product, product * (needs_gradient + trained), product if trained else 0)
+
+
+def _again(flops: Flops) -> Flops:
+    """With its forward computed a second time."""
+    return Flops(flops.forward, flops.backward, flops.recompute + flops.forward)

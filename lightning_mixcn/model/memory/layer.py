@@ -1,0 +1,327 @@
+"""Bytes of a decoder layer's activations: what forward keeps for backward, and what each pass needs beside that.
+
+Written down from what autograd holds of each module; `tests/model/test_memory_plan.py` counts living tensors and
+compares. Vectors that are smaller than a thousandth of the rest are left out.
+
+Legend: T tokens of a micro-batch, H hidden, I intermediate, E experts, K experts a token, R LoRA rank, P routed rows
+(T·K, padded on the CPU), c bytes of the compute dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_mixcn.model.experts.routing import padded_rows, row_step
+from lightning_mixcn.model.head import chunk_positions
+from lightning_mixcn.model.lora.layer import adapter_rank
+from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.nf4.storage import NF4Weight
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes at a time.
+
+    Args:
+        rows: Rows.
+        length: Tokens of a row.
+        packed: Whether documents begin and end inside rows; else each row is one.
+    """
+
+    rows: int
+    length: int
+    packed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """All of them, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one decoder layer in training.
+
+    Args:
+        boundary: Its input, and its router's probabilities for the auxiliary loss, which are kept in every mode.
+        router: The router's part of that.
+        graph: What it keeps without checkpointing.
+        attention: What of that is attention's.
+        experts: What of that is the router's and the experts'.
+        attention_input: What keeps attention's input alive where attention is computed again.
+        experts_forward: The most that the experts' forward pass needs beside what it keeps.
+        experts_backward: The same of their backward pass, gradients of adapters in the compute dtype included.
+        attention_backward: The same of attention's.
+    """
+
+    boundary: int
+    router: int
+    graph: int
+    attention: int
+    experts: int
+    attention_input: int
+    experts_forward: int
+    experts_backward: int
+    attention_backward: int
+
+    def kept(self, mode: str) -> int:
+        """Bytes from forward to backward on the device; `offload` keeps the layer's input on the host."""
+        return {
+            "none": self.router + self.graph,
+            "selective": self.router + self.graph - self.attention + self.attention_input,
+            "full": self.boundary,
+            "offload": self.router,
+        }[mode]
+
+    def host(self, mode: str) -> int:
+        """Bytes kept on the host."""
+        return self.boundary - self.router if mode == "offload" else 0
+
+    def forward(self, mode: str) -> int:
+        """The most that forward needs beside what is kept in the end."""
+        return self.experts_forward + (self.experts if mode in ("full", "offload") else 0)
+
+    def backward(self, mode: str) -> int:
+        """The most that backward needs beside what is kept."""
+        attention = self.attention_backward - self.experts  # which backward has been through by then
+        if mode == "none":
+            return max(self.experts_backward, attention)
+        if mode == "selective":
+            return max(self.experts_backward, attention + self.attention)
+        return self.graph + self.host(mode) + max(self.experts_backward, attention)
+
+
+@dataclass(frozen=True)
+class LayerCounter:
+    """Counts layers of one model for one shape of micro-batches.
+
+    Args:
+        batch: That shape.
+        dtype: Compute dtype.
+        device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout keeps.
+        top_k: Experts a token.
+    """
+
+    batch: MicroBatch
+    dtype: torch.dtype
+    device_type: str
+    top_k: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.batch.tokens
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return self.dtype.itemsize
+
+    def layer(self, layer: Any, needs_gradient: bool) -> tuple[LayerActivations, bool]:
+        """One decoder layer, and whether its output needs a gradient."""
+        attention, experts = layer.self_attn, layer.mlp.experts
+        hidden = self.tokens * attention.q_proj.in_features * self.size
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        inner = needs_gradient or any(adapter_rank(module) for module in inputs)
+        after = inner or adapter_rank(attention.o_proj) > 0
+        stack = [experts.gate_proj, experts.up_proj, experts.down_proj]
+        adapted = [module for module in (layer.mlp.gate.linear, *stack) if adapter_rank(module)]
+        needed = after or bool(adapted)
+        router = self.tokens * layer.mlp.gate.num_experts * self.size * needed
+        attention_graph = self._attention(attention, needs_gradient, inner)
+        normed = self._shared_input(inputs) * hidden
+        norms = self._norm(hidden) * (needs_gradient + after)
+        moe = self._moe(layer.mlp, after) if needed else 0
+        width = 2 * attention.q_proj.out_features + 2 * attention.k_proj.out_features
+        found = LayerActivations(
+            boundary=hidden * needed + router,
+            router=router,
+            graph=norms + attention_graph + normed + moe,
+            attention=attention_graph + normed,
+            experts=moe,
+            attention_input=hidden * after,
+            experts_forward=self._experts_forward(experts) + hidden,
+            experts_backward=self._experts_backward(experts) + hidden if needed else 0,
+            attention_backward=2 * hidden + 2 * self.tokens * width * self.size + self.decoded(attention.q_proj),
+        )
+        return found, needed
+
+    def _norm(self, hidden: int) -> int:
+        """Its input, which only CUDA's fused kernel does not keep in float32, and one number a token."""
+        return (hidden if self.device_type == "cuda" else hidden // self.size * 4) + 4 * self.tokens
+
+    def _adapter(self, module: Any, needs_gradient: bool, rows: int) -> int:
+        """What LoRA keeps beside its undropped input: products with A, dropped inputs, factors as they are used."""
+        rank = adapter_rank(module)
+        if rank == 0:
+            return 0
+        factors = module.groups * rank * (module.out_features + module.in_features * (self.size < 4))
+        kept: int = rows * rank + factors
+        if module.groups == 1 and _drops(module):
+            kept += rows * module.in_features
+        bytes_kept = kept * self.size
+        if module.groups == 1 and _drops(module) and needs_gradient:
+            # The CPU keeps the noise that it multiplied with, CUDA's kernel a mask of bytes.
+            bytes_kept += rows * module.in_features * (self.size if self.device_type == "cpu" else 1)
+        return bytes_kept
+
+    @staticmethod
+    def _shared_input(modules: list[Any]) -> bool:
+        """Whether adapters keep the very tensor that all of them read."""
+        return any(adapter_rank(module) and not _drops(module) for module in modules)
+
+    def _attention(self, attention: Any, needs_gradient: bool, inner: bool) -> int:
+        """What attention's graph keeps, but for the input that its adapters share."""
+        tokens, heads = self.tokens, attention.config.num_attention_heads
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        kept = sum(self._adapter(module, needs_gradient, tokens) for module in inputs)
+        kept += self._adapter(attention.o_proj, inner, tokens)
+        output = tokens * attention.q_proj.out_features * self.size
+        # `causal_attention` computes it all again.
+        keeps_output = inner and not (self.device_type == "cpu" and self.dtype == torch.bfloat16)
+        if inner:
+            kept += output + 2 * tokens * attention.k_proj.out_features * self.size
+        if keeps_output:
+            kept += output + 4 * tokens * heads
+        # A copy of the documents' results side by side; else attention's own result is what the projection reads.
+        if self._shared_input([attention.o_proj]) and (self.batch.packed or not keeps_output):
+            kept += output
+        return kept
+
+    def _moe(self, mlp: Any, needs_gradient: bool) -> int:
+        """Router and experts, with their input."""
+        experts, tokens, top_k = mlp.experts, self.tokens, mlp.gate.top_k
+        rows = self._rows(experts)
+        gate_up = 2 * rows * experts.gate_proj.out_features * self.size
+        routing = 8 * rows + 8 * tokens * top_k  # the token of each row, the row of each choice
+        # Probabilities, chosen experts, their probabilities before and after division, and the sum that divides.
+        scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
+        router_trains = needs_gradient or adapter_rank(mlp.gate.linear) > 0
+        adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in self._stack(experts))
+        if self.size == 4:  # gate's and up's As are put side by side, whatever their type
+            pair = [experts.gate_proj, experts.up_proj]
+            adapters += sum(4 * module.groups * adapter_rank(module) * module.in_features for module in pair)
+        kept = int(
+            tokens * experts.gate_proj.in_features * self.size + gate_up + routing + 4 * tokens * top_k + adapters
+        )
+        return kept + scores * router_trains + self._adapter(mlp.gate.linear, needs_gradient, tokens)
+
+    def _experts_forward(self, experts: Any) -> int:
+        """Results of all rows, scales, and one expert's; or the sum of choices."""
+        gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
+        hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
+        dropped = any(_drops(module) for module in self._stack(experts))
+        one = 2 * each * (hidden + inner) * self.size + self.decoded(gate)
+        if dropped:
+            one += each * inner * (2 * self.size + 1)
+        held: int = rows * hidden * self.size + sum(map(self.scales, self._stack(experts)))
+        return (
+            held
+            + tokens * hidden * self.size * dropped
+            + max(one, self._sum_of_choices(hidden) + each * (hidden + inner) * self.size)
+        )
+
+    def _experts_backward(self, experts: Any) -> int:
+        """Gradients of all rows and of the factors, scales, and one expert's while the one before is still there."""
+        gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
+        hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
+        stack = self._stack(experts)
+        dropped = any(_drops(module) for module in stack)
+        factors = sum(m.groups * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size
+        one = each * ((6 + 3 * dropped) * inner + hidden) * self.size + self.decoded(gate)
+        held: int = rows * (hidden * self.size + self.size + 4) + factors + sum(map(self.scales, stack))
+        held += tokens * hidden * self.size * (1 + dropped)  # the gradient that comes in, and the mask
+        return held + max(one, self._sum_of_choices(hidden) + 4 * each * inner * self.size)
+
+    def _sum_of_choices(self, hidden: int) -> int:
+        """The float32 sum, one choice in float32, and where that is not the compute dtype, as it is gathered."""
+        return self.tokens * hidden * (8 + self.size * (self.size < 4))
+
+    def _rows(self, experts: Any) -> int:
+        """Routed rows when every expert has as many, which padding on the CPU rounds up by half a step on average."""
+        rows, groups = self.tokens * self.top_k, int(experts.gate_proj.groups)
+        if self.device_type == "cpu" and self.size < 4:
+            each = -(-rows // groups)
+            return groups * padded_rows(each) if each < 32 else rows + groups * row_step(each) // 2
+        return rows
+
+    def decoded(self, module: Any) -> int:
+        """One matrix of a stack in the compute dtype, where it is not stored in it."""
+        storage = module.storage
+        dense = not isinstance(storage, NF4Weight) and storage.values.dtype == self.dtype
+        return 0 if dense else int(storage.shape[1] * storage.shape[2] * self.size)
+
+    @staticmethod
+    def scales(module: Any) -> int:
+        """The blocks' scales of all matrices of a stack, decoded."""
+        storage = module.storage
+        return 4 * storage.scales.numel() if isinstance(storage, NF4Weight) else 0
+
+    def logits_chunk(self, head: Any) -> int:
+        """Logits of a chunk in the compute dtype and in float32."""
+        vocabulary: int = head.out_features
+        positions = min(self.tokens, chunk_positions(self.device_type, vocabulary))
+        return positions * vocabulary * (self.size + 4 if self.size < 4 else 4)
+
+    @staticmethod
+    def _stack(experts: Any) -> list[Any]:
+        return [experts.gate_proj, experts.up_proj, experts.down_proj]
+
+
+def _drops(module: Any) -> bool:
+    """Whether the adapter of a projection drops inputs."""
+    return adapter_rank(module) > 0 and any(module.lora_dropout[name].p > 0 for name in module.active_adapters)
+
+
+@dataclass(frozen=True)
+class ModelActivations:
+    """Bytes of a model's training pass on a micro-batch.
+
+    Args:
+        layers: Of each decoder layer.
+        shared: Of the tables of rotary positions.
+        tail: What the last norm and the head keep.
+        head: What the head needs beside that: a chunk of logits, and its weight in the compute dtype where it trains.
+        head_backward: The same while it runs backward.
+        logits_chunk: Of that the logits.
+        decoded: The largest weight that is decoded at a time.
+    """
+
+    layers: list[LayerActivations]
+    shared: int
+    tail: int
+    head: int
+    head_backward: int
+    logits_chunk: int
+    decoded: int
+
+
+def model_activations(model: nn.Module, batch: MicroBatch, device_type: str) -> ModelActivations:
+    """Count a model's activations; on the meta device, too.
+
+    Args:
+        model: A `MixtralForCausalLM` or the PeftModel around it.
+        batch: The shape of a micro-batch.
+        device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout and attention keep.
+    """
+    base: Any = base_of(model)
+    count = LayerCounter(batch, base.model.embed_tokens.output_dtype, device_type, base.config.num_experts_per_tok)
+    needs_gradient, layers = base.model.embed_tokens.weight.requires_grad, []
+    for layer in base.model.layers:
+        activations, needs_gradient = count.layer(layer, needs_gradient)
+        layers.append(activations)
+    hidden, head = count.tokens * base.config.hidden_size, base.lm_head
+    bytes_of_chunk, trained = count.logits_chunk(base.lm_head), head.weight.requires_grad
+    weight = head.weight.numel() * count.size if trained and count.size < 4 else 0
+    last = base.model.layers[-1]
+    return ModelActivations(
+        layers,
+        shared=2 * count.tokens * last.self_attn.head_dim * count.size,
+        tail=hidden * (4 + count.size) * needs_gradient,
+        head=bytes_of_chunk + weight + hidden * count.size,
+        head_backward=(bytes_of_chunk + weight * 2 + head.weight.numel() * 4 if trained else 0) + hidden * count.size,
+        logits_chunk=bytes_of_chunk,
+        decoded=max(count.decoded(module) for module in base.modules() if isinstance(module, FrozenLinear)),
+    )

@@ -1,0 +1,236 @@
+"""Bytes of a training run by purpose, before anything is loaded.
+
+A step is followed through its moments — the last layer's forward, the loss, each layer's backward, the update — and the
+fullest one is the plan. Activations are those of `activation_memory`; everything else is sizes of parameters.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_mixcn.model.mixtral import base_of, bytes_in_memory
+
+from .layer import MicroBatch, model_activations
+from .optimizer import OptimizerMemory
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share parameters, see `modules.strategies`.
+
+    Args:
+        kind: ``whole``: one rank, or DDP. ``fsdp1`` shards what trains, ``fsdp2`` everything.
+        ranks: That share one copy.
+        copies: Of the model, over all ranks.
+        reshard_after_forward: Whether a layer's gathered parameters are freed between forward and backward.
+        prefetch: Layers gathered ahead of the one that computes.
+        gradient_copies: Copies of the gradients beside those of the parameters, as DDP's buckets are.
+    """
+
+    kind: Literal["whole", "fsdp1", "fsdp2"] = "whole"
+    ranks: int = 1
+    copies: int = 1
+    reshard_after_forward: bool = True
+    prefetch: int = 1
+    gradient_copies: int = 0
+
+    def base(self, size: int) -> int:
+        """Bytes that a rank holds of ``size`` frozen ones."""
+        return -(-size // self.ranks) if self.kind == "fsdp2" else size
+
+    def trained(self, size: int) -> int:
+        """Bytes that a rank holds of ``size`` that train, or of their gradients once reduced, or their moments."""
+        return size if self.kind == "whole" else -(-size // self.ranks)
+
+    def gathered(self, frozen: int, trained: int, layers: int) -> int:
+        """Bytes beside its own that a rank holds while a layer computes.
+
+        Args:
+            frozen: Bytes of the layer that do not train.
+            trained: And of its masters.
+            layers: Of the model.
+        """
+        if self.kind == "whole" or self.ranks == 1:
+            return 0
+        whole = trained + (frozen if self.kind == "fsdp2" else 0)
+        # Backward gathers one layer ahead whatever `prefetch` says.
+        at_once = 1 + max(1, self.prefetch) if self.kind == "fsdp1" or self.reshard_after_forward else layers
+        return whole * min(at_once, layers)
+
+    def moved(self, whole: int, trained: int, micro_batches: int) -> dict[str, float]:
+        """Bytes that a rank sends in a step under FSDP2, when collectives go round a ring.
+
+        A ring moves (N-1)/N of a gathered or scattered tensor through each of N ranks, and twice that of one that is
+        all-reduced.
+
+        Args:
+            whole: Bytes of all parameters.
+            trained: Bytes of the gradients.
+            micro_batches: Of a step; gradients are reduced in its last one.
+        """
+        share = (self.ranks - 1) / self.ranks
+        passes = (2 if self.reshard_after_forward else 1) * micro_batches
+        moved = {"all_gather": share * whole * passes, "reduce_scatter": share * trained}
+        if self.copies > 1:
+            moved["all_reduce"] = 2 * (self.copies - 1) / self.copies * trained / self.ranks
+        return moved
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a step.
+
+    Args:
+        name: Which one.
+        gradients: Bytes of gradients at it.
+        activations: Bytes kept for backward.
+        workspace: Bytes that only it needs.
+        gathered: Bytes of parameters of other ranks.
+    """
+
+    name: str
+    gradients: int
+    activations: int
+    workspace: int
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes beside what is held all the time."""
+        return self.gradients + self.activations + self.workspace + self.gathered
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one rank's device.
+
+    Args:
+        quantised: The base's codes and scales.
+        dense: The rest of the base.
+        trained: float32 masters of adapters, and of embedding and head where they train.
+        optimizer_states: The optimizer's, moments mostly.
+        gradients: All of them at a step's end.
+        activations: Kept at the end of forward.
+        host: Kept on the host instead.
+        logits_chunk: Logits that the loss holds at a time, in the workspace of its moment.
+        decoded: The largest decoded weight, in the workspace of every layer.
+        moments: Of a step, in their order.
+    """
+
+    quantised: int
+    dense: int
+    trained: int
+    optimizer_states: int
+    gradients: int
+    activations: int
+    host: int
+    logits_chunk: int
+    decoded: int
+    moments: tuple[Moment, ...]
+
+    @property
+    def held(self) -> int:
+        """Bytes that are there all the time."""
+        return self.quantised + self.dense + self.trained + self.optimizer_states
+
+    @property
+    def fullest(self) -> Moment:
+        """The moment with the most bytes."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at once."""
+        return self.held + self.fullest.total
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of a run decides on its memory, beside the model.
+
+    Args:
+        batch: A micro-batch.
+        modes: Activation checkpointing of each layer.
+        device_type: ``cpu`` or ``cuda``.
+        accumulates: Whether a step has several micro-batches, so that gradients are there in each backward but one.
+        optimizer: Its states.
+        sharing: Of parameters between ranks.
+    """
+
+    batch: MicroBatch
+    modes: Sequence[str]
+    device_type: str
+    accumulates: bool
+    optimizer: OptimizerMemory
+    sharing: Sharing
+
+
+def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
+    """Plan a run's memory.
+
+    Args:
+        model: A `MixtralForCausalLM` or the PeftModel around it, whole (not sharded), on any device; on meta is enough.
+        run: The rest.
+    """
+    step, sizes, share = _Step(base_of(model), run), bytes_in_memory(model), run.sharing
+    activations = step.activations
+    return MemoryPlan(
+        quantised=share.base(sizes["quantised"]),
+        dense=share.base(sizes["dense"]),
+        trained=share.trained(sizes["trainable"]),
+        optimizer_states=share.trained(run.optimizer.states),
+        gradients=step.gradients,
+        activations=activations.shared + sum(step.kept) + activations.tail,
+        host=sum(layer.host(mode) for layer, mode in zip(activations.layers, run.modes, strict=True)),
+        logits_chunk=activations.logits_chunk,
+        decoded=activations.decoded,
+        moments=tuple(step.moments()),
+    )
+
+
+class _Step:
+    """Follows a step of one rank, from the second one on: forward still has the last step's gradients."""
+
+    def __init__(self, base: Any, run: Run) -> None:
+        self.run, self.layers, self.head = run, list(base.model.layers), base.lm_head
+        self.activations = model_activations(base, run.batch, run.device_type)
+        self.kept = [layer.kept(mode) for layer, mode in zip(self.activations.layers, run.modes, strict=True)]
+        self.gradients = self._gradients(base)
+
+    def moments(self) -> Iterator[Moment]:
+        """In their order."""
+        activations, run = self.activations, self.run
+        kept = activations.shared + sum(self.kept)
+        forward = activations.layers[-1].forward(run.modes[-1])
+        yield Moment("forward of the last layer", self.gradients, kept, forward, self._gathered(self.layers[-1]))
+        tail, head = kept + activations.tail, self._gathered(self.head, layers=1)
+        yield Moment("loss", self.gradients, tail, activations.head, head)
+        there = self.gradients if run.accumulates else 0
+        yield Moment("backward of the loss", there, tail, activations.head_backward, head)
+        there += 0 if run.accumulates else self._gradients(self.head)
+        for index in reversed(range(len(self.layers))):
+            layer, own = self.layers[index], self._gradients(self.layers[index])
+            work = activations.layers[index].backward(run.modes[index]) + self._reducing(layer)
+            yield Moment(f"backward of layer {index + 1}", there, kept, work, self._gathered(layer))
+            kept -= self.kept[index]
+            there += 0 if run.accumulates else own
+        yield Moment("update", self.gradients, 0, run.sharing.trained(run.optimizer.workspace))
+
+    def _gradients(self, module: Any) -> int:
+        """Bytes of a module's gradients; FSDP keeps those of whole adapters while micro-batches accumulate."""
+        size, sharing = _bytes(module, trained=True), self.run.sharing
+        return (size if self.run.accumulates else sharing.trained(size)) * (1 + sharing.gradient_copies)
+
+    def _reducing(self, module: Any) -> int:
+        """A layer's gradients before they are reduced, and the buffer that they are sent from."""
+        return 0 if self.run.sharing.kind == "whole" else 2 * _bytes(module, trained=True)
+
+    def _gathered(self, module: Any, layers: int | None = None) -> int:
+        layers = len(self.layers) if layers is None else layers
+        return self.run.sharing.gathered(_bytes(module, trained=False), _bytes(module, trained=True), layers)
+
+
+def _bytes(module: nn.Module, trained: bool) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad == trained)

@@ -1,0 +1,71 @@
+"""A stack of frozen linear maps and its product, whose backward computes the input's gradient only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .storage import DenseWeight, NF4Weight, Weight
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x Wᵀ``; W is decoded in forward and again in backward and never saved, and there is no dW."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        return x @ weight.decoder(x.dtype)(0).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad @ ctx.weight.decoder(grad.dtype)(0) if ctx.needs_input_grad[0] else None), None
+
+
+class FrozenLinear(nn.Module):
+    """``groups`` bias-free linear maps of one shape that are never trained (LoRA trains beside them).
+
+    With one group it is called like ``nn.Linear``; stacks of experts (``groups = num_experts``) are used by the expert
+    block, which reads ``storage.decoder(dtype)``.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        groups: How many maps (experts).
+        quantization: ``nf4`` or ``none``.
+        dtype: Type of the stored weight where it is not quantised.
+        device: Where the (uninitialised) weight is made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: int = 1,
+        *,
+        quantization: str,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.groups = in_features, out_features, groups
+        shape = (groups, out_features, in_features)
+        # PEFT takes an attribute named `weight` for a tensor, hence `storage`.
+        self.storage: Weight = NF4Weight(shape, device) if quantization == "nf4" else DenseWeight(shape, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+        assert self.groups == 1, "a stack of experts is called through its expert block"
+        few = self.storage.few_rows
+        if few is not None and few.serves(x):
+            return few.product(x)
+        y: Tensor = _FrozenProduct.apply(x, self.storage)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        return y
+
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> None:
+        """No LoRA factors here; `LoraFrozenLinear.factors` has them."""
+        return
+
+    def extra_repr(self) -> str:
+        """Shape and storage, for ``print(model)``."""
+        kind = "nf4" if isinstance(self.storage, NF4Weight) else "dense"
+        return f"groups={self.groups}, in_features={self.in_features}, out_features={self.out_features}, {kind}"

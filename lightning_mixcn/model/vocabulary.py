@@ -1,0 +1,251 @@
+"""More pieces than the base has rows: where the new rows of embedding and head come from.
+
+The mean of the rows of the old pieces that a new piece was written with before is the start that Hewitt (2021,
+https://nlp.stanford.edu/~johnhew/vocab-expansion.html) argues for, narrowed to those pieces, as in Chinese-LLaMA's
+successors; `random` is what `resize_token_embeddings` of the paper's predecessors did.
+
+Legend: N = new rows, H = hidden.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig
+
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.tokenizer.pieces import TokenizerPieces, has_tokenizer
+
+from .checkpoints.folder import Checkpoint
+from .local_rows import local_rows
+from .lora.adapter_file import EMBEDDINGS, AdapterFile
+from .mixtral import MixtralForCausalLM
+
+NewRows = Literal["mean", "byte_mean", "random", "zeros"]
+
+# Rows drawn at a time: 16 MB of float32 at a width of 4,096.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class VocabularyExtension:
+    """Rows that a model has beyond its base's.
+
+    Args:
+        checkpoint: The base.
+        rows: Of embedding and head, in all.
+        new_rows: How the new ones start.
+        old: The base's pieces; ``None`` where an adapter brings all rows.
+        new: The extended tokenizer's.
+        seed: Of ``random``.
+    """
+
+    checkpoint: Checkpoint
+    rows: int
+    new_rows: NewRows = "mean"
+    old: TokenizerPieces | None = None
+    new: TokenizerPieces | None = None
+    seed: int = 0
+
+    def grow(self, model: MixtralForCausalLM) -> None:
+        """Give a meta model its further rows, before anything is trained, sharded or allocated."""
+        embedding, head = model.model.embed_tokens, model.lm_head
+        for module in (embedding, head):
+            weight = torch.empty(self.rows, module.weight.shape[1], dtype=module.weight.dtype, device="meta")
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        embedding.num_embeddings = head.out_features = self.rows
+        if model.config.tie_word_embeddings:
+            head.weight = embedding.weight
+        model.config.vocab_size = model.vocab_size = model.model.vocab_size = self.rows
+
+    def fill(self, model: MixtralForCausalLM) -> None:
+        """Write what this rank holds of the new rows; the same for any number of ranks."""
+        if self.old is None:
+            return
+        names = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
+        for name in names:
+            weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]  # a parameter
+            held, first_held = local_rows(weight)
+            for first in range(len(self.old), self.rows, _ROWS):
+                last = min(first + _ROWS, self.rows)
+                start, stop = max(first, first_held), min(last, first_held + len(held))
+                if start < stop:
+                    values_NH = self._values(name, first, last, model.config)
+                    held[start - first_held : stop - first_held] = values_NH[start - first : stop - first].to(held)
+
+    def _values(self, name: str, first: int, last: int, config: MixtralConfig) -> Tensor:
+        """Rows ``first`` to ``last`` of one matrix, float32 on the CPU."""
+        values_NH = torch.zeros(last - first, config.hidden_size)
+        if self.new_rows == "random":
+            # A seed for each block, so that a rank need not draw what it does not hold; torch's generator of the CPU
+            # takes 32 bits of it, hence a hash.
+            digest = hashlib.blake2b(f"{self.seed} {name} {first}".encode(), digest_size=4).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest))
+            return values_NH.normal_(std=config.initializer_range, generator=generator)
+        if self.new_rows in ("mean", "byte_mean"):
+            table = self._old_rows[name]
+            for row, (ids, shares_P) in enumerate(self._parts[first - len(self._old) : last - len(self._old)]):
+                values_NH[row] = shares_P @ torch.stack([table[index] for index in ids])
+        return values_NH
+
+    @property
+    def _old(self) -> TokenizerPieces:
+        assert self.old is not None
+        return self.old
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[int], Tensor]]:
+        """For each new piece the old ids it is split into, and their shares, which sum to 1."""
+        assert self.new is not None
+        parts = []
+        for piece in self.new.pieces[len(self._old) :]:
+            # An id without a piece never occurs; a piece that the old tokenizer cannot write has no part.
+            ids = self._old.split(piece) if piece else []
+            weights = [self._old.num_bytes(index) if self.new_rows == "byte_mean" else 1 for index in ids]
+            shares_P = torch.tensor(weights, dtype=torch.float32)
+            parts.append((ids, shares_P / shares_P.sum()) if sum(weights) else ([0], torch.zeros(1)))
+        return parts
+
+    @cached_property
+    def _old_rows(self) -> dict[str, dict[int, Tensor]]:
+        """The rows of the base that are needed, by matrix and id; read from its files, whatever this rank holds."""
+        wanted = sorted({index for ids, _ in self._parts for index in ids})
+        return {
+            name: {index: self.checkpoint.read_rows(key, index, index + 1)[0].float() for index in wanted}
+            for name in EMBEDDINGS
+            if (key := f"{name}.weight") in self.checkpoint
+        }
+
+
+def find_extension(
+    checkpoint: Checkpoint,
+    config: MixtralConfig,
+    *,
+    tokenizer: str | Path | None,
+    new_rows: NewRows,
+    train_embeddings: bool,
+    adapter: str | Path | None,
+    seed: int,
+) -> VocabularyExtension | None:
+    """Find out whether a tokenizer, or an adapter, needs more rows than a base has.
+
+    Args:
+        checkpoint: The base.
+        config: Its configuration.
+        tokenizer: Folder or hub id of the tokenizer; ``None`` for the base's.
+        new_rows: How new rows start.
+        train_embeddings: Whether they will train.
+        adapter: PEFT adapter folder, which may hold more rows than the base.
+        seed: Of ``random``.
+
+    Returns:
+        The extension, ``None`` where the base has rows enough.
+
+    Raises:
+        ValueError: the tokenizer does not continue the base's, the rows would not train, or the adapter has others.
+        FileNotFoundError: the base, or the folder, has no tokenizer.
+    """
+    if new_rows not in get_args(NewRows):
+        raise ValueError(f"`new_rows={new_rows!r}` is not known. Expected one of {', '.join(get_args(NewRows))}")
+    present = config.vocab_size
+    stored = None if adapter is None else adapter_rows(AdapterFile(adapter), tied=config.tie_word_embeddings)
+    rows, old, new = max(stored or 0, present), None, None
+    if tokenizer is not None and (folder := local_folder(tokenizer)) != checkpoint.path:
+        new = TokenizerPieces(folder)
+        old = TokenizerPieces(checkpoint.path) if has_tokenizer(checkpoint.path) else None
+        if old is not None:
+            _check_continues(old, new, checkpoint)
+        rows = max(len(new), present)
+        if stored not in (None, rows):
+            raise ValueError(
+                f"`adapter={str(adapter)!r}` has {stored} rows of embedding and head, `tokenizer={str(tokenizer)!r}` "
+                f"needs {rows}. Give the tokenizer that the adapter was trained with; a merged model (`mixcn export`) "
+                "can be extended again"
+            )
+    if rows == present:
+        return None
+    if not train_embeddings:
+        asks = f"`adapter={str(adapter)!r}`" if new is None else f"`tokenizer={str(tokenizer)!r}`"
+        raise ValueError(
+            f"{asks} needs {rows} rows of embedding and head, but the base has {present}: the new ones must train. "
+            "Set `train_embeddings: true`, or leave it out"
+        )
+    if stored is not None:  # an adapter brings all rows
+        return VocabularyExtension(checkpoint, rows)
+    if old is None or len(old) > present:
+        raise ValueError(
+            f"`tokenizer={str(tokenizer)!r}` has {rows} pieces and the base {str(checkpoint.path)!r} {present} rows, "
+            "but no tokenizer that fits them and says which pieces are new. Put the base's own tokenizer there"
+        )
+    return VocabularyExtension(checkpoint, rows, new_rows, old, new, seed)
+
+
+def tokenizer_for(base: str, tokenizer: str | None, adapter: str | None) -> str:
+    """Find the tokenizer that a model is trained or evaluated with.
+
+    Embeddings that an adapter brings belong to the pieces of the tokenizer that it was trained with.
+
+    Args:
+        base: Folder or hub id of the base.
+        tokenizer: The one that was asked for; ``None`` where none was.
+        adapter: PEFT adapter folder to continue from, or ``None``.
+
+    Returns:
+        ``tokenizer`` if it is given; else the adapter's own where it has one and brings embeddings; else the base's.
+
+    Raises:
+        ValueError: the one that was asked for has other pieces than the adapter's.
+        FileNotFoundError: there is no such adapter.
+    """
+    if adapter is None:
+        return tokenizer or base
+    stored = AdapterFile(adapter)
+    if not stored.saved or not has_tokenizer(stored.folder):
+        return tokenizer or base
+    if tokenizer is None:
+        return adapter
+    if (given := local_folder(tokenizer)) != stored.folder:
+        asked, own = TokenizerPieces(given).pieces, TokenizerPieces(stored.folder).pieces
+        if asked != own:
+            raise ValueError(
+                f"`tokenizer={tokenizer!r}` has {len(asked)} pieces, but the embeddings of `adapter={adapter!r}` were "
+                f"trained with another tokenizer, which is in its folder and has {len(own)}. Leave `tokenizer` out, or "
+                "give that one"
+            )
+    return tokenizer
+
+
+def adapter_rows(adapter: AdapterFile, *, tied: bool) -> int | None:
+    """Rows of the embedding and the head that an adapter holds; ``None`` if it does not hold all of them.
+
+    Args:
+        adapter: The adapter.
+        tied: Whether the base has one matrix for both.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    if tied:
+        adapter.check_tied()
+    rows = {name: adapter.shape(name)[0] for name in adapter.saved}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"the adapter {str(adapter.folder)!r} has {rows} rows. Expected as many in both")
+    return next(iter(rows.values()), None) if tied or len(rows) == len(EMBEDDINGS) else None
+
+
+def _check_continues(old: TokenizerPieces, new: TokenizerPieces, checkpoint: Checkpoint) -> None:
+    if len(new) < len(old):
+        raise ValueError(
+            f"`tokenizer={str(new.folder)!r}` has {len(new)} pieces, fewer than the {len(old)} of the base "
+            f"{str(checkpoint.path)!r}. Give an extension of the base's tokenizer, as `mixcn vocab merge` writes it"
+        )
+    for index, piece in enumerate(old.pieces):
+        if piece is not None and new.pieces[index] != piece:
+            raise ValueError(
+                f"`tokenizer={str(new.folder)!r}` does not continue the base's: id {index} is {new.pieces[index]!r}, "
+                f"in {str(checkpoint.path)!r} {piece!r}. Extend the base's own tokenizer with `mixcn vocab merge`"
+            )

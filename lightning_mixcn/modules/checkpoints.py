@@ -1,0 +1,369 @@
+"""Checkpoints as files: written under another name, summed, given their name in one step, checked before they are read.
+
+A checkpoint is one file, or a folder of torch.distributed.checkpoint's under a strategy that shards. The sums are in
+the format of ``sha256sum``: ``sha256sum -c`` checks them, too.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+METADATA = ".metadata"
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+# All that torch 2.11 to 2.13 write, besides the dtypes.
+_ALLOWED = frozenset(
+    {
+        *(
+            (f"{_CHECKPOINT}.metadata", name)
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # Python 3.13's name of it
+    }
+)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes what the description of a checkpoint consists of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Look up an allowed global. Raises: UnpicklingError if it is another."""
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def check_metadata(folder: Path) -> None:
+    """Check that a sharded checkpoint can be loaded safely, and that no file is shorter than it should be.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: its description or an object in it cannot be read, or asks for code; a file is missing or truncated.
+    """
+    metadata = _read_metadata(folder / METADATA)
+    for index, info in (metadata.storage_data or {}).items():
+        file = folder / info.relative_path
+        if file.parent != folder or info.transform_descriptors:
+            raise ValueError(f"{METADATA} puts {index.fqn} into {info.relative_path!r}, not a plain file beside it")
+        if not file.is_file():
+            raise ValueError(f"{file.name} is missing")
+        if file.stat().st_size < info.offset + info.length:
+            size = f"{file.stat().st_size} bytes, expected at least {info.offset + info.length}"
+            raise ValueError(f"{file.name} is truncated: {size}")
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            with file.open("rb") as shard:
+                _check_object(shard, info.offset, info.length, f"{index.fqn} in {file.name}")
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.name} is missing") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"{file.name} cannot be read: {error or type(error).__name__}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{file.name} holds {type(metadata).__name__}, expected torch's Metadata")
+    return metadata
+
+
+def _check_object(shard: BinaryIO, offset: int, length: int, name: str) -> None:
+    shard.seek(offset)
+    try:
+        torch.load(io.BytesIO(shard.read(length)), map_location="cpu", weights_only=True)
+    except Exception as error:  # as above
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{name} is more than plain data: {reason}") from error
+
+
+_SUMS = "SHA256SUMS"
+_UNFINISHED, _OUTDATED = "unfinished", "outdated"
+_LIGHTNINGS = "meta.pt"
+_NEEDED = (".metadata", _LIGHTNINGS)  # of a folder: torch's description, and what Lightning puts beside the tensors
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return path.with_name(f".{path.name}.{_UNFINISHED}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half written or half removed. Args: folder: Of checkpoints."""
+    for ending in (_UNFINISHED, _OUTDATED):
+        for path in folder.glob(f".*.{ending}"):
+            _remove(path)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Sum a checkpoint that is written completely, and give it its name; called on all ranks.
+
+    At every moment there is either nothing under the name, or a complete checkpoint. One that was there is replaced: a
+    file in one step, a folder in two.
+
+    Args:
+        unfinished: File or folder, seen by every rank that wrote to it.
+        path: Its name beside it.
+    """
+    sums = _gathered_sums(unfinished)
+    if _rank() != 0:
+        return
+    if unfinished.is_dir():
+        _write_durably(unfinished / _SUMS, _as_lines(sums))
+    # A kill from here on leaves one without sums, which is complete nevertheless.
+    sidecar(path).unlink(missing_ok=True)
+    outdated = path.with_name(f".{path.name}.{_OUTDATED}")
+    if path.is_dir() or (path.exists() and unfinished.is_dir()):
+        path.rename(outdated)
+    unfinished.replace(path)
+    if path.is_file():
+        _write_durably(sidecar(path), _as_lines({path.name: sums[unfinished.name]}))
+    _sync(path.parent)
+    _remove(outdated)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint and its sums; a kill never leaves half a folder under its name. Args: path: Checkpoint."""
+    sidecar(path).unlink(missing_ok=True)
+    if path.is_dir():
+        outdated = path.with_name(f".{path.name}.{_OUTDATED}")
+        path.rename(outdated)
+        path = outdated
+    _remove(path)
+
+
+def sidecar(path: Path) -> Path:
+    """The file with the sum of a single-file checkpoint."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def verify(path: Path) -> None:
+    """Check that a checkpoint is complete, unaltered, and safe to read.
+
+    Args:
+        path: File, folder, or a link to one. Without sums, as one from elsewhere, it is still checked for being whole.
+
+    Raises:
+        ValueError: says what is wrong with it, and names the newest complete one beside it.
+    """
+    path = path.resolve()
+    fault = find_fault(path)
+    if fault is None:
+        return
+    others = (other for other in _newest_first(path.parent) if other != path)
+    complete = next((other for other in others if find_fault(other) is None), None)
+    remedy = (
+        "There is no complete one beside it: start again without --ckpt_path, or restore it from a copy"
+        if complete is None
+        else f"The one before it, {complete.name}, is complete: give --ckpt_path {complete}"
+    )
+    raise ValueError(f"The checkpoint {path} cannot be used: {fault}. {remedy}")
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint.
+
+    Args:
+        path: File or folder.
+
+    Returns:
+        The fault in words, or nothing.
+    """
+    if not path.exists():
+        return "it is not there"
+    try:
+        _check_sums(path)
+        if path.is_dir():
+            _check_needed(path)
+            check_metadata(path)
+        elif not sidecar(path).exists():
+            _check_archive(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def check_before_loading(trainer: Any, check: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Have a trainer's strategy verify each checkpoint before it reads it; called on all ranks.
+
+    Until then Lightning tells nobody which checkpoint it is: ``last`` and ``best`` stand for a path, too. No checkpoint
+    is read with ``weights_only=False``, which would run what a stranger put into it.
+
+    Args:
+        trainer: Lightning's.
+        check: Called with what a checkpoint holds beside its tensors before a strategy fills model and optimizer from
+            it, as those that shard do while they read; it raises ValueError, on all ranks alike.
+    """
+    if not isinstance(trainer.strategy.load_checkpoint, _CheckedLoad):
+        trainer.strategy.load_checkpoint = _CheckedLoad(trainer.strategy, check)
+
+
+class _CheckedLoad:
+    """Stands before a strategy's `load_checkpoint`."""
+
+    def __init__(self, strategy: Any, check: Callable[[dict[str, Any]], None] | None) -> None:
+        self._strategy, self._check = strategy, check
+        self._load = strategy.load_checkpoint
+
+    def __call__(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load. Raises: ValueError, the same on all ranks, if the checkpoint cannot be used."""
+        message = None
+        if "://" not in str(checkpoint_path) and self._strategy.is_global_zero:
+            try:
+                verify(Path(checkpoint_path))
+            except ValueError as error:
+                message = str(error)
+        if message := self._strategy.broadcast(message):
+            raise ValueError(message)
+        if self._check is not None and isinstance(self._strategy, ModelParallelStrategy):
+            self._check(read_settings(Path(checkpoint_path)))
+        checkpoint: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
+        return checkpoint
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds beside its tensors.
+
+    Args:
+        path: File, of which tensors are mapped and not read, or folder.
+    """
+    if path.is_dir():
+        return dict(torch.load(path / _LIGHTNINGS, map_location="cpu", weights_only=True))
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _check_sums(path: Path) -> None:
+    """Compare with the sums, if there are any. Raises: ValueError."""
+    file = path / _SUMS if path.is_dir() else sidecar(path)
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    matches = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line) for line in lines]
+    sums = {match[2]: match[1] for match in matches if match}
+    if len(sums) != len(lines) or not lines:
+        raise ValueError(f"{file.name} is no list of SHA-256 sums, as sha256sum writes it")
+    folder = path if path.is_dir() else path.parent
+    expected = {*_NEEDED, *(other.name for other in path.iterdir())} - {_SUMS} if path.is_dir() else {path.name}
+    if unlisted := sorted(expected - sums.keys()):
+        raise ValueError(f"{file.name} does not list {', '.join(unlisted)}")
+    for name, expected_sum in sums.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if (found := _sum(folder / name)) != expected_sum:
+            raise ValueError(f"{name} is truncated or altered: its SHA-256 is {found[:12]}…, not {expected_sum[:12]}…")
+
+
+def _check_needed(folder: Path) -> None:
+    for name in _NEEDED:
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+
+
+def _check_archive(path: Path) -> None:
+    """Check that torch's archive is whole. Raises: ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path.name} is truncated, or was not written by torch: {error}") from error
+    if damaged:
+        raise ValueError(f"{path.name} is altered: the sum of {damaged} inside it is another")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    paths = [path for path in folder.glob("[!.]*.ckpt") if not path.is_symlink()]
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _gathered_sums(path: Path) -> dict[str, str]:
+    """SHA-256 of each file by its name. Each rank sums what it wrote, and sees to it that it is on the disk."""
+    sums = {file.name: _sum(file, sync=True) for file in _own_files(path)}
+    if _ranks() == 1:
+        return sums
+    gathered: list[dict[str, str]] = [{}] * _ranks()
+    distributed.all_gather_object(gathered, sums)
+    return {name: value for part in gathered for name, value in part.items()}
+
+
+def _own_files(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        for file in path.iterdir():
+            shard = re.match(r"__(\d+)_", file.name)  # __<rank>_<number>.distcp
+            if (int(shard[1]) % _ranks() if shard else 0) == _rank():
+                yield file
+    elif _rank() == 0:
+        yield path
+
+
+def _sum(path: Path, *, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return digest
+
+
+def _as_lines(sums: dict[str, str]) -> str:
+    return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    unfinished = unfinished_path(path)
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have names in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -1,0 +1,208 @@
+"""Check a run before and while it trains; each error says the remedy."""
+
+import math
+from typing import Any
+
+from bitsandbytes.optim.optimizer import Optimizer8bit
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+# Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that changes what the model itself decides.
+
+    Args:
+        precision: Lightning's name of it, `trainer.precision`.
+
+    Raises:
+        ValueError: anything but ``32-true`` (and ``bf16-mixed``, which changes nothing here).
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"`trainer.precision={precision!r}` would cast LoRA's float32 masters and the quantisation scales, or "
+            "scale the loss for nothing. Set `trainer.precision: 32-true`; the compute dtype is `model.init_args.dtype`"
+        )
+
+
+def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
+    """Refuse a tokenizer with more pieces than the model has embeddings.
+
+    Args:
+        trainer: Lightning's; data without a `tokenizer` is not checked.
+        model: A transformers model or the PeftModel around it.
+
+    Raises:
+        ValueError: the tokenizer is too large.
+    """
+    tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+    if tokenizer is None or model is None:
+        return
+    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a method of transformers' models
+    if tokenizer.vocab_size > embeddings:
+        raise ValueError(
+            f"`tokenizer`: {tokenizer.path} has {tokenizer.vocab_size} pieces, but the model has {embeddings} "
+            "embeddings. Give it as `model.init_args.tokenizer`, with `train_embeddings: true`, or give the data the "
+            "base's own tokenizer"
+        )
+
+
+def check_context(trainer: Any, model: nn.Module | None) -> None:
+    """Warn of rows that are longer than what the base was trained on.
+
+    Args:
+        trainer: Lightning's; data without a `sequence_length` are not checked.
+        model: A transformers model or the PeftModel around it.
+    """
+    length, config = getattr(trainer.datamodule, "sequence_length", None), getattr(model, "config", None)
+    if length is None or config is None:
+        return
+    limits = {
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "sliding_window": getattr(config, "sliding_window", None),
+    }
+    exceeded = [f"{name} of {limit}" for name, limit in limits.items() if limit is not None and length > limit]
+    if exceeded:
+        rank_zero_warn(
+            f"`data.init_args.sequence_length={length}` exceeds the base's {' and '.join(exceeded)} tokens: it has "
+            "never seen such distances. Shorten the rows, unless the run is meant to extend the context"
+        )
+
+
+def check_trains(parameters: list[Any]) -> None:
+    """Refuse to train nothing. Args: parameters: those that train. Raises: ValueError if there are none."""
+    if not parameters:
+        raise ValueError(
+            "Nothing trains: `lora` is null and `train_embeddings` is false. "
+            "Set model.init_args.lora, e.g. {r: 64, lora_alpha: 128, target_modules: all-linear}"
+        )
+
+
+def check_activation_settings(checkpointing: str, memory: int | str | None) -> None:
+    """Refuse to choose recomputation twice.
+
+    Args:
+        checkpointing: `activation_checkpointing`, of which ``selective`` is the default.
+        memory: `activation_memory`.
+
+    Raises:
+        ValueError: both are given, or the budget is no budget.
+    """
+    if memory is None:
+        return
+    if checkpointing != "selective":
+        raise ValueError(
+            f"`activation_memory={memory!r}` chooses between selective and full for each layer, but "
+            f"`activation_checkpointing={checkpointing!r}` is given beside it. Leave one of them out"
+        )
+    if memory != "auto" and (isinstance(memory, str) or memory <= 0):
+        raise ValueError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
+
+
+def check_schedule_is_stepped(trainer: Any) -> None:
+    """Refuse a schedule that follows a value where it would not be stepped after each validation.
+
+    Args:
+        trainer: Lightning's, its loaders set up.
+
+    Raises:
+        ValueError: it would be stepped at the end of an epoch, and a stream's epoch has no end; or validations come
+            between two optimizer steps, where Lightning steps no schedule.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.interval == "step" and config.frequency % accumulated:
+            multiple = -(-config.frequency // accumulated) * accumulated
+            raise ValueError(
+                f"`trainer.val_check_interval={config.frequency}` validates between optimizer steps "
+                f"(`trainer.accumulate_grad_batches={accumulated}`), where Lightning does not step an `lr_scheduler` "
+                "that follows a value. Set `trainer.val_check_interval` to a multiple of "
+                f"`trainer.accumulate_grad_batches`, e.g. {multiple}"
+            )
+    waits = any(config.reduce_on_plateau and config.interval == "epoch" for config in trainer.lr_scheduler_configs)
+    if waits and math.isinf(trainer.num_training_batches):
+        raise ValueError(
+            "`lr_scheduler`: one that follows a value is stepped after each validation, and there is none. Set "
+            "`trainer.val_check_interval` to a number of micro-batches"
+        )
+
+
+def check_labels(step: int, count: float) -> None:
+    """Stop before an update that nothing is learned from. Raises: ValueError.
+
+    Args:
+        step: Its number from 0.
+        count: What its loss is divided by.
+    """
+    if count <= 0:
+        raise ValueError(
+            f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)"
+        )
+
+
+def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
+    """Stop before the update when a number is not finite.
+
+    Args:
+        step: Optimizer steps done, which is the number of the present one from 0.
+        what: What is not finite.
+        value: Its value.
+        trainer: Lightning's.
+
+    Raises:
+        FloatingPointError: says the step, the last checkpoint and what to do.
+    """
+    if math.isfinite(value):
+        return
+    saved = [callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.best_model_path]
+    resume = f"Resume from the last checkpoint, {saved[-1]}," if saved else "There is no checkpoint yet: start again"
+    raise FloatingPointError(
+        f"The {what} of optimizer step {step} (from 0) is {value}; nothing was updated in this step. {resume} "
+        "with a lower learning rate or `trainer.gradient_clip_val: 1.0`, or look for broken text in the "
+        "data (`data.init_args.sources`)"
+    )
+
+
+def source_names(trainer: Any, stage: str) -> list[str]:
+    """Names of the sources that are evaluated, in the order of `source_ids`.
+
+    Args:
+        trainer: Lightning's, with a data module.
+        stage: ``val``, ``test`` or ``predict``.
+
+    Raises:
+        ValueError: the data module does not name its sources.
+    """
+    names = getattr(trainer.datamodule, "source_names", None)
+    if names is None:
+        raise ValueError(
+            f"{type(trainer.datamodule).__name__} has no `source_names(stage)`, which names the sources that "
+            "`source_ids` counts. Use PretrainDataModule, or give your data module this method"
+        )
+    return list(names(stage))
+
+
+def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:
+    """Refuse bitsandbytes' optimizers where FSDP shards what trains.
+
+    Their kernels know no DTensor: FSDP2's first step fails on the CPU and corrupts memory on CUDA (bitsandbytes, issue
+    1633). Under FSDP1 they would train, but each rank's states are kept from the gathering that a checkpoint needs.
+
+    Args:
+        optimizer: Of what trains.
+        strategy: Lightning's.
+
+    Raises:
+        ValueError: says what to use instead.
+    """
+    # The base class of all of bitsandbytes' optimizers, those with 32-bit states too.
+    if isinstance(optimizer, Optimizer8bit) and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"`model.init_args.optimizer`: bitsandbytes' {type(optimizer).__name__} cannot hold states of parameters "
+            f"that {type(strategy).__name__} shards. Use torch.optim.AdamW, whose states are sharded with them, or "
+            "one GPU or DDP (`trainer.strategy: auto` or configs/trainer/ddp.yaml)"
+        )

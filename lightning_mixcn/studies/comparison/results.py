@@ -1,0 +1,267 @@
+"""What the runs of a comparison gave, put together: numbers that a rerun gives again, apart from what they cost."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .run import ComparedRun
+
+
+class Spread(NamedTuple):
+    """A figure over seeds.
+
+    Args:
+        mean: Over the seeds.
+        deviation: Sample standard deviation; ``None`` for one seed.
+    """
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """Of the values of all seeds."""
+        found = list(values)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
+
+
+def run_result(run: ComparedRun) -> dict[str, Any]:
+    """Figures of a finished run that do not depend on the machine's speed.
+
+    Returns:
+        ``arm``, ``seed``, ``steps``, ``tokens_seen``, ``text_bytes_seen``, ``trainable_parameters``,
+        ``total_parameters``; ``sources``, each with bits per byte ``before`` and ``after``, ``tokens_per_byte`` of the
+        held-out text, and ``curve`` (bytes of text seen, bits per byte); ``scores`` of tasks and of the EOS probe, each
+        a list of one or two numbers: before and after, or after alone.
+    """
+    start, facts = run.start(), run.facts()
+    assert start is not None
+    assert facts is not None
+    curve = [(0, start)] + [(part["text_bytes_seen"], part["sources"]) for part in facts["validations"]]
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "steps": facts["steps"],
+        "tokens_seen": facts["tokens_seen"],
+        "text_bytes_seen": facts["text_bytes_seen"],
+        "trainable_parameters": facts["parameters"]["trainable"],
+        "total_parameters": facts["parameters"]["total"],
+        "sources": {
+            name: {
+                "before": start[name]["bits_per_byte"],
+                "after": curve[-1][1][name]["bits_per_byte"],
+                "tokens_per_byte": start[name]["tokens"] / start[name]["bytes"],
+                "curve": [[seen, sources[name]["bits_per_byte"]] for seen, sources in curve],
+            }
+            for name in start
+        },
+        "scores": _scores(run.scores()),
+    }
+
+
+def run_cost(run: ComparedRun) -> dict[str, Any]:
+    """What a finished run took: ``arm``, ``seed``, ``tokens_per_second``, ``fit_seconds``, ``peak_memory_bytes``."""
+    facts = run.facts()
+    assert facts is not None
+    names = "tokens_per_second", "fit_seconds", "peak_memory_bytes"
+    return {"arm": run.arm, "seed": run.seed} | {name: facts[name] for name in names}
+
+
+def require_same_text(starts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that all runs are validated on the same text.
+
+    Args:
+        starts: Likelihoods of each source before training, by run.
+
+    Raises:
+        ValueError: They are not, so that their bits per byte cannot be compared; or a source has no text.
+    """
+    (first, sizes), *others = [
+        (run, {source: int(found["bytes"]) for source, found in of_run.items()}) for run, of_run in starts.items()
+    ]
+    if not sizes or not all(sizes.values()):
+        raise ValueError(f"`data`: {first!r} is validated on {sizes} bytes. Give text to validate on, e.g. val_sources")
+    for run, found in others:
+        if found != sizes:
+            raise ValueError(
+                f"Arms are validated on different text: bytes by source are {sizes} in {first!r}, {found} in {run!r}. "
+                "Give all arms the same `data.init_args.val_sources`, and `data.init_args.max_eval_rows: null`"
+            )
+
+
+def of_arm(results: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
+    """The runs of an arm."""
+    return [result for result in results if result["arm"] == arm]
+
+
+def _scores(report: Mapping[str, Any] | None) -> dict[str, list[float]]:
+    """Figures of `mixcn evaluate`, by a name for people."""
+    if report is None:
+        return {}
+    found = {
+        f"{row['task']} {row['metric']} ({row['language']})": list(row["scores"].values()) for row in report["rows"]
+    }
+    probes = list(report.get("eos_probe", {}).get("models", {}).values())
+    for source in probes[0] if probes else ():
+        values = [probe[source]["mean_after_newline"] for probe in probes]
+        if None not in values:
+            found[f"P(EOS after a line break) ({source})"] = values
+    return found
+
+
+def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Bits per byte against bytes of text seen: a panel a source, a line an arm, a band from best to worst seed.
+
+    Args:
+        path: PNG to write.
+        results: Of each run, see `run_result`.
+        title: Over all panels.
+    """
+    # Takes a second, which only those wait for who draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sources = list(results[0]["sources"])
+    figure = Figure(figsize=(1 + 4 * len(sources), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="medium")
+    for axis, source in zip(figure.subplots(1, len(sources), squeeze=False).flat, sources, strict=True):
+        for arm in dict.fromkeys(result["arm"] for result in results):
+            curves = np.array([run["sources"][source]["curve"] for run in of_arm(results, arm)])  # [seeds, points, 2]
+            seen, values = curves[:, :, 0].mean(0) / 1e6, curves[:, :, 1]
+            (line,) = axis.plot(seen, values.mean(0), marker="o", markersize=3, label=arm)
+            if len(curves) > 1:
+                axis.fill_between(seen, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+        axis.set_title(source, fontsize="small")
+        axis.set_xlabel("MB of text seen")
+        axis.set_ylabel("bits per byte, held out")
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    # Neither date nor version: the same numbers give the same file.
+    figure.savefig(path, metadata={"Software": None})
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def as_markdown(title: str, results: Rows, costs: Rows) -> str:
+    """Tables of all arms: bits per byte of each source, then amounts and cost, then tasks where there are any.
+
+    Args:
+        title: Heading.
+        results: Of each run, see `run_result`.
+        costs: Of each run, see `run_cost`.
+    """
+    arms = list(dict.fromkeys(result["arm"] for result in results))
+    seeds = len(of_arm(results, arms[0]))
+    spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else "One seed. "
+    parts = [
+        f"# {title}",
+        f"{spread}Bits per byte of held-out text: less is better, and they compare across vocabularies and languages.",
+        _likelihoods(arms, results),
+        _amounts(arms, results, costs),
+    ]
+    if any(result["scores"] for result in results):
+        parts.append(_scores_table(arms, results))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(results: Rows) -> str:
+    """A line for each run and source."""
+    shared = ("arm", "seed", "steps", "tokens_seen", "text_bytes_seen", "trainable_parameters", "total_parameters")
+    lines = [
+        {name: result[name] for name in shared}
+        | {
+            "source": source,
+            "tokens_per_byte_held_out": found["tokens_per_byte"],
+            "bits_per_byte_before": found["before"],
+            "bits_per_byte_after": found["after"],
+        }
+        for result in results
+        for source, found in result["sources"].items()
+    ]
+    return _csv(lines)
+
+
+def costs_as_csv(costs: Rows) -> str:
+    """A line for each run: what differs from one machine and time to the other."""
+    return _csv(costs)
+
+
+def as_json(settings: Mapping[str, Any], results: Rows) -> str:
+    """Settings and all results, curves included."""
+    return json.dumps({"settings": settings, "runs": list(results)}, ensure_ascii=False, indent=1) + "\n"
+
+
+def _likelihoods(arms: Sequence[str], results: Rows) -> str:
+    sources = list(results[0]["sources"])
+    head = ["arm", *(f"{source} {when}" for source in sources for when in ("before", "after", "change"))]
+    lines = []
+    for arm in arms:
+        cells = [arm]
+        for source in sources:
+            pairs = [
+                (run["sources"][source]["before"], run["sources"][source]["after"]) for run in of_arm(results, arm)
+            ]
+            cells += [_shown(Spread.of(before for before, _ in pairs)), _shown(Spread.of(after for _, after in pairs))]
+            cells.append(_shown(Spread.of(after - before for before, after in pairs), "+.3f"))
+        lines.append(cells)
+    return _table(head, lines)
+
+
+def _amounts(arms: Sequence[str], results: Rows, costs: Rows) -> str:
+    sources = list(results[0]["sources"])
+    head = ["arm", "text, bytes", "tokens", "steps", *(f"tokens per byte, {source}" for source in sources)]
+    head += ["trained parameters", "tokens/s", "time", "peak memory"]
+    lines = []
+    for arm in arms:
+        runs, cost = of_arm(results, arm), of_arm(costs, arm)
+        cells = [arm, *(f"{_mean(runs, name):,.0f}" for name in ("text_bytes_seen", "tokens_seen", "steps"))]
+        cells += [f"{runs[0]['sources'][source]['tokens_per_byte']:.3f}" for source in sources]
+        cells += [f"{runs[0]['trainable_parameters']:,}", f"{_mean(cost, 'tokens_per_second'):,.0f}"]
+        cells += [f"{_mean(cost, 'fit_seconds') / 60:,.1f} min", f"{_mean(cost, 'peak_memory_bytes') / 1e9:.2f} GB"]
+        lines.append(cells)
+    return _table(head, lines)
+
+
+def _scores_table(arms: Sequence[str], results: Rows) -> str:
+    """Rows are tasks here: there may be many."""
+    lines = []
+    for name in results[0]["scores"]:
+        cells = [name]
+        for arm in arms:
+            values = [run["scores"][name] for run in of_arm(results, arm) if name in run["scores"]]
+            ends = (
+                [_shown(Spread.of(each[place] for each in values)) for place in range(len(values[0]))] if values else []
+            )
+            cells.append(" → ".join(ends) or "-")
+        lines.append(cells)
+    return _table(["task, before → after", *arms], lines)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def _shown(spread: Spread, form: str = ".3f") -> str:
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.3f}"
+    return f"{spread.mean:{form}}{deviation}"
+
+
+def _mean(rows: Rows, name: str) -> float:
+    return Spread.of(row[name] for row in rows).mean
+
+
+def _csv(lines: Rows) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,199 @@
+"""One run of a comparison: its configuration, the commands that make it, and what came of it."""
+
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_mixcn.files.atomic import flush_to_disk
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.text import ConversationSource, Source, parse_sources
+from lightning_mixcn.text.corpus.listings import LeftOut, walk_files
+from lightning_mixcn.text.corpus.reading import is_url
+from lightning_mixcn.text.corpus.sources import list_files
+
+# Of a configuration of `mixcn fit`, what `mixcn validate` takes, too.
+_SHARED_KEYS = ("seed_everything", "trainer", "model", "data")
+_FACTS, _START = "facts.json", "validate.json"
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """An arm with a seed.
+
+    Args:
+        arm: Name of the arm.
+        seed: Of adapters, dropout and the order of the text.
+        folder: Of the run; under it ``start``, ``fit`` and ``evaluate.json`` come to be.
+        validations: How often it is validated on its way.
+    """
+
+    arm: str
+    seed: int
+    folder: Path
+    validations: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.arm}, seed {self.seed}"
+
+    def write_config(self, config: Mapping[str, Any], text_bytes: int) -> None:
+        """Write ``config.yaml``: the arm's, with this seed, as many bytes of text, and facts kept.
+
+        Args:
+            config: The arm's whole configuration, as ``mixcn fit --print_config`` has it.
+            text_bytes: Bytes of text that the run sees.
+        """
+        content = json.loads(json.dumps({key: config[key] for key in _SHARED_KEYS if key in config}))
+        content["seed_everything"] = self.seed
+        for part in ("model", "data"):
+            if "seed" in content[part]["init_args"]:
+                content[part]["init_args"]["seed"] = self.seed
+        trainer = content["trainer"]
+        own = trainer.get("callbacks") or []
+        added = {"ByteBudget": {"text_bytes": text_bytes, "validations": self.validations}, "RunFacts": {}}
+        trainer["callbacks"] = [
+            *(callback for callback in own if callback["class_path"].rpartition(".")[2] not in added),
+            *({"class_path": f"lightning_mixcn.callbacks.{name}", "init_args": given} for name, given in added.items()),
+        ]
+        trainer["default_root_dir"] = str(self._fit)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / ".config.yaml.unfinished"
+        unfinished.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        flush_to_disk(unfinished)
+        unfinished.replace(self._config)
+
+    def validate_command(self) -> list[str]:
+        """Arguments of ``mixcn`` that measure the model before training."""
+        bare = ["--trainer.callbacks=null", "--trainer.logger=false"]
+        start = f"--trainer.default_root_dir={self.folder / 'start'}"
+        return ["validate", "--config", str(self._config), *bare, start]
+
+    def fit_command(self) -> list[str]:
+        """Arguments of ``mixcn`` that train, from the last checkpoint where there is one."""
+        resumed = ["--ckpt_path=last"] if (self._fit / "checkpoints" / "last.ckpt").exists() else []
+        return ["fit", "--config", str(self._config), *resumed]
+
+    def evaluate_command(self, options: Sequence[str]) -> list[str]:
+        """Arguments of ``mixcn`` that run benchmarks; the model is held as it was trained."""
+        model = yaml.safe_load(self._config.read_text(encoding="utf-8"))["model"]["init_args"]
+        held = [f"--{name}={model[name]}" for name in ("quantization", "dtype") if name in model]
+        return ["evaluate", str(self._fit), *held, *options, "--out", str(self.folder / "evaluate.json")]
+
+    def start(self) -> dict[str, Any] | None:
+        """Likelihoods of each source before training, if they were measured."""
+        content = _read(self.folder / "start" / _START)
+        return None if content is None else dict(content["sources"])
+
+    def facts(self) -> dict[str, Any] | None:
+        """What `RunFacts` wrote, if the run came to its end with all validations."""
+        facts = _read(self._fit / _FACTS)
+        if facts is None or facts["steps"] != facts["planned_steps"]:
+            return None
+        steps = [validation["step"] for validation in facts["validations"]]
+        return facts if len(steps) == self.validations and steps[-1] == facts["steps"] else None
+
+    def scores(self) -> dict[str, Any] | None:
+        """What `mixcn evaluate` wrote."""
+        return _read(self.folder / "evaluate.json")
+
+    def forget_what_cannot_go_on(self) -> None:
+        """Remove a fit that has no checkpoint, or that has an end that is not whole."""
+        if (self._fit / _FACTS).exists():
+            facts = _read(self._fit / _FACTS)
+            # A signal ends `fit` early, and properly; at the very last step it leaves out the last validation.
+            if facts is not None and facts["steps"] == facts["planned_steps"]:
+                shutil.rmtree(self._fit)
+            else:
+                (self._fit / _FACTS).unlink()
+        if self._fit.exists() and not (self._fit / "checkpoints" / "last.ckpt").exists():
+            shutil.rmtree(self._fit)
+
+    @property
+    def _fit(self) -> Path:
+        return self.folder / "fit"
+
+    @property
+    def _config(self) -> Path:
+        return self.folder / "config.yaml"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+_SOURCES = ("sources", "val_sources")
+_MODEL_PATHS = ("base", "tokenizer", "adapter")
+
+
+def check_inputs(config: Mapping[str, Any], prepared: Path) -> None:
+    """Check that base, tokenizer, adapter and text of a configuration are there; what will be prepared may come.
+
+    Args:
+        config: A whole configuration of `mixcn fit`.
+        prepared: Folder of what will be prepared.
+
+    Raises:
+        FileNotFoundError: something is not there.
+        ValueError: a source's files cannot be read.
+    """
+    for name, path in _model_paths(config):
+        if name == "adapter" and Path(path).exists():  # a run's folder, which holds it
+            continue
+        if not _is_inside(path, prepared):
+            local_folder(path)
+    for argument in _SOURCES:
+        entries = config["data"]["init_args"].get(argument) or []
+        kind: Any = Source if all("text_key" in entry for entry in entries) else ConversationSource
+        for index, source in enumerate(parse_sources(entries, argument, kind)):
+            if not any(_is_inside(path, prepared) for path in _paths(source.path)):
+                list_files(source, f"{argument}[{index}]")
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """Size and time of change of all local files that a configuration names, as a digest for each path."""
+    texts = [entry["path"] for name in _SOURCES for entry in config["data"]["init_args"].get(name) or []]
+    named = [path for _, path in _model_paths(config)] + [path for text in texts for path in _paths(text)]
+    return files_fingerprint(named)
+
+
+def files_fingerprint(paths: Sequence[str]) -> dict[str, str]:
+    """The same of some paths, folders and globs; what is not there, or not on this machine, is left out."""
+    found = {}
+    for path in paths:
+        if not is_url(path) and (files := sorted(_files(path))):
+            digest = hashlib.sha256()
+            for file in files:
+                status = file.stat()
+                digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            found[path] = digest.hexdigest()[:16]
+    return found
+
+
+def _files(path: str) -> Iterator[Path]:
+    for match in glob.glob(str(Path(path).expanduser()), recursive=True):
+        found = walk_files(Path(match), LeftOut(), hidden=True) if Path(match).is_dir() else [Path(match)]
+        yield from (file for file in found if file.exists())
+
+
+def _model_paths(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    arguments = config["model"]["init_args"]
+    return [(name, str(arguments[name])) for name in _MODEL_PATHS if arguments.get(name)]
+
+
+def _paths(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else path
+
+
+def _is_inside(path: str, folder: Path) -> bool:
+    return Path(path).absolute().is_relative_to(folder.absolute())

@@ -1,0 +1,296 @@
+"""The study of experts as files: tables, pictures, and a ranking to read.
+
+Legend: L layers, E experts, V variants of a layer.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_mixcn.metrics.expert_load import (
+    dead_expert_fraction,
+    effective_experts,
+    imbalance_max_over_mean,
+    jensen_shannon_bits,
+    shares,
+)
+from lightning_mixcn.studies.parts import write_csv
+
+from .disabling import MODES
+from .statistics import Change, Intervals
+from .work import ExpertResults
+
+_PANELS_ACROSS = 8
+
+
+def save_heatmaps(
+    path: Path,
+    panels: Mapping[str, NDArray[np.float64]],
+    columns: int,
+    title: str,
+    unit: str = "change of bits per byte",
+) -> None:
+    """Layers down, experts across: red where the model is worse without the expert, blue where it is better.
+
+    Args:
+        path: PNG to write.
+        panels: float64 ``[L, E]`` under the title of each, row by row; all share one scale.
+        columns: Panels in a row.
+        title: Over all panels.
+        unit: What the colours measure.
+    """
+    num_layers, num_experts = next(iter(panels.values())).shape
+    lines = -(-len(panels) // columns)
+    width, height = 1.6 + columns * (0.9 + 0.3 * num_experts), 0.9 + lines * (0.9 + 0.2 * num_layers)
+    figure, axes = _grid(lines, columns, width, height)
+    figure.suptitle(title, fontsize="small")
+    largest = max(float(np.nanmax(np.abs(values))) for values in panels.values()) or 1.0
+    for axis, (name, values_LE) in zip(axes, panels.items(), strict=False):
+        image = axis.imshow(values_LE, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto")
+        axis.set_title(name, fontsize="small")
+        axis.set_xlabel("expert")
+        axis.set_ylabel("layer")
+        axis.set_xticks(range(num_experts))
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=axes, label=unit)
+    figure.savefig(path)
+
+
+def save_matrices(path: Path, matrices: NDArray[np.float64], limits: tuple[float, float], title: str) -> None:
+    """Experts against experts, a panel a layer.
+
+    Args:
+        path: PNG to write.
+        matrices: float64 ``[L, E, E]``.
+        limits: Values of the darkest and the brightest colour.
+        title: Over all panels.
+    """
+    columns = min(_PANELS_ACROSS, len(matrices))
+    lines = -(-len(matrices) // columns)
+    figure, axes = _grid(lines, columns, 1.6 + 1.4 * columns, 0.8 + 1.6 * lines)
+    figure.suptitle(title, fontsize="small")
+    for layer, (axis, values_EE) in enumerate(zip(axes, matrices, strict=False)):
+        image = axis.imshow(values_EE, vmin=limits[0], vmax=limits[1], cmap="viridis")
+        axis.set_title(f"layer {layer}", fontsize="x-small")
+        axis.tick_params(labelsize="x-small")
+    for axis in axes[len(matrices) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path)
+
+
+def _grid(lines: int, columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+    """A figure that belongs to no window, and its panels in reading order."""
+    # Takes a second, which only those wait for who draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
+
+
+RANKED = 10
+MODE_TITLES = {"mask": "masked", "zero": "zeroed"}
+
+
+def write_report(folder: Path, results: ExpertResults) -> str:
+    """Write all tables and pictures.
+
+    Args:
+        folder: Where to.
+        results: Of the whole study.
+
+    Returns:
+        The ranking.
+    """
+    intervals = results.intervals()
+    write_csv(folder / "experts.csv", _expert_lines(results, intervals))
+    write_csv(folder / "differences.csv", _difference_lines(results, intervals))
+    write_csv(folder / "routing.csv", _routing_lines(results))
+    write_csv(folder / "routing_layers.csv", _routing_layer_lines(results))
+    write_csv(folder / "coactivation.csv", _pair_lines(results))
+    write_csv(folder / "similarity.csv", _similarity_lines(results))
+    _draw(folder, results, intervals)
+    return ranking(results, intervals)
+
+
+def ranking(results: ExpertResults, intervals: Intervals) -> str:
+    """The experts that matter most, to each source, and to one source more than to another."""
+    blocks = []
+    for mode in dict.fromkeys(variant.mode for variant in results.variants):
+        for source, name in enumerate(results.names):
+            title = f"bits per byte of {name} without an expert ({mode})"
+            blocks.append(_table(title, mode, results, intervals.of(source)))
+        for source, other in combinations(range(len(results.names)), 2):
+            pair = results.names[source], results.names[other]
+            change = intervals.difference(source, other)
+            blocks.append(_table(f"more for {pair[0]} than for {pair[1]} ({mode})", mode, results, change))
+            opposite = intervals.difference(other, source)
+            blocks.append(_table(f"more for {pair[1]} than for {pair[0]} ({mode})", mode, results, opposite))
+    return "\n".join(blocks)
+
+
+def _table(title: str, mode: str, results: ExpertResults, change: Change) -> str:
+    places = results.places()
+    mine = [place for place, (_, variant) in enumerate(places) if variant.mode == mode]
+    best = sorted(mine, key=lambda place: -change.bits_per_byte[place])[:RANKED]
+    lines = [f"{title}\n  layer expert    change   95 % of documents drawn anew"]
+    for place in best:
+        layer, variant = places[place]
+        interval = f"{change.low[place]:+.4f} to {change.high[place]:+.4f}"
+        interval = "(one document)" if math.isnan(change.low[place]) else interval
+        lines.append(f"  {layer:5} {variant.expert:6}  {change.bits_per_byte[place]:+8.4f}   {interval}")
+    return "\n".join(lines) + "\n"
+
+
+def _expert_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
+    changes = [intervals.of(source) for source in range(len(results.names))]
+    base = results.base_figures()
+    counts, tokens = results.loads["load_counts"], results.loads["load_tokens"]
+    for place, (layer, variant) in enumerate(results.places()):
+        for source, name in enumerate(results.names):
+            part, before = results.documents[source], float(base[name]["bits_per_byte"])
+            change = float(changes[source].bits_per_byte[place])
+            yield {
+                "layer": layer,
+                "expert": variant.expert,
+                "mode": variant.mode,
+                "source": name,
+                "nll_change_nats_per_token": float(part.changed_nats[place].sum() / part.tokens.sum()),
+                "bits_per_byte_base": before,
+                "bits_per_byte_disabled": before + change,
+                "bits_per_byte_change": change,
+                "change_low_95": float(changes[source].low[place]),
+                "change_high_95": float(changes[source].high[place]),
+                "share_of_tokens": float(counts[source, layer, variant.expert] / tokens[source, layer]),
+            }
+
+
+def _difference_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
+    for source, other in combinations(range(len(results.names)), 2):
+        change = intervals.difference(source, other)
+        is_clear = change.is_clear()
+        for place, (layer, variant) in enumerate(results.places()):
+            yield {
+                "layer": layer,
+                "expert": variant.expert,
+                "mode": variant.mode,
+                "source": results.names[source],
+                "other_source": results.names[other],
+                "difference_of_changes": float(change.bits_per_byte[place]),
+                "difference_low_95": float(change.low[place]),
+                "difference_high_95": float(change.high[place]),
+                "interval_excludes_0": int(is_clear[place]),
+            }
+
+
+def _routing_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    share_GLE = shares(torch.from_numpy(results.loads["load_counts"])).numpy()
+    for (source, layer, expert), tokens in np.ndenumerate(results.loads["load_counts"]):
+        share = float(share_GLE[source, layer, expert])
+        yield {
+            "source": results.names[source],
+            "layer": layer,
+            "expert": expert,
+            "tokens": int(tokens),
+            "share_of_choices": share,
+        }
+
+
+def _routing_layer_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    counts_GLE, tokens_GL = (torch.from_numpy(results.loads[name]) for name in ("load_counts", "load_tokens"))
+    apart_L = (
+        jensen_shannon_bits(shares(counts_GLE)) if len(results.names) > 1 else torch.full(tokens_GL.shape[1:], math.nan)
+    )
+    columns = {
+        "router_entropy_nats": torch.from_numpy(results.loads["load_entropy_nats"]) / tokens_GL,
+        "router_confidence": torch.from_numpy(results.loads["load_confidence"]) / tokens_GL,
+        "imbalance_max_over_mean": imbalance_max_over_mean(counts_GLE),
+        "effective_experts": effective_experts(counts_GLE),
+        "dead_expert_fraction": dead_expert_fraction(counts_GLE),
+        "divergence_of_sources_bits": apart_L.expand_as(tokens_GL),
+    }
+    for (source, layer), tokens in np.ndenumerate(tokens_GL.numpy()):
+        line = {"source": results.names[source], "layer": layer, "tokens": int(tokens)}
+        yield line | {name: float(column[source, layer]) for name, column in columns.items()}
+
+
+def _pair_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    """Pairs of experts that tokens chose together; ``lift`` is 1 where each is chosen regardless of the other."""
+    pairs, tokens = results.loads["pairs"], results.loads["load_tokens"]
+    for source, layer in np.ndindex(*tokens.shape):
+        chosen_EE, total = pairs[source, layer], int(tokens[source, layer])
+        for first, second in combinations(range(len(chosen_EE)), 2):
+            together, expected = int(chosen_EE[first, second]), chosen_EE[first, first] * chosen_EE[second, second]
+            yield {
+                "source": results.names[source],
+                "layer": layer,
+                "expert": first,
+                "other_expert": second,
+                "tokens": together,
+                "share_of_tokens": together / total,
+                "lift": together * total / float(expected) if expected else math.nan,
+            }
+
+
+def _similarity_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    experts = range(results.weight_cosines.shape[1])
+    for layer in range(results.num_layers):
+        for first, second in combinations(experts, 2):
+            yield {
+                "layer": layer,
+                "expert": first,
+                "other_expert": second,
+                "weight_cosine": float(results.weight_cosines[layer, first, second]),
+                "output_cosine": float(results.output_cosines[layer, first, second]),
+            }
+
+
+def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
+    panels: dict[str, NDArray[np.float64]] = {}
+    modes = [mode for mode in MODES if any(variant.mode == mode for variant in results.variants)]
+    for mode in modes:
+        named = {name: intervals.of(source) for source, name in enumerate(results.names)}
+        named |= {
+            f"{results.names[one]} − {results.names[other]}": intervals.difference(one, other)
+            for one, other in combinations(range(len(results.names)), 2)
+        }
+        for name, change in named.items():
+            panels[f"{name}, {MODE_TITLES[mode]}"] = _by_expert(change.bits_per_byte, mode, results)
+    columns = len(panels) // len(modes)
+    save_heatmaps(folder / "experts.png", panels, columns, "what a disabled expert adds to the bits per byte")
+    pictures: Sequence[tuple[str, NDArray[np.float64], tuple[float, float], str]] = (
+        ("weight_similarity.png", results.weight_cosines, (0.0, 1.0), "cosine of the experts' weights"),
+        ("output_similarity.png", results.output_cosines, (0.0, 1.0), "cosine of the experts' outputs, same tokens"),
+        (
+            "coactivation.png",
+            _together(results),
+            (0.0, 1.0),
+            "share of an expert's tokens (down) that also chose another",
+        ),
+    )
+    for name, matrices, limits, title in pictures:
+        save_matrices(folder / name, matrices, limits, title)
+
+
+def _by_expert(change: NDArray[np.float64], mode: str, results: ExpertResults) -> NDArray[np.float64]:
+    """The variants of one mode, ``[L, E]``."""
+    of_mode = [place for place, variant in enumerate(results.variants) if variant.mode == mode]
+    return change.reshape(results.num_layers, -1)[:, of_mode]
+
+
+def _together(results: ExpertResults) -> NDArray[np.float64]:
+    """Share of each expert's tokens, of all sources, that also chose another, ``[L, E, E]``."""
+    pairs_LEE = results.loads["pairs"].sum(axis=0).astype(np.float64)
+    alone_LE1 = np.diagonal(pairs_LEE, axis1=1, axis2=2)[:, :, None]
+    together: NDArray[np.float64] = pairs_LEE / np.maximum(alone_LE1, 1.0)
+    return together

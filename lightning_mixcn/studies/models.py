@@ -1,0 +1,129 @@
+"""What SRC stands for in a benchmark table: one model, or a base beside its adapted self."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.model.checkpoints.identity import ModelSource, base_identity
+from lightning_mixcn.model.find import load_found
+from lightning_mixcn.model.lora.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFile
+from lightning_mixcn.text import TextTokenizer, load_tokenizer
+
+AdapterChoice = Literal["on", "off", "both"]
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A column of the table.
+
+    Args:
+        name: ``base``, ``adapted``, or ``model`` where SRC has no adapter.
+        found: Where its parts are.
+        switched_off: Whether it is another column's model with its adapter switched off.
+    """
+
+    name: str
+    found: ModelSource
+    switched_off: bool = False
+
+    def tokenizer(self) -> TextTokenizer:
+        """Its tokenizer."""
+        return load_tokenizer(local_folder(self.found.tokenizer))
+
+
+def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None) -> list[EvaluatedModel]:
+    """The columns of the table.
+
+    Args:
+        src: What the user called the model, for errors.
+        found: Its parts.
+        adapter: ``None`` is ``both`` where there is an adapter.
+
+    Returns:
+        One or two; the base comes first.
+
+    Raises:
+        ValueError: an adapter is asked for, but there is none.
+    """
+    if not found.adapters:
+        if adapter in ("on", "both"):
+            raise ValueError(f"`adapter={adapter}`, but {src!r} has no adapter. Leave it out, or give a run or adapter")
+        return [EvaluatedModel("model", found)]
+    bare = ModelSource(found.base, (), _base_tokenizer(found))
+    chosen = adapter or "both"
+    models = []
+    if chosen in ("off", "both"):
+        together = chosen == "both" and _can_switch_off(found, bare)
+        models.append(EvaluatedModel("base", found if together else bare, switched_off=together))
+    if chosen in ("on", "both"):
+        models.append(EvaluatedModel("adapted", found))
+    return models
+
+
+def fingerprint(found: ModelSource) -> dict[str, Any]:
+    """What a model's figures depend on: hashes of its base and adapters."""
+    digests = []
+    for adapter in found.adapters:
+        digest = hashlib.sha256()
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            with (local_folder(adapter) / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        digests.append(digest.hexdigest())
+    return {"base_sha256": base_identity(found.base)["sha256"], "adapter_sha256": digests}
+
+
+class LoadedModels:
+    """Loads a model when it is first needed, and keeps one at a time.
+
+    Args:
+        quantization: As in `load_mixtral`.
+        dtype: As in `load_mixtral`.
+        device: As in `load_mixtral`.
+        shard: As in `load_mixtral`.
+    """
+
+    def __init__(
+        self,
+        quantization: str,
+        dtype: str,
+        device: str | torch.device,
+        shard: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "quantization": quantization, "dtype": dtype, "device": device, "shard": shard
+        }  # fmt: skip
+        self._found: ModelSource | None = None
+        self._model: Any = None
+
+    @contextmanager
+    def use(self, wanted: EvaluatedModel) -> Iterator[nn.Module]:
+        """The model of a column, ready to be evaluated."""
+        if self._found != wanted.found:
+            self._model = self._found = None  # before the next one takes its memory
+            self._model = load_found(wanted.found, **self._arguments)
+            self._found = wanted.found
+        if wanted.switched_off:
+            with self._model.disable_adapter():
+                yield self._model
+        else:
+            yield self._model
+
+
+def _can_switch_off(found: ModelSource, bare: ModelSource) -> bool:
+    """Whether the base is what is left without the adapter: no embedding was trained, the tokenizer is the base's."""
+    if any(AdapterFile(adapter).saved for adapter in found.adapters):
+        return False
+    tokenizers = [load_tokenizer(local_folder(source.tokenizer)).fingerprint for source in (found, bare)]
+    return tokenizers[0] == tokenizers[1]
+
+
+def _base_tokenizer(found: ModelSource) -> str:
+    folder = local_folder(found.base)
+    there = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return found.base if there else found.tokenizer

@@ -1,0 +1,107 @@
+"""Results of a long study kept part by part, so that a study that was killed goes on where it was."""
+
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_mixcn.files.atomic import check_output, clear_disk_errors, flush_to_disk
+
+Arrays = dict[str, NDArray[Any]]
+_SETTINGS = "settings.json"
+
+
+class StudyParts:
+    """Finished parts in a hidden folder beside the study's output.
+
+    Args:
+        out: The output folder, which is made when the study is finished.
+        settings: All that the results depend on, as JSON has it.
+
+    Attributes:
+        folder: The hidden folder.
+
+    Raises:
+        FileExistsError: ``out`` is not free, or the parts belong to a study with other settings.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        """Open the parts of the same study; of a new one nothing is written yet."""
+        check_output(out)
+        self.folder, self._settings = out.with_name(f".{out.name}.unfinished"), settings
+        file = self.folder / _SETTINGS
+        if file.is_file():
+            check_settings(json.loads(file.read_text(encoding="utf-8")), settings, self.folder)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a part is finished."""
+        return self._path(name).is_file()
+
+    def save(self, name: str, arrays: Arrays) -> None:
+        """Keep a part; it is there whole or not at all.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        unfinished = self.folder / f".{name}.npz"
+        if not (self.folder / _SETTINGS).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(_SETTINGS, json.dumps(self._settings, ensure_ascii=False, indent=2).encode())
+        with clear_disk_errors(self.folder):
+            with unfinished.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # it takes any names
+            flush_to_disk(unfinished)
+            unfinished.replace(self._path(name))
+
+    def load(self, name: str) -> Arrays:
+        """What was saved."""
+        with np.load(self._path(name), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    def delete(self) -> None:
+        """Remove all parts, once the output is there."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
+
+    def _write(self, name: str, content: bytes) -> None:
+        unfinished = self.folder / f".{name}"
+        unfinished.write_bytes(content)
+        flush_to_disk(unfinished)
+        os.replace(unfinished, self.folder / name)
+
+
+def check_settings(there: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """Raise FileExistsError if a folder's study is not the one that is asked for, naming what differs."""
+    for key in sorted({*there, *asked}):
+        if there.get(key) != asked.get(key):
+            raise FileExistsError(
+                f"{str(folder)!r} holds a study with `{key}={there.get(key)!r}`, but now it is {asked.get(key)!r}. "
+                "Give the former to go on with it, choose another `--out`, or delete that folder"
+            )
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows with the keys of the first one as columns; a number that there is not is an empty field.
+
+    Args:
+        path: File to write, empty where there is no row.
+        rows: Alike; NaN and ``None`` are no numbers.
+    """
+    lines = list(rows)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if not lines:
+            return
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            missing = {key: "" for key, value in line.items() if isinstance(value, float) and math.isnan(value)}
+            writer.writerow({**line, **missing})

@@ -1,0 +1,197 @@
+"""The report on formats as JSON, CSV, Markdown and a figure."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_mixcn.studies.parts import write_csv
+
+from .weights import Sizes
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class SourceSums:
+    """The documents of a source under one format.
+
+    Args:
+        text_nats: float64 ``[D]``, of text alone.
+        bytes: int64 ``[D]``, UTF-8 bytes of text.
+    """
+
+    text_nats: NDArray[np.float64]
+    bytes: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, source: int, parts: Sequence[Arrays]) -> "SourceSums":
+        """Add up the pieces of each document, which batches may share.
+
+        Args:
+            source: Which one.
+            parts: `score_documents` of each batch.
+        """
+        mine = [part["source"] == source for part in parts]
+        document_P = np.concatenate([part["document"][chosen] for part, chosen in zip(parts, mine, strict=True)])
+        _, place_P = np.unique(document_P, return_inverse=True)
+
+        def total(name: str) -> NDArray[Any]:
+            values_P = np.concatenate([part[name][chosen] for part, chosen in zip(parts, mine, strict=True)])
+            return np.bincount(place_P, weights=values_P)
+
+        return cls(total("text_nats"), total("bytes").astype(np.int64))
+
+    def bits_per_byte(self) -> float:
+        """Of all documents together."""
+        return float(self.text_nats.sum() / math.log(2) / self.bytes.sum())
+
+    def difference(self, base: "SourceSums") -> tuple[float, float]:
+        """Bits per byte less those of another format, and its standard error over documents, which are paired.
+
+        The error is that of a ratio of sums (Cochran, Sampling Techniques, 1977, 6.3): NaN for fewer than two
+        documents.
+        """
+        bits_D = (self.text_nats - base.text_nats) / math.log(2)
+        change, documents = float(bits_D.sum() / self.bytes.sum()), len(bits_D)
+        if documents < 2:
+            return change, math.nan
+        residual_D = bits_D - change * self.bytes
+        variance = documents / (documents - 1) * float((residual_D**2).sum())
+        return change, math.sqrt(variance) / float(self.bytes.sum())
+
+
+@dataclass(frozen=True)
+class FormatResult:
+    """One line of the report.
+
+    Args:
+        name: Of the format.
+        size: Bytes: of the weights in memory, computed where nothing stores them so, or of the file.
+        size_of: ``memory``, ``computed`` or ``file``.
+        sizes: Of the weights.
+        relative_error: Of the rounded weights.
+        sources: The documents of each source, by its name.
+    """
+
+    name: str
+    size: int
+    size_of: str
+    sizes: Sizes
+    relative_error: float
+    sources: Mapping[str, SourceSums]
+
+    def figures(self, base: "FormatResult") -> dict[str, Any]:
+        """All figures, as JSON has them."""
+        sizes = self.sizes
+        found: dict[str, Any] = {
+            "format": self.name,
+            "bytes": self.size,
+            "bytes_of": self.size_of,
+            "bits_per_quantised_weight": 8 * sizes.quantised_bytes / sizes.quantised_weights,
+            "bits_per_weight": 8 * sizes.bytes / sizes.weights,
+            "relative_weight_error": self.relative_error,
+            "sources": {},
+        }
+        for name, sums in self.sources.items():
+            change, error = sums.difference(base.sources[name])
+            found["sources"][name] = {
+                "bits_per_byte": sums.bits_per_byte(),
+                "difference": change,
+                "standard_error": None if math.isnan(error) or self is base else error,
+                "documents": len(sums.bytes),
+                "bytes_of_text": int(sums.bytes.sum()),
+            }
+        return found
+
+
+REPORT, TABLE, FIGURE = "quantization.json", "quantization.md", "quantization.png"
+
+
+def write_report(folder: Path, settings: dict[str, Any], results: Sequence[FormatResult]) -> str:
+    """Write everything.
+
+    Args:
+        folder: Where to.
+        settings: What the study was asked for.
+        results: Of each format, the unquantised one first.
+
+    Returns:
+        The table in Markdown, which is in ``quantization.md``, too.
+    """
+    figures = [result.figures(results[0]) for result in results]
+    content = json.dumps({"settings": settings, "formats": figures}, ensure_ascii=False, indent=1, allow_nan=False)
+    (folder / REPORT).write_text(content + "\n", encoding="utf-8")
+    write_csv(folder / "quantization.csv", _lines(figures))
+    table = markdown(figures)
+    (folder / TABLE).write_text(table, encoding="utf-8")
+    save_figure(folder / FIGURE, figures)
+    return table
+
+
+def markdown(figures: Sequence[dict[str, Any]]) -> str:
+    """A table: a line a format, two columns a source."""
+    names = list(figures[0]["sources"])
+    header = ["format", "bytes", "bits a quantised weight", "bits a weight", "weight error"]
+    header += [column for name in names for column in (f"{name}, bits per byte", f"{name}, difference ± s. e.")]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for of in figures:
+        mark = "" if of["bytes_of"] == "memory" else f" ({of['bytes_of']})"
+        line = [of["format"], f"{of['bytes']:,}{mark}", f"{of['bits_per_quantised_weight']:.4f}"]
+        line += [f"{of['bits_per_weight']:.4f}", f"{of['relative_weight_error']:.4f}"]
+        for name in names:
+            source = of["sources"][name]
+            line += [f"{source['bits_per_byte']:.4f}", _difference(source, is_base=of is figures[0])]
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
+    """Bits per byte against bits per weight: a line a source, a point a format, with its paired standard error.
+
+    Args:
+        path: PNG to write.
+        figures: Of each format.
+    """
+    # Takes a second, which only those wait for who draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    ordered = sorted(figures, key=lambda of: of["bits_per_weight"])
+    across = [of["bits_per_weight"] for of in ordered]
+    for name in figures[0]["sources"]:
+        sources = [of["sources"][name] for of in ordered]
+        errors = [source["standard_error"] or 0.0 for source in sources]
+        axis.errorbar(
+            across, [source["bits_per_byte"] for source in sources], errors, marker="o", capsize=3, label=name
+        )
+    for of, bits in zip(ordered, across, strict=True):
+        axis.axvline(bits, color="#ddd", zorder=0, linewidth=0.8)
+        axis.text(bits, 1.01, of["format"], transform=axis.get_xaxis_transform(), rotation=30, fontsize="x-small")
+    axis.set_xlabel("bits per weight, all weights")
+    axis.set_ylabel("bits per byte")
+    axis.legend(title="text")
+    figure.savefig(path)
+
+
+def _lines(figures: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line for each format and source."""
+    for of in figures:
+        shared = {key: value for key, value in of.items() if key != "sources"}
+        for name, source in of["sources"].items():
+            yield {**shared, "source": name, **source}
+
+
+def _difference(source: dict[str, Any], *, is_base: bool) -> str:
+    if is_base:
+        return "-"
+    error = source["standard_error"]
+    return f"{source['difference']:+.4f}" + ("" if error is None else f" ± {error:.4f}")

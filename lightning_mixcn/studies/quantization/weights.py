@@ -1,0 +1,126 @@
+"""The weights that NF4 rounds, as each format holds them: their bits, and how far they are from the checkpoint's.
+
+Legend: n weights of a piece, flattened.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import NamedTuple
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor, nn
+
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.layout import Entry, entries
+from lightning_mixcn.model.checkpoints.reading import mixtral_config, pieces
+from lightning_mixcn.model.memory.counts import count_parameters
+from lightning_mixcn.model.mixtral import bytes_in_memory, meta_model
+from lightning_mixcn.model.nf4 import codec as nf4
+from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.nf4.storage import NF4Weight
+
+
+class Sizes(NamedTuple):
+    """What a format takes.
+
+    Args:
+        bytes: Of all weights.
+        weights: How many there are.
+        quantised_bytes: Of those that NF4 rounds (attention's projections and experts).
+        quantised_weights: How many these are.
+    """
+
+    bytes: int
+    weights: int
+    quantised_bytes: int
+    quantised_weights: int
+
+
+def rounded_names(checkpoint: Checkpoint) -> list[str]:
+    """Names of the modules that NF4 rounds, in the model's order."""
+    model = meta_model(mixtral_config(checkpoint), "nf4", torch.float32)
+    return [name for name, module in model.named_modules() if _is_nf4(module)]
+
+
+def rounded_entries(model: nn.Module, checkpoint: Checkpoint) -> list[Entry]:
+    """Those weights of a model of any format, and where the checkpoint has them."""
+    names = set(rounded_names(checkpoint))
+    return [entry for entry in entries(model, checkpoint, mixtral_config(checkpoint)) if entry.name in names]
+
+
+def sizes_in_memory(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
+    """What a model of `load_mixtral`, without adapters, takes."""
+    rounded = [entry.storage for entry in rounded_entries(model, checkpoint)]
+    quantised = sum(parameter.nbytes for storage in rounded for parameter in storage.parameters())
+    weights = sum(prod(storage.shape) for storage in rounded)
+    return Sizes(sum(bytes_in_memory(model).values()), count_parameters(model)["total"], quantised, weights)
+
+
+def single_sizes(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
+    """What a dense model would take as `round_singly` rounds it: two weights a byte, and a float32 for 64 of them."""
+    dense = sizes_in_memory(model, checkpoint)
+    numels = [prod(entry.storage.shape) for entry in rounded_entries(model, checkpoint)]
+    single = sum(-(-numel // 2) + 4 * -(-numel // nf4.BLOCK) for numel in numels)
+    return Sizes(dense.bytes - dense.quantised_bytes + single, dense.weights, single, dense.quantised_weights)
+
+
+def round_singly(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a dense model the weights of NF4 without double quantisation: float32 absolute maxima of 64 weights each.
+
+    Args:
+        model: Of ``load_mixtral(quantization="none")``; it stays dense.
+        checkpoint: Where the unrounded weights are.
+    """
+    device = next(model.parameters()).device
+    for entry in rounded_entries(model, checkpoint):
+        for start, values_n in pieces(entry, checkpoint):
+            packed, state = bnb.quantize_4bit(values_n.to(device), blocksize=nf4.BLOCK, quant_type="nf4")
+            entry.storage.write(start, bnb.dequantize_4bit(packed, state).flatten())
+
+
+def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> float:
+    """Root of the squared differences of all rounded weights from the checkpoint's, over that of the squared weights.
+
+    Args:
+        model: Of any format.
+        checkpoint: Where the unrounded weights are.
+        dtype: As which the model computes with its weights.
+    """
+    rounded = rounded_entries(model, checkpoint)
+    return error_of(rounded, checkpoint, lambda entry, start, count: _decoded(entry, start, count, dtype))
+
+
+def error_of(rounded: list[Entry], checkpoint: Checkpoint, decoded: Callable[[Entry, int, int], Tensor]) -> float:
+    """The same of weights that come from anywhere.
+
+    Args:
+        rounded: The weights.
+        checkpoint: Where the unrounded ones are.
+        decoded: Gives ``count`` weights of an entry from number ``start`` on, ``[n]``.
+    """
+    squares = [part for entry in rounded for part in _squares(entry, checkpoint, decoded)]
+    return math.sqrt(math.fsum(wrong for wrong, _ in squares) / math.fsum(all_of for _, all_of in squares))
+
+
+def _squares(
+    entry: Entry, checkpoint: Checkpoint, decoded: Callable[[Entry, int, int], Tensor]
+) -> Iterator[tuple[float, float]]:
+    for start, values_n in pieces(entry, checkpoint):
+        exact_n = values_n.float()
+        wrong_n = decoded(entry, start, len(values_n)).cpu().float() - exact_n
+        yield float(wrong_n.square().sum(dtype=torch.float64)), float(exact_n.square().sum(dtype=torch.float64))
+
+
+def _decoded(entry: Entry, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    storage = entry.storage
+    if not isinstance(storage, NF4Weight):
+        return storage.values.detach().flatten()[start : start + count]
+    rows = slice(start // nf4.SUPERBLOCK, nf4.superblocks(start + count))
+    tensors = (storage.codes, storage.scales, storage.super_scale, storage.super_offset)
+    return nf4.dequantize(nf4.NF4Tensors(*(tensor.detach()[rows] for tensor in tensors)), dtype)[:count]
+
+
+def _is_nf4(module: nn.Module) -> bool:
+    return isinstance(module, FrozenLinear) and isinstance(module.storage, NF4Weight)

@@ -1,0 +1,112 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
+
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one party of a conversation says.
+
+    Args:
+        role: ``system``, ``user`` or ``assistant``.
+        content: The text; may be empty.
+        learned: Whether it is learned from if it is an answer.
+    """
+
+    role: str
+    content: str
+    learned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one turn, all learnt from or none.
+
+    Args:
+        text_ids: Token ids, control tokens included.
+        answer: Whether they are the assistant's, its end token included: what the loss is taken over, unless the turn
+            is not learned.
+        turn: Index of the turn; where a template joins two turns, of the later one.
+    """
+
+    text_ids: list[int]
+    answer: bool
+    turn: int
+
+
+class ChatTemplate(Protocol):
+    """How a model's conversations are written. Contents are text: a control token spelt in one stays letters."""
+
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+        """Encode a whole conversation.
+
+        Args:
+            turns: See `check_turns`.
+            tokenizer: The model's.
+
+        Returns:
+            Segments, in the order of the row; the answers end as the model is to end them.
+        """
+
+    def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
+        """Encode a conversation up to where the assistant is to write.
+
+        Args:
+            turns: See `check_turns`; the last one is the user's.
+            tokenizer: The model's.
+        """
+
+    def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
+        """Tokens that end an answer."""
+
+    def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
+        """Raise the ValueError that `encode` would raise, without encoding."""
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise unless it is a conversation: perhaps a system turn, then user and assistant by turns.
+
+    Args:
+        turns: The conversation.
+
+    Raises:
+        ValueError: what is wrong with it, and which turn.
+    """
+    for number, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise ValueError(f"turn {number} has the role {turn.role!r}. Expected one of {', '.join(ROLES)}")
+        if turn.role == "system" and number > 0:
+            raise ValueError(f"turn {number} is the system's. Put the system turn first, and only one")
+    spoken = [(number, turn.role) for number, turn in enumerate(turns) if turn.role != "system"]
+    if not spoken:
+        raise ValueError("the conversation is empty. Expected at least one turn of the user")
+    for place, (number, role) in enumerate(spoken):
+        if role == ROLES[1 + place % 2]:
+            continue
+        if place == 0:
+            raise ValueError("the assistant speaks first. Put a user turn before it, or remove it")
+        raise ValueError(f"turns {number - 1} and {number} are both the {role}'s. Join them, or remove one")
+
+
+def check_prompt(turns: Sequence[Turn]) -> None:
+    """Raise unless the conversation waits for an answer.
+
+    Args:
+        turns: The conversation.
+
+    Raises:
+        ValueError: it is no conversation, or its last turn is the assistant's.
+    """
+    check_turns(turns)
+    if turns[-1].role != "user":
+        raise ValueError("the last turn is the assistant's, so there is nothing to answer. End with a user turn")

@@ -1,0 +1,592 @@
+"""Documents of one file: JSON, text, parquet or Arrow, compressed or not; damage is named, never repaired."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lightning_mixcn.text.chat.records import (
+    RECORD_KEYS,
+    EmptyTurnError,
+    dump_conversation,
+    read_training_conversation,
+)
+
+from .reading import (
+    DamagedFileError,
+    OnRead,
+    ignore_progress,
+    one_line,
+    open_file,
+    read_chunks,
+    split_lines,
+)
+from .sources import SourceFile
+
+if TYPE_CHECKING:
+    from .sources import SourceFile
+
+
+import json
+import re
+
+if TYPE_CHECKING:
+    from .sources import SourceFile
+
+
+# Few, because a row may have megabytes.
+_BATCH_ROWS = 64
+_ARROW_MAGIC = b"ARROW1"
+
+
+class MissingColumnError(ValueError):
+    """A table has no such column: a wrong setting rather than damage."""
+
+
+def iterate_rows(
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, Any]]:
+    """Read the texts or the records of a parquet or Arrow file.
+
+    Args:
+        file: The file, and the column of the text or that it has records.
+        on_bad_record: Called with the error of a row without valid text; if it returns, the row is left out.
+        on_read: Called with about how many bytes of the file were read since the last call.
+        tally: Is given the names of all columns as the records' keys.
+
+    Yields:
+        Row, counted from 0, and UTF-8 of its text; or the row as a dictionary.
+
+    Raises:
+        DamagedFileError: The file cannot be read any further.
+        MissingColumnError: The file has no such column.
+    """
+    columns = _parquet_columns(file, tally) if file.format == "parquet" else _arrow_columns(file, tally)
+    row = 0
+    while True:
+        try:
+            read = next(columns, None)
+        except MissingColumnError:
+            raise
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            raise DamagedFileError(
+                f"`{file.path}` is not a readable {file.format} file (row {row}): {one_line(error)}. Get it again"
+            ) from error
+        if read is None:
+            return
+        values, are_texts, num_bytes = read
+        on_read(num_bytes)
+        for value in values:
+            place = f"`{file.path}` row {row}"
+            flaw = None if file.records else _flaw(value, are_texts, place, file.text_key)
+            if flaw is None:
+                yield row, value
+            else:
+                on_bad_record(flaw)
+            row += 1
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tell whether an error is about the file's contents rather than of the file system or a lost connection."""
+    import pyarrow
+
+    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):  # of a table in an archive
+        return True
+    if isinstance(error, OSError) and not isinstance(error, pyarrow.ArrowException):
+        return type(error) is OSError and error.errno is None
+    return isinstance(error, (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, KeyError, IndexError))
+
+
+def _flaw(value: Any, are_texts: bool, place: str, text_key: str) -> ValueError | None:
+    if not are_texts or value is None:
+        return ValueError(
+            f"{place}: expected a string in column {text_key!r}, got {type(value).__name__}. Mend or remove the row"
+        )
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        return ValueError(f"{place} is not UTF-8: {error.reason} at {error.start}. Convert the file to UTF-8")
+    return None
+
+
+def _parquet_columns(file: SourceFile, tally: RecordTally) -> Iterator[tuple[list[Any], bool, int]]:
+    """Values of the column by batches, whether they are the bytes of texts, and the bytes of the file read."""
+    from pyarrow import parquet
+
+    with open_file(file.path) as raw:
+        # Without `pre_buffer` a column is streamed; with it, all of a row group is in memory.
+        table = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        names, num_rows, size = table.schema_arrow.names, table.metadata.num_rows, _size(raw)
+        tally.keys, wanted = tuple(names), _wanted_columns(file, names)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
+            column = batch.to_struct_array() if file.records else batch.column(0)
+            yield *_values(column), size * len(column) // max(num_rows, 1)
+
+
+def _arrow_columns(file: SourceFile, tally: RecordTally) -> Iterator[tuple[list[Any], bool, int]]:
+    """The same of an Arrow IPC file or stream; every batch is checked, or its offsets could lead outside of it."""
+    import pyarrow
+
+    with open_file(file.path) as raw:
+        is_stream = raw.read(len(_ARROW_MAGIC)) != _ARROW_MAGIC
+        size = _size(raw)
+        raw.seek(0)
+        # Mapped, a batch as large as the file takes no memory.
+        source = pyarrow.memory_map(str(file.path)) if isinstance(file.path, Path) else pyarrow.PythonFile(raw, "r")
+        with source:
+            names = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).schema.names
+            tally.keys, wanted = tuple(names), [names.index(name) for name in _wanted_columns(file, names)]
+            source.seek(0)
+            options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
+            read = 0
+            for share, batch in _batches(source, is_stream, options, size):
+                column = batch.to_struct_array() if file.records else batch.column(0)
+                column.validate(full=not _is_text(column.type))
+                if _is_text(column.type):
+                    _as_bytes(column).validate(full=True)
+                yield [], True, int(share * size) - read
+                read = int(share * size)
+                for start in range(0, len(column), _BATCH_ROWS):
+                    yield *_values(column.slice(start, _BATCH_ROWS)), 0
+
+
+def _batches(source: Any, is_stream: bool, options: Any, size: int) -> Iterator[tuple[float, Any]]:
+    """Record batches of an Arrow file, and which share of the file is read with each."""
+    import pyarrow
+
+    if is_stream:
+        for batch in pyarrow.ipc.open_stream(source, options=options):
+            yield source.tell() / max(size, 1), batch
+    else:
+        reader = pyarrow.ipc.open_file(source, options=options)
+        for index in range(reader.num_record_batches):
+            yield (index + 1) / reader.num_record_batches, reader.get_batch(index)
+
+
+def _values(column: Any) -> tuple[list[Any], bool]:
+    """Values of a column, those of texts as bytes, which need not be UTF-8; and whether they are texts."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not _is_text(column.type):
+        return column.to_pylist(), False
+    return _as_bytes(column).to_pylist(), True
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _as_bytes(column: Any) -> Any:
+    import pyarrow
+
+    if pyarrow.types.is_string_view(column.type):
+        return column.view(pyarrow.binary_view())
+    return column.view(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary())
+
+
+def _wanted_columns(file: SourceFile, names: list[str]) -> list[str]:
+    """The column of the text, or those of records; a table may have others, of any type and size."""
+    if file.records:
+        renamed = {name for _, name in file.columns}
+        return [name for name in names if name in RECORD_KEYS or name in renamed]
+    if file.text_key not in names:
+        raise MissingColumnError(
+            f"`{file.path}` has no column {file.text_key!r}. Set the source's `columns.text` or `text_key` to one of "
+            f"its columns: {', '.join(map(repr, names))}"
+        )
+    return [file.text_key]
+
+
+def _size(raw: IO[bytes]) -> int:
+    position = raw.tell()
+    size = raw.seek(0, 2)
+    raw.seek(position)
+    return size
+
+
+# A byte order mark at the beginning of a text is left of the file that it was read from; inside of one it is text.
+MARK = "\ufeff"
+# Zero-width space, non-joiner, joiner, word joiner and mark: nothing that is seen, but not white space to Python.
+_INVISIBLE = f"\u200b\u200c\u200d\u2060{MARK}"
+_JSON_SPACE = " \t\r\n"
+# Joined files have a mark at the beginning of a line.
+LINE_SPACE = _JSON_SPACE + MARK
+JSON_DECODER = json.JSONDecoder()
+
+
+@dataclass
+class RecordTally:
+    """Counts and names of what a file has beside the records that become documents.
+
+    Args:
+        empty: Records without text, or with an answer without any: nothing to learn from, and no fault of the file.
+        columns: Keys or columns named by the source's `columns` that some record has.
+        keys: Keys of the first record, or all columns of a table.
+    """
+
+    empty: int = 0
+    columns: set[str] = field(default_factory=set)
+    keys: tuple[str, ...] = ()
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text is nothing but white space and characters of no width."""
+    return all(character.isspace() or character in _INVISIBLE for character in text)
+
+
+def iterate_conversations(
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, bytes]]:
+    """Read the conversations of a file in their order.
+
+    Args:
+        file: The file, its format, the form of its records and their names of the form's keys.
+        on_bad_record: Called with the error of a record that is no conversation; if it returns, the record is left out.
+        on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
+        tally: Counts conversations with an answer of white space alone, which are left out.
+
+    Yields:
+        Record, as in `iterate_documents`, and the conversation as `dump_conversation` writes it.
+
+    Raises:
+        DamagedFileError: The file cannot be read any further.
+    """
+    form = None if file.records == "any" else file.records
+    unit = "row" if file.format in ("parquet", "arrow") else "line"
+    for number, record in _conversation_records(file, on_bad_record, on_read, tally):
+        try:
+            if not isinstance(record, Mapping):
+                raise ValueError(f"expected an object, got a {type(record).__name__}")
+            turns = read_training_conversation(_renamed(record, file.columns, tally), form, dict(file.roles))
+        except EmptyTurnError:
+            tally.empty += 1
+        except ValueError as error:
+            told = _with_own_columns(str(error), record, file, tally) if isinstance(record, Mapping) else str(error)
+            on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {told}"))
+        else:
+            turns = [replace(turn, content=turn.content.lstrip(MARK)) for turn in turns]
+            if any(turn.role != "system" and is_blank(turn.content) for turn in turns):
+                tally.empty += 1
+            else:
+                yield number, dump_conversation(turns)
+
+
+def _renamed(record: Mapping[str, Any], columns: Sequence[tuple[str, str]], tally: RecordTally) -> dict[str, Any]:
+    """Give a record the keys of its form, without those that are null, as a table has for what a record lacks."""
+    tally.keys = tally.keys or tuple(map(str, record))
+    tally.columns.update(name for _, name in columns if name in record)
+    present = [(key, name) for key, name in columns if name in record]
+    named = {key: record[name] for key, name in present}
+    # A key that takes another's value, or gives its own away, does not keep its own.
+    moved = {name for pair in present for name in pair}
+    kept = {key: value for key, value in record.items() if key not in moved}
+    return {key: value for key, value in {**kept, **named}.items() if value is not None}
+
+
+def _with_own_columns(message: str, record: Mapping[str, Any], file: SourceFile, tally: RecordTally) -> str:
+    """Say an error in the record's own keys; add the column that it lacks if the error is about that one."""
+    subject = message.partition("its keys are")[0]
+    own = {key: name for key, name in file.columns if name in record}
+    told = re.sub(r"(?<=`)\w+(?=[`.=\[])", lambda found: own.get(found[0], found[0]), message)
+    if renamed := ", ".join(map(repr, _renamed(record, file.columns, tally))):
+        told = told.replace(renamed, ", ".join(repr(key) for key, value in record.items() if value is not None))
+    for key, name in file.columns:
+        if name not in record and re.search(rf"[`']{re.escape(key)}[`'.=\[]", subject):
+            keys = tally.keys if file.format in ("parquet", "arrow") else record
+            return f"{told}. `columns.{key}` names {name!r}, but its keys are {', '.join(map(repr, keys)) or 'none'}"
+    return told
+
+
+def _conversation_records(
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, Any]]:
+    if file.format in ("parquet", "arrow"):
+        return iterate_rows(file, on_bad_record, on_read, tally)
+    chunks = read_chunks(file.path, on_read)
+    if file.format == "json":
+        return iterate_elements(b"".join(chunks), file)
+    return _lines(split_lines(chunks), file, on_bad_record)
+
+
+def _lines(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: Callable[[ValueError], None]
+) -> Iterator[tuple[int, Any]]:
+    for number, line in lines:
+        try:
+            if text := line.decode().strip(LINE_SPACE):
+                yield number, json.loads(text)
+        except (ValueError, RecursionError) as error:
+            on_bad_record(ValueError(f"`{file.path}` line {number} is not JSON: {one_line(error)}. Mend the line"))
+
+
+def iterate_elements(data: bytes, file: SourceFile) -> Iterator[tuple[int, Any]]:
+    """Read the elements of a JSON array.
+
+    Args:
+        data: The whole file, decompressed.
+        file: The file, for errors.
+
+    Yields:
+        Line in which the element begins, counted from 1, and the element.
+
+    Raises:
+        DamagedFileError: The rest of the array cannot be read; it says how much that is.
+    """
+    text, place = "", 0
+    try:
+        text = data.decode()
+        place = _after_space(text, 0)
+        if text[place : place + 1] != "[":
+            raise _no_array(text[place:], file)
+        place = _after_space(text, place + 1)
+        line, counted = 1, 0
+        while text[place : place + 1] != "]":
+            line, counted = line + text.count("\n", counted, place), place
+            record, end = JSON_DECODER.raw_decode(text, place)
+            yield line, record
+            place = _after_space(text, end)
+            if text[place : place + 1] == ",":
+                place = _after_space(text, place + 1)
+            elif text[place : place + 1] != "]":
+                raise ValueError(f"expected a comma or the array's end after the record of line {line}")
+        if rest := text[place + 1 :].strip(_JSON_SPACE):
+            raise ValueError(f"expected nothing after the array, got {rest[:20]!r}")
+    except DamagedFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        unread = len(text[place:].encode()) / len(data) if text else 1.0
+        raise DamagedFileError(f"`{file.path}` is not JSON: {one_line(error)}. Mend the file", unread) from error
+
+
+def _no_array(text: str, file: SourceFile) -> DamagedFileError:
+    if text.startswith("{"):
+        told = "a JSON object: expected an array of records. Set the source's `format: jsonl`, or give a glob that "
+        return DamagedFileError(f"`{file.path}` is {told}leaves it out", 1.0)
+    got = repr(text[:20]) if text else "nothing"
+    return DamagedFileError(
+        f"`{file.path}` is no JSON array: expected an array of records, got {got}. Mend the file", 1.0
+    )
+
+
+def _after_space(text: str, place: int) -> int:
+    while place < len(text) and text[place] in _JSON_SPACE:
+        place += 1
+    return place
+
+
+OnBadRecord = Callable[[ValueError], None]
+
+_MARK_BYTES = MARK.encode()
+
+
+def refuse(error: ValueError) -> None:
+    """Raise the error of a bad record."""
+    raise error
+
+
+def iterate_documents(
+    file: SourceFile,
+    on_bad_record: OnBadRecord = refuse,
+    on_read: OnRead = ignore_progress,
+    tally: RecordTally | None = None,
+) -> Iterator[tuple[int, bytes]]:
+    """Read the documents of a file in their order, without those that are nothing but white space.
+
+    White space includes characters of no width, such as U+200B. A byte order mark at the beginning of a document, as
+    joined files have it, is dropped.
+
+    Args:
+        file: The file, its format and where the text is in it.
+        on_bad_record: Called with the error of a record that is malformed or has no text, and of a damaged file; if
+            it returns, the record, or the rest of the file, is left out.
+        on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
+        tally: Counts what is left out for want of text, and the columns seen.
+
+    Yields:
+        Record and UTF-8 of each document. The record is the line where the document begins, counted from 1, or for
+        parquet and Arrow the row, counted from 0.
+
+    Raises:
+        ValueError: The file lacks the column of the text, or what `on_bad_record` raises: by default any damage, in a
+            message that names file and line or row.
+    """
+    tally = RecordTally() if tally is None else tally
+    records = _records(file, on_bad_record, on_read, tally)
+    unit = "row" if file.format in ("parquet", "arrow") else "line"
+    try:
+        for record, marked in records:
+            encoded = marked
+            while encoded.startswith(_MARK_BYTES):
+                encoded = encoded.removeprefix(_MARK_BYTES)
+            if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
+                on_bad_record(ValueError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
+            elif _is_blank_utf8(encoded):
+                tally.empty += 1
+            else:
+                yield record, encoded
+    except DamagedFileError as error:
+        on_bad_record(error)
+
+
+def _is_blank_utf8(encoded: bytes) -> bool:
+    # Of a long text the first character tells.
+    start = encoded[:4].decode(errors="ignore")[:1]
+    return is_blank(start) and is_blank(encoded.decode())
+
+
+def _records(
+    file: SourceFile, on_bad_record: OnBadRecord, on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, bytes]]:
+    if file.records:
+        return iterate_conversations(file, on_bad_record, on_read, tally)
+    if file.format in ("parquet", "arrow"):
+        return iterate_rows(file, on_bad_record, on_read, tally)
+    chunks = read_chunks(file.path, on_read)
+    if file.format == "jsonl":
+        return _json_lines(split_lines(chunks), file, on_bad_record)
+    if file.format == "json":
+        return _json_array(chunks, file, on_bad_record)
+    if file.document_unit == "file":
+        return _whole(chunks, file, on_bad_record)
+    if file.document_unit == "line":
+        return _text_lines(split_lines(chunks), file, on_bad_record)
+    return _blocks(split_lines(chunks), file, on_bad_record)
+
+
+def _json_lines(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+) -> Iterator[tuple[int, bytes]]:
+    text_key = file.text_key
+    for number, line in lines:
+        try:
+            # What json.loads does, in half the time; of bytes it would let surrogates pass.
+            line_text = line.decode().strip(LINE_SPACE)
+            record, end = JSON_DECODER.raw_decode(line_text)
+            encoded: bytes | None = record[text_key].encode() if end == len(line_text) else None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            encoded = None
+        if encoded is not None:
+            yield number, encoded
+        elif flaw := _json_flaw(line, text_key, f"`{file.path}` line {number}"):
+            on_bad_record(flaw)
+
+
+def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
+    """Tell why a line has no text, None if it is blank. A line must be an object whose `text_key` is valid Unicode."""
+    if isinstance(text := _decode(line, place), ValueError):
+        return text
+    if is_blank(text):
+        return None
+    try:
+        record = json.loads(text.strip(LINE_SPACE))
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"{place} is not JSON: {error}. Mend the line, or remove it")
+    encoded = _text_of(record, text_key, place)
+    assert isinstance(encoded, ValueError), f"{place} has no flaw"
+    return encoded
+
+
+def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
+    """Texts of an array, whose elements are texts or objects with one."""
+    for number, element in iterate_elements(b"".join(chunks), file):
+        record = {file.text_key: element} if isinstance(element, str) else element
+        encoded = _text_of(record, file.text_key, f"`{file.path}` line {number}")
+        if isinstance(encoded, ValueError):
+            on_bad_record(encoded)
+        else:
+            yield number, encoded
+
+
+def _text_of(record: Any, text_key: str, place: str) -> bytes | ValueError:
+    """UTF-8 of a record's text, or why it has none."""
+    if not isinstance(record, dict):
+        return ValueError(
+            f'{place}: expected a JSON object such as {{"{text_key}": "…"}}, got a {type(record).__name__}'
+        )
+    if text_key not in record:
+        keys = ", ".join(repr(key) for key in record) or "none"
+        return ValueError(
+            f"{place} has no key {text_key!r}. Set the source's `columns.text` or `text_key` to one of its keys: {keys}"
+        )
+    text = record[text_key]
+    if not isinstance(text, str):
+        return ValueError(
+            f"{place}: expected a string under `text_key` {text_key!r}, got {type(text).__name__}. "
+            "Mend the record, or remove it"
+        )
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
+        return ValueError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the record")
+
+
+def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
+    data = b"".join(chunks)
+    text = _decode(data, f"`{file.path}`", count_lines=True)
+    if isinstance(text, ValueError):
+        on_bad_record(text)
+    else:
+        yield 1, data
+
+
+def _text_lines(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, without their line ends."""
+    for number, line in lines:
+        text = _decode(line, f"`{file.path}` line {number}")
+        if isinstance(text, ValueError):
+            on_bad_record(text)
+        elif not is_blank(text):
+            yield number, line.removesuffix(b"\r")
+
+
+def _blocks(
+    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+) -> Iterator[tuple[int, bytes]]:
+    """Runs of lines between blank lines, joined by newlines; a run with a bad line is one bad record."""
+    begin, block, is_bad = 0, list[bytes](), False
+    for number, line in lines:
+        text = _decode(line, f"`{file.path}` line {number}")
+        if isinstance(text, ValueError) or not is_blank(text):
+            begin = begin if block else number
+            block.append(line.removesuffix(b"\r"))
+            if isinstance(text, ValueError) and not is_bad:
+                is_bad = True
+                on_bad_record(text)
+        elif block:
+            if not is_bad:
+                yield begin, b"\n".join(block)
+            block, is_bad = [], False
+    if block and not is_bad:
+        yield begin, b"\n".join(block)
+
+
+def _decode(data: bytes, place: str, *, count_lines: bool = False) -> str | ValueError:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        newlines = data.count(b"\n", 0, error.start)
+        line = f" line {newlines + 1}" if count_lines else ""
+        return ValueError(
+            f"{place}{line} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}. Convert the file to UTF-8"
+        )
+    # English in UTF-16 is UTF-8, too: every other character is NUL.
+    if "\0" in text:
+        return ValueError(f"{place} has NUL bytes: UTF-16 without a mark? Convert the file to UTF-8")
+    return text

@@ -1,0 +1,153 @@
+"""Rows laid out as the arrays of a batch."""
+
+# B = rows of a batch, R = rows of a table, S = sequence length, n = segments
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .packing import Row, ScoredRow
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+IGNORED_LABEL = -100
+_SEGMENT_DTYPES = (np.int64, np.int32, np.int16, np.bool_)
+
+
+class RowTable(NamedTuple):
+    """Rows filled to their ends, as a few arrays: sending these to another process costs less than sending segments.
+
+    Args:
+        places: Row of the batch that each row is ``[R]``, int64.
+        tokens: Tokens of the rows, padding included ``[R * S]``, int32.
+        lengths: Tokens of each segment ``[n]``, int64; padding is a segment, too.
+        numbers: Number of each segment in its row ``[n]``, int32, and -1 for padding.
+        sources: Source of each segment ``[n]``, int16, and -1 for padding.
+        continued: Whether each segment's document began in an earlier row ``[n]``, bool.
+        learnt: Whether each token may be a label, padding included, ``[R * S]``, bool.
+    """
+
+    places: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    numbers: NDArray[np.int32]
+    sources: NDArray[np.int16]
+    continued: NDArray[np.bool_]
+    learnt: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, Row]], sequence_length: int, padding_id: int) -> RowTable:
+        """Make the table of rows.
+
+        Args:
+            rows: Rows of at most `sequence_length` tokens, each with its place in the batch.
+            sequence_length: S.
+            padding_id: Token id under the padding.
+        """
+        tokens, learnt = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
+        segments: list[tuple[int, int, int, bool]] = []  # length, number, source, continued
+        for _, row in rows:
+            tokens += [part.tokens for part in row]
+            learnt += [np.ones(len(part.tokens), np.bool_) if part.learnt is None else part.learnt for part in row]
+            segments += [(len(part.tokens), number, part.source, part.offset > 0) for number, part in enumerate(row)]
+            if space := sequence_length - sum(len(part.tokens) for part in row):
+                tokens.append(np.full(space, padding_id, dtype=np.int32))
+                learnt.append(np.zeros(space, dtype=np.bool_))
+                segments.append((space, -1, -1, False))
+        columns = zip(*segments, strict=True) if segments else ((), (), (), ())
+        arrays: list[NDArray[Any]] = [
+            np.array(values, dtype) for values, dtype in zip(columns, _SEGMENT_DTYPES, strict=True)
+        ]
+        lengths, numbers, sources, continued = arrays
+        places = np.array([place for place, _ in rows], dtype=np.int64)
+        return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, np.concatenate(learnt))
+
+    @classmethod
+    def joined(cls, tables: Sequence[RowTable]) -> RowTable:
+        """Make one table of several with different rows."""
+        return tables[0] if len(tables) == 1 else cls(*map(np.concatenate, zip(*tables, strict=True)))
+
+
+def collate_rows(
+    rows: Sequence[Row], sequence_length: int, padding_id: int, *, isolated: bool = True
+) -> dict[str, NDArray[Any]]:
+    """Lay rows out as the arrays of a batch.
+
+    The label of the first token of a segment is ignored, since nothing in the row predicts it, and so are those of
+    tokens that are not learnt from. Padding has label -100 and -1 in `document_ids` and `source_ids`; its positions
+    begin at 0 again, so that it attends to no document.
+
+    Args:
+        rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
+        sequence_length: S.
+        padding_id: Token id under the padding.
+        isolated: Whether positions begin at 0 with each segment, which isolates it; else they run through the row, and
+            only the row's first label is ignored.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` int64, ``document_ids`` int32, ``source_ids`` int16 and
+        ``continuation_mask`` bool (the token's document began in an earlier row), ``[B, S]``.
+    """
+    table = RowTable.of(list(enumerate(rows)), sequence_length, padding_id)
+    return collate_table(table, sequence_length, isolated=isolated)
+
+
+def collate_table(table: RowTable, sequence_length: int, *, isolated: bool = True) -> dict[str, NDArray[Any]]:
+    """Do what `collate_rows` does, with the table of a batch's rows."""
+    places, tokens, lengths, numbers, sources, continued, learnt = table
+    begins = np.cumsum(lengths) - lengths
+    positions_restart = isolated | (numbers < 0) | (begins % sequence_length == 0)
+    origins = np.maximum.accumulate(np.where(positions_restart, begins, 0))  # where position 0 of a segment is
+    input_ids = tokens.astype(np.int64)
+    labels = np.where(learnt, input_ids, IGNORED_LABEL)
+    labels[origins] = IGNORED_LABEL
+
+    def in_order(values: NDArray[Any]) -> NDArray[Any]:
+        made = values.reshape(-1, sequence_length)
+        array = np.empty_like(made)
+        array[places] = made
+        return array
+
+    arrays = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "document_ids": np.repeat(numbers, lengths),
+        "position_ids": np.arange(len(tokens)) - np.repeat(origins, lengths),
+        "source_ids": np.repeat(sources, lengths),
+        "continuation_mask": np.repeat(continued, lengths),
+    }
+    return {name: in_order(values) for name, values in arrays.items()}
+
+
+def collate_evaluation_rows(
+    rows: Sequence[ScoredRow], sequence_length: int, padding_id: int
+) -> dict[str, NDArray[Any]]:
+    """Lay rows for evaluation out as the arrays of a batch.
+
+    Args:
+        rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
+        sequence_length: S.
+        padding_id: Token id under the padding.
+
+    Returns:
+        The arrays of `collate_rows`, and ``label_bytes`` int32 (bytes of text credited to each label; a document's
+        sum to its UTF-8 bytes), ``text_mask`` bool (the label is text: not EOS, not ignored) and ``document_index``
+        int64 (in the evaluation set, -1 on padding), all ``[B, S]``.
+    """
+    batch = collate_rows(rows, sequence_length, padding_id)
+    shape = (len(rows), sequence_length)
+    batch["label_bytes"] = np.zeros(shape, dtype=np.int32)
+    batch["text_mask"] = np.zeros(shape, dtype=np.bool_)
+    batch["document_index"] = np.full(shape, -1, dtype=np.int64)
+    for index, row in enumerate(rows):
+        stop = 0
+        for segment in row:
+            start, stop = stop, stop + len(segment.tokens)
+            batch["label_bytes"][index, start + 1 : stop] = segment.label_bytes[1:]
+            batch["text_mask"][index, start + 1 : stop] = segment.is_text[1:]
+            batch["document_index"][index, start:stop] = segment.document
+    return batch

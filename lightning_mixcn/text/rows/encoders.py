@@ -1,0 +1,263 @@
+"""How a document becomes tokens, and which of them are learnt from: the seam between streams and kinds of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from typing import (
+    TYPE_CHECKING,
+    Literal,
+    NamedTuple,
+    Protocol,
+)
+
+# n = tokens of a document
+import numpy as np
+
+from lightning_mixcn.text.chat.records import load_conversation
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
+
+# n = tokens of a conversation
+
+
+import hashlib
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lightning_mixcn.text.chat.turns import ChatTemplate, Segment, Turn
+    from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    """A document as tokens.
+
+    Args:
+        tokens: Token ids ``[n]``, int32; none if the document was dropped.
+        learnt: Whether each token is learnt from ``[n]``, bool; None learns from all.
+        too_long: What was done to a document that is longer than a row, if anything was.
+        refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
+    """
+
+    tokens: NDArray[np.int32]
+    learnt: NDArray[np.bool_] | None = None
+    too_long: Literal["dropped", "shortened"] | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredDocument:
+    """A document as tokens, and what its likelihood is counted in.
+
+    Args:
+        tokens: Token ids ``[n]``, int32; none if the document was dropped.
+        label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
+        is_text: Whether each token is text, and no control token, ``[n]``, bool.
+        learnt: Whether each token is scored ``[n]``, bool; None scores all.
+        refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
+    """
+
+    tokens: NDArray[np.int32]
+    label_bytes: NDArray[np.int32]
+    is_text: NDArray[np.bool_]
+    learnt: NDArray[np.bool_] | None = None
+    refused: str | None = None
+
+
+class DocumentEncoder(Protocol):
+    """What makes tokens of the documents of a run."""
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Names and values of all that the tokens depend on; a run goes on only if they are the same."""
+
+    @property
+    def padding_id(self) -> int:
+        """Token id under the padding."""
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether rows must not cut a document; no document is longer than a row then."""
+
+    def encode(self, text: str) -> EncodedDocument:
+        """Encode a document of a corpus."""
+
+    def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
+        """Encode documents for evaluation."""
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Documents that are learnt from whole, as ``BOS text EOS``.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+
+    tokenizer: TextTokenizer
+    keeps_whole = False
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """The tokenizer's."""
+        return {"tokenizer": self.tokenizer.fingerprint}
+
+    @property
+    def padding_id(self) -> int:
+        """EOS."""
+        return self.tokenizer.eos_id
+
+    def encode(self, text: str) -> EncodedDocument:
+        """Encode a text as ``[tokens + 2]``."""
+        (ids,) = self.tokenizer.encode_batch([text])
+        tokens = np.empty(len(ids) + 2, dtype=np.int32)
+        tokens[0], tokens[1:-1], tokens[-1] = self.tokenizer.bos_id, ids, self.tokenizer.eos_id
+        return EncodedDocument(tokens)
+
+    def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
+        """Encode texts; a text's bytes are shared out over its tokens, and EOS stands for none."""
+        scored = []
+        for ids, widths in self.tokenizer.encode_batch_with_bytes(texts):
+            tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]]).astype(np.int32)
+            is_text = np.ones(len(tokens), dtype=np.bool_)
+            is_text[[0, -1]] = False
+            scored.append(ScoredDocument(tokens, np.pad(widths, 1), is_text))
+        return scored
+
+
+TooLongPolicy = Literal["cut_at_turn", "truncate", "drop"]
+Answers = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations laid out by a chat template; answers, and the token that ends each, are learned.
+
+    Answers whose turn is not `learned` are there to be answered to, and have no labels.
+
+    Args:
+        template: The chat template.
+        tokenizer: The tokenizer.
+        sequence_length: Tokens of a row, which no conversation exceeds.
+        on_too_long: Treatment of a longer one: `cut_at_turn` keeps the exchanges from the beginning that fit whole,
+            `truncate` keeps as many tokens as fit, so that the last answer has no end and none is learned, `drop` drops
+            it. Whatever leaves no answer is dropped.
+        answers: Answers that are learned: `all` of a conversation, or the `last` one, of those whose turn is `learned`.
+    """
+
+    template: ChatTemplate
+    tokenizer: TextTokenizer
+    sequence_length: int
+    on_too_long: TooLongPolicy = "cut_at_turn"
+    answers: Answers = "all"
+    keeps_whole = True
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Tokenizer and template, as digests, and the choices."""
+        template = hashlib.blake2b(repr(self.template).encode(), digest_size=16).hexdigest()
+        choices = {"on_too_long": self.on_too_long, "answers": self.answers}
+        return {"tokenizer": self.tokenizer.fingerprint, "template": template, **choices}
+
+    @property
+    def padding_id(self) -> int:
+        """EOS."""
+        return self.tokenizer.eos_id
+
+    def encode(self, text: str) -> EncodedDocument:
+        """Encode a conversation of a corpus as ``[n]``; one that the template refuses has no tokens."""
+        try:
+            laid_out = self._lay_out(load_conversation(text))
+        except ValueError as error:
+            return EncodedDocument(np.zeros(0, np.int32), np.zeros(0, np.bool_), refused=str(error))
+        return EncodedDocument(laid_out.tokens, laid_out.learnt, laid_out.too_long)
+
+    def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
+        """Encode conversations; the bytes of an answer that is scored are credited to its first token."""
+        return [self._score(load_conversation(text)) for text in texts]
+
+    def refusal(self, text: str) -> str | None:
+        """Say why the template refuses a conversation, None if it does not; quick, since nothing is tokenized."""
+        try:
+            self.template.check_conversation(load_conversation(text), self.tokenizer)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _score(self, turns: list[Turn]) -> ScoredDocument:
+        try:
+            laid_out = self._lay_out(turns)
+        except ValueError as error:
+            none = np.zeros(0, np.bool_)
+            return ScoredDocument(np.zeros(0, np.int32), np.zeros(0, np.int32), none, none, refused=str(error))
+        is_text = laid_out.learnt.copy()
+        label_bytes = np.zeros(len(laid_out.tokens), dtype=np.int32)
+        for segment, begin, end in zip(laid_out.segments, *_bounds(laid_out.segments), strict=True):
+            if laid_out.learnt[begin:end].any():
+                content = turns[segment.turn].content
+                ended = segment.text_ids[-1] in self.template.stop_ids(self.tokenizer)
+                is_text[end - 1] = not ended
+                kept = content if ended else self.tokenizer.decode(segment.text_ids)
+                label_bytes[begin] = len(kept.encode())
+        return ScoredDocument(laid_out.tokens, label_bytes, is_text, laid_out.learnt)
+
+    def _lay_out(self, turns: list[Turn]) -> _LaidOut:
+        segments = self.template.encode(turns, self.tokenizer)
+        too_long: Literal["dropped", "shortened"] | None = None
+        if _length(segments) > self.sequence_length:
+            segments, too_long = self._shortened(segments, turns), "shortened"
+        answers = [place for place, segment in enumerate(segments) if segment.answer and turns[segment.turn].learned]
+        if not answers:
+            return _LaidOut([], np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_), "dropped")
+        # Where a template ends an answer in several segments, they are of one turn.
+        last = segments[answers[-1]].turn
+        learnt = [place for place in answers if self.answers == "all" or segments[place].turn == last]
+        lengths = [len(segment.text_ids) for segment in segments]
+        tokens = np.fromiter(chain.from_iterable(segment.text_ids for segment in segments), np.int32)
+        return _LaidOut(
+            segments, tokens, np.repeat([place in learnt for place in range(len(segments))], lengths), too_long
+        )
+
+    def _shortened(self, segments: list[Segment], turns: list[Turn]) -> list[Segment]:
+        if self.on_too_long == "drop":
+            return []
+        begins, ends = _bounds(segments)
+        if self.on_too_long == "truncate":
+            fitting = zip(segments, begins, strict=True)
+            return [
+                replace(part, text_ids=part.text_ids[: self.sequence_length - begin])
+                for part, begin in fitting
+                if begin < self.sequence_length
+            ]
+        kept = {part.turn for place, part in enumerate(segments) if part.answer and ends[place] <= self.sequence_length}
+        for last in sorted((turn for turn in kept if turns[turn].learned), reverse=True):
+            # Written again: a template may say something in the last exchange only, as the system's text.
+            shorter = self.template.encode(turns[: last + 1], self.tokenizer)
+            if _length(shorter) <= self.sequence_length:
+                return shorter
+        return []
+
+
+class _LaidOut(NamedTuple):
+    """A conversation as it fits: segments, tokens ``[n]``, whether each is learned ``[n]``, and what was done to it."""
+
+    segments: list[Segment]
+    tokens: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+    too_long: Literal["dropped", "shortened"] | None
+
+
+def _length(segments: Sequence[Segment]) -> int:
+    return sum(len(segment.text_ids) for segment in segments)
+
+
+def _bounds(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Return the places where each segment begins and ends."""
+    edges = list(accumulate((len(segment.text_ids) for segment in segments), initial=0))
+    return edges[:-1], edges[1:]

@@ -1,0 +1,459 @@
+"""Endless, deterministic streams of training rows, which can begin anywhere.
+
+Row k of a run is row ``k // num_streams`` of stream ``k % num_streams``; it depends on the sources, the seed, the
+number of streams, the sequence length and the packing, and not on ranks, loader workers or batch sizes. Each epoch of a
+source is a seeded permutation of its documents, dealt to the streams like cards. Which source a row is of follows from
+the row's number (`mixing.py`), and what padding or whole documents leave over is made up for in the stream's next rows.
+Each stream has one open document a source: a document that does not fit is cut and goes on in the source's next row.
+
+A stream's state is a few numbers: the document and the token at which each source continues, and what each was owed.
+No text is in it, and resuming reads no document but those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+)
+
+import numpy as np
+
+from lightning_mixcn.text.corpus.store import NAMED_PLACES
+
+from .mixing import SourceSample, row_shares, sample_source
+from .packing import Row, Segment, fill_row
+
+if TYPE_CHECKING:
+    from lightning_mixcn.text.corpus.corpus import TrainingDocuments
+
+    from .encoders import DocumentEncoder, EncodedDocument
+
+
+_ROUNDS = 8
+_MASK = 2**64 - 1
+
+
+class Permutation:
+    """A permutation of ``0 … size - 1`` that is computed place by place.
+
+    An alternating Feistel network over the next power of two, at least 16, walked until it lands inside (Black and
+    Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): fewer than two steps on average for more than 16 places.
+    Shuffling a hundred million documents thus takes no table of a hundred million places, in no process.
+
+    Args:
+        size: How many places, at least 1.
+        key: What the permutation is derived from.
+    """
+
+    def __init__(self, size: int, key: str) -> None:
+        """Derive the rounds' keys."""
+        digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = [int.from_bytes(digest[start : start + 8], "little") for start in range(0, len(digest), 8)]
+        self._size = size
+        bits = max(4, (size - 1).bit_length())
+        self._low_bits = bits // 2
+        self._low, self._high = (1 << self._low_bits) - 1, (1 << (bits - self._low_bits)) - 1
+
+    def __getitem__(self, place: int) -> int:
+        """Index at `place`, which is at least 0 and less than the size."""
+        index = self._step(place)
+        while index >= self._size:
+            index = self._step(index)
+        return index
+
+    def _step(self, value: int) -> int:
+        high, low = value >> self._low_bits, value & self._low
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                high ^= _mix(low + key) & self._high
+            else:
+                low ^= _mix(high + key) & self._low
+        return high << self._low_bits | low
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's output function (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+# Documents that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
+# Each source has its share of them, and no fewer than the second number.
+_POOL_DOCUMENTS, _LEAST_POOL_DOCUMENTS = 64, 16
+
+# A document is not cut for the mixture's sake where less than this share of a row would be on either side of the cut.
+_LEAST_PART = 1 / 16
+
+# Dropped one after the other, so many mean that a source has none that fits: else a stream would seek for ever.
+_HOPELESS_DOCUMENTS = 1000
+
+# What sources' weights are shares of.
+WeightUnit = Literal["tokens", "bytes"]
+
+# Plain values, see `RowStream.state`.
+StreamState = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """All that decides the order of rows.
+
+    Args:
+        documents: Training documents of each source, at least one document each.
+        encoder: What makes tokens of them.
+        sequence_length: Tokens of a row.
+        num_streams: Number of streams.
+        seed: Seed of the permutations.
+        packing: One of `PACKINGS`.
+        weight_unit: What the sources' weights are shares of; bytes of text are the same for every tokenizer.
+    """
+
+    documents: Sequence[TrainingDocuments]
+    encoder: DocumentEncoder
+    sequence_length: int
+    num_streams: int
+    seed: int
+    packing: str = "documents"
+    weight_unit: WeightUnit = "tokens"
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """Share of each source in `weight_unit` ``[sources]``; they sum to 1."""
+        weights = np.asarray([documents.corpus.source.weight for documents in self.documents], dtype=np.float64)
+        shares: list[float] = (weights / weights.sum()).tolist()
+        return shares
+
+    @cached_property
+    def samples(self) -> list[SourceSample]:
+        """What a few documents tell of each source ``[sources]``."""
+        any_order = self.packing == "best_fit"
+        return [
+            sample_source(documents, self.encoder, self.sequence_length, any_order=any_order)
+            for documents in self.documents
+        ]
+
+    def open(self, indices: Sequence[int], states: Mapping[int, StreamState] | None = None) -> dict[int, RowStream]:
+        """Open streams.
+
+        Args:
+            indices: Numbers of the streams.
+            states: States of streams by their number; the others begin at their first row.
+
+        Returns:
+            The streams by their number.
+        """
+        return {index: RowStream(self, index, (states or {}).get(index)) for index in indices}
+
+
+class RowStream:
+    """One stream of rows.
+
+    Args:
+        plan: What decides the order of rows.
+        index: Number of the stream.
+        state: State to continue from; None is before the first row.
+    """
+
+    def __init__(self, plan: StreamPlan, index: int, state: StreamState | None = None) -> None:
+        """Take the position; no text is read yet."""
+        self._plan = plan
+        self._index = index
+        self._readers = [_Reader(plan, index, source) for source in range(len(plan.documents))]
+        self._served = [0] * len(plan.documents)
+        self._phases = [0.0] * len(plan.documents)
+        self._owed: dict[int, float] = {}  # tokens of each source by the end of the row
+        self._first: int | None = None  # source that is owed most at the beginning of the row
+        self._pools: list[list[_Waiting]] = [[] for _ in plan.documents]
+        self.position = 0
+        if state is not None:
+            self._restore(state)
+
+    def state(self) -> StreamState:
+        """Give the stream's state in plain values.
+
+        Returns:
+            ``position`` (rows made), ``documents`` (number of the open document and token offset in it, of each
+            source), ``read`` (tokens and bytes read of each source), ``served`` (tokens of each source in rows),
+            ``phases`` (tokens by which the rows planned so far are ahead of each source's share), ``pools`` (of each
+            source number, offset, length and divisibility of the documents that wait for a row in `best_fit`), and
+            ``too_long`` (documents of each source that were dropped, shortened, and refused by the encoder).
+        """
+        return {
+            "position": self.position,
+            "documents": [[reader.number, reader.offset] for reader in self._readers],
+            "read": [list(reader.read) for reader in self._readers],
+            "served": list(self._served),
+            "phases": list(self._phases),
+            "pools": [[list(piece[:4]) for piece in pool] for pool in self._pools],
+            "too_long": [list(reader.too_long) for reader in self._readers],
+        }
+
+    def _restore(self, state: StreamState) -> None:
+        self.position, self._served, self._phases = state["position"], list(state["served"]), list(state["phases"])
+        self._pools = [
+            [_Waiting(number, offset, length, divisible, None) for number, offset, length, divisible in pool]
+            for pool in state["pools"]
+        ]
+        for reader, (number, offset), read, too_long in zip(
+            self._readers, state["documents"], state["read"], state["too_long"], strict=True
+        ):
+            reader.number, reader.offset, reader.read, reader.too_long = number, offset, list(read), list(too_long)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every source has been read `max_epochs` times."""
+        return not self._live()
+
+    def next_row(self) -> Row:
+        """Make the next row.
+
+        Returns:
+            The row: full (nearly, in `best_fit`), or short where the sources end, and empty after that.
+        """
+        self._plan_row()
+        take = self._next_piece if self._plan.packing == "best_fit" else self._next_segment
+        row = fill_row(take, self._plan.sequence_length)
+        for segment in row:
+            self._served[segment.source] += len(segment.tokens)
+        self.position += 1
+        return row
+
+    def _live(self) -> list[int]:
+        """Sources that still have something to give."""
+        return [source for source, reader in enumerate(self._readers) if self._pools[source] or not reader.exhausted]
+
+    def _plan_row(self) -> None:
+        """Set what each source is owed by the end of this row, in tokens, of the sources that have not ended."""
+        live, length = self._live(), self._plan.sequence_length
+        shares, number = self._shares_of(live), self.position * self._plan.num_streams + self._index
+        # Rows that are padded hold fewer tokens, so their sources get more of them.
+        is_padded = self._plan.encoder.keeps_whole
+        fills = [self._plan.samples[source].fill if is_padded else 1.0 for source in live]
+        rows = [share / fill for share, fill in zip(shares, fills, strict=True)]
+        parts = row_shares(number, self._plan.num_streams, [row / sum(rows) for row in rows]) if live else []
+        planned = [part * fill * length for part, fill in zip(parts, fills, strict=True)]
+        total = sum(self._served[source] for source in live) + sum(planned)
+        self._owed = {}
+        for source, share, tokens in zip(live, shares, planned, strict=True):
+            self._phases[source] += tokens - share * sum(planned)
+            self._owed[source] = share * total + self._phases[source] - self._served[source]
+        self._first = max(live, key=self._owed_to, default=None)
+
+    def token_shares(self) -> list[float]:
+        """Give the share of tokens that the weights ask for ``[sources]``, as if no source ended; they sum to 1."""
+        return self._shares_of(list(range(len(self._readers))))
+
+    def ended_sources(self) -> list[int]:
+        """List the sources that have been read `max_epochs` times."""
+        return sorted(set(range(len(self._readers))) - set(self._live()))
+
+    def _shares_of(self, live: list[int]) -> list[float]:
+        """Turn the weights of sources into shares of tokens, which sum to 1.
+
+        Bytes are turned into tokens by what was read so far, and as if a row of the plan's estimate had been read
+        before. A better estimate also corrects what was served before it.
+        """
+        weights = [self._plan.weights[source] for source in live]
+        if self._plan.weight_unit == "bytes":
+            first = self._plan.sequence_length
+            for place, source in enumerate(live):
+                tokens, num_bytes = self._readers[source].read
+                weights[place] *= (first + tokens) / (first / self._plan.samples[source].tokens_per_byte + num_bytes)
+        return [weight / sum(weights) for weight in weights]
+
+    def _owed_to(self, source: int) -> float:
+        return self._owed.get(source, 0.0)
+
+    def _limit(self, source: int, space: int) -> int:
+        """Give the tokens at which a document of the source is cut."""
+        owed, least = round(self._owed_to(source)), self._plan.sequence_length * _LEAST_PART
+        return owed if owed >= least and space - owed >= least else space
+
+    def _candidates(self) -> list[int]:
+        """Order the sources that the rest of the row may be of: those that are owed some, then the row's first one."""
+        live = sorted(self._live(), key=self._owed_to, reverse=True)
+        owed = [source for source in live if self._owed_to(source) > 0]
+        first = self._first if self._first in live else next(iter(live), None)
+        return owed if first is None or first in owed else [*owed, first]
+
+    def _next_segment(self, space: int) -> Segment | None:
+        """Give the next tokens of the source that is owed most."""
+        keeps_whole = self._plan.encoder.keeps_whole
+        while candidates := self._candidates():
+            reader = self._readers[candidates[0]]
+            if keeps_whole and reader.remaining > space:
+                return None
+            segment = reader.take(space if keeps_whole else self._limit(candidates[0], space))
+            if len(segment.tokens):  # else the document was dropped
+                return self._charge(segment)
+        return None
+
+    def _next_piece(self, space: int) -> Segment | None:
+        """Give a document of the source that is owed most and has one that fits: the longest, in a new row the oldest.
+
+        A document that is longer than a row is cut where its source has none that fits.
+        """
+        while candidates := self._candidates():
+            for source in candidates:
+                pool, limit = self._fill_pool(source), self._limit(source, space)
+                if not pool:
+                    continue  # its last documents were dropped
+                place = 0 if space == self._plan.sequence_length else _longest_fitting(pool, space)
+                if place is None and limit >= self._plan.sequence_length * _LEAST_PART:
+                    place = next((place for place, waiting in enumerate(pool) if waiting.divisible), None)
+                if place is not None:
+                    return self._charge(self._take_waiting(source, place, limit))
+            if self._candidates() == candidates:  # else a source has ended, and another takes its place
+                break
+        return None
+
+    def _take_waiting(self, source: int, place: int, limit: int) -> Segment:
+        """Take a document out of the pool; what a long one has beyond the limit stays there."""
+        pool, reader = self._pools[source], self._readers[source]
+        waiting = pool.pop(place)
+        segment = waiting.segment or reader.segment(waiting.number, waiting.offset, waiting.length)
+        if waiting.divisible and waiting.length > limit:
+            rest = segment.part(limit, waiting.length)
+            pool.insert(place, _Waiting(waiting.number, rest.offset, len(rest.tokens), True, rest))
+            segment = segment.part(0, limit)
+        return segment
+
+    def _fill_pool(self, source: int) -> list[_Waiting]:
+        pool, reader, length = self._pools[source], self._readers[source], self._plan.sequence_length
+        size = max(_LEAST_POOL_DOCUMENTS, _POOL_DOCUMENTS // len(self._readers))
+        while len(pool) < size and sum(waiting.length for waiting in pool) < size * length and not reader.exhausted:
+            segment = reader.take(reader.remaining)
+            if len(segment.tokens):  # else the document was dropped
+                divisible = len(segment.tokens) > length
+                pool.append(_Waiting(segment.document, 0, len(segment.tokens), divisible, segment))
+        return pool
+
+    def _charge(self, segment: Segment) -> Segment:
+        self._owed[segment.source] = self._owed.get(segment.source, 0.0) - len(segment.tokens)
+        return segment
+
+
+class _Waiting(NamedTuple):
+    """The rest of a document that waits for a row; `segment` is None after a resume, until it is needed."""
+
+    number: int
+    offset: int
+    length: int
+    divisible: bool  # the document is longer than a row
+    segment: Segment | None
+
+
+def _longest_fitting(pool: Sequence[_Waiting], space: int) -> int | None:
+    """Find the longest document of at most `space` tokens, among equals the oldest."""
+    found, length = None, 0
+    for place, waiting in enumerate(pool):
+        if length < waiting.length <= space:
+            found, length = place, waiting.length
+    return found
+
+
+class _Reader:
+    """A stream's position in a source: the document dealt to it last, counted through all epochs, and a token of it."""
+
+    def __init__(self, plan: StreamPlan, stream: int, source: int) -> None:
+        self._plan = plan
+        self._documents = plan.documents[source]
+        self._source = source
+        self.number = stream
+        self.offset = 0
+        self.read: list[float] = [0, 0.0]  # tokens and bytes of text
+        self.too_long = [0, 0, 0]  # documents dropped, shortened and refused
+        self._dropped_since_last = 0
+        self._index: int | None = None  # of document `number` in the corpus, once it is known to be for training
+        self._document: EncodedDocument | None = None
+        epochs = self._documents.corpus.source.max_epochs
+        self._end = None if epochs is None else epochs * len(self._documents.corpus)
+
+    @property
+    def exhausted(self) -> bool:
+        """Moves to the next document that is for training, if there is one."""
+        while self._index is None and (self._end is None or self.number < self._end):
+            index = self._index_of(self.number)
+            if index in self._documents:
+                self._index = index
+            else:
+                self.number += self._plan.num_streams
+        return self._index is None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens of the document that were not taken yet."""
+        return len(self._current.tokens) - self.offset
+
+    def take(self, space: int) -> Segment:
+        """The next tokens of the document, at most `space`; call only where not `exhausted`."""
+        document = self._current
+        if self.offset == 0:
+            self._count_too_long(document)
+        segment = self._cut(document, self.number, self.offset, space)
+        self._count_read(len(segment.tokens), len(document.tokens))
+        self.offset += len(segment.tokens)
+        if self.offset == len(document.tokens):
+            self.number, self.offset = self.number + self._plan.num_streams, 0
+            self._index = self._document = None
+        return segment
+
+    def segment(self, number: int, offset: int, length: int) -> Segment:
+        """A segment that was taken before."""
+        return self._cut(self._encode(self._index_of(number)), number, offset, length)
+
+    @property
+    def _current(self) -> EncodedDocument:
+        assert self._index is not None, "exhausted"
+        if self._document is None:
+            self._document = self._encode(self._index)
+        return self._document
+
+    def _count_read(self, tokens: int, of_document: int) -> None:
+        """Count tokens and, where weights are of bytes, the tokens' share of the document's bytes."""
+        self.read[0] += tokens
+        if self._plan.weight_unit == "bytes" and tokens:
+            assert self._index is not None, "exhausted"
+            self.read[1] += self._documents.corpus.num_bytes_of(self._index) * tokens / of_document
+
+    def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> Segment:
+        part = slice(offset, offset + space)
+        learnt = None if document.learnt is None else document.learnt[part]
+        return Segment(document.tokens[part], self._source, number, offset, learnt=learnt)
+
+    def _count_too_long(self, document: EncodedDocument) -> None:
+        self.too_long[0] += document.too_long == "dropped"
+        self.too_long[1] += document.too_long == "shortened"
+        if document.refused is not None:
+            assert self._index is not None, "exhausted"
+            if self._documents.corpus.on_bad_record == "error" or self.too_long[2] < NAMED_PLACES:
+                self._documents.corpus.refuse(self._index, document.refused)
+            self.too_long[2] += 1
+        self._dropped_since_last = 0 if len(document.tokens) else self._dropped_since_last + 1
+        if self._dropped_since_last == _HOPELESS_DOCUMENTS:
+            raise ValueError(
+                f"{_HOPELESS_DOCUMENTS} documents of source {self._documents.name!r}, one after the other, were longer "
+                "than a row and dropped, or refused by the template. Raise `sequence_length`, choose another "
+                "`on_too_long`, or another `template`"
+            )
+
+    def _encode(self, index: int) -> EncodedDocument:
+        return self._plan.encoder.encode(self._documents.corpus.text(index))
+
+    def _index_of(self, number: int) -> int:
+        size = len(self._documents.corpus)
+        epoch, place = divmod(number, size)
+        return _permutation(size, f"{self._plan.seed}/{self._documents.name}/{epoch}")[place]
+
+
+@lru_cache(maxsize=64)
+def _permutation(size: int, key: str) -> Permutation:
+    return Permutation(size, key)
