@@ -1,1 +1,1 @@
-"""TODO."""
+"""Watch how tokens are spread over experts: count, keep a window, report."""

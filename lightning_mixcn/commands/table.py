@@ -1,4 +1,4 @@
-"""TODO."""
+"""List the subcommands: their help, and the module whose function each one calls."""
 
 # Each with the line that `mixcn --help` shows.
 COMMANDS = {

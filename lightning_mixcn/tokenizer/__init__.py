@@ -1,1 +1,1 @@
-"""TODO."""
+"""Load and check tokenizers; read and write SentencePiece models."""

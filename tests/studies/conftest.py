@@ -7,7 +7,7 @@ import pytest
 
 from lightning_mixcn.studies.experts import report as expert_report
 from lightning_mixcn.testing import save_tiny_mixtral
-from tests.studies.stock_experts import write_texts
+from tests.studies.experts.stock_experts import write_texts
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

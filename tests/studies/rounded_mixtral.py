@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.testing import save_tiny_mixtral
-from tests.studies.stock_experts import stock_model
+from tests.studies.experts.stock_experts import stock_model
 
 SUPERBLOCK = 16_384
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Fill the weights of a model from a checkpoint folder, a bounded piece at a time."""
 
 from collections.abc import Iterator, Mapping
 from math import prod

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Write what transformers, PEFT, vLLM and llama.cpp load."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Generate tokens, and evaluate long rows chunk by chunk."""

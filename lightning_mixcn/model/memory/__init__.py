@@ -1,1 +1,1 @@
-"""TODO."""
+"""Plan the memory and the arithmetic of a training step."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Evaluate on benchmarks of lm-evaluation-harness: ``mixcn evaluate``."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Measure what each expert is worth by disabling it: ``mixcn experts``."""

@@ -1,7 +1,7 @@
 """Floating point operations of the study of experts, beside those of evaluating the model once for each expert.
 
-Counted as in `lightning_mixcn.model.memory.flops`: a product of ``[n, i]`` and ``[i, o]`` is 2·n·i·o; norms, softmax and the
-decoding of weights are nothing. Padding is computed like text and counts, in both.
+Counted as in `lightning_mixcn.model.memory.flops`: a product of ``[n, i]`` and ``[i, o]`` is 2·n·i·o; norms, softmax
+and the decoding of weights are nothing. Padding is computed like text and counts, in both.
 
 Legend: L layers, E experts, K experts a token.
 """

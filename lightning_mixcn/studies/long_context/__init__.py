@@ -1,1 +1,1 @@
-"""TODO."""
+"""Measure likelihood and retrieval against the length of the context."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Compare models by blind judgements of their answers: ``mixcn preference``."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Compare formats of the weights: ``mixcn quantization``."""

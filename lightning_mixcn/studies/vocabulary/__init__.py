@@ -1,1 +1,1 @@
-"""TODO."""
+"""Train pieces of another language and merge them into a tokenizer: ``mixcn vocab``."""

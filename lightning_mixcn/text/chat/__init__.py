@@ -1,1 +1,1 @@
-"""TODO."""
+"""Lay conversations out as token ids: turns, templates, records of conversations."""

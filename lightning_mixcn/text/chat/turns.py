@@ -1,4 +1,4 @@
-"""TODO."""
+"""Define a conversation's turns, and what a chat template does with them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Find, read and unpack the documents of sources."""

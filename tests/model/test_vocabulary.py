@@ -1,0 +1,289 @@
+"""New rows of embedding and head against numpy and stock transformers; old rows bit for bit; every way to load them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import sentencepiece
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from lightning_mixcn.model import (
+    MixtralPeftModel,
+    base_identity,
+    find_model,
+    load_found,
+    load_mixtral,
+    shard_model,
+)
+from lightning_mixcn.model.convert.quantize import quantize
+from lightning_mixcn.model.export.command import export
+from lightning_mixcn.model.local_rows import gathered
+from lightning_mixcn.model.vocabulary import NewRows
+from lightning_mixcn.studies.vocabulary.merge import choose_pieces, open_base, write_tokenizer
+from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
+from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
+from tests.extended_tokenizers import HAN, TALES, extend
+from tests.model.adapters_on_disk import TARGETS
+from tests.studies.vocabulary.vocab_data import small_base
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+NAMES = ("model.embed_tokens", "lm_head")
+
+
+@pytest.fixture(scope="session")
+def extended(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base's tokenizer with 57 or so further pieces: Chinese ones of bytes, or English ones of characters."""
+    out = tmp_path_factory.mktemp("extended") / "tokenizer"
+    if base.name.startswith("stories"):
+        return extend(base, out, " ".join(TALES).split(), 260, script="Latin", between=" ")
+    return extend(base, out, HAN, 90)
+
+
+def weight(model: Any, name: str) -> Tensor:
+    inner = model.get_base_model() if isinstance(model, MixtralPeftModel) else model
+    found = inner.get_submodule(name).weight
+    assert isinstance(found, Tensor)
+    return found
+
+
+def texts_of_new_pieces(base: Path, extended: Path) -> dict[int, str]:
+    """Id → text of each new piece, by transformers alone; "" for beginnings of characters."""
+    tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(extended / "tokenizer.json"))
+    old: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    plain = {index: tokenizer.convert_ids_to_tokens(index).replace("▁", " ") for index in range(len(tokenizer))}
+    of_bytes = {index: tokenizer.decode([index]) for index in range(len(tokenizer))}
+    texts = plain if "▁t" in old.get_vocab() else of_bytes
+    return {index: "" if "�" in texts[index] else texts[index] for index in range(len(old), len(tokenizer))}
+
+
+def expected_row(base: Path, text: str, rows: NDArray[np.float32], weighted: bool) -> NDArray[np.float64]:
+    """The mean of old rows in float64: ids by transformers, bytes by decoding each token."""
+    old: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    body = text.lstrip(" ")
+    # transformers' tokenizer puts a blank in front; another letter before takes its place, and is cut off again.
+    ids = old(text if "▁t" not in old.get_vocab() else f"\n{text}", add_special_tokens=False)["input_ids"]
+    if "▁t" in old.get_vocab():
+        ids = ids[2:]  # the blank and the newline
+    pieces = old.convert_ids_to_tokens(ids)
+    sizes = [1 if piece.startswith("<0x") or "▁t" not in old.get_vocab() else len(piece.encode()) for piece in pieces]
+    sizes = [size - 2 * piece.count("▁") for size, piece in zip(sizes, pieces, strict=True)]
+    assert body
+    assert sum(sizes) == len(text.encode())
+    weights = np.array(sizes if weighted else [1] * len(ids), dtype=np.float64)
+    mean: NDArray[np.float64] = weights @ rows[ids].astype(np.float64) / weights.sum()
+    return mean
+
+
+@pytest.mark.parametrize("new_rows", ["mean", "byte_mean"])
+@pytest.mark.parametrize("kept", ["original", "4-bit folder"])
+def test_means_are_those_of_numpy(base: Path, extended: Path, tmp_path: Path, new_rows: NewRows, kept: str) -> None:
+    folder = base
+    if kept == "4-bit folder":
+        quantize(str(base), str(tmp_path / "small"), dtype="float32")
+        folder = tmp_path / "small"
+    model = load_mixtral(folder, tokenizer=extended, new_rows=new_rows, train_embeddings=True, dtype="float32")
+    stored = load_file(base / "model.safetensors")
+    texts = texts_of_new_pieces(base, extended)
+    checked = 0
+    for name in NAMES:
+        key = f"{name}.weight" if f"{name}.weight" in stored else "model.embed_tokens.weight"
+        rows = weight(model, name)
+        assert len(rows) == max(texts) + 1 == model.config.vocab_size
+        first = min(texts)
+        assert torch.equal(rows[:first], stored[key][:first])  # the rows of old pieces, bit for bit
+        for index, text in texts.items():
+            if text.strip(" "):
+                expected = expected_row(base, text, stored[key].numpy(), new_rows == "byte_mean")
+                np.testing.assert_allclose(rows[index].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+                checked += 1
+    assert checked > 80
+
+
+@pytest.mark.parametrize(("new_rows", "shares"), [("mean", [1, 1, 1, 1]), ("byte_mean", [3, 1, 1, 1])])
+def test_shares_of_a_piece_by_hand(tmp_path: Path, new_rows: NewRows, shares: list[int]) -> None:
+    """中甲 was a piece of three bytes and three single bytes before."""
+    base = save_tiny_mixtral(tmp_path / "base", vocab_size=370)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    small = small_base(tmp_path / "small")
+    for file in small.iterdir():
+        shutil.copyfile(file, base / file.name)
+    tokenizer = open_base(small)
+    chosen = choose_pieces(tokenizer, ["甲", "中甲"], ScriptFilter("Han"))
+    write_tokenizer(small, tokenizer, chosen, "Han", tmp_path / "zh")
+    model = load_mixtral(base, tokenizer=tmp_path / "zh", new_rows=new_rows, train_embeddings=True, dtype="float32")
+    old = sentencepiece.SentencePieceProcessor(model_file=str(small / "tokenizer.model"))
+    ids = [old.piece_to_id(piece) for piece in ("中", "<0xE7>", "<0x94>", "<0xB2>")]
+    for name in NAMES:
+        rows = weight(model, name).detach()
+        expected = (torch.tensor(shares)[:, None] * rows[ids]).sum(0) / sum(shares)
+        torch.testing.assert_close(rows[371], expected)
+
+
+def test_random_and_zeros(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = extend(tiny, tmp_path / "t", HAN, 90)
+    load = partial(load_mixtral, tiny, tokenizer=tokenizer, train_embeddings=True, dtype="float32")
+    zeros, drawn, again, other = (
+        load(new_rows="zeros"), load(new_rows="random"), load(new_rows="random"), load(new_rows="random", seed=1)
+    )  # fmt: skip
+    new = slice(259, None)
+    for name in NAMES:
+        assert not weight(zeros, name)[new].any()
+        assert torch.equal(weight(drawn, name), weight(again, name))
+        assert not torch.equal(weight(drawn, name), weight(other, name))
+        assert torch.equal(weight(drawn, name)[:259], weight(zeros, name)[:259])
+        assert float(weight(drawn, name)[new].detach().std()) == pytest.approx(drawn.config.initializer_range, rel=0.1)
+    assert not torch.equal(weight(drawn, NAMES[0])[new], weight(drawn, NAMES[1])[new])
+
+
+def trained(base: Path, tokenizer: Path, folder: Path) -> MixtralPeftModel:
+    """An extended model with random factors and moved embeddings, saved as a run does."""
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
+    model = load_mixtral(
+        base, quantization="none", dtype="float32", lora=lora, train_embeddings=True, tokenizer=tokenizer
+    )
+    assert isinstance(model, MixtralPeftModel)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return model.eval()
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=ids).logits
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_what_is_saved_loads_everywhere(base: Path, extended: Path, tmp_path: Path) -> None:
+    """Our own loading, a merged checkpoint in stock transformers, and stock PEFT on a resized base: one model."""
+    model = trained(base, extended, tmp_path / "adapter")
+    rows = model.config.vocab_size
+    ids = torch.randint(3, rows, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = logits_of(model, ids)
+    assert expected.shape == (2, 40, rows)
+    found = find_model(str(tmp_path / "adapter"))
+    assert_close(logits_of(load_found(found, quantization="none", dtype="float32"), ids), expected)
+    export(str(tmp_path / "adapter"), str(tmp_path / "out"))
+    merged: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(merged[1].values())
+    assert merged[0].config.vocab_size == rows
+    assert_close(logits_of(merged[0].float(), ids), expected)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) == rows
+    assert base_identity(base) == base_identity(found.base)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert (
+        sum(tensor.nbytes for tensor in stored.values())
+        == sum(entry.stat().st_size for entry in (tmp_path / "out").glob("*.safetensors"))
+        - int.from_bytes((tmp_path / "out/model.safetensors").read_bytes()[:8], "little")
+        - 8
+    )
+    # And once more: the merged model is a base like any other.
+    again = load_mixtral(tmp_path / "out", quantization="none", dtype="float32", tokenizer=extended)
+    assert_close(logits_of(again, ids), expected)
+
+
+# PEFT's own conversion of w1 and w3 to the fused layout leaves patterns for what was not adapted.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_stock_peft_loads_the_adapter_on_a_resized_base(tiny: Path, tmp_path: Path) -> None:
+    model = trained(tiny, extend(tiny, tmp_path / "t", HAN, 90), tmp_path / "adapter")
+    rows = model.config.vocab_size
+    export(str(tmp_path / "adapter"), str(tmp_path / "out"), format="peft")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert f"base.resize_token_embeddings({rows}, mean_resizing=False)" in card
+    base: Any = transformers.MixtralForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    ids = torch.arange(3, rows).view(1, -1)
+    assert_close(logits_of(peft.PeftModel.from_pretrained(base, str(tmp_path / "out")), ids), logits_of(model, ids))
+
+
+MODES: tuple[NewRows, ...] = ("byte_mean", "random")
+
+
+def sharded(base: str, tokenizer: str) -> list[Tensor]:
+    """Embedding and head of each mode, loaded in shares and put together."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("shard",))
+    lora = peft.LoraConfig(r=2, target_modules=["w1"])
+    load = partial(load_mixtral, base, tokenizer=tokenizer, lora=lora, train_embeddings=True)
+    models = [load(new_rows=mode, shard=partial(shard_model, mesh=mesh)) for mode in MODES]
+    return [gathered(weight(model, name)) for model in models for name in NAMES]
+
+
+@pytest.mark.multiprocess
+def test_shares_are_those_of_the_whole(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = extend(tiny, tmp_path / "t", HAN, 91)
+    models = [load_mixtral(tiny, tokenizer=tokenizer, new_rows=mode, train_embeddings=True) for mode in MODES]
+    whole = [weight(model, name) for model in models for name in NAMES]
+    assert len(whole[0]) % 3  # so that the last rank has fewer rows
+    for rank in run_distributed(sharded, 3, str(tiny), str(tokenizer)):
+        assert all(map(torch.equal, rank, whole))
+
+
+def edit(file: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_bad_tokenizers_are_refused(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = extend(tiny, tmp_path / "t", HAN, 90)
+    with pytest.raises(ValueError, match=r"needs 3\d\d rows .* the base has 272: .* Set `train_embeddings: true`"):
+        load_mixtral(tiny, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"`new_rows='average'` is not known. Expected one of mean, byte_mean"):
+        load_mixtral(tiny, tokenizer=tokenizer, new_rows="average", train_embeddings=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"has 259 pieces, fewer than the 3\d\d of the base"):
+        load_mixtral(_with_tokenizer(tiny, tokenizer, tmp_path / "larger"), tokenizer=tiny)
+    shutil.copytree(tokenizer, tmp_path / "other")
+    edit(tmp_path / "other/tokenizer.json", lambda content: _swap(content["model"]["vocab"], 10, 11))
+    with pytest.raises(ValueError, match=r"does not continue the base's: id 10 is .* Extend the base's own"):
+        load_mixtral(tiny, tokenizer=tmp_path / "other", train_embeddings=True)
+    bare = shutil.copytree(tiny, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"272 rows, but no tokenizer that fits them .* Put the base's own tokenizer"):
+        load_mixtral(bare, tokenizer=tokenizer, train_embeddings=True)
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor tokenizer.model"):
+        load_mixtral(tiny, tokenizer=tmp_path)
+
+
+def _swap(vocabulary: dict[str, int], one: int, other: int) -> None:
+    pieces = {index: piece for piece, index in vocabulary.items()}
+    vocabulary[pieces[one]], vocabulary[pieces[other]] = other, one
+
+
+def _with_tokenizer(base: Path, tokenizer: Path, out: Path) -> Path:
+    shutil.copytree(base, out)
+    shutil.copyfile(tokenizer / "tokenizer.json", out / "tokenizer.json")
+    return out
+
+
+def test_adapters_of_another_vocabulary_are_refused(tiny: Path, tmp_path: Path) -> None:
+    small, large = extend(tiny, tmp_path / "s", HAN[:10], 45), extend(tiny, tmp_path / "l", HAN, 90)
+    trained(tiny, small, tmp_path / "adapter")
+    lora = peft.LoraConfig(r=4, target_modules=TARGETS)
+    with pytest.raises(ValueError, match=r"has 3\d\d rows of embedding and head, `tokenizer=.*` needs 3\d\d"):
+        load_mixtral(tiny, tokenizer=large, lora=lora, adapter=tmp_path / "adapter", train_embeddings=True)
+    with pytest.raises(ValueError, match=r"`adapter=.*` needs 3\d\d rows .* Set `train_embeddings: true`"):
+        load_mixtral(tiny, lora=lora, adapter=tmp_path / "adapter")
+    other = save_tiny_mixtral(tmp_path / "wide", vocab_size=400)
+    edit(tmp_path / "adapter/adapter_config.json", lambda config: config.update(base_model_name_or_path=str(other)))
+    (tmp_path / "adapter/base_identity.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.embed_tokens has the shape \[3\d\d, 32\], the base has \[400, 32\]"):
+        export(str(tmp_path / "adapter"), str(tmp_path / "out"))

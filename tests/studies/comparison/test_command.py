@@ -1,0 +1,173 @@
+"""`mixcn compare` on a tiny base; commands run in this process."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_mixcn.cli import main
+from tests.studies.comparison.compare_recipes import InThisProcess, lines_of, write_study
+
+SAME = ("comparison.csv", "comparison.json", "comparison.png", "study.json")
+# Lightning says so of every resumed run; `mixcn` as a program does not let it.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+
+
+@pytest.fixture
+def mixcn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> InThisProcess:
+    monkeypatch.chdir(tmp_path)
+    stand_in = InThisProcess()
+    stand_in.patch(monkeypatch)
+    return stand_in
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_a_whole_study(
+    mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_study(tmp_path, tiny_base, seeds=[0, 1])
+    assert main(["compare", str(recipe), "--out=one"]) == 0
+    captured = capsys.readouterr()
+    assert mixcn.ran == ["vocab", "vocab", *["validate"] * 4, *["fit"] * 4]
+    assert "[7/10] fit: base, seed 0\n" in captured.err
+    assert "[10/10] fit: longer, seed 1; about 0 minutes left" in captured.err
+    lines = lines_of(tmp_path / "one" / "comparison.csv")
+    assert len(lines) == 2 * 2 * 2
+    for line in lines:
+        folder = tmp_path / "one" / "runs" / line["arm"] / f"seed{line['seed']}"
+        facts, start = read(folder / "fit" / "facts.json"), read(folder / "start" / "validate.json")
+        last = facts["validations"][-1]["sources"][line["source"]]
+        assert float(line["bits_per_byte_before"]) == start["sources"][line["source"]]["bits_per_byte"]
+        assert float(line["bits_per_byte_after"]) == last["bits_per_byte"]
+        assert last["bits_per_byte"] < start["sources"][line["source"]]["bits_per_byte"]
+        assert int(line["text_bytes_seen"]) == facts["text_bytes_seen"]
+        assert abs(facts["text_bytes_seen"] - 800) < facts["text_bytes_seen"] / facts["steps"]
+        assert int(line["trainable_parameters"]) == facts["parameters"]["trainable"]
+    check_table(captured.out, lines)
+    costs = lines_of(tmp_path / "one" / "costs.csv")
+    assert all(float(line["tokens_per_second"]) > 0 < int(line["peak_memory_bytes"]) for line in costs)
+    assert (tmp_path / "one" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    # The same again is not done again; in another folder it gives the same numbers.
+    mixcn.ran.clear()
+    assert main(["compare", str(recipe), "--out=one"]) == 0
+    again = capsys.readouterr()
+    assert captured.out.endswith(again.out)
+    assert again.out.startswith("# Vocabulary\n")
+    assert "was finished before" in again.err
+    assert mixcn.ran == []
+
+
+def check_table(shown: str, lines: list[dict[str, str]]) -> None:
+    """The first table is mean and deviation of the CSV's seeds."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines() if row.startswith("|")]
+    assert rows[0] == ["arm", "zh before", "zh after", "zh change", "en before", "en after", "en change"]
+    for row in rows[2:4]:
+        for column, source in ((2, "zh"), (5, "en")):
+            values = [
+                float(line["bits_per_byte_after"])
+                for line in lines
+                if (line["arm"], line["source"]) == (row[0], source)
+            ]
+            assert row[column] == f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_goes_on_to_the_same_files(
+    mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_mixcn.callbacks import RunFacts
+
+    recipe = write_study(tmp_path, tiny_base)
+    for dies_in in (1, 0, 2):
+        mixcn.ran.clear()
+        mixcn.dies_in = dies_in
+        with pytest.raises(KeyboardInterrupt):
+            main(["compare", str(recipe), "--out=killed"])
+    mixcn.dies_in = None
+    # In the middle of a run, which then goes on with its checkpoint.
+    counts: Any = RunFacts.on_train_batch_end
+
+    def dying(self: RunFacts, trainer: Any, *arguments: Any) -> None:
+        counts(self, trainer, *arguments)
+        if trainer.global_step == 3:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFacts, "on_train_batch_end", dying)
+        with pytest.raises(MemoryError):
+            main(["compare", str(recipe), "--out=killed"])
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert (killed / "runs/base/seed0/fit/checkpoints/last.ckpt").exists()
+    assert not (killed / "comparison.md").exists()
+    mixcn.ran.clear()
+    assert main(["compare", str(recipe), "--out=killed"]) == 0
+    assert mixcn.ran == ["fit", "fit"]
+    assert main(["compare", str(recipe), "--out=whole"]) == 0
+    for name in SAME:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    # Between the last checkpoint and the facts.
+    for name in ("runs/longer/seed0/fit/facts.json", "comparison.json"):
+        (whole / name).unlink()
+    mixcn.ran.clear()
+    assert main(["compare", str(recipe), "--out=whole"]) == 0
+    assert mixcn.ran == ["fit"]
+    assert (killed / "comparison.json").read_bytes() == (whole / "comparison.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"a": {"trainer.max_step": 3}, "b": {}}}, "arm 'a' of the recipe: there is no setting"),
+        ({"arms": {"a": {}, "b": {"model.init_args.lora.rank": 3}}}, "arm 'b' of the recipe: model: "),
+        ({"settings": {"data.init_args.weight_unit": "words"}}, "weight_unit"),
+        ({"settings": {"model.init_args.base": "nowhere"}}, "'nowhere' is not there. Give a folder"),
+        ({"settings": {"data.init_args.sources": [{"name": "a", "path": "none.jsonl"}]}}, "none.jsonl"),
+        ({"prepare": {"x": ["vocab", "train", "text", "--sizes=3"]}}, "'x' of the recipe: "),
+        ({"prepare": {"x": ["fit"]}}, "'fit' is no command"),
+        ({"needs": {"base": "make base"}}, "is not there. First run: make base"),
+    ],
+)
+def test_nothing_is_started_with_bad_input(
+    changes: dict[str, Any], message: str, mixcn: InThisProcess, tmp_path: Path, tiny_base: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe = write_study(tmp_path, tiny_base, **changes)
+    assert main(["compare", str(recipe), "--out=study"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert mixcn.ran == []
+    assert not (tmp_path / "study").exists()
+
+
+def test_other_text_for_one_arm_is_no_comparison(
+    mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"data.init_args.val_sources": [{"name": "zh", "path": "zh.jsonl"}]}
+    recipe = write_study(tmp_path, tiny_base, prepare=None, arms={"a": {}, "b": other})
+    assert main(["compare", str(recipe), "--out=study"]) == 2
+    assert "Arms are validated on different text: bytes by source are" in capsys.readouterr().err
+    assert mixcn.ran == ["validate", "validate"]
+
+
+def test_a_folder_of_something_else(
+    mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_study(tmp_path, tiny_base, prepare=None, arms={"a": {}, "b": {"model.init_args.new_rows": "zeros"}})
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "mine").touch()
+    assert main(["compare", str(recipe), "--out=study"]) == 2
+    assert "is a folder with something else in it" in capsys.readouterr().err
+    mixcn.dies_in = 0
+    with pytest.raises(KeyboardInterrupt):
+        main(["compare", str(recipe), "--out=begun"])
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"text_bytes": 999}))
+    capsys.readouterr()
+    assert main(["compare", str(recipe), "--out=begun"]) == 2
+    assert "holds a study with `text_bytes=800`, but now it is 999" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+import random
+from pathlib import Path
+
+import fsspec
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_mixcn.text.corpus.reading import (
+    identify,
+    is_url,
+    match_urls,
+    open_file,
+    read_chunks,
+    split_lines,
+)
+
+
+def test_urls_are_told_from_paths() -> None:
+    assert [is_url(path) for path in ("s3://b/x", "data/x", Path("s3://b/x"), "C:/x")] == [True, False, False, False]
+
+
+def test_a_local_file_and_its_url(tmp_path: Path) -> None:
+    file = tmp_path / "x y?.jsonl"
+    file.write_bytes(b"abc")
+    for path in (file, f"file://{file}"):
+        assert identify(path)["size"] == 3
+        with open_file(path) as opened:
+            assert opened.read() == b"abc"
+        before = identify(path)
+        assert identify(path) == before
+    file.write_bytes(b"abcd")
+    assert identify(f"file://{file}") != before
+
+
+def test_globs_and_folders(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("b.jsonl", "a.jsonl", "c.md", "deep/d.jsonl"):
+        memory.pipe(f"/listed/{name}", b"")
+
+    def listed(url: str) -> list[str]:
+        return match_urls(url, "sources[0]", lambda names, _: [name for name in names if name.endswith(".jsonl")])
+
+    assert listed("memory://listed/c.md") == ["memory://listed/c.md"]
+    assert listed("memory://listed/*.jsonl") == ["memory://listed/a.jsonl", "memory://listed/b.jsonl"]
+    assert listed("memory://listed") == [f"memory://listed/{name}.jsonl" for name in ("a", "b", "deep/d")]
+    with pytest.raises(FileNotFoundError, match=r"`sources\[0\].path='memory://listed/\*.txt'` matches no file"):
+        listed("memory://listed/*.txt")
+
+
+def test_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> bool:
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "isfile", fail)
+    with pytest.raises(ValueError, match=r"path='memory://x'` cannot be listed: RuntimeError: no credentials. Check"):
+        match_urls("memory://x", "sources[0]", lambda names, _: names)
+
+
+@given(st.lists(st.binary(max_size=5) | st.sampled_from([b"\n", b"a\r\nb", b"\n\n"])))
+def test_lines_do_not_depend_on_the_pieces(chunks: list[bytes]) -> None:
+    lines = b"".join(chunks).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    assert list(split_lines(chunks)) == list(enumerate(lines, start=1))
+
+
+def test_chunks_are_of_bounded_size(tmp_path: Path) -> None:
+    data = bytes(300_000_000)
+    (tmp_path / "x.zst").write_bytes(zstandard.compress(data))
+    assert (tmp_path / "x.zst").stat().st_size < 40_000
+    (tmp_path / "x").write_bytes(random.Random(0).randbytes(3_000_000))
+    assert max(len(chunk) for chunk in read_chunks(tmp_path / "x")) == 1 << 20
+    assert sum(len(chunk) for chunk in read_chunks(tmp_path / "x.zst")) == len(data)
+
+
+def test_what_the_file_system_says_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        list(read_chunks(tmp_path))
