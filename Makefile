@@ -37,10 +37,11 @@ test-full: lint  ## every check, slow ones too, with lm-evaluation-harness; thos
 	$(QUICK)
 	$(BIN)/python -m pytest -m "slow or gpu"
 
-lint: venv  ## ruff and mypy
+lint: venv  ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the README's table (5 GB, half an hour)
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --result train_step_1024

@@ -25,7 +25,8 @@ def packages_in_tree() -> set[str]:
     inside = {path.parent for path in (ROOT / "lightning_mixcn").rglob("__init__.py")}
     names = {".".join(path.relative_to(ROOT).parts) for path in inside}
     # rglob does not follow links in every version of Python.
-    return names | {f"lightning_mixcn.{name}" for name in LINKS if (ROOT / name / "__init__.py").is_file()}
+    linked = {path.parent.relative_to(ROOT) for name in LINKS for path in (ROOT / name).rglob("__init__.py")}
+    return names | {".".join(["lightning_mixcn", *path.parts]) for path in linked}
 
 
 def test_packages_are_those_of_the_tree() -> None:
