@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 
 from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import replaced_folder
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics import Likelihood
@@ -184,7 +185,7 @@ class AdapterCheckpoint(Callback):
         languages: list[str] | None = None,
     ) -> None:
         if mode not in ("min", "max"):
-            raise ValueError(f"`mode={mode!r}`: expected min or max")
+            raise UserError(f"`mode={mode!r}`: expected min or max")
         self.folder = folder
         self.monitor = monitor
         self.languages = languages

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
 from lightning_mixcn.studies.benchmarks.scores import (
     TaskScores,
@@ -53,9 +54,9 @@ class BenchmarkEval(Callback):
         self.tasks = split_names(tasks)
         for name, value in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
             if value is not None and value < 1:
-                raise ValueError(f"`{name}={value}`: expected at least 1")
+                raise UserError(f"`{name}={value}`: expected at least 1")
         if limit is not None and limit <= 0:
-            raise ValueError(f"`limit={limit}`: expected a number of documents, or a share of them below 1")
+            raise UserError(f"`limit={limit}`: expected a number of documents, or a share of them below 1")
         self.every_n_steps, self.num_fewshot, self.limit = every_n_steps, num_fewshot, limit
         self.apply_chat_template, self.batch_size, self.data_dir = apply_chat_template, batch_size, data_dir
         self.scores: dict[str, TaskScores] = {}
@@ -75,7 +76,7 @@ class BenchmarkEval(Callback):
         files = BenchmarkFiles(self.data_dir) if self.data_dir else None
         self._benchmarks = load_benchmarks(self.tasks, num_fewshot=self.num_fewshot, files=files)
         if self.apply_chat_template and tokenizer_of(trainer, module).hf.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 "`apply_chat_template`, but the model's tokenizer has no chat template. Put a chat_template.jinja into "
                 "its folder, or leave the option out"
             )

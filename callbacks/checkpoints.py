@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.modules.checkpoints import (
     publish,
     remove,
@@ -38,9 +39,9 @@ class StepCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_steps: int = 500, keep: int = 2, dirpath: str | None = None) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between checkpoints")
+            raise UserError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between checkpoints")
         if keep < 1:
-            raise ValueError(f"`keep={keep}`: expected at least 1 checkpoint to keep")
+            raise UserError(f"`keep={keep}`: expected at least 1 checkpoint to keep")
         super().__init__(
             dirpath=dirpath,
             filename="step={step:08d}",

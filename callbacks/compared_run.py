@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.data import StreamDataModule
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.model import bytes_in_memory, count_parameters
 
@@ -155,7 +156,7 @@ class ByteBudget(Callback):
     def __init__(self, text_bytes: int, validations: int = 1) -> None:
         for name, value in (("text_bytes", text_bytes), ("validations", validations)):
             if value < 1:
-                raise ValueError(f"`{name}={value}`: expected at least 1")
+                raise UserError(f"`{name}={value}`: expected at least 1")
         self.text_bytes, self.validations = text_bytes, validations
         self._due: list[int] = []  # steps after which there is a validation
 
@@ -177,7 +178,7 @@ class ByteBudget(Callback):
         rows = self._rows(data)
         steps = round(rows / (data.rows_a_batch * trainer.accumulate_grad_batches))
         if steps < self.validations:
-            raise ValueError(
+            raise UserError(
                 f"`text_bytes={self.text_bytes}` are {steps} steps, fewer than `validations={self.validations}`. Give "
                 "more text, smaller steps or fewer validations"
             )
@@ -213,7 +214,7 @@ class ByteBudget(Callback):
         rows = measured = 0
         for row_bytes in islice(_row_bytes(data), _ROWS_MEASURED):
             if not row_bytes:
-                raise ValueError(
+                raise UserError(
                     f"`text_bytes={self.text_bytes}`: the sources end after {measured:,} bytes. Give less, or raise "
                     "their `max_epochs`"
                 )

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_mixcn.data import StreamDataModule
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
 
 EPOCHS_FILE = "epochs.json"
@@ -41,7 +42,7 @@ class EpochBudget(Callback):
         if rows is None:
             return
         if rows == 0:
-            raise ValueError("The sources hold no row to train on. Check `data.init_args.sources`, or `on_too_long`")
+            raise UserError("The sources hold no row to train on. Check `data.init_args.sources`, or `on_too_long`")
         batches = -(-rows // data.rows_a_batch)
         # Lightning takes a step at the end of the data, whatever number of micro-batches is there.
         steps = -(-batches // trainer.accumulate_grad_batches)
@@ -68,7 +69,7 @@ class EpochBudget(Callback):
         done = data.rows_trained
         is_over = trainer.global_step >= trainer.max_steps
         if not is_over and done != trainer.global_step * self._rows_a_step:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's {trainer.global_step} steps were {done} rows, but a step is {self._rows_a_step} "
                 "rows here, so the steps of an epoch are not known. Keep `micro_batch_size` times ranks times "
                 "`accumulate_grad_batches` as it was, or give `trainer.max_steps`"

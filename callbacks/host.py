@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback, LightningModule
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.modules import CausalLMModule
 
 
@@ -16,7 +17,7 @@ def causal_lm(callback: Callback, module: LightningModule) -> CausalLMModule:
         ValueError: it is none of this package's, nor a subclass of one.
     """
     if not isinstance(module, CausalLMModule):
-        raise ValueError(
+        raise UserError(
             f"{type(callback).__name__} works with a CausalLMModule, but `model` is {type(module).__name__}. "
             "Subclass CausalLMModule, or leave the callback out"
         )

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.studies import (
     RETRIEVAL_TASKS,
@@ -222,13 +223,13 @@ class LongContextEval(Callback):
         numbers = {"documents": documents, "chunk": chunk, "retrieval_prompts": retrieval_prompts}
         for name, value in (numbers | ({} if every_n_steps is None else {"every_n_steps": every_n_steps})).items():
             if value < 1:
-                raise ValueError(f"`{name}={value}`: expected at least 1")
+                raise UserError(f"`{name}={value}`: expected at least 1")
         for index, task in enumerate(self.retrieval):
             if task not in RETRIEVAL_TASKS:
-                raise ValueError(f"`retrieval[{index}]={task!r}`: expected one of {', '.join(RETRIEVAL_TASKS)}")
+                raise UserError(f"`retrieval[{index}]={task!r}`: expected one of {', '.join(RETRIEVAL_TASKS)}")
         for index, depth in enumerate(self.retrieval_depths):
             if not 0 <= depth <= 1:
-                raise ValueError(f"`retrieval_depths[{index}]={depth}`: expected 0 (beginning) to 1 (end)")
+                raise UserError(f"`retrieval_depths[{index}]={depth}`: expected 0 (beginning) to 1 (end)")
         self.documents, self.chunk, self.every_n_steps = documents, chunk, every_n_steps
         self.retrieval_prompts, self.seed = retrieval_prompts, seed
         self._sets: list[DocumentSet] = []
@@ -363,7 +364,7 @@ def _validation_documents(data: Any) -> list[DocumentSet]:
     documents = getattr(data, "evaluation_documents", None)
     found: Sequence[DocumentSet] = documents("val") if documents is not None else ()
     if not found:
-        raise ValueError(
+        raise UserError(
             "LongContextEval has no documents: `sources` is null, and the data module has no validation set. "
             "Give `sources`, e.g. [{name: zh, path: data/long/*.txt}]"
         )
@@ -372,7 +373,7 @@ def _validation_documents(data: Any) -> list[DocumentSet]:
 
 def _ascending(name: str, lengths: Sequence[int]) -> list[int]:
     if min(lengths) < 2 or len(set(lengths)) < len(lengths):
-        raise ValueError(f"`{name}={list(lengths)}`: expected different numbers of at least 2 tokens")
+        raise UserError(f"`{name}={list(lengths)}`: expected different numbers of at least 2 tokens")
     return sorted(lengths)
 
 

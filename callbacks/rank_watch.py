@@ -19,6 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
+from lightning_mixcn.errors import UserError
+
 _FAILURE = "failure"
 
 
@@ -151,7 +153,7 @@ class RankWatch(Callback):
 
     def __init__(self, timeout_seconds: float = 60.0) -> None:
         if timeout_seconds <= 0:
-            raise ValueError(f"`timeout_seconds={timeout_seconds}`: expected more than 0 seconds")
+            raise UserError(f"`timeout_seconds={timeout_seconds}`: expected more than 0 seconds")
         self.timeout_seconds = timeout_seconds
         self._watch: Watch | None = None
 

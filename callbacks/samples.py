@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
@@ -41,11 +42,11 @@ class Sampling(Callback):
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("max_new_tokens", max_new_tokens)):
             if value < 1:
-                raise ValueError(f"`{name}={value}`: expected at least 1")
+                raise UserError(f"`{name}={value}`: expected at least 1")
         if temperature < 0:
-            raise ValueError(f"`temperature={temperature}`: expected 0 for greedy, or more")
+            raise UserError(f"`temperature={temperature}`: expected 0 for greedy, or more")
         if repetition_penalty <= 0:
-            raise ValueError(f"`repetition_penalty={repetition_penalty}`: expected 1 for none, or more")
+            raise UserError(f"`repetition_penalty={repetition_penalty}`: expected 1 for none, or more")
         self.every_n_steps = every_n_steps
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -196,7 +197,7 @@ class SampleAnswers(Sampling):
         seed: int = 0,
     ) -> None:
         if questions < 1:
-            raise ValueError(f"`questions={questions}`: expected at least 1")
+            raise UserError(f"`questions={questions}`: expected at least 1")
         super().__init__(
             every_n_steps=every_n_steps,
             max_new_tokens=max_new_tokens,
@@ -212,7 +213,7 @@ class SampleAnswers(Sampling):
         """Refuse other data than conversations. Raises: ValueError, too, if no conversation is held out."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not any(_data(trainer).evaluation_conversations("val")):
-            raise ValueError(
+            raise UserError(
                 "SampleAnswers needs held-out conversations: set data.init_args.val_fraction, e.g. 0.02, or val_sources"
             )
 
@@ -251,7 +252,7 @@ class SampleAnswers(Sampling):
 def _data(trainer: Trainer) -> InstructDataModule:
     data: Any = getattr(trainer, "datamodule", None)
     if not isinstance(data, InstructDataModule):
-        raise ValueError(
+        raise UserError(
             f"SampleAnswers needs an InstructDataModule, got {type(data).__name__}. Use SampleText for plain text"
         )
     return data
@@ -279,7 +280,7 @@ class SampleText(Sampling):
         seed: int = 0,
     ) -> None:
         if not prompts:
-            raise ValueError("`prompts=[]`: expected at least one text to continue")
+            raise UserError("`prompts=[]`: expected at least one text to continue")
         super().__init__(
             every_n_steps=every_n_steps,
             max_new_tokens=max_new_tokens,

@@ -1,15 +1,29 @@
 """Fixtures of all tests."""
 
+import io
+import json
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import sentencepiece
+
+if TYPE_CHECKING:
+    from lightning_mixcn.text import TextTokenizer
 
 # Without a GPU, Triton's kernels run in its interpreter. It reads this once, when something first imports it, and
 # bitsandbytes does; nothing else here uses Triton on a CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+WORDS = """the of and to in a is that for it 的 一 是 不 了 在 人 有 我 他 这 中 大
+    return def self == 12 345 ,。 !"""
+
+Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,3 +41,49 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lightning_mixcn.testing import save_tiny_mixtral
 
     return save_tiny_mixtral(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def train_sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Makes a folder with `tokenizer.model` (by default as Mixtral's is made, but small) and its configuration."""
+
+    def train(**options: Any) -> Path:
+        folder: Path = tmp_path_factory.mktemp("tokenizer")
+        draw = random.Random(1)
+        lines = [" ".join(draw.choices(WORDS.split(), k=8)) for _ in range(400)] + ["    x  y   z"] * 20
+        settings: dict[str, Any] = {
+            "model_type": "bpe",
+            "vocab_size": 380,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "minloglevel": 2,
+        }
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, **(settings | options)
+        )
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def small_folder(train_sentencepiece: Train) -> Path:
+    return train_sentencepiece()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(small_folder: Path) -> "TextTokenizer":
+    from lightning_mixcn.text import load_tokenizer
+
+    return load_tokenizer(small_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the real tokenizers and corpora lie outside the project and are not here")
+    return SHARED

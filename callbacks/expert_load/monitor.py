@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_mixcn.callbacks.host import causal_lm
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, shares
 from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.experts.observe import observe_routing
@@ -60,11 +61,11 @@ class ExpertLoadMonitor(Callback):
         }
         for name, value in steps.items():
             if value < 1:
-                raise ValueError(f"`{name}={value}`: expected at least 1 optimizer step")
+                raise UserError(f"`{name}={value}`: expected at least 1 optimizer step")
         if not 0 <= starving_share < 1:
-            raise ValueError(f"`starving_share={starving_share}`: expected 0 (no warning) to below 1, a uniform share")
+            raise UserError(f"`starving_share={starving_share}`: expected 0 (no warning) to below 1, a uniform share")
         if list(position_boundaries) != sorted({*position_boundaries} - {0}) or min(position_boundaries, default=1) < 1:
-            raise ValueError(
+            raise UserError(
                 f"`position_boundaries={list(position_boundaries)}`: expected ascending positions above 0, e.g. [512]"
             )
         self.every_n_steps, self.figure_every_n_steps = every_n_steps, figure_every_n_steps
@@ -93,7 +94,7 @@ class ExpertLoadMonitor(Callback):
         for stage in ("train", "val"):
             sources = names(stage) if names else []
             if "val" in sources:
-                raise ValueError("A source is named 'val', as validation is under `experts/`. Give it another name")
+                raise UserError("A source is named 'val', as validation is under `experts/`. Give it another name")
             sizes = len(routers), routers[0].num_experts
             self._windows[stage] = LoadWindow(sources, self.position_boundaries, *sizes, pl_module.device)
         self._trainer = trainer

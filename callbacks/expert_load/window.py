@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import ExpertLoad, LoadSums
 from lightning_mixcn.metrics.likelihood import per_position
 
@@ -83,7 +84,7 @@ class LoadWindow:
         pairs = zip(mine, parts, strict=True)
         self._totals = self._totals.plus(LoadSums(*(total.view(like.shape).to(like.dtype) for like, total in pairs)))
         if strangers := int(self._totals.tokens[-1].max()):
-            raise ValueError(
+            raise UserError(
                 f"{strangers} tokens have `source_ids` outside of 0 to {len(self.sources) - 1}; the data module's "
                 f"`source_names` gives {self.sources}. Name every source, or give padding the `document_ids` -1"
             )

@@ -3,11 +3,11 @@
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 from lightning_mixcn.commands.process import CommandFailed
-from lightning_mixcn.commands.table import COMMANDS, UsageError
+from lightning_mixcn.commands.table import COMMANDS
+from lightning_mixcn.errors import UserError
 
 _OF_THE_TRAINER = ("fit", "validate", "test", "predict")
 _COMPLETION = "--print_completion"
@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
             raise
-        hint = "" if isinstance(error, UsageError | CommandFailed) else f" ({_TRACEBACK}=1 shows the traceback)"
-        return _report(message + hint, 1 if _lost_worker(error) else 2)
+        return _report(message, 1 if _lost_worker(error) else 2)
     return 0
 
 
@@ -75,7 +74,7 @@ class _StderrHandler(logging.Handler):
 
 def _show_log() -> None:
     """Show what the package logs of the data; Python itself would show warnings only."""
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("lightning_mixcn")
     if not logger.hasHandlers():
         logger.addHandler(_StderrHandler())
         logger.setLevel(logging.INFO)
@@ -103,24 +102,20 @@ def _report(message: str, code: int = 2) -> int:
     return code
 
 
-def _explained(error: Exception) -> str | None:
-    """The message for the user, where the error is the user's to mend: else the traceback is worth more."""
-    if isinstance(error, UsageError | CommandFailed):
+def _explained(error: BaseException | None) -> str | None:
+    """Return the message for the user, or None for a bug, whose traceback is worth more."""
+    if error is None:
+        return None
+    if isinstance(error, UserError | CommandFailed):
         return str(error)
-    if _lost_worker(error):
+    if isinstance(error, OSError):  # a full disk, a missing permission
+        return f"{error} ({_TRACEBACK}=1 shows the traceback)"
+    if isinstance(error, Exception) and _lost_worker(error):
         return (
             f"{error.__cause__ or error} It may have run out of memory: lower `data.init_args.num_workers`, or look "
             "into the system's log"
         )
-    if not isinstance(error, ValueError | OSError | FloatingPointError) or error.__traceback__ is None:
-        return None
-    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    module = str(innermost.f_globals.get("__name__", ""))
-    if module.partition(".")[0] == __package__:
-        return str(error)
-    if module.partition(".")[0] == "jsonargparse" and isinstance(error.__cause__, Exception):
-        return _explained(error.__cause__)  # it wraps what the constructor of a class says
-    return None
+    return _explained(error.__cause__)  # jsonargparse wraps what the constructor of a class raises
 
 
 def _lost_worker(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model import MixtralPeftModel
 from lightning_mixcn.model.find import find_model, load_found
@@ -214,7 +215,7 @@ def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
                 answer = talk.ask(question)
             except ValueError as error:
                 if not interactive:
-                    raise ValueError(f"line {number} of standard input: {error}") from error
+                    raise UserError(f"line {number} of standard input: {error}") from error
                 _say(f"{error}. /reset forgets the conversation.")
                 continue
             start = time.perf_counter()
@@ -288,7 +289,7 @@ def _piped_lines() -> Iterator[str]:
             line.encode()  # where the locale is not UTF-8, Python lets broken bytes through
             yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
     except UnicodeError as error:
-        raise ValueError(f"standard input is not UTF-8 ({error}). Convert it first") from error
+        raise UserError(f"standard input is not UTF-8 ({error}). Convert it first") from error
 
 
 def _write(text: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import MixtralConfig
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics.device import copy_rate, peak_rate
 from lightning_mixcn.model import build_mixtral
@@ -81,7 +82,7 @@ class RunPlan:
         if budget is None:
             return layer_modes(self.module.activation_checkpointing, layers)
         if budget == "auto" and self.usable is None:
-            raise ValueError(
+            raise UserError(
                 "`activation_memory: auto` cannot be planned here: there is no GPU. Give bytes for the plan"
             )
         return fitting_modes(self.model, run, budget, self.usable or 0)
@@ -179,7 +180,7 @@ def _base_config(base: str) -> MixtralConfig:
     file = Path(base).expanduser() / "config.json"
     settings = stock_settings(json.loads(file.read_text()) if file.is_file() else _from_hub(base))
     if settings.get("model_type") != "mixtral":
-        raise ValueError(f"`base={base!r}` holds a model of type {settings.get('model_type')!r}. Expected 'mixtral'")
+        raise UserError(f"`base={base!r}` holds a model of type {settings.get('model_type')!r}. Expected 'mixtral'")
     return MixtralConfig.from_dict(settings)
 
 

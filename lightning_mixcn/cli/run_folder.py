@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.callbacks.epoch_budget import EPOCHS_FILE
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text.corpus.listings import LeftOut, match_glob
 from lightning_mixcn.text.corpus.reading import LOCAL, is_url
 
@@ -74,7 +75,7 @@ def check_free(root: Path, checkpoint: str | None, checkpoint_folders: list[str]
         if any(Path(checkpoint).resolve().is_relative_to(home.resolve()) for home in homes):
             return
     given = "" if checkpoint is None else f", and `--ckpt_path {checkpoint}` is another run's"
-    raise ValueError(
+    raise UserError(
         f"`trainer.default_root_dir={str(root)!r}` holds a run{given}. Go on with it by `--ckpt_path last`, choose "
         "another folder by `--trainer.default_root_dir`, or replace it by `--overwrite`"
     )
@@ -92,7 +93,7 @@ def _check_last(root: Path, checkpoint_folders: list[str]) -> None:
     found = [path for folder in folders for path in Path(folder).glob("last*.ckpt") if path.exists()]
     unfinished = [path for folder in folders for path in Path(folder).glob(".*.ckpt.unfinished")]
     if not (found or unfinished or any(root.glob("hpc_ckpt_*.ckpt"))):
-        raise ValueError(
+        raise UserError(
             f"`--ckpt_path last`: {str(root)!r} holds an adapter, but there is no last checkpoint in "
             f"{', '.join(folders)}, so training would begin from scratch and replace the adapter. Give a checkpoint by "
             "its path, choose another folder by `--trainer.default_root_dir`, or replace the run by `--overwrite`"
@@ -110,15 +111,15 @@ def check_overwrite(root: Path, checkpoint: str | None) -> None:
         ValueError: a checkpoint is given, the folder is a file, or the job was restarted and so the run is its own.
     """
     if checkpoint is not None:
-        raise ValueError(
+        raise UserError(
             f"`--overwrite` begins a new run, `--ckpt_path {checkpoint}` goes on with one. Give one of them"
         )
     if root.exists() and not root.is_dir():
-        raise ValueError(f"`trainer.default_root_dir={str(root)!r}` is a file, expected a folder")
+        raise UserError(f"`trainer.default_root_dir={str(root)!r}` is a file, expected a folder")
     for name in _RESTART_COUNTS:
         count = os.environ.get(name, "")
         if count.isdecimal() and int(count) > 0 and holds_run(root):
-            raise ValueError(
+            raise UserError(
                 f"`--overwrite` in a restarted job ({name}={count}) would remove what the job itself has trained in "
                 f"{str(root)!r}. Give `--ckpt_path last` in place of `--overwrite`: without a checkpoint it begins "
                 "from scratch"
@@ -148,7 +149,7 @@ class Overwrite(Callback):
                 for other, path in removed.items():
                     if place.is_relative_to(other) or other.is_relative_to(place):
                         relation = "is in" if place.is_relative_to(other) else "contains some of"
-                        raise ValueError(
+                        raise UserError(
                             f"`{name}={value!r}` {relation} what `--overwrite` would remove ({str(path)!r}). "
                             "Choose another `trainer.default_root_dir`"
                         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.vocabulary import tokenizer_for
 from lightning_mixcn.modules.state import adapter_folder
@@ -70,16 +71,16 @@ def settle_epochs(settings: Any) -> None:
     if epochs in (None, -1) or trainer.fast_dev_run or not isinstance(sources, list):
         return
     if epochs < 1:
-        raise ValueError(f"`trainer.max_epochs={epochs}`: expected at least 1, or -1 for no bound")
+        raise UserError(f"`trainer.max_epochs={epochs}`: expected at least 1, or -1 for no bound")
     if trainer.max_steps not in (None, -1):
-        raise ValueError(
+        raise UserError(
             f"`trainer.max_epochs={epochs}` and `trainer.max_steps={trainer.max_steps}` both say how long the run is. "
             "Give one of them"
         )
     own = [source["max_epochs"] for source in sources]
     if None not in own and any(value != epochs for value in own):
         given = ", ".join(f"{source['name']} {source['max_epochs']}" for source in sources)
-        raise ValueError(
+        raise UserError(
             f"`trainer.max_epochs={epochs}` has no effect: every source has its own `max_epochs` ({given}). Change "
             "those in `data.init_args.sources`, or leave `trainer.max_epochs` out"
         )
@@ -104,7 +105,7 @@ def settle_tokenizer(settings: Any) -> None:
     wanted = tokenizer_for(model["base"], model["tokenizer"], adapter_folder(model.get("adapter")))
     given = data["tokenizer"]
     if given is not None and not _is_same(given, wanted):
-        raise ValueError(
+        raise UserError(
             f"`data.init_args.tokenizer={given!r}` is not the model's, which is {wanted!r}. Give it as "
             "`model.init_args.tokenizer`, which the data take, too, or leave it out"
         )

@@ -34,8 +34,9 @@ from lightning_mixcn.callbacks import (
     TrainabilityCheck,
 )
 from lightning_mixcn.commands.functions import add_function_subcommands
-from lightning_mixcn.commands.table import COMMANDS, UsageError
+from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.data import PretrainDataModule
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.checks import check_precision
@@ -251,11 +252,9 @@ class MixcnCLI(LightningCLI):
         path = self._settings.get("ckpt_path")
         folders = [str(getattr(callback, "dirpath", "")) for callback in self.trainer.checkpoint_callbacks]
         if path == "last" and self.subcommand != "fit" and not any(list(Path(f).glob("last*")) for f in folders):
-            raise FileNotFoundError(
-                f"`--ckpt_path last`: there is no checkpoint in {', '.join(folders)}. Run fit first"
-            )
+            raise MissingFileError(f"`--ckpt_path last`: there is no checkpoint in {', '.join(folders)}. Run fit first")
         if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).exists():
-            raise FileNotFoundError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
+            raise MissingFileError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
@@ -284,14 +283,14 @@ def run_trainer(arguments: list[str]) -> None:
         arguments: With the subcommand first, or an option of the whole program.
 
     Raises:
-        UsageError: the command line or the configuration cannot be used; names the key.
+        UserError: the command line or the configuration cannot be used; names the key.
     """
     _quieten()
     set_parsing_settings(add_print_completion_argument=True)
     try:
         MixcnCLI(arguments)
     except argparse.ArgumentError as error:
-        raise UsageError(f"{readable(str(error))}. See mixcn {arguments[0]} --help") from error
+        raise UserError(f"{readable(str(error))}. See mixcn {arguments[0]} --help") from error
 
 
 def readable(message: str) -> str:

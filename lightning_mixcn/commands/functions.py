@@ -10,7 +10,9 @@ from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
-from .table import FUNCTIONS, NESTED, UsageError
+from lightning_mixcn.errors import UserError
+
+from .table import FUNCTIONS, NESTED
 
 
 def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]]:
@@ -70,7 +72,7 @@ def run_function(command: str, arguments: list[str]) -> None:
         arguments: Those behind the subcommand.
 
     Raises:
-        UsageError: the arguments cannot be used.
+        UserError: the arguments cannot be used.
     """
     function, parsed = parse_function(command, arguments)
     function(**parsed)
@@ -87,7 +89,7 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
         The function, and what to call it with.
 
     Raises:
-        UsageError: the arguments cannot be used.
+        UserError: the arguments cannot be used.
     """
     if arguments and arguments[0] in NESTED.get(command, ()):
         return parse_function(f"{command} {arguments[0]}", arguments[1:])
@@ -95,7 +97,7 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
     try:
         parsed = parser.parse_args(_positional_list(_list_items(_flags(arguments, function), function), function))
     except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; see mixcn {command} --help") from error
+        raise UserError(f"{error}; see mixcn {command} --help") from error
     return function, parsed.as_dict()
 
 

@@ -18,11 +18,6 @@ COMMANDS = {
     "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
 }
 
-
-class UsageError(Exception):
-    """A command line or a configuration that cannot be used; the message is one line."""
-
-
 FUNCTIONS = {
     "upcycle": "lightning_mixcn.model.convert.upcycle",
     "quantize": "lightning_mixcn.model.convert.quantize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     Answers,
     BadRecordPolicy,
@@ -86,7 +87,7 @@ class InstructDataModule(StreamDataModule):
             ("packing", packing, ("best_fit", "documents")),
         ):
             if value not in known:
-                raise ValueError(f"`{name}={value!r}`: expected one of {', '.join(known)}")
+                raise UserError(f"`{name}={value!r}`: expected one of {', '.join(known)}")
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
         super().__init__(
             DocumentSets(ConversationSource, sources, held_out, predict_sources, on_bad_record),
@@ -146,7 +147,7 @@ def _try_template(corpus: Corpus, encoder: Conversations) -> None:
             refused.append((index, reason))
     if len(refused) == len(tried):
         index, reason = refused[0]
-        raise ValueError(
+        raise UserError(
             f"The template refuses each of the {len(tried)} conversations of source {corpus.source.name!r} that were "
             f"tried, such as {corpus.place(index)}: {reason}. Choose another `template`"
         )

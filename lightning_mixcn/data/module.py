@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     BadRecordPolicy,
     DocumentEncoder,
@@ -90,7 +91,7 @@ class StreamDataModule(LightningDataModule):
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer; it is there after `setup`."""
         if self._tokenizer is None:
-            raise ValueError("The tokenizer is loaded by `setup`, which has not run. Call `setup` first")
+            raise UserError("The tokenizer is loaded by `setup`, which has not run. Call `setup` first")
         return self._tokenizer
 
     def prepare_data(self) -> None:
@@ -127,7 +128,7 @@ class StreamDataModule(LightningDataModule):
         if self._unprepared is not None:
             raise self._unprepared
         if self.tokenizer_path is None:
-            raise ValueError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
+            raise UserError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_path)
         if stage not in ("fit", None):
@@ -408,13 +409,13 @@ def _check_endless(trainer: Any) -> None:
     for name in ("overfit_batches", "limit_train_batches", "val_check_interval"):
         value = getattr(trainer, name)
         if isinstance(value, float) and (0.0 < value < 1.0 or (name == "overfit_batches" and value)):
-            raise ValueError(
+            raise UserError(
                 f"`trainer.{name}={value}`: the stream of training rows has no end of which this could be a share. "
                 "Give a number of batches, such as 10"
             )
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler) and max(callback.scheduling) > 0:
-            raise ValueError(
+            raise UserError(
                 f"`GradientAccumulationScheduler(scheduling={callback.scheduling})`: it counts epochs, which the "
                 "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another "
                 "value to change it"
@@ -423,5 +424,5 @@ def _check_endless(trainer: Any) -> None:
 
 def _at_least(name: str, value: int, least: int, why: str) -> int:
     if value < least:
-        raise ValueError(f"`{name}={value}`: expected at least {least} ({why})")
+        raise UserError(f"`{name}={value}`: expected at least {least} ({why})")
     return value

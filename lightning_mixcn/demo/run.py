@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_mixcn.errors import UserError
+
 from . import fetch
 from .base import (
     BASE,
@@ -73,10 +75,10 @@ def check_report(report: Mapping[str, Any]) -> None:
         figures |= {f"{table}.{key}": (report.get(table) or {}).get(key) for key in keys}
     bad = {name: value for name, value in figures.items() if not _is_positive(value)}
     if bad:
-        raise ValueError(f"report: expected positive figures, came {bad}. Remove runs/demo and run the demo again.")
+        raise UserError(f"report: expected positive figures, came {bad}. Remove runs/demo and run the demo again.")
     shared = report["text"]["shared_24_token_runs"]
     if shared != 0:
-        raise ValueError(f"text: training and held-out documents share {shared} runs of 24 tokens, expected 0.")
+        raise UserError(f"text: training and held-out documents share {shared} runs of 24 tokens, expected 0.")
 
 
 def summary(report: Mapping[str, Any]) -> str:

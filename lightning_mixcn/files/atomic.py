@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_mixcn.errors import ExistingFileError
+
 
 def check_output(out: Path) -> None:
     """Raise FileExistsError unless ``out`` is free to be made (absent, or an empty folder)."""
     if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{str(out)!r} is a folder that is not empty. Delete it or choose another output")
+        raise ExistingFileError(f"{str(out)!r} is a folder that is not empty. Delete it or choose another output")
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{str(out)!r} is a file, expected a new folder. Delete it or choose another output")
+        raise ExistingFileError(f"{str(out)!r} is a file, expected a new folder. Delete it or choose another output")
 
 
 def partial_path(out: Path) -> Path:

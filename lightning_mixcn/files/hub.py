@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from lightning_mixcn.errors import MissingFileError, NotAFolderError
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Never pickles. `consolidated.*` is Mistral's own second copy of the weights.
@@ -27,9 +29,9 @@ def local_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"{str(path)!r} is a file, expected a folder with config.json and *.safetensors")
+        raise NotAFolderError(f"{str(path)!r} is a file, expected a folder with config.json and *.safetensors")
     if not _HUB_ID.fullmatch(str(path)):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{str(path)!r} is not there. Give a folder with config.json and *.safetensors, or a hub id owner/name"
         )
     return _from_hub(str(path))
@@ -42,12 +44,12 @@ def _from_hub(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES))
     except HfHubHTTPError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{hub_id!r} is neither a folder nor a hub model that can be read ({type(error).__name__}). "
             "Check the name, log in with `hf auth login` if the model is gated, or give a local folder"
         ) from error
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{hub_id!r} is not a folder, and not in the local hub cache, and the hub cannot be reached "
             f"({type(error).__name__}). Give a local folder"
         ) from error

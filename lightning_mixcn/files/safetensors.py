@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -87,7 +89,7 @@ class SafetensorsFile:
             while filled < len(buffer):  # one read gives at most 2 GiB on Linux
                 count = file.readinto(buffer[filled:])
                 if not count:
-                    raise ValueError(
+                    raise UserError(
                         f"{str(self.path)!r} ended while tensor {name!r} was read: it became shorter than its header "
                         "says. Copy or download the file again"
                     )
@@ -96,7 +98,7 @@ class SafetensorsFile:
 
 def _read_header(path: Path) -> dict[str, Entry]:
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is not there. Copy or download the checkpoint again")
+        raise MissingFileError(f"{str(path)!r} is not there. Copy or download the checkpoint again")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -107,12 +109,12 @@ def _read_header(path: Path) -> dict[str, Entry]:
         spans = {name: tuple(value["data_offsets"]) for name, value in header.items()}
         end = 8 + length + max((stop for _, stop in spans.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} ({size:,} bytes) has no readable safetensors header: it is truncated or another format. "
             "Copy or download the file again"
         ) from None
     if size < end:
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} is truncated: its header promises {end:,} bytes, the file has {size:,}. "
             "Copy or download the file again"
         )
@@ -120,7 +122,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
     entries = {}
     for name, value in header.items():
         if value["dtype"] not in DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{str(path)!r}: tensor {name!r} has dtype {value['dtype']}, expected one of {', '.join(DTYPES)}. "
                 "Save the checkpoint in one of these"
             )
@@ -134,7 +136,7 @@ def _check_by_library(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} has a broken safetensors header ({error}). Copy or download the file again"
         ) from error
 

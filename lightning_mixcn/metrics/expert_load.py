@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_mixcn.errors import UserError
+
 
 class LoadSums(NamedTuple):
     """Sums over tokens, by group and layer ``[G, L]``, or by layer alone ``[L]`` after `of_groups`.
@@ -66,7 +68,7 @@ class ExpertLoad(Metric):
         super().__init__()
         shape = (num_groups, num_layers)
         if min(*shape, num_experts) < 1:
-            raise ValueError(
+            raise UserError(
                 f"`num_groups={num_groups}`, `num_layers={num_layers}`, `num_experts={num_experts}`: expected at least "
                 "one of each"
             )

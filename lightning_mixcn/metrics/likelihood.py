@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_mixcn.errors import UserError
+
 IGNORED = -100
 
 
@@ -62,7 +64,7 @@ class SourceLikelihood(Metric):
         """Make empty sums."""
         super().__init__()
         if num_sources < 1:
-            raise ValueError(f"`num_sources={num_sources}`: expected at least one source")
+            raise UserError(f"`num_sources={num_sources}`: expected at least one source")
         self.num_sources = num_sources
         for name in ("nats", "text_nats"):
             self.add_state(name, torch.zeros(num_sources, dtype=torch.float64), dist_reduce_fx="sum")
@@ -87,7 +89,7 @@ class SourceLikelihood(Metric):
         known_BS = (source_BS >= 0) & (source_BS < self.num_sources)
         if bool((scored_BS & ~known_BS).any()):
             strange = sorted(set(source_BS[scored_BS & ~known_BS].tolist()))
-            raise ValueError(
+            raise UserError(
                 f"`source_ids` holds {strange} at labelled tokens; expected 0 to {self.num_sources - 1}. "
                 "Give tokens without a source the label -100"
             )

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
 
 from .checkpoints.identity import ModelSource, check_made_from, read_identity
@@ -45,10 +46,10 @@ def find_model(src: str) -> ModelSource:
     if (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file():
         return _find_base(str(folder / ADAPTER_FOLDER), folder / ADAPTER_FOLDER)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the run {src!r} has no {ADAPTER_FOLDER}/. Train it with the callback AdapterCheckpoint and with `lora`"
         )
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{src!r} is no model: it has neither config.json (a checkpoint) nor {CONFIG_NAME} (a PEFT adapter) nor "
         f"{ADAPTER_FOLDER}/ (a run). Give a folder that has one, or a hub id owner/name"
     )
@@ -62,19 +63,19 @@ def _find_base(adapter: str, folder: Path) -> ModelSource:
     if loaded is not None and base in (None, loaded.get("original_path")) and Path(loaded["path"]).is_dir():
         base = loaded["path"]
     if base and config.revision not in (None, "main") and not Path(base).is_dir():
-        raise ValueError(
+        raise UserError(
             f"the adapter {adapter!r} belongs to the revision {config.revision!r} of {base!r}. Download that revision, "
             f"and set base_model_name_or_path in {CONFIG_NAME} to its folder"
         )
     if not base:
-        raise ValueError(
+        raise UserError(
             f"the adapter {adapter!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the folder of "
             "its base"
         )
     try:
         local_folder(base)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the adapter {adapter!r} needs its base {base!r}, which is not there. Move it back, or set "
             f"base_model_name_or_path in {CONFIG_NAME} to where it is"
         ) from error
@@ -109,7 +110,7 @@ def load_found(
         ValueError: more than one adapter, an adapter that does not fit the base, or what `load_mixtral` refuses.
     """
     if len(found.adapters) > 1:
-        raise ValueError(
+        raise UserError(
             f"{len(found.adapters)} adapters are stacked on {found.base}, but one can be loaded. "
             "Merge them first with `mixcn export`"
         )
@@ -147,11 +148,11 @@ def lora_of(adapter: AdapterFile) -> LoraConfig:
     for name in adapter.names:
         match = _MATRIX.fullmatch(name)
         if match is None or match[3] not in SHORT_NAMES:
-            raise ValueError(f"the adapter {str(adapter.folder)!r} adapts {name}, which is not supported here")
+            raise UserError(f"the adapter {str(adapter.folder)!r} adapts {name}, which is not supported here")
         ranks[name] = adapter.rank(name)
         shared = of_stacks.setdefault(f"{match[1]}.{match[3]}", ranks[name])
         if shared != ranks[name]:
-            raise ValueError(
+            raise UserError(
                 f"the adapter {str(adapter.folder)!r} has the rank {ranks[name]} for {name} and {shared} for other "
                 "experts of the layer, which cannot be loaded. Merge it with `mixcn export --format hf`"
             )

@@ -15,6 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import MixtralConfig
 
+from lightning_mixcn.errors import UserError
+
 from .checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from .checkpoints.folder import Checkpoint
 from .checkpoints.identity import (
@@ -84,13 +86,13 @@ def load_mixtral(
     checkpoint = Checkpoint(path)
     config = mixtral_config(checkpoint)
     if is_quantised(checkpoint) and quantization != "nf4":
-        raise ValueError(
+        raise UserError(
             f"`quantization={quantization!r}`, but {checkpoint.path} holds 4-bit weights. Use nf4, or the original"
         )
     model = meta_model(config, quantization, torch_dtype(dtype))
     todo, source = open_entries(model, checkpoint, config)  # before anything is allocated
     if adapter is not None and lora is None:
-        raise ValueError(
+        raise UserError(
             f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
         )
     extension = find_extension(
@@ -193,7 +195,7 @@ def open_entries(
             left.difference_update(part.name for part in entry.segments)
     surplus = sorted(name for name in left if not _COMPUTED.search(name))
     if surplus:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} holds {len(surplus)} tensors that have no place in a Mixtral of its config.json: "
             f"{', '.join(surplus[:3])}{' …' if len(surplus) > 3 else ''}. Is config.json of this model? Remove what is "
             "not part of it"

@@ -15,6 +15,8 @@ from transformers import MixtralConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, load_balancing_loss_func
 
+from lightning_mixcn.errors import UserError
+
 from .attention import documents as attention
 from .experts.block import Experts, Router
 from .head import IGNORED, Embedding, Head
@@ -120,7 +122,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: these weights are not in transformers' layout."""
-        raise ValueError(
+        raise UserError(
             "`save_pretrained` of the frozen base would write a folder that transformers cannot read. "
             "The adapter is saved by the PeftModel around it; write a 4-bit folder with `mixcn quantize`"
         )
@@ -135,9 +137,9 @@ def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> 
         dtype: Type of what is not quantised, and of the computation.
     """
     if quantization not in ("nf4", "none"):
-        raise ValueError(f"`quantization={quantization!r}` is not known. Expected 'nf4' or 'none'")
+        raise UserError(f"`quantization={quantization!r}` is not known. Expected 'nf4' or 'none'")
     if config.hidden_act != "silu":
-        raise ValueError(f"config.hidden_act={config.hidden_act!r} is not supported. Mixtral's experts use 'silu'")
+        raise UserError(f"config.hidden_act={config.hidden_act!r} is not supported. Mixtral's experts use 'silu'")
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
         model.set_attn_implementation(attention.NAME)

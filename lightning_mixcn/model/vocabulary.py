@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces, has_tokenizer
 
@@ -150,7 +151,7 @@ def find_extension(
         FileNotFoundError: the base, or the folder, has no tokenizer.
     """
     if new_rows not in get_args(NewRows):
-        raise ValueError(f"`new_rows={new_rows!r}` is not known. Expected one of {', '.join(get_args(NewRows))}")
+        raise UserError(f"`new_rows={new_rows!r}` is not known. Expected one of {', '.join(get_args(NewRows))}")
     present = config.vocab_size
     stored = None if adapter is None else adapter_rows(AdapterFile(adapter), tied=config.tie_word_embeddings)
     rows, old, new = max(stored or 0, present), None, None
@@ -161,7 +162,7 @@ def find_extension(
             _check_continues(old, new, checkpoint)
         rows = max(len(new), present)
         if stored not in (None, rows):
-            raise ValueError(
+            raise UserError(
                 f"`adapter={str(adapter)!r}` has {stored} rows of embedding and head, `tokenizer={str(tokenizer)!r}` "
                 f"needs {rows}. Give the tokenizer that the adapter was trained with; a merged model (`mixcn export`) "
                 "can be extended again"
@@ -170,14 +171,14 @@ def find_extension(
         return None
     if not train_embeddings:
         asks = f"`adapter={str(adapter)!r}`" if new is None else f"`tokenizer={str(tokenizer)!r}`"
-        raise ValueError(
+        raise UserError(
             f"{asks} needs {rows} rows of embedding and head, but the base has {present}: the new ones must train. "
             "Set `train_embeddings: true`, or leave it out"
         )
     if stored is not None:  # an adapter brings all rows
         return VocabularyExtension(checkpoint, rows)
     if old is None or len(old) > present:
-        raise ValueError(
+        raise UserError(
             f"`tokenizer={str(tokenizer)!r}` has {rows} pieces and the base {str(checkpoint.path)!r} {present} rows, "
             "but no tokenizer that fits them and says which pieces are new. Put the base's own tokenizer there"
         )
@@ -211,7 +212,7 @@ def tokenizer_for(base: str, tokenizer: str | None, adapter: str | None) -> str:
     if (given := local_folder(tokenizer)) != stored.folder:
         asked, own = TokenizerPieces(given).pieces, TokenizerPieces(stored.folder).pieces
         if asked != own:
-            raise ValueError(
+            raise UserError(
                 f"`tokenizer={tokenizer!r}` has {len(asked)} pieces, but the embeddings of `adapter={adapter!r}` were "
                 f"trained with another tokenizer, which is in its folder and has {len(own)}. Leave `tokenizer` out, or "
                 "give that one"
@@ -233,19 +234,19 @@ def adapter_rows(adapter: AdapterFile, *, tied: bool) -> int | None:
         adapter.check_tied()
     rows = {name: adapter.shape(name)[0] for name in adapter.saved}
     if len(set(rows.values())) > 1:
-        raise ValueError(f"the adapter {str(adapter.folder)!r} has {rows} rows. Expected as many in both")
+        raise UserError(f"the adapter {str(adapter.folder)!r} has {rows} rows. Expected as many in both")
     return next(iter(rows.values()), None) if tied or len(rows) == len(EMBEDDINGS) else None
 
 
 def _check_continues(old: TokenizerPieces, new: TokenizerPieces, checkpoint: Checkpoint) -> None:
     if len(new) < len(old):
-        raise ValueError(
+        raise UserError(
             f"`tokenizer={str(new.folder)!r}` has {len(new)} pieces, fewer than the {len(old)} of the base "
             f"{str(checkpoint.path)!r}. Give an extension of the base's tokenizer, as `mixcn vocab merge` writes it"
         )
     for index, piece in enumerate(old.pieces):
         if piece is not None and new.pieces[index] != piece:
-            raise ValueError(
+            raise UserError(
                 f"`tokenizer={str(new.folder)!r}` does not continue the base's: id {index} is {new.pieces[index]!r}, "
                 f"in {str(checkpoint.path)!r} {piece!r}. Extend the base's own tokenizer with `mixcn vocab merge`"
             )

@@ -20,6 +20,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from lightning_mixcn.errors import UserError
+
 METADATA = ".metadata"
 
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -73,12 +75,12 @@ def check_metadata(folder: Path) -> None:
     for index, info in (metadata.storage_data or {}).items():
         file = folder / info.relative_path
         if file.parent != folder or info.transform_descriptors:
-            raise ValueError(f"{METADATA} puts {index.fqn} into {info.relative_path!r}, not a plain file beside it")
+            raise UserError(f"{METADATA} puts {index.fqn} into {info.relative_path!r}, not a plain file beside it")
         if not file.is_file():
-            raise ValueError(f"{file.name} is missing")
+            raise UserError(f"{file.name} is missing")
         if file.stat().st_size < info.offset + info.length:
             size = f"{file.stat().st_size} bytes, expected at least {info.offset + info.length}"
-            raise ValueError(f"{file.name} is truncated: {size}")
+            raise UserError(f"{file.name} is truncated: {size}")
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
             with file.open("rb") as shard:
                 _check_object(shard, info.offset, info.length, f"{index.fqn} in {file.name}")
@@ -88,11 +90,11 @@ def _read_metadata(file: Path) -> Metadata:
     try:
         metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
     except FileNotFoundError as error:
-        raise ValueError(f"{file.name} is missing") from error
+        raise UserError(f"{file.name} is missing") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{file.name} cannot be read: {error or type(error).__name__}") from error
+        raise UserError(f"{file.name} cannot be read: {error or type(error).__name__}") from error
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"{file.name} holds {type(metadata).__name__}, expected torch's Metadata")
+        raise UserError(f"{file.name} holds {type(metadata).__name__}, expected torch's Metadata")
     return metadata
 
 
@@ -102,7 +104,7 @@ def _check_object(shard: BinaryIO, offset: int, length: int, name: str) -> None:
         torch.load(io.BytesIO(shard.read(length)), map_location="cpu", weights_only=True)
     except Exception as error:  # as above
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{name} is more than plain data: {reason}") from error
+        raise UserError(f"{name} is more than plain data: {reason}") from error
 
 
 _SUMS = "SHA256SUMS"
@@ -185,7 +187,7 @@ def verify(path: Path) -> None:
         if complete is None
         else f"The one before it, {complete.name}, is complete: give --ckpt_path {complete}"
     )
-    raise ValueError(f"The checkpoint {path} cannot be used: {fault}. {remedy}")
+    raise UserError(f"The checkpoint {path} cannot be used: {fault}. {remedy}")
 
 
 def find_fault(path: Path) -> str | None:
@@ -242,7 +244,7 @@ class _CheckedLoad:
             except ValueError as error:
                 message = str(error)
         if message := self._strategy.broadcast(message):
-            raise ValueError(message)
+            raise UserError(message)
         if self._check is not None and isinstance(self._strategy, ModelParallelStrategy):
             self._check(read_settings(Path(checkpoint_path)))
         checkpoint: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
@@ -269,22 +271,22 @@ def _check_sums(path: Path) -> None:
     matches = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line) for line in lines]
     sums = {match[2]: match[1] for match in matches if match}
     if len(sums) != len(lines) or not lines:
-        raise ValueError(f"{file.name} is no list of SHA-256 sums, as sha256sum writes it")
+        raise UserError(f"{file.name} is no list of SHA-256 sums, as sha256sum writes it")
     folder = path if path.is_dir() else path.parent
     expected = {*_NEEDED, *(other.name for other in path.iterdir())} - {_SUMS} if path.is_dir() else {path.name}
     if unlisted := sorted(expected - sums.keys()):
-        raise ValueError(f"{file.name} does not list {', '.join(unlisted)}")
+        raise UserError(f"{file.name} does not list {', '.join(unlisted)}")
     for name, expected_sum in sums.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
+            raise UserError(f"{name} is missing")
         if (found := _sum(folder / name)) != expected_sum:
-            raise ValueError(f"{name} is truncated or altered: its SHA-256 is {found[:12]}…, not {expected_sum[:12]}…")
+            raise UserError(f"{name} is truncated or altered: its SHA-256 is {found[:12]}…, not {expected_sum[:12]}…")
 
 
 def _check_needed(folder: Path) -> None:
     for name in _NEEDED:
         if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
+            raise UserError(f"{name} is missing")
 
 
 def _check_archive(path: Path) -> None:
@@ -293,9 +295,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path.name} is truncated, or was not written by torch: {error}") from error
+        raise UserError(f"{path.name} is truncated, or was not written by torch: {error}") from error
     if damaged:
-        raise ValueError(f"{path.name} is altered: the sum of {damaged} inside it is another")
+        raise UserError(f"{path.name} is altered: the sum of {damaged} inside it is another")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_mixcn.errors import NonFiniteError, UserError
+
 # Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
 _PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -23,7 +25,7 @@ def check_precision(precision: str) -> None:
         ValueError: anything but ``32-true`` (and ``bf16-mixed``, which changes nothing here).
     """
     if precision not in _PRECISIONS:
-        raise ValueError(
+        raise UserError(
             f"`trainer.precision={precision!r}` would cast LoRA's float32 masters and the quantisation scales, or "
             "scale the loss for nothing. Set `trainer.precision: 32-true`; the compute dtype is `model.init_args.dtype`"
         )
@@ -44,7 +46,7 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
         return
     embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a method of transformers' models
     if tokenizer.vocab_size > embeddings:
-        raise ValueError(
+        raise UserError(
             f"`tokenizer`: {tokenizer.path} has {tokenizer.vocab_size} pieces, but the model has {embeddings} "
             "embeddings. Give it as `model.init_args.tokenizer`, with `train_embeddings: true`, or give the data the "
             "base's own tokenizer"
@@ -76,7 +78,7 @@ def check_context(trainer: Any, model: nn.Module | None) -> None:
 def check_trains(parameters: list[Any]) -> None:
     """Refuse to train nothing. Args: parameters: those that train. Raises: ValueError if there are none."""
     if not parameters:
-        raise ValueError(
+        raise UserError(
             "Nothing trains: `lora` is null and `train_embeddings` is false. "
             "Set model.init_args.lora, e.g. {r: 64, lora_alpha: 128, target_modules: all-linear}"
         )
@@ -95,12 +97,12 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
     if memory is None:
         return
     if checkpointing != "selective":
-        raise ValueError(
+        raise UserError(
             f"`activation_memory={memory!r}` chooses between selective and full for each layer, but "
             f"`activation_checkpointing={checkpointing!r}` is given beside it. Leave one of them out"
         )
     if memory != "auto" and (isinstance(memory, str) or memory <= 0):
-        raise ValueError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
+        raise UserError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
 
 
 def check_schedule_is_stepped(trainer: Any) -> None:
@@ -117,7 +119,7 @@ def check_schedule_is_stepped(trainer: Any) -> None:
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and config.interval == "step" and config.frequency % accumulated:
             multiple = -(-config.frequency // accumulated) * accumulated
-            raise ValueError(
+            raise UserError(
                 f"`trainer.val_check_interval={config.frequency}` validates between optimizer steps "
                 f"(`trainer.accumulate_grad_batches={accumulated}`), where Lightning does not step an `lr_scheduler` "
                 "that follows a value. Set `trainer.val_check_interval` to a multiple of "
@@ -125,7 +127,7 @@ def check_schedule_is_stepped(trainer: Any) -> None:
             )
     waits = any(config.reduce_on_plateau and config.interval == "epoch" for config in trainer.lr_scheduler_configs)
     if waits and math.isinf(trainer.num_training_batches):
-        raise ValueError(
+        raise UserError(
             "`lr_scheduler`: one that follows a value is stepped after each validation, and there is none. Set "
             "`trainer.val_check_interval` to a number of micro-batches"
         )
@@ -139,9 +141,7 @@ def check_labels(step: int, count: float) -> None:
         count: What its loss is divided by.
     """
     if count <= 0:
-        raise ValueError(
-            f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)"
-        )
+        raise UserError(f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)")
 
 
 def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
@@ -160,7 +160,7 @@ def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
         return
     saved = [callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.best_model_path]
     resume = f"Resume from the last checkpoint, {saved[-1]}," if saved else "There is no checkpoint yet: start again"
-    raise FloatingPointError(
+    raise NonFiniteError(
         f"The {what} of optimizer step {step} (from 0) is {value}; nothing was updated in this step. {resume} "
         "with a lower learning rate or `trainer.gradient_clip_val: 1.0`, or look for broken text in the "
         "data (`data.init_args.sources`)"
@@ -179,7 +179,7 @@ def source_names(trainer: Any, stage: str) -> list[str]:
     """
     names = getattr(trainer.datamodule, "source_names", None)
     if names is None:
-        raise ValueError(
+        raise UserError(
             f"{type(trainer.datamodule).__name__} has no `source_names(stage)`, which names the sources that "
             "`source_ids` counts. Use PretrainDataModule, or give your data module this method"
         )
@@ -201,7 +201,7 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:
     """
     # The base class of all of bitsandbytes' optimizers, those with 32-bit states too.
     if isinstance(optimizer, Optimizer8bit) and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        raise ValueError(
+        raise UserError(
             f"`model.init_args.optimizer`: bitsandbytes' {type(optimizer).__name__} cannot hold states of parameters "
             f"that {type(strategy).__name__} shards. Use torch.optim.AdamW, whose states are sharded with them, or "
             "one GPU or DDP (`trainer.strategy: auto` or configs/trainer/ddp.yaml)"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mixcn.errors import NonFiniteError
 from lightning_mixcn.metrics import Likelihood, SourceLikelihood
 
 from .checks import source_names
@@ -39,7 +40,7 @@ class SourceEvaluation:
         results = {self._names[source]: result for source, result in self._likelihood.compute().items()}
         for name, result in results.items():
             if not math.isfinite(result["nll_nats_per_token"]):
-                raise FloatingPointError(
+                raise NonFiniteError(
                     f"The likelihood of the source {name!r} is {result['nll_nats_per_token']} nats a token: the "
                     "model's output is not finite. Check the checkpoint or the adapter that was loaded"
                 )

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.memory.budget import fitting_modes, usable_bytes
 from lightning_mixcn.model.memory.layer import MicroBatch
 from lightning_mixcn.model.memory.optimizer import OptimizerMemory, optimizer_memory
@@ -29,7 +30,7 @@ def micro_batch(data: Any) -> MicroBatch:
     """
     rows, length = getattr(data, "micro_batch_size", None), getattr(data, "sequence_length", None)
     if rows is None or length is None:
-        raise ValueError(
+        raise UserError(
             f"Memory is planned for `micro_batch_size` rows of `sequence_length` tokens, but {type(data).__name__} has "
             "no such attributes. Give your data module both, or leave out `activation_memory` and `--plan`"
         )

@@ -15,6 +15,8 @@ from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mixcn.errors import UserError
+
 from .schedule import WarmupCosine
 
 SETTINGS_KEY = "mixcn_settings"
@@ -87,13 +89,13 @@ class ConfiguredOptimization:
         if saved is None:
             return
         if saved["optimizer"] != self.optimizer_name:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint holds the states of {saved['optimizer']}, but `optimizer` is {self.optimizer_name}, "
                 "which cannot go on with them. Set `model.init_args.optimizer` as it was; to train on with another "
                 "optimizer, begin a new run with `model.init_args.adapter`"
             )
         if len(saved["lr"]) != len(self.rates):
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's optimizer has {len(saved['lr'])} parameter groups, here it has {len(self.rates)}. "
                 "Make the same groups as in the run that wrote the checkpoint"
             )
@@ -233,7 +235,7 @@ class ConfiguredOptimization:
                 trial.step()
         except (KeyError, RuntimeError, TypeError, AttributeError) as error:
             listed = ", ".join(f"{key} {_shown(old)} → {_shown(new)}" for key, old, new in different if key != "lr")
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's states of {self.optimizer_name} do not allow {listed} "
                 f"({type(error).__name__}: {error}). Set `model.init_args.optimizer` as it was"
             ) from error
@@ -273,7 +275,7 @@ def advance(scheduler: LRSchedulerTypeUnion, steps: int) -> None:
             for _ in range(steps):
                 scheduler.step()
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"`lr_scheduler`: {_name(scheduler)} ends before step {steps}, at which the run is resumed ({error}). "
             "Raise its length"
         ) from error

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_mixcn.errors import UserError
+
 # They belong to the configuration, so that a resumed run may be made longer. A checkpoint has them to compare with.
 _CONFIGURED = ("total_steps", "warmup_fraction", "final_fraction")
 
@@ -39,9 +41,9 @@ class WarmupCosine(LRScheduler):
     ) -> None:
         """Set the learning rates of the first step."""
         if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"`warmup_fraction={warmup_fraction}`: expected 0 <= fraction < 1, e.g. 0.05 for 5 %")
+            raise UserError(f"`warmup_fraction={warmup_fraction}`: expected 0 <= fraction < 1, e.g. 0.05 for 5 %")
         if not 0 <= final_fraction <= 1:
-            raise ValueError(f"`final_fraction={final_fraction}`: expected 0 <= fraction <= 1, e.g. 0.1")
+            raise UserError(f"`final_fraction={final_fraction}`: expected 0 <= fraction <= 1, e.g. 0.1")
         self.warmup_fraction = warmup_fraction
         self.final_fraction = final_fraction
         self.total_steps: int | None = None
@@ -59,7 +61,7 @@ class WarmupCosine(LRScheduler):
             ValueError: ``total_steps`` is below one, which is what an unlimited run (``max_steps: -1``) has.
         """
         if total_steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"`trainer.max_steps={total_steps}`: WarmupCosine needs the number of optimizer steps. "
                 "Set `trainer.max_steps`, `trainer.max_epochs`, or `total_steps` of the scheduler"
             )
@@ -88,7 +90,7 @@ class WarmupCosine(LRScheduler):
         """
         if self.total_steps is None:
             if self.last_epoch > 0:
-                raise ValueError("`total_steps` of WarmupCosine is not set. Pass it, or call `set_total_steps` first")
+                raise UserError("`total_steps` of WarmupCosine is not set. Pass it, or call `set_total_steps` first")
             return list(self.base_lrs)
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 

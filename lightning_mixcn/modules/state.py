@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import base_identity
 from lightning_mixcn.model.local_rows import plain_name
 from lightning_mixcn.model.lora.attach import lora_layers
@@ -135,22 +136,22 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
     if saved is None:
         given = _saved_config(checkpoint)
         if given and (changed := _changed(given, present["config"], _MEANING)):
-            raise ValueError(f"The checkpoint's adapters mean something else: {changed}. {_remedy()}")
+            raise UserError(f"The checkpoint's adapters mean something else: {changed}. {_remedy()}")
         return
     for name, (rank, scaling) in saved["layers"].items():
         here = present["layers"].get(name)
         if here is None:
             changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` leaves it out"
-            raise ValueError(f"The checkpoint adapts {name}, which has no adapter here: {changed}. {_remedy()}")
+            raise UserError(f"The checkpoint adapts {name}, which has no adapter here: {changed}. {_remedy()}")
         if here[0] != rank or not math.isclose(here[1], scaling, rel_tol=1e-6):
             changed = _changed(saved["config"], present["config"], _MEANING)
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's adapter of {name} has the rank {rank} and the scaling {scaling:g}, here it has "
                 f"{here[0]} and {here[1]:g}{changed and ': '}{changed}. {_remedy()}"
             )
     if more := sorted(present["layers"].keys() - saved["layers"].keys()):
         changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` is another"
-        raise ValueError(f"The checkpoint has no adapter of {more[0]}, which has one here: {changed}. {_remedy()}")
+        raise UserError(f"The checkpoint has no adapter of {more[0]}, which has one here: {changed}. {_remedy()}")
 
 
 def lora_changes(checkpoint: Mapping[str, Any], module: LightningModule) -> list[str]:
@@ -266,7 +267,7 @@ class SavedStateModule(LightningModule):
         saved = content.get("hyper_parameters", {}).get("quantization")
         present = self.hparams.get("quantization")
         if self._is_fitting and None not in (saved, present) and saved != present:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint was trained with `quantization: {saved}`, but it is {present} here, which is another "
                 f"base to its adapters. Set `model.init_args.quantization: {saved}`; to go on from its adapter, begin "
                 "a new run with `model.init_args.adapter`"
@@ -363,13 +364,13 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> Non
     trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     remedy = "Give `lora`, `train_embeddings` and `tokenizer` as they were in the run that wrote the checkpoint"
     if missing := sorted(trainable.keys() - state.keys()):
-        raise ValueError(f"The checkpoint lacks {_some(missing)}, which train here. {remedy}")
+        raise UserError(f"The checkpoint lacks {_some(missing)}, which train here. {remedy}")
     if extra := sorted(state.keys() - trainable.keys()):
-        raise ValueError(f"The checkpoint holds {_some(extra)}, which do not train here. {remedy}")
+        raise UserError(f"The checkpoint holds {_some(extra)}, which do not train here. {remedy}")
     for name, parameter in trainable.items():
         if state[name].shape != parameter.shape:
             shapes = f"{tuple(state[name].shape)} in the checkpoint and {tuple(parameter.shape)} here"
-            raise ValueError(f"{name} has the shape {shapes}. {remedy}")
+            raise UserError(f"{name} has the shape {shapes}. {remedy}")
 
 
 def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any]) -> None:
@@ -383,9 +384,9 @@ def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any])
         ValueError: another base, or a checkpoint that names none.
     """
     if saved is None:
-        raise ValueError("The checkpoint names no base model: it was not written by lightning_mixcn. Give one that was")
+        raise UserError("The checkpoint names no base model: it was not written by lightning_mixcn. Give one that was")
     if saved["sha256"] != present["sha256"]:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint was trained on the base {saved['path']} (sha256 {saved['sha256'][:12]}…), but `base` is "
             f"{present['path']} (sha256 {present['sha256'][:12]}…). Set `model.init_args.base` to the former; to begin "
             "a new run from its adapter on this base, give `model.init_args.adapter` instead of `--ckpt_path`"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_mixcn.errors import UserError
+
 # Keeps gradients near their size for a mean. A power of two, so that dividing by it is exact.
 REFERENCE_COUNT = 1024.0
 
@@ -66,7 +68,7 @@ class GradientWindow:
             ValueError: no micro-batch was added, which a ``training_step`` that does not call its parent's causes.
         """
         if self._sums is None:
-            raise ValueError(
+            raise UserError(
                 "The optimizer step got no micro-batch. A subclass that overrides `training_step` must return "
                 "`super().training_step(batch, batch_idx)`; to change the loss, override `compute_loss` instead"
             )

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import set_gradient_sync, shard_model
 
 Shard = Callable[[nn.Module], None]
@@ -74,7 +75,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         given = {"all": self.world_size, "node": self.num_processes}
         size = given[self.shard_size] if isinstance(self.shard_size, str) else self.shard_size
         if size < 1 or self.world_size % size:
-            raise ValueError(
+            raise UserError(
                 f"`trainer.strategy.shard_size={self.shard_size!r}`: expected a divisor of the {self.world_size} "
                 "ranks, `node` or `all`"
             )
@@ -108,7 +109,7 @@ def fsdp2_shard(strategy: Strategy | None) -> Shard | None:
     if not isinstance(strategy, ModelParallelStrategy):
         return None
     if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
-        raise ValueError(
+        raise UserError(
             f"`trainer.strategy.tensor_parallel_size={size}`: 4-bit experts have no tensor parallelism. Set it to 1 "
             f"and `data_parallel_size` to the number of ranks, {strategy.world_size}, or use FSDP2Strategy"
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.identity import ModelSource, base_identity
 from lightning_mixcn.model.find import load_found
@@ -53,7 +54,7 @@ def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None
     """
     if not found.adapters:
         if adapter in ("on", "both"):
-            raise ValueError(f"`adapter={adapter}`, but {src!r} has no adapter. Leave it out, or give a run or adapter")
+            raise UserError(f"`adapter={adapter}`, but {src!r} has no adapter. Leave it out, or give a run or adapter")
         return [EvaluatedModel("model", found)]
     bare = ModelSource(found.base, (), _base_tokenizer(found))
     chosen = adapter or "both"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mixcn.errors import ExistingFileError
 from lightning_mixcn.files.atomic import check_output, clear_disk_errors, flush_to_disk
 
 Arrays = dict[str, NDArray[Any]]
@@ -83,7 +84,7 @@ def check_settings(there: dict[str, Any], asked: dict[str, Any], folder: Path) -
     """Raise FileExistsError if a folder's study is not the one that is asked for, naming what differs."""
     for key in sorted({*there, *asked}):
         if there.get(key) != asked.get(key):
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{str(folder)!r} holds a study with `{key}={there.get(key)!r}`, but now it is {asked.get(key)!r}. "
                 "Give the former to go on with it, choose another `--out`, or delete that folder"
             )

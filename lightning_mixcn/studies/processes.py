@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import distributed
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.reading import torch_device
 
 Result = TypeVar("Result")
@@ -75,7 +76,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
     ours = not distributed.is_initialized()
     if ours:
         if missing := [name for name in _LAUNCHER_VARIABLES if name not in os.environ]:
-            raise ValueError(
+            raise UserError(
                 f"WORLD_SIZE={count} in the environment, but no {missing[0]}. Start several processes with torchrun, "
                 "or unset it"
             )

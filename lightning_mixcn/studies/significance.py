@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_mixcn.errors import UserError
+
 _EXACT_UP_TO = 12  # sign flips of so many differences are all tried
 _RANDOM_FLIPS = 20_000
 _CHUNK = 2**22  # elements
@@ -48,9 +50,9 @@ def paired_test(first_D: ArrayLike, second_D: ArrayLike, seed: int = 0) -> Paire
     """
     one_D, two_D = np.asarray(first_D, dtype=np.float64), np.asarray(second_D, dtype=np.float64)
     if one_D.shape != two_D.shape or one_D.ndim != 1 or not len(one_D):
-        raise ValueError(f"expected the scores of the same documents, got shapes {one_D.shape} and {two_D.shape}")
+        raise UserError(f"expected the scores of the same documents, got shapes {one_D.shape} and {two_D.shape}")
     if not (np.isfinite(one_D).all() and np.isfinite(two_D).all()):
-        raise ValueError("scores are not finite. Leave those documents out")
+        raise UserError("scores are not finite. Leave those documents out")
     difference_D = two_D - one_D
     binary = bool(np.isin([one_D, two_D], (0.0, 1.0)).all())
     p_value = mcnemar_p(one_D, two_D) if binary else sign_flip_p(difference_D, seed)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     DocumentSet,
     Source,
@@ -17,7 +18,7 @@ def named_path(entry: str) -> tuple[str, str]:
     """Name and path of ``name=PATH``. ValueError if it is not that."""
     name, equals, path = entry.partition("=")
     if not (name and equals and path):
-        raise ValueError(f"`text` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
+        raise UserError(f"`text` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
     return name, path
 
 
@@ -34,7 +35,7 @@ def read_documents(text: Sequence[str], text_key: str, document_unit: DocumentUn
         FileNotFoundError: a path matches no file.
     """
     if not text:
-        raise ValueError("`text` is empty. Give at least one source as name=PATH, e.g. zh=data/zh.jsonl")
+        raise UserError("`text` is empty. Give at least one source as name=PATH, e.g. zh=data/zh.jsonl")
     entries = [Source(*named_path(entry), text_key=text_key) for entry in text]
     documents = []
     for index, source in enumerate(parse_sources(entries, "text", Source)):

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 BLANK = "▁"  # SentencePiece's visible blank, U+2581
 FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -31,7 +33,7 @@ class TokenizerPieces:
         """Read the vocabulary."""
         self.folder = folder
         if not has_tokenizer(folder):
-            raise FileNotFoundError(f"{str(folder)!r} has neither {' nor '.join(FILES)}. Copy one there")
+            raise MissingFileError(f"{str(folder)!r} has neither {' nor '.join(FILES)}. Copy one there")
         if (folder / FILES[0]).is_file():
             vocabulary, self._split, self.is_byte_level = _of_tokenizers(folder / FILES[0])
         else:
@@ -75,7 +77,7 @@ def _of_tokenizers(file: Path) -> Vocabulary:
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every damage
-        raise ValueError(f"{str(file)!r} is not a tokenizer.json ({error}). Copy it again") from error
+        raise UserError(f"{str(file)!r} is not a tokenizer.json ({error}). Copy it again") from error
     decoder: dict[str, Any] = json.loads(backend.to_str()).get("decoder") or {}
 
     def split(piece: str) -> list[int]:
@@ -97,5 +99,5 @@ def _of_sentencepiece(file: Path) -> Vocabulary:
         proto.normalizer_spec.remove_extra_whitespaces = False
         processor.LoadFromSerializedProto(proto.SerializeToString())
     except Exception as error:  # protobuf has its own, sentencepiece a RuntimeError
-        raise ValueError(f"{str(file)!r} is not a SentencePiece model ({error}). Copy it again") from error
+        raise UserError(f"{str(file)!r} is not a SentencePiece model ({error}). Copy it again") from error
     return {piece.piece: index for index, piece in enumerate(proto.pieces)}, processor.encode, False

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -111,7 +113,7 @@ def check_against_sentencepiece(encode: Callable[[list[str]], list[list[int]]], 
     probes = list(PROBES) + _vocabulary_probes(model_file)
     for probe, ours, theirs in zip(probes, encode(probes), processor.encode(probes), strict=True):
         if ours != theirs:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer of `{model_file.parent}` differs from SentencePiece's {model_file.name} on {probe!r}: "
                 f"got ids {ours[:16]}, expected {theirs[:16]}. {remedy}"
             )
@@ -141,9 +143,9 @@ def _processor(model_file: Path) -> Any:
     try:
         loaded = processor.LoadFromSerializedProto(model_file.read_bytes())
     except RuntimeError as error:
-        raise ValueError(f"`{model_file}` is not a SentencePiece model ({error}). Download it again.") from error
+        raise UserError(f"`{model_file}` is not a SentencePiece model ({error}). Download it again.") from error
     if not loaded:
-        raise ValueError(f"`{model_file}` is not a SentencePiece model. Download it again.")
+        raise UserError(f"`{model_file}` is not a SentencePiece model. Download it again.")
     return processor
 
 
@@ -161,7 +163,7 @@ def _require_plain_bpe(model_file: Path, proto: Any) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(
+            raise UserError(
                 f"`{model_file}` cannot be turned into a fast tokenizer: {reason}. Put a tokenizer.json beside it; "
                 "the two are then compared."
             )
@@ -192,7 +194,7 @@ def _refuse_equal_scores(model_file: Path, pieces: Sequence[str], scores: dict[s
             continue
         other = seen.setdefault(scores[piece], piece)
         if other != piece:
-            raise ValueError(
+            raise UserError(
                 f"`{model_file}` gives the pieces {other!r} and {piece!r} the same score {scores[piece]}: the order of "
                 "their merges depends on their place in the text, which a fast tokenizer cannot do. "
                 "Rebuild the model with distinct scores, falling in the order of the ids."
@@ -217,7 +219,7 @@ def read_proto(file: Path, argument: str) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"`{argument}={str(file)!r}` is not there. Give a SentencePiece model, e.g. pieces.model"
         )
     content = file.read_bytes()
@@ -226,7 +228,7 @@ def read_proto(file: Path, argument: str) -> Any:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(content)
         proto.ParseFromString(content)
     except Exception as error:  # protobuf has an exception of its own
-        raise ValueError(
+        raise UserError(
             f"`{argument}={str(file)!r}` is not a SentencePiece model. Give one that `mixcn vocab train` wrote, or the "
             "tokenizer.model of a checkpoint"
         ) from error

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 from .sentencepiece import (
     PROBES,
     build_fast_tokenizer,
@@ -174,19 +176,19 @@ class TextTokenizer:
         for probe, expected in zip(PROBES, self.encode_batch(PROBES), strict=True):
             got = tokenizer(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             if got != expected:
-                raise ValueError(f"transformers encodes {probe!r} with `{self.path}` as {got}, expected {expected}.")
+                raise UserError(f"transformers encodes {probe!r} with `{self.path}` as {got}, expected {expected}.")
         return tokenizer
 
     def _special_id(self, name: str) -> int:
         token = self._settings.get(name)
         if not token:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer of `{self.path}` has no `{name}`. Set it in tokenizer_config.json: rows begin "
                 "documents with BOS and end them with EOS."
             )
         index = self._backend.token_to_id(token)
         if index is None:
-            raise ValueError(
+            raise UserError(
                 f"`{name}={token!r}` of `{self.path}` is not in its vocabulary. Mend its tokenizer_config.json."
             )
         return int(index)
@@ -198,7 +200,7 @@ class TextTokenizer:
         special = {index: token for index, token in special.items() if token != self._settings.get("unk_token")}
         for (index, token), ids in zip(special.items(), self.encode_batch(list(special.values())), strict=True):
             if index in ids:
-                raise ValueError(
+                raise UserError(
                     f"The text {token!r} becomes special token {index} in the tokenizer of `{self.path}`, so that any "
                     'document could forge it. Mark it `"special": true` in the `added_tokens` of tokenizer.json.'
                 )
@@ -219,10 +221,10 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"`tokenizer={str(path)!r}` is not a folder. Give the local folder of a checkpoint.")
+        raise MissingFileError(f"`tokenizer={str(path)!r}` is not a folder. Give the local folder of a checkpoint.")
     fast_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     if not fast_file.is_file() and not model_file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"`tokenizer={str(path)!r}` has neither tokenizer.json nor tokenizer.model. "
             "Copy one there from the checkpoint."
         )
@@ -245,7 +247,7 @@ def _read_fast_tokenizer(file: Path) -> tokenizers.Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every damage
-        raise ValueError(f"`{file}` is not a tokenizer.json ({error}). Download it again.") from error
+        raise UserError(f"`{file}` is not a tokenizer.json ({error}). Download it again.") from error
 
 
 def _read_settings(folder: Path, model_file: Path) -> dict[str, Any]:
@@ -257,7 +259,7 @@ def _read_settings(folder: Path, model_file: Path) -> dict[str, Any]:
         try:
             read = json.loads((folder / name).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"`{folder / name}` is not JSON ({error}). Download it again.") from error
+            raise UserError(f"`{folder / name}` is not JSON ({error}). Download it again.") from error
         settings |= {key: value for key, value in read.items() if value is not None}
     for name in _SPECIAL_NAMES:
         if isinstance(settings.get(name), dict):  # a serialised AddedToken

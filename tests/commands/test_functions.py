@@ -7,6 +7,7 @@ import pytest
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.commands import functions as function_cli
+from lightning_mixcn.commands import table
 from lightning_mixcn.model import load_mixtral
 
 
@@ -32,7 +33,7 @@ def test_a_list_is_several_values(given: list[str], monkeypatch: pytest.MonkeyPa
     def takes_a_list(src: str, *, text: list[str], mode: str = "x") -> None:
         seen.append(text)
 
-    monkeypatch.setitem(function_cli.FUNCTIONS, "takes_a_list", __name__)
+    monkeypatch.setitem(table.FUNCTIONS, "takes_a_list", __name__)
     monkeypatch.setattr(sys.modules[__name__], "takes_a_list", takes_a_list, raising=False)
     function_cli.run_function("takes_a_list", ["s", "--text", *given, "--mode=y"])
     assert seen == [["a=1", "b=2"]]

@@ -1,77 +1,21 @@
-"""Tokenizers that SentencePiece itself trained on a few words, and where the real ones are."""
+"""Corpora and sets of a few documents."""
 
-import io
 import itertools
 import json
-import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 
 from lightning_mixcn.text import (
     Corpus,
     DocumentSet,
     Source,
-    TextTokenizer,
     TrainingDocuments,
     all_documents,
-    load_tokenizer,
     read_corpus,
     split_by_hash,
 )
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-WORDS = """the of and to in a is that for it 的 一 是 不 了 在 人 有 我 他 这 中 大
-    return def self == 12 345 ,。 !"""
-
-Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def train_sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Makes a folder with `tokenizer.model` (by default as Mixtral's is made, but small) and its configuration."""
-
-    def train(**options: Any) -> Path:
-        folder: Path = tmp_path_factory.mktemp("tokenizer")
-        draw = random.Random(1)
-        lines = [" ".join(draw.choices(WORDS.split(), k=8)) for _ in range(400)] + ["    x  y   z"] * 20
-        settings: dict[str, Any] = {
-            "model_type": "bpe",
-            "vocab_size": 380,
-            "byte_fallback": True,
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "minloglevel": 2,
-        }
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, **(settings | options)
-        )
-        (folder / "tokenizer.model").write_bytes(model.getvalue())
-        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-        return folder
-
-    return train
-
-
-@pytest.fixture(scope="session")
-def small_folder(train_sentencepiece: Train) -> Path:
-    return train_sentencepiece()
-
-
-@pytest.fixture(scope="session")
-def tokenizer(small_folder: Path) -> TextTokenizer:
-    return load_tokenizer(small_folder)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("the real tokenizers and corpora lie outside the project and are not here")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,8 @@ def test_either_file_splits_as_sentencepiece_does(mixtral: Path, tmp_path: Path,
     assert sizes == {"▁the": 4, "中": 3, "<0xE4>": 1, "é": 2}
 
 
-def test_bytes_of_a_byte_level_tokenizer(tiny: Path) -> None:
-    pieces = TokenizerPieces(tiny)
+def test_bytes_of_a_byte_level_tokenizer(tiny_base: Path) -> None:
+    pieces = TokenizerPieces(tiny_base)
     assert len(pieces) == 259
     assert pieces.is_byte_level
     assert [pieces.num_bytes(index) for index in pieces.split("ä¸Ń")] == [1, 1, 1]  # 中 in GPT-2's alphabet

@@ -14,6 +14,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.nf4.codec import (
     BLOCK,
     BLOCKS_PER_SUPERBLOCK,
@@ -50,7 +51,7 @@ class BitsAndBytesSource:
         expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         for key, value in expected.items():
             if settings.get(key) != value:
-                raise ValueError(
+                raise UserError(
                     f"{checkpoint.path} was quantised by bitsandbytes with {key}={settings.get(key)!r}, expected "
                     f"{value!r}. Quantise the original instead: this would have to be rounded once more"
                 )
@@ -73,7 +74,7 @@ class BitsAndBytesSource:
         shape = tuple(entry.shape[-2:])
         for segment in entry.segments:
             if segment.name not in self or self.shape(segment.name) != shape:
-                raise ValueError(
+                raise UserError(
                     f"{self._checkpoint.path}: {segment.name} is not in 4 bits of shape {shape}. Is config.json of "
                     "this model?"
                 )
@@ -95,18 +96,18 @@ class BitsAndBytesSource:
         state, where = self._state(name), f"{self._checkpoint.path}: {name}"
         numel = prod(state["shape"])
         if (state["blocksize"], state["nested_blocksize"]) != (BLOCK, BLOCKS_PER_SUPERBLOCK):
-            raise ValueError(
+            raise UserError(
                 f"{where} has blocks of {state['blocksize']} and {state['nested_blocksize']}, not 64 and 256"
             )
         if numel % SUPERBLOCK:
-            raise ValueError(
+            raise UserError(
                 f"{where} has {numel:,} elements, no multiple of {SUPERBLOCK:,}, so that it cannot be taken over as it "
                 "is. Quantise the original instead"
             )
         tables = {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
         for key, table in tables.items():
             if not torch.allclose(self._checkpoint.read(f"{name}.{key}").float(), table.float(), rtol=0, atol=1e-6):
-                raise ValueError(f"{where}.{key} is not bitsandbytes' own table. Quantise the original instead")
+                raise UserError(f"{where}.{key} is not bitsandbytes' own table. Quantise the original instead")
         count = numel // SUPERBLOCK
         return NF4Tensors(
             self._checkpoint.read(name).view(torch.uint8).view(count, SUPERBLOCK // 2),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.safetensors import Entry, SafetensorsFile
 
@@ -125,7 +126,7 @@ class Checkpoint:
         spans = [self._span(segment) for segment in segments]
         total = sum(last - first for first, last in spans)
         if not 0 <= start <= stop <= total:
-            raise ValueError(
+            raise UserError(
                 f"elements [{start}, {stop}) were asked of segments that hold {total}: ask within [0, {total}]"
             )
         target = torch.empty(stop - start, dtype=dtype) if target is None else target
@@ -174,7 +175,7 @@ class Checkpoint:
 
     def _entry(self, name: str) -> Entry:
         if name not in self._file_of:
-            raise ValueError(
+            raise UserError(
                 f"tensor {name!r} is missing in {str(self.path)!r}, which holds {len(self._file_of)} others. "
                 "Check that config.json belongs to these weights and that the checkpoint is complete"
             )
@@ -186,28 +187,28 @@ class Checkpoint:
         first = 0
         if segment.index is not None:
             if not shape or not 0 <= segment.index < shape[0]:
-                raise ValueError(f"{segment} asks for an index outside of the stored shape {list(shape)}")
+                raise UserError(f"{segment} asks for an index outside of the stored shape {list(shape)}")
             shape = shape[1:]
             first = segment.index * math.prod(shape)
         low, high = segment.rows if segment.rows is not None else (0, shape[0] if shape else 1)
         if not 0 <= low <= high <= (shape[0] if shape else 1):
-            raise ValueError(f"{segment} asks for rows outside of the stored shape {list(self.shape(segment.name))}")
+            raise UserError(f"{segment} asks for rows outside of the stored shape {list(self.shape(segment.name))}")
         row = math.prod(shape[1:])
         return first + low * row, first + high * row
 
     def _common_dtype(self, segments: Sequence[Segment]) -> torch.dtype:
         if not segments:
-            raise ValueError("`segments` is empty, expected at least one segment")
+            raise UserError("`segments` is empty, expected at least one segment")
         expected = self.dtype(segments[0].name)
         for segment in segments:
             dtype = self.dtype(segment.name)
             if dtype not in _WEIGHT_DTYPES and not self.config.get("quantization_config"):
-                raise ValueError(
+                raise UserError(
                     f"tensor {segment.name!r} in {str(self.path)!r} has dtype {dtype}, expected float weights "
                     "(float32, float16 or bfloat16). Give an unquantised checkpoint"
                 )
             if dtype != expected:
-                raise ValueError(
+                raise UserError(
                     f"tensor {segment.name!r} in {str(self.path)!r} has dtype {dtype}, but {segments[0].name!r} "
                     f"has {expected}. Save the checkpoint in one dtype"
                 )
@@ -223,13 +224,13 @@ def _sample_ranges(entry: Entry) -> list[tuple[int, int]]:
 
 def _read_json(path: Path, why: str) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}: {why}. Give the folder that holds the model")
+        raise MissingFileError(f"{str(path.parent)!r} has no {path.name}: {why}. Give the folder that holds the model")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}). Copy or download the file again") from error
+        raise UserError(f"{str(path)!r} is not valid JSON ({error}). Copy or download the file again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a JSON {type(content).__name__}, expected an object")
+        raise UserError(f"{str(path)!r} holds a JSON {type(content).__name__}, expected an object")
     return content
 
 
@@ -241,9 +242,9 @@ def _locate_tensors(folder: Path) -> dict[str, SafetensorsFile]:
     elif (folder / INDEX_FILE).is_file():
         located = _locate_by_index(folder)
     else:
-        raise FileNotFoundError(_no_weights(folder))
+        raise MissingFileError(_no_weights(folder))
     if not located:
-        raise ValueError(f"{str(folder)!r}: its safetensors hold no tensor. Copy or download the checkpoint again")
+        raise UserError(f"{str(folder)!r}: its safetensors hold no tensor. Copy or download the checkpoint again")
     return located
 
 
@@ -251,19 +252,19 @@ def _locate_by_index(folder: Path) -> dict[str, SafetensorsFile]:
     index = folder / INDEX_FILE
     weight_map = _read_json(index, "").get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{str(index)!r} has no `weight_map`. Copy or download the file again")
+        raise UserError(f"{str(index)!r} has no `weight_map`. Copy or download the file again")
     files: dict[str, SafetensorsFile] = {}
     for name, file_name in weight_map.items():
         if Path(str(file_name)).name != file_name:  # an index from a stranger must not reach outside its folder
-            raise ValueError(f"{str(index)!r} names {file_name!r} for {name!r}, expected a file beside it")
+            raise UserError(f"{str(index)!r} names {file_name!r} for {name!r}, expected a file beside it")
         if file_name not in files:
             if not (folder / file_name).is_file():
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{str(index)!r} names {file_name!r}, which is not there. Copy or download the missing shard"
                 )
             files[file_name] = SafetensorsFile(folder / file_name)
         if name not in files[file_name].entries:
-            raise ValueError(
+            raise UserError(
                 f"{str(index)!r} says that {file_name!r} holds tensor {name!r}, but it does not. "
                 "Copy or download the checkpoint again"
             )

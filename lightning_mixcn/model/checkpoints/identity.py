@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_mixcn.errors import UserError
+
 from .folder import Checkpoint
 
 IDENTITY_FILE = "base_identity.json"
@@ -87,9 +89,7 @@ def read_identity(folder: Path) -> dict[str, str] | None:
         original = [key for key in _ORIGINAL_KEYS if key in identity]
         return {key: str(identity[key]) for key in (*_KEYS, *original)}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(file)!r} does not hold a base's path and sha256. Copy it again, or delete it"
-        ) from error
+        raise UserError(f"{str(file)!r} does not hold a base's path and sha256. Copy it again, or delete it") from error
 
 
 def check_made_from(folder: Path, base: str | Path) -> None:
@@ -111,7 +111,7 @@ def check_made_from(folder: Path, base: str | Path) -> None:
     present, original = checkpoint.identity(), read_identity(checkpoint.path)
     accepted = {present, original["sha256"] if original else present}
     if accepted.isdisjoint((recorded["sha256"], recorded.get("original_sha256"))):
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} was made from the base {recorded['path']} (sha256 {recorded['sha256'][:12]}…), but "
             f"{base} is another one (sha256 {present[:12]}…). Give the former, or move it back to its place"
         )

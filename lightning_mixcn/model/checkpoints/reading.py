@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
 from lightning_mixcn.model.checkpoints.identity import (
@@ -35,7 +36,7 @@ def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
     """The checkpoint's configuration, tied as its files are; refuses other architectures."""
     settings = stock_settings(checkpoint.config)
     if (kind := settings.get("model_type")) != "mixtral":
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
             "one with `mixcn upcycle`"
         )
@@ -48,7 +49,7 @@ def is_quantised(checkpoint: Checkpoint) -> bool:
         return True
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} is quantised with {method!r}. Give the unquantised model, or one of `mixcn quantize`"
         )
     return False
@@ -58,7 +59,7 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """``bfloat16``, ``float16`` or ``float32`` as torch's."""
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise ValueError(f"`dtype={dtype!r}` is not known. Expected one of {', '.join(_DTYPES)}")
+        raise UserError(f"`dtype={dtype!r}` is not known. Expected one of {', '.join(_DTYPES)}")
     return found
 
 
@@ -67,19 +68,19 @@ def torch_device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
+        raise UserError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
 def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
     """Check that every part is there and that its shape is what the module needs. ValueError if not."""
     for part in entry.segments:
         if part.name not in checkpoint:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path} lacks the tensor {part.name}. Download it again; is config.json of this model?"
             )
         found, expected = checkpoint.shape(part.name), _stored_shape(entry, part)
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path}: {part.name} has the wrong shape {found} for {entry.name}, which needs {expected}. "
                 "Is config.json of this model?"
             )
@@ -134,7 +135,7 @@ def pieces(
         values = checkpoint.read_segments(entry.segments, start, stop, part)
         # The extremes tell as much as isfinite of every element, which takes 20 times as long on the CPU.
         if values.is_floating_point() and not torch.stack(values.aminmax()).isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path}: {entry.segments[0].name} holds NaN or infinite values. Download it again"
             )
         yield start, values

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import (
     check_output,
     clear_disk_errors,
@@ -58,7 +59,7 @@ class ShardWriter:
     def __init__(self, out: str | Path, config: Mapping[str, Any], *, max_shard_bytes: int = 1_000_000_000) -> None:
         """Check that ``out`` is free; nothing is written before the ``with`` block."""
         if max_shard_bytes < 1:
-            raise ValueError(f"`max_shard_bytes` must be at least 1, not {max_shard_bytes}")
+            raise UserError(f"`max_shard_bytes` must be at least 1, not {max_shard_bytes}")
         self.out = Path(out).expanduser().resolve()
         check_output(self.out)
         self.folder = partial_path(self.out)
@@ -100,9 +101,9 @@ class ShardWriter:
             OSError: the disk is full.
         """
         if name in self._names:
-            raise ValueError(f"tensor {name!r} was added twice: each name may be added once")
+            raise UserError(f"tensor {name!r} was added twice: each name may be added once")
         if tensor.dtype not in DTYPE_CODES:
-            raise ValueError(
+            raise UserError(
                 f"tensor {name!r} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}"
             )
         if self._pending and self.held_bytes + tensor.nbytes > self._max_shard_bytes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
 
@@ -50,7 +51,7 @@ def _open_folder(name: str, folder: Path) -> DenseSource:
     shapes = check_tensors(name, config, found)
     for tensor in shapes:
         if checkpoint.dtype(tensor) not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(
+            raise UserError(
                 f"`src={name}`: tensor {tensor!r} has dtype {checkpoint.dtype(tensor)}, expected float32, float16 or "
                 "bfloat16. Give an unquantised model"
             )
@@ -89,7 +90,7 @@ def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         moe = "; a mixture of experts cannot be upcycled again" if "expert" in " ".join(raw) else ""
-        raise ValueError(
+        raise UserError(
             f"`src={name}` has model_type {model_type!r}, expected a dense model of type llama or mistral{moe}. "
             "Give a Llama- or Mistral-architecture model"
         )
@@ -102,7 +103,7 @@ def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
         "hidden_act": raw.get("hidden_act", "silu") not in ACT2FN,
     }
     for key in (key for key, present in refused.items() if present):
-        raise ValueError(
+        raise UserError(
             f"`src={name}` has {key}={raw[key]!r} in its config, which a Mixtral cannot express. "
             f"Give a plain, unquantised {ARCHITECTURES[model_type]}"
         )
@@ -110,7 +111,7 @@ def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
         config: PreTrainedConfig = AutoConfig.for_model(**raw)
     except Exception as error:  # transformers raises its own kinds for what does not validate
         reason = " ".join(str(error).split())
-        raise ValueError(f"`src={name}`: transformers refuses its config.json ({reason}). Mend that file") from error
+        raise UserError(f"`src={name}`: transformers refuses its config.json ({reason}). Mend that file") from error
     return config
 
 
@@ -155,15 +156,15 @@ def check_tensors(
     expected = expected_shapes(config)
     for tensor, shape in expected.items():
         if tensor not in found:
-            raise ValueError(f"`src={name}`: tensor {tensor!r} is missing. Copy or download the model again")
+            raise UserError(f"`src={name}`: tensor {tensor!r} is missing. Copy or download the model again")
         if found[tensor] != shape:
-            raise ValueError(
+            raise UserError(
                 f"`src={name}`: tensor {tensor!r} has shape {list(found[tensor])}, its config says {list(shape)}. "
                 "Check that config.json belongs to these weights"
             )
     for tensor in found:
         if tensor not in expected and not tensor.endswith("rotary_emb.inv_freq"):
-            raise ValueError(
+            raise UserError(
                 f"`src={name}`: tensor {tensor!r} has no place in a Mixtral (which has no biases and no layers but "
                 f"attention and experts). Give a plain {ARCHITECTURES[config.model_type]}"
             )

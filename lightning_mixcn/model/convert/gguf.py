@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 from .dense import (
     ARCHITECTURES,
     DenseSource,
@@ -30,7 +32,7 @@ _SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token
 def open_gguf(path: Path) -> DenseSource:
     """Dequantise a GGUF file into float32 on the CPU. See `open_dense` for what it raises."""
     if not path.is_file():
-        raise FileNotFoundError(f"`src={path}` is not there. Give a .gguf file or a Hugging Face folder")
+        raise MissingFileError(f"`src={path}` is not there. Give a .gguf file or a Hugging Face folder")
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
             f"`src={path}` is a GGUF file, which takes the package gguf to read: pip install 'lightning_mixcn[demo]'"
@@ -44,7 +46,7 @@ def open_gguf(path: Path) -> DenseSource:
     model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if missing:  # it would have drawn them at random
-        raise ValueError(f"`src={path}`: tensors {missing[:3]} are missing or do not fit. Download the file again")
+        raise UserError(f"`src={path}`: tensors {missing[:3]} are missing or do not fit. Download the file again")
     raw = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     config = dense_config(str(path), raw)
     tensors = dict(model.state_dict())
@@ -70,22 +72,22 @@ def _check_content(path: Path) -> dict[str, int]:
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"`src={path}` is not a GGUF file (it does not begin with GGUF). Download it again")
+            raise UserError(f"`src={path}` is not a GGUF file (it does not begin with GGUF). Download it again")
     try:
         reader = GGUFReader(path)
         fields: dict[str, Any] = dict(reader.fields)
         names = [tensor.name for tensor in reader.tensors]
     except (ValueError, IndexError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"`src={path}` is truncated or damaged ({reason}). Download it again") from error
+        raise UserError(f"`src={path}` is truncated or damaged ({reason}). Download it again") from error
     architecture = fields["general.architecture"].contents() if "general.architecture" in fields else None
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"`src={path}` has the architecture {architecture!r}, expected llama or mistral")
+        raise UserError(f"`src={path}` has the architecture {architecture!r}, expected llama or mistral")
     scaling = fields.get(f"{architecture}.rope.scaling.type")
     unknown = [f"rope.scaling.type={scaling.contents()}"] if scaling and scaling.contents() != "none" else []
     unknown += [name for name in names if not _TENSOR.fullmatch(name)]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"`src={path}` holds {unknown[0]}, which transformers does not read from a GGUF of this architecture or a "
             "Mixtral cannot express. Give the model's Hugging Face folder, if it is a plain Llama or Mistral"
         )

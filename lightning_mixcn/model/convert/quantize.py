@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import (
@@ -42,7 +43,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     checkpoint = Checkpoint(src)
     config = mixtral_config(checkpoint)
     if is_quantised(checkpoint) and not is_bitsandbytes(checkpoint):
-        raise ValueError(f"`src={src!r}` is in 4 bits already. Use it as it is")
+        raise UserError(f"`src={src!r}` is in 4 bits already. Use it as it is")
     model = meta_model(config, "nf4", torch_dtype(dtype))
     todo, source = open_entries(model, checkpoint, config)
     method = {"format": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.writer import ShardWriter
@@ -176,15 +177,15 @@ def _expected_bytes(source: DenseSource, num_experts: int, dtype: torch.dtype) -
 
 def _check_arguments(num_experts: int, num_experts_per_tok: int, noise: float, dtype: str | None) -> None:
     if num_experts < 1:
-        raise ValueError(f"`num_experts` must be at least 1, not {num_experts}")
+        raise UserError(f"`num_experts` must be at least 1, not {num_experts}")
     if not 1 <= num_experts_per_tok <= num_experts:
-        raise ValueError(
+        raise UserError(
             f"`num_experts_per_tok` must be between 1 and num_experts={num_experts}, not {num_experts_per_tok}"
         )
     if not (math.isfinite(noise) and noise >= 0):
-        raise ValueError(f"`noise` must be a finite number of standard deviations, 0 or more, not {noise}")
+        raise UserError(f"`noise` must be a finite number of standard deviations, 0 or more, not {noise}")
     if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise ValueError(f"`dtype` must be float32, float16, bfloat16 or null, not {dtype!r}")
+        raise UserError(f"`dtype` must be float32, float16, bfloat16 or null, not {dtype!r}")
 
 
 def open_dense(src: str | Path) -> DenseSource:
@@ -209,5 +210,5 @@ def open_dense(src: str | Path) -> DenseSource:
     folder = local_folder(src)
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{str(src)!r} is a folder of GGUF files. Give one of the files, e.g. {str(ggufs[0])!r}")
+        raise UserError(f"{str(src)!r} is a folder of GGUF files. Give one of the files, e.g. {str(ggufs[0])!r}")
     return _open_folder(str(src), folder)

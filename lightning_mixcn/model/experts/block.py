@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 from .few_rows import experts_of_few_rows
@@ -77,9 +78,9 @@ def choose_expert_path(inputs: BlockInputs, index: Tensor) -> str:
     """
     if wanted := os.environ.get("MIXCN_EXPERT_PATH"):
         if wanted not in PATHS:
-            raise ValueError(f"`MIXCN_EXPERT_PATH={wanted!r}` is not known. Expected one of {', '.join(PATHS)}")
+            raise UserError(f"`MIXCN_EXPERT_PATH={wanted!r}` is not known. Expected one of {', '.join(PATHS)}")
         if obstacle := _obstacle(wanted, inputs):
-            raise ValueError(f"`MIXCN_EXPERT_PATH={wanted}` cannot run here: {obstacle}. Unset it, or set it to loop")
+            raise UserError(f"`MIXCN_EXPERT_PATH={wanted}` cannot run here: {obstacle}. Unset it, or set it to loop")
         return wanted
     rows_per_expert = index.numel() / inputs.weights.gate.shape[0]
     table = FASTEST.get(inputs.x.device.type, FASTEST["cpu"])

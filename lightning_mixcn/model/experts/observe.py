@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import UserError
+
 from .block import Router
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -42,7 +44,7 @@ def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
-        raise ValueError(f"`model` is a {type(model).__name__} without a Router. Give a Mixtral made by `load_mixtral`")
+        raise UserError(f"`model` is a {type(model).__name__} without a Router. Give a Mixtral made by `load_mixtral`")
     observation = ExitStack()
     for layer, router in enumerate(routers):
         handle = router.register_forward_hook(partial(_tell, observer, layer))

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import MixtralConfig
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.safetensors import write_safetensors
@@ -60,13 +61,13 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str, *, lang
         OSError: the disk is full.
     """
     if len(found.adapters) != 1:
-        raise ValueError(
+        raise UserError(
             f"`format={layout}` writes one adapter, but {src!r} gives {len(found.adapters)}. "
             "Give a run or an adapter folder, or merge with `--format hf`"
         )
     adapter = AdapterFile(found.adapters[0])
     if not adapter.names:
-        raise ValueError(
+        raise UserError(
             f"the adapter {found.adapters[0]!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
         )
     checkpoint = Checkpoint(found.base)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData, metadata_load
 from transformers import MixtralConfig
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import ModelSource, is_own_format, read_identity, stock_base
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
@@ -255,7 +256,7 @@ def _figures(src: str, onto: str | None) -> str | None:
             says += "; the merged model differs by what the 4 bits round off"
         return _table(report["sources"], f"{says}:")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{str(reports[0])!r} is not what `mixcn validate` writes. Delete it or run it again"
         ) from error
 

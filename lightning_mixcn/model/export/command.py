@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.find import find_model, tokenizer_of
@@ -69,9 +70,9 @@ def export(
     target = Path(out).expanduser().resolve()
     options = MergeOptions(base, original, dtype, layout, max_shard_bytes, languages)
     if format != "gguf" and (outtype, llama_cpp) != (None, None):
-        raise ValueError(f"`outtype` and `llama_cpp` are for `format=gguf`, not {format}. Leave them out")
+        raise UserError(f"`outtype` and `llama_cpp` are for `format=gguf`, not {format}. Leave them out")
     if format in ("peft", "peft-per-expert") and options != MergeOptions(languages=languages):
-        raise ValueError(
+        raise UserError(
             f"`format={format}` merges nothing: leave out base, original, dtype, layout and max_shard_bytes"
         )
     (check_file if format == "gguf" else check_output)(target)

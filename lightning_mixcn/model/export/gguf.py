@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_mixcn.errors import ExistingFileError, MissingFileError, UserError
 from lightning_mixcn.files.atomic import (
     check_output,
     clear_disk_errors,
@@ -80,7 +81,7 @@ class LlamaCpp:
 def check_file(out: Path) -> None:
     """Raise FileExistsError unless a file of this name can be made."""
     if out.is_dir():
-        raise FileExistsError(f"{str(out)!r} is a folder, expected a new file. Give a name such as model.gguf")
+        raise ExistingFileError(f"{str(out)!r} is a folder, expected a new file. Give a name such as model.gguf")
     if out.exists():
         check_output(out)
 
@@ -96,7 +97,7 @@ def _find(folder: str | None, program: str) -> Path:
         if place.is_file():
             return place
     where = f"in {given!r}" if given is not None else "on the PATH"
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"llama.cpp's {program} is not {where}. Give a checkout of github.com/ggml-org/llama.cpp with `--llama_cpp "
         "FOLDER` (or the environment variable LLAMA_CPP), or export with `--format hf` and convert elsewhere"
     )
@@ -114,7 +115,7 @@ def check_tokenizer(folder: Path) -> None:
         ValueError: there is no ``tokenizer.model``, and the pieces are not byte-level.
     """
     if not (folder / "tokenizer.model").is_file() and not TokenizerPieces(folder).is_byte_level:
-        raise ValueError(
+        raise UserError(
             "the model has no tokenizer.model, without which llama.cpp's converter writes a tokenizer that splits text "
             "differently. Put the SentencePiece file beside the tokenizer.json of the base or adapter"
         )
@@ -125,7 +126,7 @@ def _call(program: Path, arguments: list[str], output: Path) -> None:
     command = [sys.executable] if program.suffix == ".py" else []
     code = subprocess.run([*command, str(program), *arguments], stdout=_STDERR).returncode
     if code != 0 or not output.is_file():
-        raise ValueError(
+        raise UserError(
             f"llama.cpp's {program.name} ended with code {code} and no file; its last lines above say why. "
             "Is this version made for this model, and are the packages in its requirements installed?"
         )

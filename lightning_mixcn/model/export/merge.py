@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
@@ -92,7 +93,7 @@ class BaseWeights:
             part, first = ([segments[group]], 0) if len(segments) > 1 else (segments, group * numel)
             values = self._checkpoint.read_segments(part, first, first + numel)
             if not torch.isfinite(values).all():
-                raise ValueError(f"{self._checkpoint.path}: {part[0].name} holds NaN or infinite values")
+                raise UserError(f"{self._checkpoint.path}: {part[0].name} holds NaN or infinite values")
             yield values.view(self.shape(name))
 
     def _groups(self, name: str) -> int:
@@ -208,7 +209,7 @@ class MergedWeights:
                 matrix = adapter.delta(name).add_(matrix)
         result = matrix.to(self.dtype(module))
         if not torch.isfinite(result).all():
-            raise ValueError(
+            raise UserError(
                 f"{name} is NaN or infinite in {str(result.dtype).removeprefix('torch.')} once merged. "
                 "Give `--dtype` float32 or bfloat16"
             )
@@ -223,11 +224,11 @@ def _check_fit(adapter: AdapterFile, shapes: dict[str, tuple[int, ...]], *, tied
         if tied and name == "lm_head":
             both = [adapter.read_saved(key) for key in adapter.saved]
             if len(both) < len(EMBEDDINGS) or not torch.equal(*both):
-                raise ValueError(f"`adapter={path!r}` trains lm_head apart from embed_tokens, which the base ties")
+                raise UserError(f"`adapter={path!r}` trains lm_head apart from embed_tokens, which the base ties")
         elif name not in shapes:
-            raise ValueError(f"`adapter={path!r}` adapts {name}, which the base does not have. Give its own base")
+            raise UserError(f"`adapter={path!r}` adapts {name}, which the base does not have. Give its own base")
         elif shape != shapes[name]:
-            raise ValueError(
+            raise UserError(
                 f"`adapter={path!r}`: {name} has the shape {list(shape)}, the base has {list(shapes[name])}. "
                 "Give the base that the adapter was trained on"
             )
@@ -254,12 +255,12 @@ def open_base(found: ModelSource, precision: Precision, original: str | None) ->
     checkpoint = Checkpoint(found.base)
     if precision == "dequantised":
         if original is not None:
-            raise ValueError(f"`original={original!r}` is not used by `base=dequantised`. Leave out one of the two")
+            raise UserError(f"`original={original!r}` is not used by `base=dequantised`. Leave out one of the two")
         return BaseWeights(checkpoint, dequantised=True), checkpoint
     if original is None and is_quantised(checkpoint):
         original = _recorded_original(checkpoint)
         if is_quantised(Checkpoint(original)):
-            raise ValueError(
+            raise UserError(
                 f"the base {str(checkpoint.path)!r} was made from {original!r}, which bitsandbytes quantised: there is "
                 "no unquantised one to merge onto. Give `--base dequantised`, or the published base with "
                 "`--original FOLDER`"
@@ -268,7 +269,7 @@ def open_base(found: ModelSource, precision: Precision, original: str | None) ->
         stated = checkpoint
         checkpoint = Checkpoint(original)
         if is_quantised(checkpoint):
-            raise ValueError(f"`original={original!r}` is in 4 bits. Give the unquantised model")
+            raise UserError(f"`original={original!r}` is in 4 bits. Give the unquantised model")
         # What was trained on 4 bits names those as its base, and they name what they were made from.
         chain = [stated.path] if is_quantised(stated) else [local_folder(adapter) for adapter in found.adapters[:1]]
         for folder in chain:
@@ -287,7 +288,7 @@ def _recorded_original(checkpoint: Checkpoint) -> str:
         reason = None
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = error
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"the base {str(checkpoint.path)!r} is in 4 bits, {where}. Give the unquantised base with "
         "`--original FOLDER`, or `--base dequantised` to merge onto what the 4 bits hold"
     ) from reason

@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.memory.budget import usable_bytes
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.nf4.storage import FewRows, NF4Weight
@@ -63,7 +64,7 @@ class Sampling:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ):
             if not fits:
-                raise ValueError(f"`{name}={getattr(self, name)}`: expected {expected}")
+                raise UserError(f"`{name}={getattr(self, name)}`: expected {expected}")
 
     def processors(self) -> LogitsProcessorList:
         """What transformers' ``generate`` does to logits with these settings, in its order."""
@@ -188,7 +189,7 @@ def stream_tokens(
     """
     context = int(base_of(model).config.max_position_embeddings)
     if len(ids) >= context:
-        raise ValueError(
+        raise UserError(
             f"the prompt has {len(ids)} tokens, but the model's context has room for {context} with the answer. "
             "Shorten it"
         )

@@ -18,6 +18,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.attention.documents import no_mask
 from lightning_mixcn.model.mixtral import base_of
 
@@ -57,7 +58,7 @@ class ChunkedPrefill:
         base: Any = base_of(model)
         config, embedding = base.config, base.get_input_embeddings()
         if config.sliding_window is not None and config.sliding_window < max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"config.sliding_window={config.sliding_window} is shorter than a row of {max_tokens} tokens. "
                 "Evaluate shorter rows, or set it to null in config.json if the model attends to all of a row"
             )

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.safetensors import SafetensorsFile
 
@@ -76,7 +77,7 @@ def fused_places(
         rows, _ = shape(name, "A")
         experts, rest = divmod(rows, rank)
         if rest or not experts:
-            raise ValueError(f"{name}.lora_A has {rows} rows, expected a multiple of its rank {rank}")
+            raise UserError(f"{name}.lora_A has {rows} rows, expected a multiple of its rank {rank}")
         if kind == "gate":
             yield f"{layer}.block_sparse_moe.gate", FusedPlace(name, parameter, 0, experts, rank, None)
             continue
@@ -95,7 +96,7 @@ def _check_sizes(sizes: dict[str, int], name: str, parameter: str, found: tuple[
     here = {"E": experts, "I": out // 2 if is_gate_up else width, "H": width if is_gate_up else out}
     for size, value in here.items():
         if sizes.setdefault(size, value) != value:
-            raise ValueError(
+            raise UserError(
                 f"{name} has factors of {parameter.rpartition('.')[2]} with {size} = {value}, elsewhere {sizes[size]}. "
                 "Do target_parameters and rank_pattern belong to these tensors?"
             )
@@ -116,7 +117,7 @@ def _parameter(layer: str, kind: str, stored: set[str], config: LoraConfig) -> s
     targets = [str(target) for target in config.target_parameters or ()]
     named = [name for name in (gate_up, down) if any(f".{name}".endswith(f".{target}") for target in targets)]
     if len(named) != 1:
-        raise ValueError(
+        raise UserError(
             f"{layer}.mlp.experts has the factors of one parameter, but target_parameters={targets} name "
             f"{'both' if named else 'none'} of gate_up_proj and down_proj there. Name the one that was trained"
         )
@@ -167,7 +168,7 @@ class AdapterFile:
         self._path, self.folder = path, local_folder(path)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.folder / name).is_file():
-                raise FileNotFoundError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
+                raise MissingFileError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
         self.config = self._read_config()
         self._file = SafetensorsFile(self.folder / WEIGHTS_NAME)
         found: dict[str, set[str]] = {}
@@ -176,7 +177,7 @@ class AdapterFile:
             if match := _FACTOR.fullmatch(key):
                 found.setdefault(match[1], set()).add(match[2])
             elif key not in saved:
-                raise ValueError(
+                raise UserError(
                     f"`adapter={str(path)!r}` holds {key}, which is neither a LoRA factor nor embed_tokens or lm_head. "
                     "Give a plain LoRA adapter"
                 )
@@ -194,7 +195,7 @@ class AdapterFile:
         place = self._fused.get(name)
         a, b = (self._shape(place.stored if place else name, factor) for factor in "AB")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise ValueError(
+            raise UserError(
                 f"`adapter={str(self._path)!r}`: the factors of {name} have the shapes {list(a)} and {list(b)}, which "
                 "do not fit each other. Copy or download the adapter again"
             )
@@ -241,7 +242,7 @@ class AdapterFile:
         if not self.saved:
             return
         if len(self.saved) < len(EMBEDDINGS) or not torch.equal(*map(self.read_saved, EMBEDDINGS)):
-            raise ValueError(
+            raise UserError(
                 f"`adapter={str(self._path)!r}` trains {' apart from '.join(reversed(self.saved))}"
                 f"{' alone' if len(self.saved) == 1 else ''}, but the base ties embed_tokens and lm_head. Train it in "
                 "PEFT with ensure_weight_tying=True, or merge it there and use the merged, untied model as the base"
@@ -254,19 +255,19 @@ class AdapterFile:
             if not isinstance(raw, dict):
                 raise TypeError("it holds no object")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {CONFIG_NAME} cannot be read ({error}). Copy it again") from error
+            raise UserError(f"{where}: {CONFIG_NAME} cannot be read ({error}). Copy it again") from error
         check_stored_options(raw, where)
         try:
             config = LoraConfig.from_pretrained(str(self.folder))
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
+            raise UserError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
         assert isinstance(config, LoraConfig)
         return config
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:
         key = f"{PREFIX}{name}.lora_{factor}.weight"
         if key not in self._file.entries:
-            raise ValueError(f"`adapter={str(self._path)!r}` has no {key}. Copy or download the adapter again")
+            raise UserError(f"`adapter={str(self._path)!r}` has no {key}. Copy or download the adapter again")
         return self._file.entries[key].shape
 
     def _read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -275,5 +276,5 @@ class AdapterFile:
         first, last = rows or (0, height)
         values = self._file.read(key, first * width, last * width).view(last - first, width)
         if not torch.isfinite(values).all():
-            raise ValueError(f"`adapter={str(self._path)!r}`: {key} holds NaN or infinite values. Copy it again")
+            raise UserError(f"`adapter={str(self._path)!r}`: {key} holds NaN or infinite values. Copy it again")
         return values

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.safetensors import write_safetensors
 from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
@@ -170,9 +171,9 @@ def load_adapter(model: MixtralPeftModel, path: str | Path) -> None:
             names, rank = disk_names(module_name, layer.groups), layer.r[active]
             for name in names:
                 if name not in adapter:
-                    raise ValueError(f"`adapter={str(path)!r}` has no {name}.lora_A, but `lora` adapts it here")
+                    raise UserError(f"`adapter={str(path)!r}` has no {name}.lora_A, but `lora` adapts it here")
                 if adapter.rank(name) != rank:
-                    raise ValueError(
+                    raise UserError(
                         f"`adapter={str(path)!r}`: {name} has the rank {adapter.rank(name)}, expected {rank}. "
                         f"Set `lora.r={adapter.rank(name)}`, as the adapter was trained"
                     )
@@ -185,14 +186,14 @@ def load_adapter(model: MixtralPeftModel, path: str | Path) -> None:
         _fill(_weight(model, name), [adapter.read_saved(name)], path, [name])
     for name in sorted(left):
         if adapter.factors(name).b.any():  # a B of zeros adds nothing
-            raise ValueError(f"`adapter={str(path)!r}` trains {name}, which `lora.target_modules` leaves out here")
+            raise UserError(f"`adapter={str(path)!r}` trains {name}, which `lora.target_modules` leaves out here")
 
 
 def _fill(parameter: Tensor, groups: list[Tensor], path: str | Path, names: list[str]) -> None:
     """Fill a parameter with those of its groups, one below the other."""
     values = torch.cat(groups)
     if values.shape != parameter.shape:
-        raise ValueError(
+        raise UserError(
             f"`adapter={str(path)!r}`: {names[0]} has the shape {list(values.shape)}, the base has "
             f"{list(parameter.shape)}. Give the base that the adapter was trained on"
         )

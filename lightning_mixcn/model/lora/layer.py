@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.local_rows import copy_rows, gathered
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
@@ -70,7 +71,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Make (or remake) the factors of ``adapter_name``."""
         if r <= 0:
-            raise ValueError(f"`lora.r={r}` must be at least 1. Give a rank such as 64, or lora: null to train none")
+            raise UserError(f"`lora.r={r}` must be at least 1. Give a rank such as 64, or lora: null to train none")
         linear = cast(FrozenLinear, self.get_base_layer())
         device = next(linear.parameters()).device
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
@@ -175,7 +176,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
             )
         merged = self.storage.flat(torch.float32).add_(self.get_delta_weight(adapter).flatten(), alpha=sign)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
+            raise UserError(
                 f"merging adapter {adapter!r} gives NaN or infinite weights; the adapter seems to be broken"
             )
         self.storage.write(0, merged)

@@ -11,6 +11,8 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from lightning_mixcn.errors import UserError
+
 _IMPLEMENTED = frozenset({
     "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -49,36 +51,36 @@ def check_training_options(config: LoraConfig) -> None:
         ValueError: an option has another value than its default and is not implemented, or its value is not.
     """
     if config.peft_type != PeftType.LORA:
-        raise ValueError(
+        raise UserError(
             f"`lora` is of type {PeftType(config.peft_type).value!r}, expected a peft.LoraConfig of type 'LORA'"
         )
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in _unusual(options, _IMPLEMENTED):
         instead = _INSTEAD.get(name, "Leave it out: plain LoRA and rsLoRA are implemented")
-        raise ValueError(f"`lora.{name}={value!r}` is not supported here. {instead}")
+        raise UserError(f"`lora.{name}={value!r}` is not supported here. {instead}")
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"`lora.task_type={config.task_type!r}`: expected CAUSAL_LM. Leave it out")
+        raise UserError(f"`lora.task_type={config.task_type!r}`: expected CAUSAL_LM. Leave it out")
     if config.init_lora_weights not in _STARTS:
-        raise ValueError(f"`lora.init_lora_weights={config.init_lora_weights!r}`: expected true, false or gaussian")
+        raise UserError(f"`lora.init_lora_weights={config.init_lora_weights!r}`: expected true, false or gaussian")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(options[name], Mapping | None):
-            raise ValueError(
+            raise UserError(
                 f"`lora.{name}={options[name]!r}`: expected a mapping from names to values, e.g. {{w1: 32}}"
             )
     for name, rank in _with_pattern(options, "r", "rank_pattern"):
         if not _is_rank(rank):
-            raise ValueError(
+            raise UserError(
                 f"`lora.{name}={rank!r}` must be a whole number of at least 1. Give a rank such as 64, or lora: null "
                 "to train none"
             )
     for name, alpha in _with_pattern(options, "lora_alpha", "alpha_pattern"):
         if not (_is_finite(alpha) and alpha > 0):
-            raise ValueError(
+            raise UserError(
                 f"`lora.{name}={alpha!r}` must be a finite number of more than 0: it scales the update. Give e.g. "
                 "twice the rank"
             )
     if not (_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1):
-        raise ValueError(f"`lora.lora_dropout={config.lora_dropout!r}`: expected 0 <= dropout < 1, e.g. 0.05")
+        raise UserError(f"`lora.lora_dropout={config.lora_dropout!r}`: expected 0 <= dropout < 1, e.g. 0.05")
 
 
 def check_stored_options(raw: dict[str, Any], where: str) -> None:
@@ -93,14 +95,14 @@ def check_stored_options(raw: dict[str, Any], where: str) -> None:
             is no rank or scale.
     """
     if (kind := raw.get("peft_type", "LORA")) != "LORA":
-        raise ValueError(f"{where} is of type {kind}. Give a LoRA adapter")
+        raise UserError(f"{where} is of type {kind}. Give a LoRA adapter")
     for name, value in _unusual(raw, _IMPLEMENTED | _IRRELEVANT_ONCE_SAVED):
-        raise ValueError(
+        raise UserError(
             f"{where} was trained with {name}={value!r}, which is not supported here. Give a plain LoRA adapter"
         )
     start = raw.get("init_lora_weights", True)
     if start not in _STARTS_BESIDE_THE_BASE:
-        raise ValueError(
+        raise UserError(
             f"{where} was started with init_lora_weights={start!r}, which changed the base, so that "
             "its factors do not belong to the base as it is published. Save it in PEFT as plain LoRA: "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…), or merge it there"
@@ -122,7 +124,7 @@ def _check_values(
 ) -> None:
     for name, value in values:
         if not is_valid(value):
-            raise ValueError(f"{where}: adapter_config.json has {name}={value!r}, expected {expected}. Copy it again")
+            raise UserError(f"{where}: adapter_config.json has {name}={value!r}, expected {expected}. Copy it again")
 
 
 def _with_pattern(options: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[str, Any]]:

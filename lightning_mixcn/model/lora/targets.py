@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.layout import disk_names
 
 from .adapter_file import PREFIX
@@ -80,7 +81,7 @@ def adapted_modules(config: LoraConfig, groups: Mapping[str, int], others: Itera
     excluded = _excluded(config, asked, matrices, others)
     targeted = [matrix for matrix in asked if matrix not in excluded]
     if not targeted:
-        raise ValueError(
+        raise UserError(
             "`lora.exclude_modules` leaves nothing of `lora.target_modules`. Set `lora: null` to adapt none"
         )
     _check_whole_stacks(targeted, groups)
@@ -92,7 +93,7 @@ def adapted_modules(config: LoraConfig, groups: Mapping[str, int], others: Itera
 def _targeted(config: LoraConfig, matrices: list[_Matrix]) -> list[_Matrix]:
     targets: Any = config.target_modules
     if not targets:
-        raise ValueError(
+        raise UserError(
             f"`lora.target_modules={targets!r}`: expected a list of {', '.join(SHORT_NAMES)}, a regular expression, or "
             f"{ALL_LINEAR}"
         )
@@ -132,7 +133,7 @@ def _check_layers(config: LoraConfig, chosen: set[_Matrix]) -> None:
     missing = [layer for layer in layers if layer not in indices]
     if missing or not layers:
         pattern = f" with `layers_pattern={config.layers_pattern!r}`" if config.layers_pattern else ""
-        raise ValueError(
+        raise UserError(
             f"`lora.layers_to_transform={config.layers_to_transform!r}`{pattern} matches nothing"
             f"{f' for {missing[0]}' if missing else ''}. Give numbers of layers, from 0 on, or leave it out for all"
         )
@@ -176,14 +177,14 @@ def _by_pattern(
     for key, value in (pattern or {}).items():
         found = _matching(option, key, targeted, end=True)
         if not found and _matching(option, key, matrices, end=True):
-            raise ValueError(
+            raise UserError(
                 f"`lora.{option}[{key!r}]` has no effect: `lora` does not adapt it. Leave it out, or adapt it"
             )
         if not found:
             raise _matches_nothing(option, key, matrices)
         fresh = [matrix for matrix in found if matrix not in values]
         if not fresh:
-            raise ValueError(
+            raise UserError(
                 f"`lora.{option}[{key!r}]` has no effect: keys before it match all that it matches, and the first "
                 "counts. Put it before them"
             )
@@ -194,7 +195,7 @@ def _by_pattern(
     for differing in by_module.values():
         if len(differing) > 1:
             first = next(iter(differing.values()))[0]
-            raise ValueError(
+            raise UserError(
                 f"`lora.{option}` gives {first.short} of layer {first.layer} {' and '.join(map(str, differing))} by "
                 rf"expert, but the experts of a layer share one. Use a key for all of them, e.g. 'layers\.{first.layer}"
                 rf"\..*{first.short}'"
@@ -208,7 +209,7 @@ def _check_whole_stacks(targeted: list[_Matrix], groups: Mapping[str, int]) -> N
         stacks[matrix.module].append(matrix)
     for module, found in stacks.items():
         if len(found) < groups[module]:
-            raise ValueError(
+            raise UserError(
                 f"`lora.target_modules` (less `exclude_modules`) adapts {found[0].paper} but not {found[0].short} of "
                 f"all {groups[module]} experts of the layer, which are adapted together. Name {found[0].short} alone, "
                 "and layers with `layers_to_transform`"
@@ -229,7 +230,7 @@ def _matcher(option: str, expression: str, *, end: bool = False) -> Callable[[It
     try:
         compiled = re.compile(rf"(.*\.)?({expression})$" if end else expression)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"`lora.{option}`: {expression!r} is not a regular expression ({error}). Mend it, or give names"
         ) from error
     return lambda names: any(compiled.fullmatch(whole) for name in names for whole in (name, f"{PREFIX}{name}"))
@@ -241,7 +242,7 @@ def _check_same_meaning(option: str, expression: str, in_files: set[_Matrix], fu
         leaf = matrix.module.rpartition(".")[2]
         if "mlp" not in expression and not all(part in expression for part in leaf.split("_")):
             names = sorted({found.short for found in in_files})
-            raise ValueError(
+            raise UserError(
                 f"`lora.{option}`: {expression!r} matches {', '.join(names)} in the names of adapter files, and also "
                 f"{leaf} ({matrix.short}) in those of the model. Spell out the names that you mean"
             )
@@ -254,7 +255,7 @@ def _matches_nothing(option: str, name: str, matrices: Sequence[_Matrix]) -> Val
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     whole = " LoRA is for attention, router and experts; `train_embeddings: true` trains embed_tokens and lm_head."
     is_embedding = any(part in name for part in ("embed", "lm_head"))
-    return ValueError(
+    return UserError(
         f"`lora.{option}` names {name!r}, which matches nothing in Mixtral.{whole if is_embedding else ''} {meant}"
         f"Expected names out of {', '.join(SHORT_NAMES)}, or whole names of an adapter file"
     )

@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.mixtral import base_of
 
 from .plan import MemoryPlan, Run, plan_memory
@@ -65,7 +66,7 @@ def fitting_modes(model: nn.Module, run: Run, budget: int | Literal["auto"], usa
     fits, too_many = 1, layers + 1
     if (excess := missing(1)) > 0:
         there = f"{(1 - RESERVE) * usable / 1e9:.2f} GB of the device" if budget == "auto" else f"{budget / 1e9:.2f} GB"
-        raise ValueError(
+        raise UserError(
             f"`activation_memory={budget!r}`: even with all layers but one computed again a micro-batch of "
             f"{run.batch.rows} x {run.batch.length} tokens needs {excess / 1e9:.2f} GB more than {there}. Lower "
             "`data.init_args.micro_batch_size`, or replace it by `activation_checkpointing: offload`"

@@ -11,6 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
+from lightning_mixcn.errors import UserError
+
 
 class HostCopy:
     """A tensor of a GPU in pinned memory of the host.
@@ -87,9 +89,9 @@ def layer_modes(mode: str | Sequence[str], layers: int) -> list[str]:
     modes = [mode] * layers if isinstance(mode, str) else list(mode)
     for chosen in modes:
         if chosen not in MODES:
-            raise ValueError(f"`activation_checkpointing={chosen!r}` is not known. Expected one of {', '.join(MODES)}")
+            raise UserError(f"`activation_checkpointing={chosen!r}` is not known. Expected one of {', '.join(MODES)}")
     if len(modes) != layers:
-        raise ValueError(f"`activation_checkpointing`: {len(modes)} modes for {layers} layers. Give one for each")
+        raise UserError(f"`activation_checkpointing`: {len(modes)} modes for {layers} layers. Give one for each")
     return modes
 
 

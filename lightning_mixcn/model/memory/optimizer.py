@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_mixcn.errors import UserError
+
 
 class LiveBytes(TorchDispatchMode):
     """Follows, while it is on, every storage that an operation makes until the last tensor on it is gone.
@@ -105,7 +107,7 @@ def optimizer_memory(
                 states, peak = live.now, live.peak
         except (RuntimeError, NotImplementedError) as error:
             name = type(optimizer).__name__
-            raise ValueError(
+            raise UserError(
                 f"`optimizer`: what {name} needs cannot be planned ({type(error).__name__}). Leave out what needs the "
                 "plan, `--plan` or `activation_memory: auto`"
             ) from error

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_mixcn.errors import UserError
+
 from .files import BenchmarkFiles
 from .scores import run_task
 from .tasks import Benchmarks, load_benchmarks
@@ -31,7 +33,7 @@ def hidden_test_benchmarks(num_fewshot: int | None, files: BenchmarkFiles | None
     benchmarks = load_benchmarks([group], num_fewshot=num_fewshot, files=files)
     for name, task in benchmarks.tasks.items():
         if "test" not in task.dataset:
-            raise ValueError(f"`submission`: the data of {name!r} has no test split. Add it, or leave submission out")
+            raise UserError(f"`submission`: the data of {name!r} has no test split. Add it, or leave submission out")
         task.config.test_split = "test"
         task.config.process_docs = _with_some_answer
     return benchmarks

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.processes import is_first
 from lightning_mixcn.studies.significance import paired_test
 from lightning_mixcn.text import (
@@ -68,7 +69,7 @@ def probed_documents(entries: Sequence[str]) -> list[DocumentSet]:
     for entry in entries:
         name, _, path = entry.partition("=")
         if not (name and path):
-            raise ValueError(f"`eos_probe` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
+            raise UserError(f"`eos_probe` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
         sources.append(Source(name, path))
     parsed = parse_sources(sources, "eos_probe", Source)
     return [all_documents(read_corpus(source, f"eos_probe[{place}]")) for place, source in enumerate(parsed)]

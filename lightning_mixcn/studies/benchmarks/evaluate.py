@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import clear_disk_errors, flush_to_disk, partial_path
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.sharding import is_sharded, shard_model
@@ -270,31 +271,31 @@ def _finish(
 
 def _check_processes(processes: Processes, shard: bool, batch_size: int | str) -> None:
     if shard and processes.count == 1:
-        raise ValueError("`shard` shares the weights of several processes. Start them with torchrun, or leave it out")
+        raise UserError("`shard` shares the weights of several processes. Start them with torchrun, or leave it out")
     if batch_size == "auto" and processes.count > 1:
-        raise ValueError("`batch_size=auto` is for one process: each would find another size. Give a number")
+        raise UserError("`batch_size=auto` is for one process: each would find another size. Give a number")
 
 
 def _check_numbers(limit: float | None, batch_size: int | str, eos_probe_tokens: int) -> None:
     check_limit(limit)
     if isinstance(batch_size, int) and batch_size < 1:
-        raise ValueError(f"`batch_size={batch_size}`: expected at least 1, or auto")
+        raise UserError(f"`batch_size={batch_size}`: expected at least 1, or auto")
     if eos_probe_tokens < 2:
-        raise ValueError(f"`eos_probe_tokens={eos_probe_tokens}`: expected at least 2")
+        raise UserError(f"`eos_probe_tokens={eos_probe_tokens}`: expected at least 2")
 
 
 def _check_targets(target: Path, answers: Path | None) -> None:
     for name, path in (("out", target), ("submission", answers)):
         if path is not None and path.is_dir():
-            raise FileExistsError(f"`{name}={str(path)!r}` is a folder, expected a file to write. Choose another")
+            raise ExistingFileError(f"`{name}={str(path)!r}` is a folder, expected a file to write. Choose another")
     if answers is not None and answers == target:
-        raise ValueError(f"`submission` and `out` are both {str(target)!r}. Choose another for one of them")
+        raise UserError(f"`submission` and `out` are both {str(target)!r}. Choose another for one of them")
 
 
 def _check_template(models: Sequence[EvaluatedModel]) -> None:
     for model in models:
         if model.tokenizer().hf.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 f"`apply_chat_template`, but the tokenizer of {model.found.tokenizer!r} has no chat template. Put a "
                 "chat_template.jinja there, or leave the option out"
             )
@@ -306,13 +307,13 @@ def _is_finished(target: Path, settings: dict[str, Any], answers: Path | None) -
         # One that was written just before a kill goes with parts that are still there.
         resumed = target.with_name(f".{target.name}.unfinished").exists()
         if answers is not None and answers.exists() and not resumed:
-            raise FileExistsError(f"`submission={str(answers)!r}` exists. Delete it or choose another")
+            raise ExistingFileError(f"`submission={str(answers)!r}` exists. Delete it or choose another")
         return False
     try:
         report = json.loads(target.read_text(encoding="utf-8"))
         there, table = report["settings"], report["table"]
     except (ValueError, LookupError, TypeError) as error:
-        raise FileExistsError(f"`out={str(target)!r}` exists and is no evaluation. Choose another") from error
+        raise ExistingFileError(f"`out={str(target)!r}` exists and is no evaluation. Choose another") from error
     check_settings(there, settings, target)
     print(table)
     _say(f"{target} was finished before.")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.text.corpus.unpack import cache_folder
 
@@ -114,7 +115,7 @@ class BenchmarkFiles:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"`data_dir={str(path)!r}` is not a folder. Give one with datasets as OWNER/NAME/, or leave it out to "
                 "take them from the hub"
             )
@@ -138,7 +139,7 @@ class BenchmarkFiles:
             expected = [f"{self.path / dataset}/"] + [
                 str(self.path / name) for name in (release.names if release else ())
             ]
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"`data_dir={str(self.path)!r}` has no dataset {dataset}. Expected {' or '.join(expected)}"
             )
         return _converted(dataset, release, found)
@@ -221,7 +222,7 @@ def _members(archive: Path) -> list[str]:
         with zipfile.ZipFile(archive) as opened:
             return opened.namelist()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{str(archive)!r} is not a zip archive ({error}). Download it again") from error
+        raise UserError(f"{str(archive)!r} is not a zip archive ({error}). Download it again") from error
 
 
 def _file(folder: Path, name: str) -> bytes:
@@ -273,7 +274,7 @@ def _rows(release: Release, part: _Part) -> Rows:
             records = (csv.DictReader if release.header else csv.reader)(io.StringIO(text, newline=""))
         return [release.row(record, part.subject) for record in records]
     except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise ValueError(
+        raise UserError(
             f"{part.stamp[0]}: the {part.split} split of {part.subject} is not as published ({error}). "
             "Download it again"
         ) from error

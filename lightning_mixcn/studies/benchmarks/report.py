@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
+from lightning_mixcn.errors import UserError
+
 from .scores import (
     TaskScores,
     compare,
@@ -81,7 +83,7 @@ def parse_languages(entries: Sequence[str]) -> dict[str, str]:
     for entry in entries:
         pattern, _, language = entry.partition("=")
         if not (pattern and language):
-            raise ValueError(f"`languages` has {entry!r}: expected pattern=language, e.g. xnli_vi=vi")
+            raise UserError(f"`languages` has {entry!r}: expected pattern=language, e.g. xnli_vi=vi")
         found[pattern] = language
     return found
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 from .files import BenchmarkFiles
 
 _LOGGER = "lm_eval"
@@ -40,7 +42,7 @@ class Benchmarks:
 def require_harness() -> None:
     """Raise ValueError, saying how to install it, unless lm-evaluation-harness is there."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
+        raise UserError(
             "benchmarks are run by lm-evaluation-harness, which is not installed. "
             "Install it: pip install 'lightning_mixcn[eval]'"
         )
@@ -54,17 +56,17 @@ def split_names(tasks: Sequence[str]) -> list[str]:
     """
     names = [name.strip() for part in tasks for name in part.split(",") if name.strip()]
     if not names:
-        raise ValueError("`tasks` is empty. Give at least one task, e.g. ceval-valid,cmmlu,mmlu,hellaswag")
+        raise UserError("`tasks` is empty. Give at least one task, e.g. ceval-valid,cmmlu,mmlu,hellaswag")
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"`tasks` has {name!r} twice. Give it once")
+            raise UserError(f"`tasks` has {name!r} twice. Give it once")
     return names
 
 
 def check_limit(limit: float | None) -> None:
     """Raise ValueError unless a limit is a number of documents, or a share of them."""
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise ValueError(f"`limit={limit}`: expected a whole number of documents, or a share of them below 1")
+        raise UserError(f"`limit={limit}`: expected a whole number of documents, or a share of them below 1")
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +95,7 @@ def load_benchmarks(
         FileNotFoundError: a task's data is not there.
     """
     if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"`num_fewshot={num_fewshot}`: expected at least 0 examples")
+        raise UserError(f"`num_fewshot={num_fewshot}`: expected at least 0 examples")
     names = split_names(tasks)
     require_harness()
     manager = task_manager()
@@ -104,7 +106,7 @@ def load_benchmarks(
         for name in names:
             loaded = _load(manager, name)
             if twice := sorted(found.tasks.keys() & loaded["tasks"].keys()):
-                raise ValueError(f"`tasks`: {twice[0]!r} is also in another of {', '.join(names)}. Leave one out")
+                raise UserError(f"`tasks`: {twice[0]!r} is also in another of {', '.join(names)}. Leave one out")
             found.tasks.update(loaded["tasks"])
             found.groups.update(loaded.get("groups") or {})
     for name, task in found.tasks.items():
@@ -148,7 +150,7 @@ def _check_name(name: str, known: Sequence[str]) -> None:
         return
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     hint = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
-    raise ValueError(f"`tasks`: lm-evaluation-harness has no task {name!r}. {hint}")
+    raise UserError(f"`tasks`: lm-evaluation-harness has no task {name!r}. {hint}")
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -160,23 +162,23 @@ def _load(manager: Any, name: str) -> Any:
             return manager.load([name])
     except FileNotFoundError as error:
         if isinstance(error, DatasetNotFoundError) or not type(error).__module__.startswith("builtins"):
-            raise FileNotFoundError(f"task {name!r}: {error}. Give its data with `data_dir`") from error
-        raise FileNotFoundError(f"task {name!r}: {error}") from error
+            raise MissingFileError(f"task {name!r}: {error}. Give its data with `data_dir`") from error
+        raise MissingFileError(f"task {name!r}: {error}") from error
     except OSError as error:  # the hub cannot be reached
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"task {name!r}: its data could not be read ({type(error).__name__}: {error}). Give it with `data_dir`"
         ) from error
     except KeyError as error:  # the harness looks splits up as they are named
-        raise ValueError(f"task {name!r} reads the split {error}, which its data does not have. Add it") from error
+        raise UserError(f"task {name!r} reads the split {error}, which its data does not have. Add it") from error
     except ValueError as error:  # of the datasets library: no such configuration, broken files
-        raise ValueError(f"task {name!r}: its data cannot be used: {error}") from error
+        raise UserError(f"task {name!r}: its data cannot be used: {error}") from error
 
 
 def _check_kind(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise ValueError(f"`tasks`: {name!r} runs code that the model writes. Run it with lm_eval in a sandbox")
+        raise UserError(f"`tasks`: {name!r} runs code that the model writes. Run it with lm_eval in a sandbox")
     if getattr(task, "MULTIMODAL", False):
-        raise ValueError(f"`tasks`: {name!r} has pictures or sound, which a Mixtral cannot take. Leave it out")
+        raise UserError(f"`tasks`: {name!r} has pictures or sound, which a Mixtral cannot take. Leave it out")
 
 
 def _set_shots(task: Any, num_fewshot: int | None) -> None:

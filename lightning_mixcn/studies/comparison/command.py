@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from lightning_mixcn.commands import process as commands
+from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import flush_to_disk
 from lightning_mixcn.studies.benchmarks.tasks import require_harness
 from lightning_mixcn.studies.parts import check_settings
@@ -160,16 +161,16 @@ class _Study:
 
 def _check_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _STUDY).is_file():
-        raise FileExistsError(f"`out={str(folder)!r}` is a folder with something else in it. Choose another")
+        raise ExistingFileError(f"`out={str(folder)!r}` is a folder with something else in it. Choose another")
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"`out={str(folder)!r}` is a file, expected a folder. Choose another")
+        raise ExistingFileError(f"`out={str(folder)!r}` is a file, expected a folder. Choose another")
 
 
 def _check_commands(study: Recipe, prepared: Path) -> None:
     """Parse the commands of the recipe, without running them."""
     # Here, since it is the command line that imports the studies, not the other way round.
     from lightning_mixcn.commands.functions import parse_function
-    from lightning_mixcn.commands.table import FUNCTIONS, UsageError
+    from lightning_mixcn.commands.table import FUNCTIONS
 
     wanted = study.commands(prepared)
     if study.evaluate:
@@ -177,11 +178,11 @@ def _check_commands(study: Recipe, prepared: Path) -> None:
         wanted["evaluate"] = ["evaluate", "RUN", *study.evaluate, "--out", "evaluate.json"]
     for name, (command, *arguments) in wanted.items():
         if command not in FUNCTIONS or command == "compare":
-            raise ValueError(f"{name!r} of the recipe: {command!r} is no command. Expected e.g. [vocab, train, …]")
+            raise UserError(f"{name!r} of the recipe: {command!r} is no command. Expected e.g. [vocab, train, …]")
         try:
             parse_function(command, arguments)
-        except UsageError as error:
-            raise ValueError(f"{name!r} of the recipe: {error}") from error
+        except UserError as error:
+            raise UserError(f"{name!r} of the recipe: {error}") from error
 
 
 def _configuration(study: Recipe, arm: str, prepared: Path) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _configuration(study: Recipe, arm: str, prepared: Path) -> dict[str, Any]:
     try:
         printed = commands.output_of_mixcn(["fit", *study.options(arm, prepared), "--print_config"])
     except commands.CommandFailed as error:
-        raise ValueError(f"arm {arm!r} of the recipe: {error}") from error
+        raise UserError(f"arm {arm!r} of the recipe: {error}") from error
     config: dict[str, Any] = yaml.safe_load(printed)
     for key in (*study.settings, *study.arms[arm]):
         _require_key(config, key, arm)
@@ -203,7 +204,7 @@ def _require_key(config: dict[str, Any], key: str, arm: str) -> None:
         if isinstance(place, dict) and name not in place:  # `lora.r` is short for `lora.init_args.r`
             place = place.get("init_args")
         if not isinstance(place, dict) or name not in place:
-            raise ValueError(f"arm {arm!r} of the recipe: there is no setting {key!r}. See mixcn fit --help")
+            raise UserError(f"arm {arm!r} of the recipe: there is no setting {key!r}. See mixcn fit --help")
         place = place[name]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 # Replaced in all values of a recipe by the folder of what `prepare` makes.
 PREPARED = "{prepared}"
 
@@ -89,11 +91,11 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
     values = _read(path, quick)
     for name in _REQUIRED:
         if name not in values:
-            raise ValueError(f"`recipe={str(path)!r}` has no `{name}`: expected {_KINDS[name][1]}")
+            raise UserError(f"`recipe={str(path)!r}` has no `{name}`: expected {_KINDS[name][1]}")
     _check_values(path, values)
     for needed, maker in values.get("needs", {}).items():
         if not Path(needed).expanduser().exists():
-            raise FileNotFoundError(f"{needed!r}, which {str(path)!r} needs, is not there. First run: {maker}")
+            raise MissingFileError(f"{needed!r}, which {str(path)!r} needs, is not there. First run: {maker}")
     configs = [values["config"]] if isinstance(values["config"], str) else values["config"]
     values["config"] = tuple(_found(path, config) for config in configs)
     values["arms"] = {str(name): dict(arm or {}) for name, arm in values["arms"].items()}
@@ -106,15 +108,15 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
 def _read(path: Path, quick: bool) -> dict[str, Any]:
     """The values that hold."""
     if not path.is_file():
-        raise FileNotFoundError(f"`recipe={str(path)!r}` is not there. Those of the project are under configs/studies/")
+        raise MissingFileError(f"`recipe={str(path)!r}` is not there. Those of the project are under configs/studies/")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`recipe={str(path)!r}` is not YAML: {error}") from error
+        raise UserError(f"`recipe={str(path)!r}` is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"`recipe={str(path)!r}`: expected keys such as config, arms and text_bytes")
+        raise UserError(f"`recipe={str(path)!r}`: expected keys such as config, arms and text_bytes")
     if quick and "quick" not in content:
-        raise ValueError(f"`quick`: {str(path)!r} has no `quick` values. Leave the option out, or add them")
+        raise UserError(f"`quick`: {str(path)!r} has no `quick` values. Leave the option out, or add them")
     _check_keys(path, content)
     shorter = content.pop("quick", {})
     _check_keys(path, shorter, "quick.")
@@ -125,36 +127,36 @@ def _check_keys(path: Path, values: Mapping[Any, Any], inside: str = "") -> None
     expected = [name for name in _KINDS if not (inside and name == "quick")]
     for name, value in values.items():
         if name not in expected:
-            raise ValueError(
+            raise UserError(
                 f"`{inside}{name}` of {str(path)!r} is no key of a recipe. Expected one of {', '.join(expected)}"
             )
         kind, says = _KINDS[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"`{inside}{name}` of {str(path)!r}: expected {says}, got {value!r}")
+            raise UserError(f"`{inside}{name}` of {str(path)!r}: expected {says}, got {value!r}")
 
 
 def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     for name in ("text_bytes", "validations"):
         if values.get(name, 1) < 1:
-            raise ValueError(f"`{name}={values[name]}` of {str(path)!r}: expected {_KINDS[name][1]}")
+            raise UserError(f"`{name}={values[name]}` of {str(path)!r}: expected {_KINDS[name][1]}")
     seeds = values.get("seeds", [0])
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"`seeds={seeds}` of {str(path)!r}: expected {_KINDS['seeds'][1]}, each once")
+        raise UserError(f"`seeds={seeds}` of {str(path)!r}: expected {_KINDS['seeds'][1]}, each once")
     arms = values["arms"]
     if len(arms) < 2 or not all(arm is None or isinstance(arm, dict) for arm in arms.values()):
-        raise ValueError(f"`arms` of {str(path)!r}: expected {_KINDS['arms'][1]}")
+        raise UserError(f"`arms` of {str(path)!r}: expected {_KINDS['arms'][1]}")
     for name in (*arms, *values.get("prepare", {})):  # they become names of folders
         if not _NAME.fullmatch(str(name)):
-            raise ValueError(f"{str(path)!r}: {name!r} is no name. Expected letters, digits, blanks and - _ . +")
+            raise UserError(f"{str(path)!r}: {name!r} is no name. Expected letters, digits, blanks and - _ . +")
     for name, command in values.get("prepare", {}).items():
         if not isinstance(command, list) or not command:
-            raise ValueError(f"`prepare` of {str(path)!r}: {name!r} has no command: expected e.g. [vocab, train, …]")
+            raise UserError(f"`prepare` of {str(path)!r}: {name!r} has no command: expected e.g. [vocab, train, …]")
 
 
 def _found(path: Path, config: Any) -> str:
     file = (path.parent / str(config)).resolve()
     if not file.is_file():
-        raise FileNotFoundError(f"`config={config!r}` of {str(path)!r} is not there: {file}")
+        raise MissingFileError(f"`config={config!r}` of {str(path)!r} is not there: {file}")
     return str(file)
 
 

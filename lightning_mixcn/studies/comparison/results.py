@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_mixcn.errors import UserError
+
 from .run import ComparedRun
 
 
@@ -86,10 +88,10 @@ def require_same_text(starts: Mapping[str, Mapping[str, Any]]) -> None:
         (run, {source: int(found["bytes"]) for source, found in of_run.items()}) for run, of_run in starts.items()
     ]
     if not sizes or not all(sizes.values()):
-        raise ValueError(f"`data`: {first!r} is validated on {sizes} bytes. Give text to validate on, e.g. val_sources")
+        raise UserError(f"`data`: {first!r} is validated on {sizes} bytes. Give text to validate on, e.g. val_sources")
     for run, found in others:
         if found != sizes:
-            raise ValueError(
+            raise UserError(
                 f"Arms are validated on different text: bytes by source are {sizes} in {first!r}, {found} in {run!r}. "
                 "Give all arms the same `data.init_args.val_sources`, and `data.init_args.max_eval_rows: null`"
             )

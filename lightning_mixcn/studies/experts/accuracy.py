@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.benchmarks.report import weighted_metrics
 from lightning_mixcn.studies.benchmarks.scores import harness_seeds
 from lightning_mixcn.studies.benchmarks.tasks import Benchmarks, harness_messages
@@ -132,7 +133,7 @@ def check_multiple_choice(benchmarks: Benchmarks) -> None:
     """Raise ValueError for a task whose answers are not chosen by likelihood."""
     for name, task in benchmarks.tasks.items():
         if task.OUTPUT_TYPE != "multiple_choice":
-            raise ValueError(
+            raise UserError(
                 f"`tasks`: {name!r} is of type {task.OUTPUT_TYPE}, but accuracy without an expert is measured for "
                 "multiple choice only. Leave it out"
             )

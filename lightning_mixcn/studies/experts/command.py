@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
@@ -163,7 +164,7 @@ def _check_numbers(max_tokens: int, sequence_length: int, micro_batch_size: int)
     limits = {"max_tokens": (max_tokens, 2), "sequence_length": (sequence_length, 2)}
     for name, (value, least) in (limits | {"micro_batch_size": (micro_batch_size, 1)}).items():
         if value < least:
-            raise ValueError(f"`{name}={value}`: expected at least {least}")
+            raise UserError(f"`{name}={value}`: expected at least {least}")
 
 
 def _check_model(found: ModelSource, modes: tuple[Mode, ...], sequence_length: int) -> int:
@@ -172,7 +173,7 @@ def _check_model(found: ModelSource, modes: tuple[Mode, ...], sequence_length: i
     check_modes(modes, config.num_local_experts, config.num_experts_per_tok)
     longest = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
     if sequence_length > longest:
-        raise ValueError(f"`sequence_length={sequence_length}` is more than the model reads. Give at most {longest}")
+        raise UserError(f"`sequence_length={sequence_length}` is more than the model reads. Give at most {longest}")
     return longest
 
 
@@ -194,7 +195,7 @@ def _benchmark_settings(
     given = {"limit": limit, "num_fewshot": num_fewshot, "data_dir": data_dir}
     if not tasks:
         if needless := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"`{needless[0]}` is for `tasks`, of which there are none. Leave it out, or give tasks")
+            raise UserError(f"`{needless[0]}` is for `tasks`, of which there are none. Leave it out, or give tasks")
         return None
     check_limit(limit)
     require_harness()

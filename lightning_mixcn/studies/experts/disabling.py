@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.attention.documents import locate_documents, no_mask
 from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.mixtral import base_of
@@ -72,7 +73,7 @@ def disabled_routing(
 def check_modes(modes: tuple[Mode, ...], num_experts: int, top_k: int) -> None:
     """Refuse a mode that a model has too few experts for. Raises: ValueError."""
     if "mask" in modes and top_k >= num_experts:
-        raise ValueError(
+        raise UserError(
             f"`mode=mask` needs an expert to take the masked one's place, but each token already goes to {top_k} of "
             f"the model's {num_experts}. Use mode zero"
         )
@@ -92,10 +93,10 @@ def disabled_expert(model: nn.Module, layer: int, disabled: DisabledExpert) -> I
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not 0 <= layer < len(routers):
-        raise ValueError(f"`layer={layer}`: the model has layers 0 to {len(routers) - 1}")
+        raise UserError(f"`layer={layer}`: the model has layers 0 to {len(routers) - 1}")
     router = routers[layer]
     if not 0 <= disabled.expert < router.num_experts:
-        raise ValueError(f"`expert={disabled.expert}`: the layer has experts 0 to {router.num_experts - 1}")
+        raise UserError(f"`expert={disabled.expert}`: the layer has experts 0 to {router.num_experts - 1}")
     check_modes((disabled.mode,), router.num_experts, router.top_k)
 
     def reroute(_router: nn.Module, _inputs: Any, routing: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import NonFiniteError
 from lightning_mixcn.metrics import score_documents, scored_positions
 from lightning_mixcn.metrics.expert_load import ExpertLoad
 from lightning_mixcn.metrics.likelihood import per_position
@@ -88,7 +89,7 @@ class ExpertImportance:
             )  # fmt: skip
         scores = score_documents(output.nll, batch)
         if not bool(torch.isfinite(scores.nats).all()):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 "The likelihood of the unchanged model is not finite. Check the checkpoint or the adapter"
             )
         counted = zip(("counts", "tokens", "entropy_nats", "confidence"), load.compute(), strict=True)
@@ -133,7 +134,7 @@ class ExpertImportance:
             flops += forward.above(number, length * len(rows), sum(row_pairs[row] for row in rows))
         broken = np.argwhere(~np.isfinite(change_2VD).all(axis=(0, 2)))
         if len(broken):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"The likelihood without expert {self.variants[int(broken[0, 0])].expert} of layer {number} is not "
                 "finite. Use `dtype` bfloat16 or float32"
             )

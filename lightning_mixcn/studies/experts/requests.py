@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import NonFiniteError
+
 from .disabling import Batch, DisabledPasses, Mode
 from .flops import StudyFlops, pairs_of_rows
 
@@ -169,7 +171,7 @@ def request_rows(requests: Sequence[Request], max_tokens: int) -> list[RequestRo
 def _finite(scores: Tensor, whose: str) -> NDArray[np.float64]:
     found: NDArray[np.float64] = scores.double().cpu().numpy()
     if not np.isfinite(found).all():
-        raise FloatingPointError(f"a log-likelihood {whose} is not finite. Use `dtype` bfloat16 or float32")
+        raise NonFiniteError(f"a log-likelihood {whose} is not finite. Use `dtype` bfloat16 or float32")
     return found
 
 

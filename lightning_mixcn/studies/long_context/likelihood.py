@@ -15,6 +15,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import NonFiniteError
 from lightning_mixcn.text import DocumentSet, TextTokenizer
 
 from .rows import (
@@ -178,7 +179,7 @@ def _divide(sums: _Sums, sources: Sequence[str], lengths: Sequence[int]) -> list
             tokens += bucket_tokens
             text_bytes += int(sums.counts[1, source, index])
             if not math.isfinite(nats):
-                raise FloatingPointError(
+                raise NonFiniteError(
                     f"The likelihood of the source {name!r} at {length} tokens is {nats} nats in all: the model's "
                     "output is not finite. Check the checkpoint or the adapter that was loaded"
                 )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import TextTokenizer
 
 from .rows import (
@@ -237,7 +238,7 @@ def make_prompt(name: str, tokenizer: TextTokenizer, length: int, depth: float, 
     )
     room = length - 1 - len(statement_ids) - len(asked_ids)
     if room < 0:
-        raise ValueError(
+        raise UserError(
             f"A retrieval prompt of {length} tokens has no room for {name!r}. Give at least {length - room}"
         )
     before, after = _filler(task, tokenizer, room, depth, random)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
@@ -60,7 +61,7 @@ class AnsweringModel:
         self._context = mixtral_config(Checkpoint(self.found.base)).max_position_embeddings
         for number, prompt in enumerate(self._prompts, 1):
             if len(prompt) >= self._context:
-                raise ValueError(
+                raise UserError(
                     f"question {number} has {len(prompt)} tokens for {src!r}, whose context has room for "
                     f"{self._context} with the answer. Shorten it, or leave it out"
                 )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output, new_folder
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import is_quantised, torch_dtype
@@ -132,27 +133,27 @@ def score(sheets: list[str], *, out: str, key: str | None = None, seed: int = 0)
 
 def _check_numbers(models: Sequence[str], questions_per_pair: int | None) -> None:
     if len(models) < 2:
-        raise ValueError(f"`models` names {len(models)}. Give at least two models to compare")
+        raise UserError(f"`models` names {len(models)}. Give at least two models to compare")
     if twice := [one for one, other in combinations(models, 2) if one == other]:
-        raise ValueError(f"`models` names {twice[0]!r} twice. Leave one out")
+        raise UserError(f"`models` names {twice[0]!r} twice. Leave one out")
     if questions_per_pair is not None and questions_per_pair < 1:
-        raise ValueError(f"`questions_per_pair={questions_per_pair}`: expected at least 1, or null for all")
+        raise UserError(f"`questions_per_pair={questions_per_pair}`: expected at least 1, or null for all")
 
 
 def _check_quantization(models: Sequence[AnsweringModel], quantization: str, dtype: str) -> None:
     torch_dtype(dtype)
     if quantization not in ("nf4", "none"):
-        raise ValueError(f"`quantization={quantization!r}`: expected nf4 or none")
+        raise UserError(f"`quantization={quantization!r}`: expected nf4 or none")
     for model in models:
         if quantization == "none" and is_quantised(Checkpoint(model.found.base)):
-            raise ValueError(f"`quantization=none`, but {model.src!r} is in 4 bits. Use nf4, or the original")
+            raise UserError(f"`quantization=none`, but {model.src!r} is in 4 bits. Use nf4, or the original")
 
 
 def _device(name: str | None) -> torch.device:
     try:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"`device={name!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
+        raise UserError(f"`device={name!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:

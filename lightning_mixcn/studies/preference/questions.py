@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.text import Turn
 from lightning_mixcn.text.chat.records import read_conversation
 from lightning_mixcn.text.chat.turns import check_prompt
@@ -29,24 +30,24 @@ def read_questions(path: str) -> list[list[Turn]]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"`questions={path!r}` is no file. Give text, one question a line, or JSON Lines")
+        raise MissingFileError(f"`questions={path!r}` is no file. Give text, one question a line, or JSON Lines")
     try:
         content = file.read_text(encoding="utf-8-sig")
     except UnicodeError as error:
-        raise ValueError(f"`questions={path!r}` is not UTF-8 ({error}). Convert it first") from error
+        raise UserError(f"`questions={path!r}` is not UTF-8 ({error}). Convert it first") from error
     questions = []
     for place, record in _records(file, content):
         try:
             turns = [Turn("user", record)] if isinstance(record, str) else _turns(record)
             check_prompt(turns)
             if not turns[-1].content.strip():
-                raise ValueError("the question is empty")
+                raise UserError("the question is empty")
             "".join(turn.content for turn in turns).encode()  # JSON can spell half a character
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"`questions={path!r}` {place}: {error}. Expected {_EXPECTED}") from error
+            raise UserError(f"`questions={path!r}` {place}: {error}. Expected {_EXPECTED}") from error
         questions.append(turns)
     if not questions:
-        raise ValueError(f"`questions={path!r}` has no question. Write one a line")
+        raise UserError(f"`questions={path!r}` has no question. Write one a line")
     return questions
 
 
@@ -63,9 +64,9 @@ def _records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
         try:
             records = json.loads(content)
         except ValueError as error:
-            raise ValueError(f"`questions={str(file)!r}` is not JSON ({error}). Mend it") from error
+            raise UserError(f"`questions={str(file)!r}` is not JSON ({error}). Mend it") from error
         if not isinstance(records, list):
-            raise ValueError(f"`questions={str(file)!r}` holds no array. For one record a line, name it .jsonl")
+            raise UserError(f"`questions={str(file)!r}` holds no array. For one record a line, name it .jsonl")
         yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
         return
     for number, line in enumerate(content.split("\n"), 1):
@@ -77,16 +78,16 @@ def _records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
         try:
             yield f"line {number}", json.loads(line)
         except ValueError as error:
-            raise ValueError(f"`questions={str(file)!r}` line {number} is not JSON ({error}). Mend the line") from error
+            raise UserError(f"`questions={str(file)!r}` line {number} is not JSON ({error}). Mend the line") from error
 
 
 def _turns(record: Any) -> list[Turn]:
     if not isinstance(record, Mapping):
-        raise ValueError(f"got a {type(record).__name__}")
+        raise UserError(f"got a {type(record).__name__}")
     if "question" in record:
         system = record.get("system") or ""
         if not (isinstance(record["question"], str) and isinstance(system, str)):
-            raise ValueError("`question` and `system` are to be text")
+            raise UserError("`question` and `system` are to be text")
         return [*([Turn("system", system)] if system else []), Turn("user", record["question"])]
     messages = record.get("messages")
     if isinstance(messages, list) and messages and messages[-1]["role"] == "user":

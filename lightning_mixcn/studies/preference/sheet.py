@@ -13,6 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 
 class Item(NamedTuple):
     """A question with two answers.
@@ -132,27 +134,25 @@ def read_sheet(path: str | Path) -> list[Verdict]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"the sheet {str(path)!r} is no file. Give filled-in sheets, CSV")
+        raise MissingFileError(f"the sheet {str(path)!r} is no file. Give filled-in sheets, CSV")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeError as error:
-        raise ValueError(f'the sheet {str(path)!r} is not UTF-8. Save it as "CSV UTF-8"') from error
+        raise UserError(f'the sheet {str(path)!r} is not UTF-8. Save it as "CSV UTF-8"') from error
     cells = _cells(text, str(path))
     header = [name.strip().lower() for name in cells[0]] if cells else []
     if missing := [name for name in ("item", "verdict") if header.count(name) != 1]:
-        raise ValueError(
-            f"the sheet {str(path)!r} row 1: expected one column {missing[0]!r}, got {', '.join(header)!r}"
-        )
+        raise UserError(f"the sheet {str(path)!r} row 1: expected one column {missing[0]!r}, got {', '.join(header)!r}")
     item_column, verdict_column = header.index("item"), header.index("verdict")
     found: dict[str, Verdict] = {}
     for row, values in enumerate(cells[1:], 2):
         if not any(value.strip() for value in values):
             continue
         if len(values) <= max(item_column, verdict_column):
-            raise ValueError(f"the sheet {str(path)!r} row {row} has {len(values)} cells, the header {len(header)}")
+            raise UserError(f"the sheet {str(path)!r} row {row} has {len(values)} cells, the header {len(header)}")
         item = values[item_column].strip()
         if item in found:
-            raise ValueError(f"the sheet {str(path)!r} rows {found[item].row} and {row} are both of item {item!r}")
+            raise UserError(f"the sheet {str(path)!r} rows {found[item].row} and {row} are both of item {item!r}")
         found[item] = Verdict(row, item, _meaning(values[verdict_column], str(path), row))
     return list(found.values())
 
@@ -168,13 +168,13 @@ def _cells(text: str, path: str) -> list[list[str]]:
     try:
         return list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except csv.Error as error:
-        raise ValueError(f'the sheet {path!r} is no CSV ({error}). Save it again as "CSV UTF-8"') from error
+        raise UserError(f'the sheet {path!r} is no CSV ({error}). Save it again as "CSV UTF-8"') from error
 
 
 def _meaning(written: str, path: str, row: int) -> str:
     word = written.strip().lower()
     if word and word not in VERDICTS:
-        raise ValueError(
+        raise UserError(
             f"the sheet {path!r} row {row}: the verdict {written!r} is not known. Expected one of "
             f"{', '.join(VERDICTS)}, or nothing where there is none"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.errors import NonFiniteError, UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics import score_documents
@@ -175,7 +176,7 @@ class _Study:
                 continue
             scores = score_documents(nll(batch), batch)
             if not bool(torch.isfinite(scores.nats).all()):
-                raise FloatingPointError(f"The likelihood as {name} is not finite. Use `dtype` bfloat16 or float32")
+                raise NonFiniteError(f"The likelihood as {name} is not finite. Use `dtype` bfloat16 or float32")
             self._parts.save(part, {key: value.numpy() for key, value in scores._asdict().items()})
 
     def _keep_weights(self, name: str, sizes: Sizes, error: float) -> None:
@@ -201,11 +202,11 @@ def _nll(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def _open(src: str) -> Checkpoint:
     if find_model(src).adapters:
-        raise ValueError(f"`src={src!r}` has an adapter. Give its base, or merge it with `mixcn export`")
+        raise UserError(f"`src={src!r}` has an adapter. Give its base, or merge it with `mixcn export`")
     checkpoint = Checkpoint(src)
     mixtral_config(checkpoint)
     if is_quantised(checkpoint):
-        raise ValueError(f"`src={src!r}` is in 4 bits, of which nothing unquantised is left. Give the original")
+        raise UserError(f"`src={src!r}` is in 4 bits, of which nothing unquantised is left. Give the original")
     return checkpoint
 
 
@@ -219,18 +220,18 @@ def _check_numbers(checkpoint: Checkpoint, max_tokens: int, sequence_length: int
     limits = {"max_tokens": (max_tokens, 2), "sequence_length": (sequence_length, 2)}
     for name, (value, least) in (limits | {"micro_batch_size": (micro_batch_size, 1)}).items():
         if value < least:
-            raise ValueError(f"`{name}={value}`: expected at least {least}")
+            raise UserError(f"`{name}={value}`: expected at least {least}")
     config = mixtral_config(checkpoint)
     longest = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
     if sequence_length > longest:
-        raise ValueError(f"`sequence_length={sequence_length}` is more than the model reads. Give at most {longest}")
+        raise UserError(f"`sequence_length={sequence_length}` is more than the model reads. Give at most {longest}")
 
 
 def _device(name: str | None) -> torch.device:
     try:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"`device={name!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
+        raise UserError(f"`device={name!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
 def _name(dtype: torch.dtype) -> str:

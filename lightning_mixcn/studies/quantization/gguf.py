@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.layout import Entry
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
@@ -55,12 +56,10 @@ class GGUFFile:
         """Read the headers, and compare names and shapes with the checkpoint's."""
         self.path, self._checkpoint = Path(path).expanduser(), checkpoint
         if not self.path.is_file():
-            raise FileNotFoundError(
-                f"`gguf` has {path!r}, which is no file. Make one with `mixcn export --format gguf`"
-            )
+            raise MissingFileError(f"`gguf` has {path!r}, which is no file. Make one with `mixcn export --format gguf`")
         for module, package in _PACKAGES.items():
             if importlib.util.find_spec(module) is None:
-                raise ValueError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
+                raise UserError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
         self._config = mixtral_config(checkpoint)
         self._model = meta_model(self._config, "none", torch.float32)
         self._entries = rounded_entries(self._model, checkpoint)
@@ -106,14 +105,14 @@ class GGUFFile:
         try:
             reader = GGUFReader(self.path)
         except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"`gguf`: {str(self.path)!r} is no whole GGUF file ({error}). Make it again") from error
+            raise UserError(f"`gguf`: {str(self.path)!r} is no whole GGUF file ({error}). Make it again") from error
         tensors = {str(tensor.name): tensor for tensor in reader.tensors}
         wanted = {_gguf_name(entry): prod(entry.shape) for entry in self._entries}
         vocabulary = self._config.vocab_size * self._config.hidden_size
         for name, numel in {**wanted, "token_embd.weight": vocabulary}.items():
             found = int(tensors[name].n_elements) if name in tensors else 0
             if found != numel:
-                raise ValueError(
+                raise UserError(
                     f"`gguf`: {str(self.path)!r} has {found:,} weights in {name}, but the model has {numel:,}. Give a "
                     "file that was made of this model"
                 )
@@ -148,7 +147,7 @@ class GGUFLikelihood:
                 n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"`gguf`: llama.cpp cannot load {str(path)!r} ({error}). Make the file again") from error
+            raise UserError(f"`gguf`: llama.cpp cannot load {str(path)!r} ({error}). Make the file again") from error
 
     def nll(self, batch: dict[str, Tensor]) -> Tensor:
         """Score a batch, each document's piece alone, by its token ids.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.tokenizer.sentencepiece import (
     BLANK,
     NORMAL,
@@ -67,7 +68,7 @@ class FastBase:
         self._content: dict[str, Any] = json.loads(backend.to_str())
         if self._content["model"].get("type") != "BPE":
             kind = self._content["model"].get("type")
-            raise ValueError(f"`base_tokenizer={str(folder)!r}` is a {kind}. Pieces can be merged into a BPE only")
+            raise UserError(f"`base_tokenizer={str(folder)!r}` is a {kind}. Pieces can be merged into a BPE only")
         self.pieces: Mapping[str, int] = dict(backend.get_vocab(with_added_tokens=True))
         self._of_bytes = (self._content.get("decoder") or {}).get("type") == "ByteLevel"
 
@@ -120,7 +121,7 @@ def read_fast(file: Path) -> Any:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every damage
-        raise ValueError(f"`base_tokenizer`: {str(file)!r} is not a tokenizer.json ({error}). Copy it again") from error
+        raise UserError(f"`base_tokenizer`: {str(file)!r} is not a tokenizer.json ({error}). Copy it again") from error
 
 
 def _splits(piece: str, known: Any) -> list[tuple[str, str]]:
@@ -149,11 +150,11 @@ class SentencePieceBase:
         """Read both files."""
         self._proto = read_proto(folder / "tokenizer.model", "base_tokenizer")
         if self._proto.trainer_spec.model_type != _BPE:
-            raise ValueError(f"`base_tokenizer={str(folder)!r}` is no BPE model. Pieces can be merged into a BPE only")
+            raise UserError(f"`base_tokenizer={str(folder)!r}` is no BPE model. Pieces can be merged into a BPE only")
         self.pieces: Mapping[str, int] = {piece.piece: index for index, piece in enumerate(self._proto.pieces)}
         self._fast = read_fast(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
         if self._fast is not None and self._fast.get_vocab(with_added_tokens=True) != self.pieces:
-            raise ValueError(
+            raise UserError(
                 f"`base_tokenizer={str(folder)!r}`: tokenizer.json has other pieces than tokenizer.model. Remove one "
                 "of the two; without tokenizer.model the pieces go into tokenizer.json alone"
             )

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import (
     check_output,
     clear_disk_errors,
@@ -80,11 +81,11 @@ def train(
     limits = {"vocab_size": (vocab_size, 4), "max_piece_characters": (max_piece_characters, 1)}
     for name, (value, least) in (limits | {"max_sentences": (max_sentences, 0), "seed": (seed, 0)}).items():
         if value < least:
-            raise ValueError(f"`{name}={value}`: expected at least {least}")
+            raise UserError(f"`{name}={value}`: expected at least {least}")
     if 0 < max_sentences <= 100:  # SentencePiece's own bounds, here and below
-        raise ValueError(f"`max_sentences={max_sentences}`: expected more than 100, or 0 for all")
+        raise UserError(f"`max_sentences={max_sentences}`: expected more than 100, or 0 for all")
     if not 0.98 <= character_coverage <= 1:
-        raise ValueError(f"`character_coverage={character_coverage}`: expected a share from 0.98 to 1")
+        raise UserError(f"`character_coverage={character_coverage}`: expected a share from 0.98 to 1")
     lines = sentences(iterate_texts(corpus_files(corpus, text_key), "reading"))
     model = train_pieces(
         lines, vocab_size=vocab_size, model_type=model_type, character_coverage=character_coverage,
@@ -138,7 +139,7 @@ def merge(
     target = Path(out).expanduser().resolve()
     check_output(target)
     if max_pieces is not None and max_pieces < 1:
-        raise ValueError(f"`max_pieces={max_pieces}`: expected at least 1, or null for all")
+        raise UserError(f"`max_pieces={max_pieces}`: expected at least 1, or null for all")
     keeps, candidates, folder = ScriptFilter(script), read_pieces(pieces), local_folder(base_tokenizer)
     base = open_base(folder)
     chosen = choose_pieces(base, candidates, keeps, max_pieces=max_pieces, unreachable=unreachable)
@@ -176,7 +177,7 @@ def report(
     if target is not None:
         check_output(target)
     if max_documents is not None and max_documents < 1:
-        raise ValueError(f"`max_documents={max_documents}`: expected at least 1, or null for all")
+        raise UserError(f"`max_documents={max_documents}`: expected at least 1, or null for all")
     files = named_files(text, text_key, document_unit)
     paths = [_tokenizer(path) for path in tokenizer]
     names = [path.name for path in paths]
@@ -202,7 +203,7 @@ def _tokenizer(path: str) -> Path:
 
 def _check_file(target: Path) -> None:
     if target.exists():
-        raise FileExistsError(f"`out={str(target)!r}` is there already. Delete it or choose another name")
+        raise ExistingFileError(f"`out={str(target)!r}` is there already. Delete it or choose another name")
 
 
 def _summary(chosen: ChosenPieces, present: int, script: str) -> str:

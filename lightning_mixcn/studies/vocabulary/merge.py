@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.text import load_tokenizer
 from lightning_mixcn.tokenizer.files import tokenizer_files
@@ -79,7 +80,7 @@ def open_base(folder: Path) -> TokenizerBase:
         return SentencePieceBase(folder)
     if (folder / "tokenizer.json").is_file():
         return FastBase(folder)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"`base_tokenizer={str(folder)!r}` has neither tokenizer.model nor tokenizer.json. Give the folder of a "
         "checkpoint or tokenizer"
     )
@@ -126,7 +127,7 @@ def choose_pieces(
         if all(flags) and not excess:
             break
     if not wanted:
-        raise ValueError(
+        raise UserError(
             f"`pieces` has nothing new: of {len(candidates)} pieces {len(candidates) - len(of_script)} are of another "
             f"script, {there} in the base already, {len(dropped)} out of reach of its merges. Train others with "
             "`mixcn vocab train`, or give another `--script`"
@@ -190,7 +191,7 @@ def _configuration(base_folder: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{str(file)!r} is not JSON ({error}). Copy it again") from error
+        raise UserError(f"{str(file)!r} is not JSON ({error}). Copy it again") from error
     if (base_folder / "tokenizer.model").is_file():
         settings = special_pieces(base_folder / "tokenizer.model") | settings
     if settings.get("tokenizer_class") not in _AS_IT_STANDS:

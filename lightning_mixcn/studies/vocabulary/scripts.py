@@ -3,6 +3,8 @@
 import sys
 import unicodedata
 
+from lightning_mixcn.errors import UserError
+
 # What stands for a script in the names of its characters, where that is not its own name: "CJK UNIFIED IDEOGRAPH-4E2D".
 _HAN = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "IDEOGRAPHIC NUMBER ZERO", "IDEOGRAPHIC ITERATION MARK")
 # First words of letters' names that are no script's.
@@ -32,7 +34,7 @@ class ScriptFilter:
         for name in names if not self._any else ():
             prefixes = _HAN if name.lower() == "han" else (f"{name.upper()} ",)
             if not _has_letters(prefixes):
-                raise ValueError(
+                raise UserError(
                     f"`script={scripts!r}`: Unicode has no script {name!r}. Give names such as Han, Cyrillic, Hangul, "
                     "Arabic, Thai, Devanagari, Greek or Latin, several joined by +, or any"
                 )

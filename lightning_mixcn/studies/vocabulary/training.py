@@ -9,6 +9,7 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import Source, parse_sources
 from lightning_mixcn.text.corpus.formats import iterate_documents
 from lightning_mixcn.text.corpus.listings import LeftOut
@@ -65,9 +66,9 @@ def train_pieces(
         if counted.error is not None:
             raise counted.error from None
         if not counted.count:
-            raise ValueError("`corpus` holds no text: every document is empty. Give files with text") from error
+            raise UserError("`corpus` holds no text: every document is empty. Give files with text") from error
         says = re.sub(r"^.*\] *", "", str(error)).rstrip(". ") or str(error)  # behind its own file and condition
-        raise ValueError(
+        raise UserError(
             f"SentencePiece cannot make {vocab_size} pieces of {counted.count:,} sentences: {says}. Choose another "
             "`vocab_size`, or give more text"
         ) from error
@@ -118,7 +119,7 @@ def named_files(text: Sequence[str], text_key: str, document_unit: DocumentUnit)
     for entry in text:
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
-            raise ValueError(f"`text` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
+            raise UserError(f"`text` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
         entries.append(Source(name, path, text_key=text_key))
     sources = parse_sources(entries, "text", Source)
     return {source.name: _files(source, f"text[{place}]", document_unit) for place, source in enumerate(sources)}

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_mixcn.errors import UserError
+
 if TYPE_CHECKING:
     from .turns import Turn
 
@@ -76,7 +78,7 @@ def check_record_keys(record: Mapping[str, Any]) -> None:
     for key, reason in REFUSED_KEYS.items():
         value = record.get(key)
         if not (_is_absent(key, value) or (value is False and key in _SWITCHES)):
-            raise ValueError(f"`{key}={shorten(value)}`: {reason}. Write it into the text, or remove it")
+            raise UserError(f"`{key}={shorten(value)}`: {reason}. Write it into the text, or remove it")
 
 
 def check_other_texts(
@@ -101,12 +103,12 @@ def check_other_texts(
         name = _read_as(key, main)
         rename = f"Say `columns: {{{name}: {key}}}` in the source if it is that, " if name else ""
         if key in _SYSTEM_KEYS:
-            raise ValueError(
+            raise UserError(
                 f"`{key}={shorten(record[key])}`: the system prompt is read from `system`. {rename}or drop it"
             )
         if not is_stated:
             leave = f"{'s' if name else 'S'}tate `records: {form}` to leave it out, or drop it"
-            raise ValueError(f"`{key}={shorten(record[key])}` is not read beside `{main}`. {rename}{leave}")
+            raise UserError(f"`{key}={shorten(record[key])}` is not read beside `{main}`. {rename}{leave}")
 
 
 def suggest_columns(record: Mapping[str, Any]) -> str:
@@ -144,7 +146,7 @@ def check_turn_keys(turn: Mapping[str, Any], known: tuple[str, str], place: str)
     allowed = {*known, *FLAG_KEYS, *_TURN_METADATA}
     unknown = [key for key, value in turn.items() if key not in allowed and not _is_absent(key, value)]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"`{place}` has {', '.join(f'`{key}={shorten(turn[key])}`' for key in unknown)}: a turn may have only "
             f"{', '.join((*known, *FLAG_KEYS))}. Write it into the text, or remove the key"
         )
@@ -168,14 +170,14 @@ def is_learned(entry: Mapping[str, Any], keys: tuple[str, ...], place: str) -> b
     for key, value in named.items():
         # A string "false" or a weight of 0.5 cannot be obeyed by a mask.
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise ValueError(
+            raise UserError(
                 f"`{f'{place}.' if place else ''}{key}={shorten(value)}`: expected 1 or true (learned), or 0 or false "
                 "(not learned). Set one of these, or remove the key"
             )
     said = {bool(value) for value in named.values()}
     if len(said) > 1:
         pairs = " and ".join(f"`{key}={value!r}`" for key, value in named.items())
-        raise ValueError(f"{f'`{place}`: ' if place else ''}{pairs} contradict each other. Keep one")
+        raise UserError(f"{f'`{place}`: ' if place else ''}{pairs} contradict each other. Keep one")
     return said.pop() if said else None
 
 

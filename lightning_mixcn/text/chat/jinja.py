@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text.corpus.reading import one_line
 
 from .turns import (
@@ -82,7 +83,7 @@ class JinjaTemplate:
             last = {segment.turn: segment.text_ids[-1] for segment in segments if segment.answer}
             for turn, index in last.items():
                 if index not in stop_ids:
-                    raise ValueError(self._endless(turns, turn, tokenizer))
+                    raise UserError(self._endless(turns, turn, tokenizer))
 
     def _endless(self, turns: Sequence[Turn], turn: int, tokenizer: TextTokenizer) -> str:
         """Say what is written after an answer, and what to do."""
@@ -113,7 +114,7 @@ class JinjaTemplate:
         pieces = _assemble(turns, parts[::2], places, controls)
         # Also refuses a template that looks into contents, for one that it would have changed.
         if "".join(piece.text for piece in pieces) != self._render(turns, tokenizer, prompt):
-            raise ValueError(
+            raise UserError(
                 f"`{self.name}` does not write the contents of this conversation as they are, so what is a control "
                 "token and what is text cannot be told. Use a template that does, or change the contents"
             )
@@ -128,13 +129,13 @@ class JinjaTemplate:
                 )
             )
         except Exception as error:  # a template is a program of someone else's: it may raise anything
-            raise ValueError(f"`{self.name}` cannot be used for this conversation: {one_line(error)}") from error
+            raise UserError(f"`{self.name}` cannot be used for this conversation: {one_line(error)}") from error
 
     def _check_places(self, turns: Sequence[Turn], places: list[int]) -> None:
         for number, turn in enumerate(turns):
             times = places.count(number)
             if times == 0 or (times > 1 and turn.role == "assistant"):
-                raise ValueError(
+                raise UserError(
                     f"`{self.name}` writes turn {number}, the {turn.role}'s, {times} times. Use a template that writes "
                     "every turn, and answers once"
                 )

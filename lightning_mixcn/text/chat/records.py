@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lightning_mixcn.errors import UserError
+
 from .fields import (
     FLAG_KEYS,
     RECORD_FLAG_KEYS,
@@ -57,7 +59,7 @@ KNOWN_ROLES = {
 """Meaning of the roles of records."""
 
 
-class EmptyTurnError(ValueError):
+class EmptyTurnError(UserError):
     """A record with an empty question or answer: nothing that could be learned, and no damage either."""
 
 
@@ -79,14 +81,14 @@ def read_conversation(
     """
     stated, form = form, form or _form_of(record)
     if _TELLING_KEYS[form] not in record:
-        raise ValueError(f"no key {_TELLING_KEYS[form]!r}, which {form} records have; {_keys(record)}")
+        raise UserError(f"no key {_TELLING_KEYS[form]!r}, which {form} records have; {_keys(record)}")
     check_record_keys(record)
     known = KNOWN_ROLES | dict(roles or {})
     turns = _alpaca(record) if form == "alpaca" else _listed(record, form, known)
     check_other_texts(record, turns, _READ_KEYS[form], form, is_stated=stated is not None)
     check_turns(turns)
     if turns[-1].role != "assistant":
-        raise ValueError("the last turn is the user's, so there is no answer to learn from. Remove that turn")
+        raise UserError("the last turn is the user's, so there is no answer to learn from. Remove that turn")
     return turns
 
 
@@ -110,7 +112,7 @@ def read_training_conversation(
     turns = read_conversation(record, form, roles)
     if is_learned(record, RECORD_FLAG_KEYS, "") is False:
         flags = ", ".join(f"`{key}={record[key]!r}`" for key in RECORD_FLAG_KEYS if record.get(key) is not None)
-        raise ValueError(
+        raise UserError(
             f"{flags} says that this record is not to be learned. Remove it, or leave such records out with "
             "`on_bad_record: skip`"
         )
@@ -118,7 +120,7 @@ def read_training_conversation(
         if turn.role != "system" and not turn.content.strip():
             raise EmptyTurnError(f"turn {number}, the {turn.role}'s, is empty. Write its text, or remove the record")
     if not any(turn.learned for turn in turns if turn.role == "assistant"):
-        raise ValueError(
+        raise UserError(
             "every answer is flagged as not to be learned. Remove the record, or leave such records out with "
             "`on_bad_record: skip`"
         )
@@ -139,7 +141,7 @@ def load_conversation(text: str) -> list[Turn]:
 def _form_of(record: Mapping[str, Any]) -> RecordFormat:
     found = [form for form, key in _TELLING_KEYS.items() if key in record and (form != "alpaca" or "output" in record)]
     if not found:
-        raise ValueError(
+        raise UserError(
             "expected `messages`, `conversations`, or `instruction` and `output`; "
             f"{_keys(record)}. Convert the records to one of these forms, or say in the source which key is which, "
             f"{suggest_columns(record)}"
@@ -148,7 +150,7 @@ def _form_of(record: Mapping[str, Any]) -> RecordFormat:
         # Converted sets keep the other form's keys without a value.
         found = [form for form in found if not all(is_empty(record.get(key)) for key in _READ_KEYS[form])] or found[:1]
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"the record has the keys of {' and '.join(found)}. Set the source's `records` to the form to be read"
         )
     return found[0]
@@ -160,14 +162,14 @@ def _keys(record: Mapping[str, Any]) -> str:
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
     if not is_empty(record.get("context")):
-        raise ValueError("alpaca records have no `context`. Say `columns: {input: context}` in the source, or drop it")
+        raise UserError("alpaca records have no `context`. Say `columns: {input: context}` in the source, or drop it")
     turns = _system(record)
     history = record.get("history")
     if history is not None and not isinstance(history, (list, tuple)):
-        raise ValueError(f"`history`: expected a list of pairs of question and answer, got {shorten(history)}")
+        raise UserError(f"`history`: expected a list of pairs of question and answer, got {shorten(history)}")
     for number, pair in enumerate(history or []):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"`history[{number}]`: expected a pair of question and answer, got {shorten(pair)}")
+            raise UserError(f"`history[{number}]`: expected a pair of question and answer, got {shorten(pair)}")
         question, answer = (_string(text, f"history[{number}]") for text in pair)
         turns += [Turn("user", question), Turn("assistant", answer)]
     instruction, extra = _string(record["instruction"], "instruction"), _optional(record, "input")
@@ -179,12 +181,12 @@ def _listed(record: Mapping[str, Any], form: RecordFormat, known: Mapping[str, s
     """Read a record whose turns are in a list."""
     key = _TELLING_KEYS[form]
     if not is_empty(record.get("history")):
-        raise ValueError(f"`history` beside `{key}` is not read. Put its turns in front of those of `{key}`")
+        raise UserError(f"`history` beside `{key}` is not read. Put its turns in front of those of `{key}`")
     system = _system(record)
     # An empty system prompt says nothing, and many templates refuse it.
     turns = [turn for turn in _turns(record[key], form, known) if turn.role != "system" or turn.content.strip()]
     if system and any(turn.role == "system" for turn in turns):
-        raise ValueError(f"the record has `system` and `{key}` a system turn. Keep one of them")
+        raise UserError(f"the record has `system` and `{key}` a system turn. Keep one of them")
     return system + turns
 
 
@@ -199,7 +201,7 @@ def _turns(entries: Any, form: RecordFormat, known: Mapping[str, str]) -> list[T
     if form == "sharegpt":
         own, other = other, own
     if not isinstance(entries, list):
-        raise ValueError(f"`{key}`: expected a list of turns, got {type(entries).__name__}")
+        raise UserError(f"`{key}`: expected a list of turns, got {type(entries).__name__}")
     turns: list[Turn] = []
     for number, entry in enumerate(entries):
         place = f"{key}[{number}]"
@@ -213,7 +215,7 @@ def _turns(entries: Any, form: RecordFormat, known: Mapping[str, str]) -> list[T
         if known.get(str(present.get(names[0]))) == "system" and names[1] in entry:
             present.setdefault(names[1], "")  # null, as a table writes it
         if not all(name in present for name in names):
-            raise ValueError(f"`{place}`: expected `{own[0]}` and `{own[1]}`, got {shorten(entry)}")
+            raise UserError(f"`{place}`: expected `{own[0]}` and `{own[1]}`, got {shorten(entry)}")
         turns.append(_turn(present, names, place, known))
     return turns
 
@@ -227,7 +229,7 @@ def _turn(entry: Mapping[str, Any], names: tuple[str, str], place: str, known: M
     named = entry[role_key]
     role = known.get(named) if isinstance(named, str) else None
     if role is None:
-        raise ValueError(
+        raise UserError(
             f"`{place}.{role_key}={named!r}`: expected one of {', '.join(known)}. Say what another role means in the "
             "source's `roles`, such as `roles: {tool: user}`"
         )
@@ -235,7 +237,7 @@ def _turn(entry: Mapping[str, Any], names: tuple[str, str], place: str, known: M
     if role == "assistant":
         return Turn(role, content, learned is not False)
     if learned:
-        raise ValueError(f"`{place}` is flagged as to be learned, but only the assistant's turns are. Remove the flag")
+        raise UserError(f"`{place}` is flagged as to be learned, but only the assistant's turns are. Remove the flag")
     return Turn(role, content)
 
 
@@ -253,7 +255,7 @@ def _content(value: Any, place: str) -> str:
     for number, part in enumerate(value):
         present = {key: item for key, item in part.items() if not is_empty(item)} if _is_object(part) else {}
         if present.get("type") != "text" or not present.keys() <= {"type", "text"}:
-            raise ValueError(f"`{place}[{number}]`: expected a part of type text and nothing else, got {shorten(part)}")
+            raise UserError(f"`{place}[{number}]`: expected a part of type text and nothing else, got {shorten(part)}")
         texts.append(_string(part.get("text"), f"{place}[{number}].text"))
     return "".join(texts)
 
@@ -265,9 +267,9 @@ def _optional(record: Mapping[str, Any], key: str) -> str:
 def _string(value: Any, place: str) -> str:
     """Require text: a number is not written out, since nobody knows how (1.0, 1e3, True)."""
     if not isinstance(value, str):
-        raise ValueError(f"`{place}`: expected a string, got {type(value).__name__} {shorten(value)}. Write it as text")
+        raise UserError(f"`{place}`: expected a string, got {type(value).__name__} {shorten(value)}. Write it as text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
-        raise ValueError(f"`{place}` is not valid Unicode: {error.reason} at {error.start}") from error
+        raise UserError(f"`{place}` is not valid Unicode: {error.reason} at {error.start}") from error
     return value

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 if TYPE_CHECKING:
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
 from .turns import ChatTemplate, Segment, Turn, check_prompt, check_turns
@@ -107,7 +109,7 @@ def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplat
 
     if template == "tokenizer":
         if not tokenizer.hf.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"`template='tokenizer'`, but the tokenizer of `{tokenizer.path}` has no chat template. Use "
                 "`template=mixtral`, or give a Jinja file"
             )
@@ -115,7 +117,7 @@ def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplat
     elif Path(template).is_file():
         found = JinjaTemplate(Path(template).read_text(encoding="utf-8"), name=template)
     else:
-        raise FileNotFoundError(f"`template={template!r}` is not there. Expected mixtral, tokenizer, or a Jinja file")
+        raise MissingFileError(f"`template={template!r}` is not there. Expected mixtral, tokenizer, or a Jinja file")
     found.check(tokenizer)  # one that cannot be used says so now
     return found
 
@@ -136,7 +138,7 @@ def _mixtral_template(tokenizer: TextTokenizer) -> ChatTemplate:
     elif "[SYSTEM_PROMPT]" in added:
         reason = "it has [SYSTEM_PROMPT], as Mistral's formats of version 7 and later"
     if reason:
-        raise ValueError(
+        raise UserError(
             f"`template=mixtral` writes versions 1 to 3 of Mistral's format, and the vocabulary of `{tokenizer.path}` "
             f"is of none of them: {reason}. Use `template=tokenizer`, or give a Jinja file"
         )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from lightning_mixcn.errors import UserError
+
 if TYPE_CHECKING:
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
 
@@ -84,18 +86,18 @@ def check_turns(turns: Sequence[Turn]) -> None:
     """
     for number, turn in enumerate(turns):
         if turn.role not in ROLES:
-            raise ValueError(f"turn {number} has the role {turn.role!r}. Expected one of {', '.join(ROLES)}")
+            raise UserError(f"turn {number} has the role {turn.role!r}. Expected one of {', '.join(ROLES)}")
         if turn.role == "system" and number > 0:
-            raise ValueError(f"turn {number} is the system's. Put the system turn first, and only one")
+            raise UserError(f"turn {number} is the system's. Put the system turn first, and only one")
     spoken = [(number, turn.role) for number, turn in enumerate(turns) if turn.role != "system"]
     if not spoken:
-        raise ValueError("the conversation is empty. Expected at least one turn of the user")
+        raise UserError("the conversation is empty. Expected at least one turn of the user")
     for place, (number, role) in enumerate(spoken):
         if role == ROLES[1 + place % 2]:
             continue
         if place == 0:
-            raise ValueError("the assistant speaks first. Put a user turn before it, or remove it")
-        raise ValueError(f"turns {number - 1} and {number} are both the {role}'s. Join them, or remove one")
+            raise UserError("the assistant speaks first. Put a user turn before it, or remove it")
+        raise UserError(f"turns {number - 1} and {number} are both the {role}'s. Join them, or remove one")
 
 
 def check_prompt(turns: Sequence[Turn]) -> None:
@@ -109,4 +111,4 @@ def check_prompt(turns: Sequence[Turn]) -> None:
     """
     check_turns(turns)
     if turns[-1].role != "user":
-        raise ValueError("the last turn is the assistant's, so there is nothing to answer. End with a user turn")
+        raise UserError("the last turn is the assistant's, so there is nothing to answer. End with a user turn")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
+from lightning_mixcn.errors import UserError
+
 from .listings import LeftOut
 from .sources import AnySource, Source, list_files
 from .store import (
@@ -132,7 +134,7 @@ class Corpus:
         """
         told = f"{self.place(index)}: {reason}"
         if self.on_bad_record == "error":
-            raise ValueError(f"{told}. Mend the record, or leave such records out with `on_bad_record: skip`")
+            raise UserError(f"{told}. Mend the record, or leave such records out with `on_bad_record: skip`")
         _logger.warning("%s. It is left out", told)
 
     @property
@@ -186,7 +188,7 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
             `columns` names.
     """
     if on_bad_record not in get_args(BadRecordPolicy):
-        raise ValueError(f"`on_bad_record={on_bad_record!r}`: expected one of {', '.join(get_args(BadRecordPolicy))}")
+        raise UserError(f"`on_bad_record={on_bad_record!r}`: expected one of {', '.join(get_args(BadRecordPolicy))}")
     left_out = LeftOut()
     stores = unpack_all(list_files(source, place, left_out), on_bad_record, source.name)
     corpus = Corpus(source, tuple(stores), on_bad_record)
@@ -196,7 +198,7 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
         bad = f"{corpus.bad_records} bad records, the first: {places[0]}" if places else ""
         blank = f"{corpus.empty_records} records without text" if corpus.empty_records else ""
         but = f" but {' and '.join(filter(None, (blank, bad)))}" if bad or blank else ". Give files with text"
-        raise ValueError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{but}")
+        raise UserError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{but}")
     if is_first_rank():
         empty = corpus.empty_records
         without = f", {empty} records without text left out, too" if empty else ""
@@ -213,7 +215,7 @@ def _check_columns(corpus: Corpus, place: str) -> None:
     seen = {name for store in corpus.stores for name in store.counts.columns}
     for key, name in (corpus.source.columns or {}).items():
         if first is not None and name not in seen:
-            raise ValueError(
+            raise UserError(
                 f"`{place}.columns.{key}={name!r}`: no record has that key. Give one of those that the first record of "
                 f"`{first.file}` has: {', '.join(map(repr, first.counts.keys))}"
             )

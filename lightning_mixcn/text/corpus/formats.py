@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text.chat.records import (
     RECORD_KEYS,
     EmptyTurnError,
@@ -48,7 +49,7 @@ _BATCH_ROWS = 64
 _ARROW_MAGIC = b"ARROW1"
 
 
-class MissingColumnError(ValueError):
+class MissingColumnError(UserError):
     """A table has no such column: a wrong setting rather than damage."""
 
 
@@ -110,13 +111,13 @@ def _is_damage(error: Exception) -> bool:
 
 def _flaw(value: Any, are_texts: bool, place: str, text_key: str) -> ValueError | None:
     if not are_texts or value is None:
-        return ValueError(
+        return UserError(
             f"{place}: expected a string in column {text_key!r}, got {type(value).__name__}. Mend or remove the row"
         )
     try:
         value.decode()
     except UnicodeDecodeError as error:
-        return ValueError(f"{place} is not UTF-8: {error.reason} at {error.start}. Convert the file to UTF-8")
+        return UserError(f"{place} is not UTF-8: {error.reason} at {error.start}. Convert the file to UTF-8")
     return None
 
 
@@ -271,7 +272,7 @@ def iterate_conversations(
     for number, record in _conversation_records(file, on_bad_record, on_read, tally):
         try:
             if not isinstance(record, Mapping):
-                raise ValueError(f"expected an object, got a {type(record).__name__}")
+                raise UserError(f"expected an object, got a {type(record).__name__}")
             turns = read_training_conversation(_renamed(record, file.columns, tally), form, dict(file.roles))
         except EmptyTurnError:
             tally.empty += 1
@@ -363,9 +364,9 @@ def iterate_elements(data: bytes, file: SourceFile) -> Iterator[tuple[int, Any]]
             if text[place : place + 1] == ",":
                 place = _after_space(text, place + 1)
             elif text[place : place + 1] != "]":
-                raise ValueError(f"expected a comma or the array's end after the record of line {line}")
+                raise UserError(f"expected a comma or the array's end after the record of line {line}")
         if rest := text[place + 1 :].strip(_JSON_SPACE):
-            raise ValueError(f"expected nothing after the array, got {rest[:20]!r}")
+            raise UserError(f"expected nothing after the array, got {rest[:20]!r}")
     except DamagedFileError:
         raise
     except (ValueError, RecursionError) as error:
@@ -495,7 +496,7 @@ def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
     try:
         record = json.loads(text.strip(LINE_SPACE))
     except (ValueError, RecursionError) as error:
-        return ValueError(f"{place} is not JSON: {error}. Mend the line, or remove it")
+        return UserError(f"{place} is not JSON: {error}. Mend the line, or remove it")
     encoded = _text_of(record, text_key, place)
     assert isinstance(encoded, ValueError), f"{place} has no flaw"
     return encoded
@@ -515,24 +516,24 @@ def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadR
 def _text_of(record: Any, text_key: str, place: str) -> bytes | ValueError:
     """UTF-8 of a record's text, or why it has none."""
     if not isinstance(record, dict):
-        return ValueError(
+        return UserError(
             f'{place}: expected a JSON object such as {{"{text_key}": "…"}}, got a {type(record).__name__}'
         )
     if text_key not in record:
         keys = ", ".join(repr(key) for key in record) or "none"
-        return ValueError(
+        return UserError(
             f"{place} has no key {text_key!r}. Set the source's `columns.text` or `text_key` to one of its keys: {keys}"
         )
     text = record[text_key]
     if not isinstance(text, str):
-        return ValueError(
+        return UserError(
             f"{place}: expected a string under `text_key` {text_key!r}, got {type(text).__name__}. "
             "Mend the record, or remove it"
         )
     try:
         return text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
-        return ValueError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the record")
+        return UserError(f"{place}: the text is not valid Unicode: {error.reason} at {error.start}. Mend the record")
 
 
 def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
@@ -583,10 +584,10 @@ def _decode(data: bytes, place: str, *, count_lines: bool = False) -> str | Valu
     except UnicodeDecodeError as error:
         newlines = data.count(b"\n", 0, error.start)
         line = f" line {newlines + 1}" if count_lines else ""
-        return ValueError(
+        return UserError(
             f"{place}{line} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}. Convert the file to UTF-8"
         )
     # English in UTF-16 is UTF-8, too: every other character is NUL.
     if "\0" in text:
-        return ValueError(f"{place} has NUL bytes: UTF-16 without a mark? Convert the file to UTF-8")
+        return UserError(f"{place} has NUL bytes: UTF-16 without a mark? Convert the file to UTF-8")
     return text

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 from .reading import (
     LOCAL,
     identify,
@@ -290,13 +292,13 @@ class DatasetFolders:
                     file for file in self._listed(folder + slash) or () if folder + slash + file not in there
                 )
                 if missing:
-                    raise FileNotFoundError(
+                    raise MissingFileError(
                         f"`{root}/{path}` lists `{missing[0]}`, which is not there. Get the dataset again"
                     )
             splits = (self._object(path) or {}).get("splits") if name == "dataset_dict.json" else None
             if isinstance(splits, list) and len(splits) > 1:
                 named, splits = f"{root}/{folder}".rstrip("/"), list(map(str, splits))
-                raise ValueError(
+                raise UserError(
                     f"`{self._place}`: `{named}` is a DatasetDict with the splits {', '.join(splits)}. "
                     f"Name the split to read, e.g. {named}/{splits[0]}, or list several"
                 )
@@ -308,7 +310,7 @@ class DatasetFolders:
         if not isinstance(files, list):
             return None
         if state.get("_indices_data_files") or state.get("_indices_files"):
-            raise ValueError(
+            raise UserError(
                 f"`{self._place}`: the rows of `{folder or '.'}` are chosen by a list of indices. "
                 "Save the dataset again with a newer `datasets`, or after `flatten_indices()`"
             )

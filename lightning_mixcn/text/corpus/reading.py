@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 # What the fsspec drivers call the size, the time of the last change and the hash of a file's contents.
 _IDENTITY_KEYS = (
     "size",
@@ -91,7 +93,7 @@ def match_urls(
                 elif "**" not in path and system.isdir(name):
                     on_folder(name)
     except Exception as error:  # each driver has exceptions of its own
-        raise ValueError(
+        raise UserError(
             f"`{place}.path={pattern!r}` cannot be listed: {type(error).__name__}: {error}. "
             "Check the address, the network and the credentials of its driver"
         ) from error
@@ -99,7 +101,7 @@ def match_urls(
         inside = {name.removeprefix(path.rstrip("/") + "/"): name for name in names}
         names = [inside[relative] for relative in choose(list(inside), pattern.rstrip("/"))]
     if not names:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"`{place}.path={pattern!r}` matches no file with a known suffix, or cannot be reached. "
             "Give the URL of a file, a folder or a glob"
         )
@@ -166,7 +168,7 @@ def list_zip(archive: str | Path, place: str) -> dict[str, str]:
         members, _ = _directory(archive)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, UnicodeError) as error:
         example = f"{str(archive).rpartition('/')[0] or '.'}/*.jsonl"
-        raise ValueError(
+        raise UserError(
             f"`{place}.path`: `{archive}` is not a readable zip archive: {error}. "
             f"Get it again, or give a glob that leaves it out, e.g. {example}"
         ) from error
@@ -189,15 +191,15 @@ def check_members(archive: str | Path, names: Iterable[str], place: str) -> None
     for name in names:
         member, where = members[name], f"`{place}.path`: `{name}` in `{archive}`"
         if name in doubles:
-            raise ValueError(f"{where} is there twice. Unpack the archive, and give the folder")
+            raise UserError(f"{where} is there twice. Unpack the archive, and give the folder")
         if member.flag_bits & 1:
-            raise ValueError(f"{where} is encrypted. Unpack the archive, and give the folder")
+            raise UserError(f"{where} is encrypted. Unpack the archive, and give the folder")
         if member.compress_type not in _ZIP_METHODS:
-            raise ValueError(
+            raise UserError(
                 f"{where} is compressed by method {member.compress_type}. Unpack the archive, and give the folder"
             )
         if "::" in name:
-            raise ValueError(f"{where} has `::` in its name. Unpack the archive, and give the folder")
+            raise UserError(f"{where} has `::` in its name. Unpack the archive, and give the folder")
 
 
 def zip_member(path: str) -> tuple[str | Path, str] | None:
@@ -211,7 +213,7 @@ def zip_member(path: str) -> tuple[str | Path, str] | None:
 def _member_of(archive: str | Path, name: str) -> zipfile.ZipInfo:
     member = _directory(archive)[0].get(name)
     if member is None:
-        raise FileNotFoundError(f"`{archive}` has no member `{name}`. Look at its list: `unzip -l`")
+        raise MissingFileError(f"`{archive}` has no member `{name}`. Look at its list: `unzip -l`")
     return member
 
 
@@ -238,11 +240,11 @@ def _file_system(url: str, argument: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"`{argument}={url!r}` needs a driver that is not installed: {_package_of(url)}. fsspec says: {error}"
         ) from error
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"`{argument}={url!r}`: {error}. Give a local path, or an URL that fsspec knows, e.g. s3:// or https://"
         ) from error
     return system, path
@@ -275,7 +277,7 @@ _OTHER_MARKS = {
 }
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(UserError):
     """A file is damaged or cut off: what was read before is all there is.
 
     Args:

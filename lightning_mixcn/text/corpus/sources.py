@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.text.chat.records import OBEYED_KEYS, RecordFormat
 from lightning_mixcn.text.chat.turns import ROLES
 
@@ -171,7 +172,7 @@ def parse_sources(
     first: dict[str, int] = {}
     for index, source in enumerate(sources):
         if (other := first.setdefault(source.name, index)) != index:
-            raise ValueError(
+            raise UserError(
                 f"`{argument}[{index}].name={source.name!r}` is already the name of `{argument}[{other}]`. "
                 "Give each source a name of its own, or one source a list of paths."
             )
@@ -182,12 +183,12 @@ def _parse(entry: SourceKind | Mapping[str, Any], place: str, kind: type[SourceK
     if isinstance(entry, Mapping):
         known = [field.name for field in fields(kind)]
         if unknown := [key for key in entry if key not in known]:
-            raise ValueError(f"`{place}` has the unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
+            raise UserError(f"`{place}` has the unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
         if missing := [key for key in ("name", "path") if key not in entry]:
-            raise ValueError(f"`{place}` has no `{missing[0]}`. Give at least name and path")
+            raise UserError(f"`{place}` has no `{missing[0]}`. Give at least name and path")
         entry = kind(**entry)
     if not isinstance(entry, kind):
-        raise ValueError(f"`{place}` is a {type(entry).__name__}: expected a {kind.__name__}")
+        raise UserError(f"`{place}` is a {type(entry).__name__}: expected a {kind.__name__}")
     _check(entry, place)
     return entry
 
@@ -227,7 +228,7 @@ def _check(source: AnySource, place: str) -> None:
         expectations["roles"] = (_are_roles(source.roles), f"roles and what each means, one of {', '.join(ROLES)}")
     for field, (holds, expected) in expectations.items():
         if not holds:
-            raise ValueError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
+            raise UserError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
 
 
 def _are_roles(roles: Any) -> bool:
@@ -273,7 +274,7 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
         for path in found
     ]
     if source.document_unit != "file" and not any(file.format == "text" for file in files):
-        raise ValueError(
+        raise UserError(
             f"`{place}.document_unit={source.document_unit!r}` says what a document is in a text file, but no file of "
             "this source is text. Remove it, or set `format: text`"
         )
@@ -314,7 +315,7 @@ def _match_local(path: str, pattern: str, source: AnySource, place: str, left_ou
         else:
             left_out.add("that links to nothing", file)
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"`{place}.path={pattern!r}` is a folder without any {' '.join(source.suffixes)} file "
             f"(nor one with {' '.join(COMPRESSIONS)} after it), {left_out}. Give a glob and `format` for other suffixes"
         )
@@ -337,7 +338,7 @@ def _required(files: list[Path | str], pattern: str, place: str, left_out: LeftO
     if not files:
         told = f" to be read, {left_out}" if len(left_out) else ""
         instead = "Give a file, a folder or a glob, e.g. data/zh/*.jsonl.gz"
-        raise FileNotFoundError(f"`{place}.path={pattern!r}` matches no file{told}. {instead}")
+        raise MissingFileError(f"`{place}.path={pattern!r}` matches no file{told}. {instead}")
     return files
 
 
@@ -396,7 +397,7 @@ def _unpacked(path: Path | str, source: AnySource, place: str, left_out: LeftOut
     chosen = _chooser(source, place, left_out, locate)(sorted(members), str(path))
     for name in chosen:
         if Path(name).suffix.lower() == ARCHIVE:
-            raise ValueError(f"`{place}.path`: `{name}` in `{path}` is an archive in an archive. Unpack the outer one")
+            raise UserError(f"`{place}.path`: `{name}` in `{path}` is an archive in an archive. Unpack the outer one")
     check_members(path, chosen, place)
     return [members[name] for name in chosen]
 
@@ -429,7 +430,7 @@ def _is_json_object(path: str) -> bool:
 def _format_of(file: Path | str, source: AnySource, place: str) -> TextFormat | RecordFileFormat:
     told = source.suffixes.get(_data_suffix(file))
     if told is None:
-        raise ValueError(
+        raise UserError(
             f"The format of `{file}` cannot be told from its suffix. Set `{place}.format` to one of "
             f"{', '.join(dict.fromkeys(source.suffixes.values()))}"
         )

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from lightning_mixcn.errors import MissingFileError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -135,7 +137,7 @@ class OpenStore:
         self._files = dict[str, int]()
         found = read_store(Path(folder))
         if found is None or found[1] != counts:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"The unpacked texts in `{folder}` are gone, or their source was changed and unpacked again meanwhile. "
                 "Start this process again: what is missing is unpacked again"
             )

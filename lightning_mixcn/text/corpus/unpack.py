@@ -23,6 +23,8 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from lightning_mixcn.errors import MissingFileError, UserError
+
 from .formats import RecordTally, iterate_documents, refuse
 from .reading import (
     DamagedFileError,
@@ -96,14 +98,14 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
         try:
             _write(scratch, file, on_bad_record, made_from, on_read)
             if _made_from(file, on_bad_record) != made_from:
-                raise ValueError(f"`{file.path}` was changed while it was read. Start again once it is complete")
+                raise UserError(f"`{file.path}` was changed while it was read. Start again once it is complete")
             with _naming_cache(folder):
                 _publish(scratch, folder, made_from)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     store = _find(folder, file, made_from)
     if store is None:
-        raise FileNotFoundError(f"The unpacked texts of `{file.path}` in `{folder}` were removed at once. Start again")
+        raise MissingFileError(f"The unpacked texts of `{file.path}` in `{folder}` were removed at once. Start again")
     return store
 
 
@@ -338,7 +340,7 @@ class _Process:
             while isinstance(answer := pickle.load(answers), int):
                 on_read(answer)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            raise ValueError(
+            raise UserError(
                 f"The process that unpacked `{file.path}` ended with {self._process.wait()}. The file may be damaged, "
                 "or the memory too small: unpack it alone to see, or get it again"
             ) from error
@@ -377,4 +379,4 @@ def serve() -> None:
         except (ValueError, OSError) as error:
             # A driver's own exceptions may not survive being pickled.
             is_known = type(error).__module__.split(".")[0] in ("builtins", "lightning_mixcn")
-            answer(error if is_known else ValueError(str(error)))
+            answer(error if is_known else UserError(str(error)))

@@ -25,6 +25,7 @@ from typing import (
 
 import numpy as np
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text.corpus.store import NAMED_PLACES
 
 from .mixing import SourceSample, row_shares, sample_source
@@ -439,7 +440,7 @@ class _Reader:
             self.too_long[2] += 1
         self._dropped_since_last = 0 if len(document.tokens) else self._dropped_since_last + 1
         if self._dropped_since_last == _HOPELESS_DOCUMENTS:
-            raise ValueError(
+            raise UserError(
                 f"{_HOPELESS_DOCUMENTS} documents of source {self._documents.name!r}, one after the other, were longer "
                 "than a row and dropped, or refused by the template. Raise `sequence_length`, choose another "
                 "`on_too_long`, or another `template`"

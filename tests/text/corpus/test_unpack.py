@@ -125,7 +125,7 @@ def test_damaged_description(content: str, file: SourceFile, cache: Path) -> Non
 KILLED = """
 import os, sys
 from pathlib import Path
-from lightning_mixcn.text import unpacking
+from lightning_mixcn.text.corpus import unpack as unpacking
 from lightning_mixcn.text.corpus.sources import SourceFile
 from lightning_mixcn.text.corpus.store import StoreWriter
 StoreWriter.finish = lambda *arguments: (print(*os.listdir(sys.argv[2])), sys.stdout.flush(), os.kill(os.getpid(), 9))
@@ -194,7 +194,7 @@ def test_full_disk(method: str, file: SourceFile, cache: Path, monkeypatch: pyte
 TWICE = """
 import sys
 from pathlib import Path
-from lightning_mixcn.text import unpacking
+from lightning_mixcn.text.corpus import unpack as unpacking
 from lightning_mixcn.text.corpus.sources import SourceFile
 if sys.argv[3] == "without locks":
     def flock(*arguments):
@@ -300,7 +300,8 @@ def test_process_that_dies(files: list[SourceFile], monkeypatch: pytest.MonkeyPa
 SCRIPT = """
 import os, sys
 print("script")
-from lightning_mixcn.text import Source, read_corpus, unpacking_processes
+from lightning_mixcn.text import Source, read_corpus
+from lightning_mixcn.text.corpus import unpack as unpacking_processes
 unpacking_processes.MIN_PARALLEL_BYTES = 0
 os.cpu_count = lambda: 2
 print(len(read_corpus(Source("zh", sys.argv[1]))))

@@ -1,0 +1,25 @@
+"""Errors that the user can mend: the command line prints them as one line and ends with exit code 2.
+
+A message has four parts: what is wrong (the argument, or the file and line), what was expected, what came, what to do.
+Everything else that is raised is a bug of this package or of a library, and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Report an argument, a file or a run that cannot be used."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """Report a file, a folder or a model that is not there."""
+
+
+class ExistingFileError(UserError, FileExistsError):
+    """Report an output that would replace something."""
+
+
+class NotAFolderError(UserError, NotADirectoryError):
+    """Report a file where a folder is expected."""
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """Report a loss or a gradient that is NaN or infinite."""
