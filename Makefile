@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-instruct test test-full lint bench clean
+.PHONY: help venv demo demo-instruct test test-full lint docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,11 @@ lint: venv  ## ruff, mypy, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the README's table (5 GB, half an hour)
+docs: venv  ## build the documentation into build/site; a broken link is an error
+	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet -c constraints.txt -e '.[dev,demo,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the tables of docs and README (5 GB, half an hour)
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --result train_step_1024
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --micro_batch_size 4 --result train_step_4096
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --result train_step_1024_peers

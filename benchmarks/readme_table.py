@@ -1,8 +1,9 @@
-"""Write the table of the project's README anew from ``results/*.json``, between its two marks.
+"""Write the table of docs/benchmarks.md, and three of its rows into the README, from ``results/*.json``.
 
     python benchmarks/readme_table.py
 
-What has no result has no row. Medians, and in brackets the least and the most of the rounds.
+Both stand between two marks. A benchmark without a result has no row. Figures are medians, with the least and the most
+of the rounds in brackets.
 """
 
 import json
@@ -13,11 +14,14 @@ from typing import Any
 import record
 
 README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _HEAD = (
     "| | lightning_mixcn | beside it | ratio | share of the limit | peak memory, ours and beside |\n"
     "|---|---|---|---|---|---|\n"
 )
+# The README's rows: the first of each kind.
+_SHOWN = ("step of 512 tokens", "step of 4,096 tokens", "decoding, 1 row")
 _STEPS = ("train_step", "train_step_1024", "train_step_4096", "train_step_1024_peers", "train_step_4096_peers")
 
 Results = dict[str, dict[str, Any]]
@@ -58,7 +62,7 @@ def row(
 
 
 def rows(results: Results) -> Iterator[str]:
-    """All lines, in the order of the README."""
+    """Yield all lines, in the order of the page."""
     for name in _STEPS:
         if name in results:
             yield from _step(results[name])
@@ -105,8 +109,14 @@ def _load(what: str, figures: dict[str, Any]) -> Iterator[str]:
     yield row(what, "GB/s", rates["ours"], peer=peer, share=figures["share_of_limit"])
 
 
+def shown(lines: list[str]) -> list[str]:
+    """Choose the README's lines: the first that begins with each of `_SHOWN`."""
+    found = (next((line for line in lines if line.startswith(f"| {begin}")), None) for begin in _SHOWN)
+    return [line for line in found if line is not None]
+
+
 def replaced(text: str, lines: str) -> str:
-    """The README with another table between the marks.
+    """Return a page with another table between the marks.
 
     Raises:
         ValueError: the marks are not there, once each and in this order.
@@ -114,15 +124,17 @@ def replaced(text: str, lines: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in tail:
-        raise ValueError(f"{README.name} needs {BEGIN} and behind it {END}, once each. Put them around the table")
+        raise ValueError(f"The page needs {BEGIN} and after it {END}, once each. Put them around the table")
     return f"{head}{BEGIN}\n{lines}{END}{tail}"
 
 
 def main() -> None:
-    """Rewrite the README."""
+    """Rewrite the page and the README."""
     results = {path.stem: json.loads(path.read_text()) for path in record.RESULTS.glob("*.json")}
-    README.write_text(replaced(README.read_text(encoding="utf-8"), _HEAD + "".join(rows(results))), encoding="utf-8")
-    print("written to", README.name)
+    lines = list(rows(results))
+    for path, chosen in ((PAGE, lines), (README, shown(lines))):
+        path.write_text(replaced(path.read_text(encoding="utf-8"), _HEAD + "".join(chosen)), encoding="utf-8")
+        print("written to", path.name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table: figures by hand, and what stands in the repository."""
+"""The table of benchmarks in the docs and its rows in the README: figures by hand, and the repository's own."""
 
 import sys
 from pathlib import Path
@@ -77,8 +77,18 @@ def test_only_what_is_between_the_marks_changes(table: Any) -> None:
             table.replaced(broken, "new\n")
 
 
-def test_the_readme_shows_the_results_that_lie_in_the_repository(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_has_the_first_row_of_each_kind(table: Any) -> None:
+    begins = ("decoding, 1 row", "step of 4,096 tokens, x", "step of 4,096 tokens, y", "loading")
+    lines = [f"| {begin} | a |\n" for begin in begins]
+    assert table.shown(lines) == [lines[1], lines[0]]
+
+
+def test_docs_and_readme_show_the_results_of_the_repository(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(Path, "write_text", lambda path, text, encoding: written.append((path, text)))
     table.main()
-    assert written == [(table.README, table.README.read_text(encoding="utf-8"))]
+    assert written == [(path, path.read_text(encoding="utf-8")) for path in (table.PAGE, table.README)]
+    page, readme = (text for _, text in written)
+    rows = readme.split(table.BEGIN)[1].split(table.END)[0].strip().splitlines()
+    assert len(rows) == 2 + 3
+    assert all(row in page for row in rows)
