@@ -174,3 +174,23 @@ def test_commands_parse(page: Path, folder: Path) -> None:
 def test_subcommands_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`mixcn ([a-z]+)", prose(page))
     assert set(named) <= COMMANDS.keys()
+
+
+def texts_of_the_code() -> str:
+    """Return all string constants of the package, without backticks, one a line."""
+    files = [*(ROOT / "lightning_mixcn").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return "\n".join(text.replace("`", "") for text in constants)
+
+
+def test_troubleshooting_has_the_words_of_the_messages() -> None:
+    """Each piece of a message between two `…`, which stand for what differs, is written in the code."""
+    page = prose(ROOT / "docs/troubleshooting.md")
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 100
+    code = texts_of_the_code()
+    pieces = {piece.strip(" '") for message in messages for piece in message.split("…")}
+    assert not sorted(piece for piece in pieces if piece not in code)

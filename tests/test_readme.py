@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import MixtralConfig
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.testing import byte_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
+CONFIGS = README.parent / "configs"
 
 RUN = """
 model:
@@ -60,8 +63,42 @@ def test_it_is_one_page_in_its_order() -> None:
     ]  # fmt: skip
 
 
-def test_hardware_rows_say_whether_they_were_measured() -> None:
+def hardware() -> list[list[str]]:
     section = README.read_text(encoding="utf-8").split("## Hardware")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if re.match(r"\| .*\d", line)]
-    assert len(rows) >= 6
-    assert {row.rstrip(" |").rpartition("| ")[2] for row in rows} == {"planned", "measured"}
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| .*\d.*$", section, re.M)]
+
+
+PLANNED = [cells for cells in hardware() if cells[-1] == "planned"]
+
+
+def test_hardware_rows_say_whether_they_were_measured() -> None:
+    assert len(PLANNED) >= 6
+    assert {cells[-1] for cells in hardware()} == {"planned", "measured"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", PLANNED, ids=lambda cells: "-".join(cells[:4]))
+def test_planned_memory_is_what_the_plan_says(
+    cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes are those of MixtralConfig's defaults, which are Mixtral-8x7B's; a plan reads nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    MixtralConfig().save_pretrained("mixtral")
+    byte_tokenizer().save_pretrained("mixtral")
+    card, model, settings, rows, memory, _ = cells
+    options = {
+        "model.init_args.base": "mixtral",
+        "model.init_args.lora.r": re.search(r"r = (\d+)", model)[1],  # type: ignore[index]  # a row without it is wrong
+        "model.init_args.train_embeddings": str("embeddings" in model).lower(),
+        "model.init_args.activation_checkpointing": "full" if "`full`" in settings else "selective",
+        "data.init_args.micro_batch_size": rows.split()[0],
+        "trainer.devices": card.split()[0],
+    }
+    configs = [CONFIGS / "pretrain_mixtral_8x7b.yaml"]
+    configs += [next(CONFIGS.rglob(name)) for name in re.findall(r"`(\w+\.yaml)`", settings)]
+    arguments = [part for path in configs for part in ("--config", str(path))]
+    assert main(["fit", *arguments, *(f"--{key}={value}" for key, value in options.items()), "--plan"]) == 0
+    planned = re.search(r"^sum +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert planned
+    assert f"{float(planned[1]):.1f} GB" == memory
