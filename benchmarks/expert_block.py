@@ -5,7 +5,7 @@
 
 On a GPU, each path of the block takes part, and the peers that can be imported, from 1 to 4,096 rows an expert, both
 forward with backward and forward alone. Which path is fastest where is printed last: that is what `FASTEST` in
-lightning_mixcn/model/expert_path.py is for. The limit has the products only: no decoding, no gathering of rows, no
+lightning_mixcn/model/experts/block.py is for. The limit has the products only: no decoding, no gathering of rows, no
 SwiGLU, no routing. All take turns in one process.
 """
 
