@@ -251,7 +251,7 @@ class AdapterCheckpoint(Callback):
             return sum(values) / len(values) if values else None
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise KeyError(f"AdapterCheckpoint: `monitor={self.monitor}` is not logged. Validation logs {known}")
+            raise UserError(f"AdapterCheckpoint: `monitor={self.monitor}` is not logged. Validation logs {known}")
         return float(trainer.callback_metrics[self.monitor])
 
     def _write_newest(self, trainer: Trainer, pl_module: LightningModule) -> None:

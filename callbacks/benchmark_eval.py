@@ -7,15 +7,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
-from lightning_mixcn.studies.benchmarks.scores import (
+from lightning_mixcn.studies.long_context.rows import evaluating
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.task_scores import (
     TaskScores,
     group_metrics,
     metric_keys,
     run_task,
 )
-from lightning_mixcn.studies.benchmarks.tasks import Benchmarks, load_benchmarks, split_names
-from lightning_mixcn.studies.long_context.rows import evaluating
+from lightning_mixcn.studies.tasks import Benchmarks, load_benchmarks, split_names
 
 from .host import causal_lm
 from .samples import tokenizer_of
@@ -105,7 +105,7 @@ class BenchmarkEval(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run on every rank; log on rank zero."""
-        from lightning_mixcn.studies.benchmarks.harness import HarnessModel
+        from lightning_mixcn.studies.harness import HarnessModel
 
         self._evaluated_at = trainer.global_step
         module, benchmarks = causal_lm(self, pl_module), self._benchmarks

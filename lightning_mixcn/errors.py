@@ -4,6 +4,8 @@ A message has four parts: what is wrong (the argument, or the file and line), wh
 Everything else that is raised is a bug of this package or of a library, and keeps its traceback.
 """
 
+_MESSAGE_CHARACTERS = 300
+
 
 class UserError(ValueError):
     """Report an argument, a file or a run that cannot be used."""
@@ -23,3 +25,8 @@ class NotAFolderError(UserError, NotADirectoryError):
 
 class NonFiniteError(UserError, FloatingPointError):
     """Report a loss or a gradient that is NaN or infinite."""
+
+
+def one_line(error: Exception) -> str:
+    """Shorten a library's message for one of ours."""
+    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,17 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for line in lines:
             missing = {key: "" for key, value in line.items() if isinstance(value, float) and math.isnan(value)}
             writer.writerow({**line, **missing})
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Align columns of text, the first two to the left, the others to the right."""
+    full = [line for line in lines if len(line) > 1]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    made = []
+    for line in lines:
+        cells = [
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ]
+        made.append("  ".join(cells).rstrip())
+    return "\n".join(made)

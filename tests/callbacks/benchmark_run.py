@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from lightning_mixcn.callbacks import BenchmarkEval
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
+from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.testing import FixedBatches, random_batch
 from tests.studies.benchmark_data import few_tasks
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lightning_mixcn.callbacks import AdapterCheckpoint, StepCheckpoint
 from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
 from lightning_mixcn.model.convert.quantize import quantize
@@ -147,7 +148,7 @@ def test_a_resumed_run_knows_the_best(tmp_path: Path, falling: Falling, trainer:
 def test_a_monitor_that_is_not_logged_is_named(falling: Falling, trainer: Make) -> None:
     batches = FixedBatches([random_batch([20])])
     callback = AdapterCheckpoint(monitor="val/en/accuracy")
-    with pytest.raises(KeyError, match=r"`monitor=val/en/accuracy` is not logged[.] Validation logs val/zh/accuracy"):
+    with pytest.raises(UserError, match=r"`monitor=val/en/accuracy` is not logged[.] Validation logs val/zh/accuracy"):
         trainer(max_steps=1, limit_val_batches=1, num_sanity_val_steps=0, callbacks=[callback]).fit(falling, batches)
 
 

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from lightning_mixcn.callbacks import BenchmarkEval
 from lightning_mixcn.model import MixtralPeftModel
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
-from lightning_mixcn.studies.benchmarks.scores import run_task
-from lightning_mixcn.studies.benchmarks.tasks import load_benchmarks
+from lightning_mixcn.studies import tasks as benchmark_tasks
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.task_scores import run_task
+from lightning_mixcn.studies.tasks import load_benchmarks
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from lightning_mixcn.text import load_tokenizer
 from tests.callbacks.benchmark_run import fit
@@ -59,7 +59,7 @@ def test_before_during_and_after(tmp_path: Path, module: PretrainModule, trainer
 
 @pytest.mark.usefixtures("few")
 def test_figures_are_those_of_the_trained_model(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
-    from lightning_mixcn.studies.benchmarks.harness import HarnessModel
+    from lightning_mixcn.studies.harness import HarnessModel
 
     folder = write_ceval(tmp_path)
     callback = BenchmarkEval([LAW], limit=20, data_dir=str(folder))

@@ -196,6 +196,21 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(Path().glob("runs/tiny/checkpoints/*"))
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [(b"{", "line 1 is not JSON"), (b'{"text": "\xff"}', "line 1 is not UTF-8"), (b'{"text": 3}', "line 1")],
+    ids=["json", "utf-8", "number"],
+)
+def test_a_bad_record_is_one_line(
+    record: bytes, message: str, config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(record + b"\n")
+    config["data"]["init_args"]["sources"] = [{"name": "zh", "path": str(tmp_path / "bad.jsonl")}]
+    assert run(config) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mixcn: error:")]
+    assert message in error
+
+
 def test_nan_keeps_the_last_checkpoint(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config) == 0
     before = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)

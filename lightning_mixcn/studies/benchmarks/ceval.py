@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from lightning_mixcn.errors import UserError
-
-from .files import BenchmarkFiles
-from .scores import run_task
-from .tasks import Benchmarks, load_benchmarks
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.task_scores import run_task
+from lightning_mixcn.studies.tasks import Benchmarks, load_benchmarks
 
 GROUP = "ceval-valid"
 _PLACEHOLDER = "A"

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.studies.parts import aligned
 from lightning_mixcn.studies.processes import is_first
 from lightning_mixcn.studies.significance import paired_test
 from lightning_mixcn.text import (
@@ -27,8 +28,6 @@ from lightning_mixcn.text import (
     parse_sources,
     read_corpus,
 )
-
-from .report import aligned
 
 _SEQUENCE_LENGTH = 2048
 

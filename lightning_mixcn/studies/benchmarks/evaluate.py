@@ -28,6 +28,15 @@ from lightning_mixcn.studies.models import (
 )
 from lightning_mixcn.studies.parts import StudyParts, check_settings
 from lightning_mixcn.studies.processes import Processes, is_first, joined_processes
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.task_scores import run_task
+from lightning_mixcn.studies.tasks import (
+    Benchmarks,
+    check_limit,
+    load_benchmarks,
+    require_harness,
+    split_names,
+)
 from lightning_mixcn.text import DocumentSet
 
 from .ceval import hidden_test_benchmarks, predict_subject, subject_of
@@ -37,20 +46,11 @@ from .eos_probe import (
     probe_table,
     probed_documents,
 )
-from .files import BenchmarkFiles
 from .report import (
     parse_languages,
     score_rows,
     score_table,
     shown_rows,
-)
-from .scores import run_task
-from .tasks import (
-    Benchmarks,
-    check_limit,
-    load_benchmarks,
-    require_harness,
-    split_names,
 )
 
 
@@ -77,7 +77,7 @@ class EvaluationPlan:
             for model in self.models:
                 if not work[model.name]:
                     continue
-                from .harness import HarnessModel, HarnessReplicas
+                from lightning_mixcn.studies.harness import HarnessModel, HarnessReplicas
 
                 tokenizer = model.tokenizer()
                 with loaded.use(model) as module:

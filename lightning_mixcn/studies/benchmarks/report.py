@@ -6,15 +6,15 @@ from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
 from lightning_mixcn.errors import UserError
-
-from .scores import (
+from lightning_mixcn.studies.parts import aligned
+from lightning_mixcn.studies.task_scores import (
     TaskScores,
     compare,
     group_metrics,
     metric_keys,
     standard_error,
 )
-from .tasks import Benchmarks
+from lightning_mixcn.studies.tasks import Benchmarks, weighted_metrics
 
 OTHER = "other"
 
@@ -192,31 +192,12 @@ def score_table(rows: Sequence[ScoreRow], models: Sequence[str]) -> str:
     return text
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first two to the left."""
-    full = [line for line in lines if len(line) > 1]
-    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
-    made = []
-    for line in lines:
-        cells = [
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ]
-        made.append("  ".join(cells).rstrip())
-    return "\n".join(made)
-
-
 def with_error(value: float | None, error: float | None, *, signed: bool = False) -> str:
     """A figure and its standard error, to four places."""
     if value is None:
         return "-"
     shown = f"{value:+.4f}" if signed else f"{value:.4f}"
     return shown if error is None or math.isnan(error) else f"{shown} ±{error:.4f}"
-
-
-def weighted_metrics(group: Any) -> set[str]:
-    """Metrics of a group that are means over all its documents."""
-    return {config.metric for config in group.aggregate_metric_list or () if config.weight_by_size}
 
 
 def _rows(

@@ -19,8 +19,8 @@ import yaml
 from lightning_mixcn.commands import process as commands
 from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import flush_to_disk
-from lightning_mixcn.studies.benchmarks.tasks import require_harness
 from lightning_mixcn.studies.parts import check_settings
+from lightning_mixcn.studies.tasks import require_harness
 
 from .recipe import PREPARED, Recipe, read_recipe
 from .results import (

@@ -16,11 +16,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.studies.benchmarks.report import weighted_metrics
-from lightning_mixcn.studies.benchmarks.scores import harness_seeds
-from lightning_mixcn.studies.benchmarks.tasks import Benchmarks, harness_messages
 from lightning_mixcn.studies.parts import write_csv
 from lightning_mixcn.studies.significance import PairedTest, paired_test
+from lightning_mixcn.studies.task_scores import harness_seeds
+from lightning_mixcn.studies.tasks import Benchmarks, harness_messages, weighted_metrics
 from lightning_mixcn.text import TextTokenizer
 
 from .disabling import DisabledExpert

@@ -20,16 +20,16 @@ from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import ModelSource
 from lightning_mixcn.model.checkpoints.reading import mixtral_config, torch_device
 from lightning_mixcn.model.find import find_model, load_found
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
-from lightning_mixcn.studies.benchmarks.tasks import (
+from lightning_mixcn.studies.models import fingerprint
+from lightning_mixcn.studies.parts import StudyParts, check_settings
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.tasks import (
     Benchmarks,
     check_limit,
     load_benchmarks,
     require_harness,
     split_names,
 )
-from lightning_mixcn.studies.models import fingerprint
-from lightning_mixcn.studies.parts import StudyParts, check_settings
 from lightning_mixcn.studies.texts import named_path, read_documents
 from lightning_mixcn.text import PlainText, load_tokenizer
 from lightning_mixcn.text.corpus.sources import DocumentUnit

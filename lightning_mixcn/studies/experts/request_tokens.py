@@ -6,7 +6,7 @@ Imported only where the harness is installed.
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_mixcn.studies.benchmarks.harness import HarnessModel
+from lightning_mixcn.studies.harness import HarnessModel
 
 from .requests import Request
 

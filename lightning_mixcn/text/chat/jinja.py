@@ -16,8 +16,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lightning_mixcn.errors import UserError
-from lightning_mixcn.text.corpus.reading import one_line
+from lightning_mixcn.errors import UserError, one_line
 
 from .turns import (
     Segment,

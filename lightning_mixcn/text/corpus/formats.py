@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, one_line
 from lightning_mixcn.text.chat.records import (
     RECORD_KEYS,
     EmptyTurnError,
@@ -26,7 +26,6 @@ from .reading import (
     DamagedFileError,
     OnRead,
     ignore_progress,
-    one_line,
     open_file,
     read_chunks,
     split_lines,
@@ -278,7 +277,7 @@ def iterate_conversations(
             tally.empty += 1
         except ValueError as error:
             told = _with_own_columns(str(error), record, file, tally) if isinstance(record, Mapping) else str(error)
-            on_bad_record(ValueError(f"`{file.path}` {unit} {number}: {told}"))
+            on_bad_record(UserError(f"`{file.path}` {unit} {number}: {told}"))
         else:
             turns = [replace(turn, content=turn.content.lstrip(MARK)) for turn in turns]
             if any(turn.role != "system" and is_blank(turn.content) for turn in turns):
@@ -332,7 +331,7 @@ def _lines(
             if text := line.decode().strip(LINE_SPACE):
                 yield number, json.loads(text)
         except (ValueError, RecursionError) as error:
-            on_bad_record(ValueError(f"`{file.path}` line {number} is not JSON: {one_line(error)}. Mend the line"))
+            on_bad_record(UserError(f"`{file.path}` line {number} is not JSON: {one_line(error)}. Mend the line"))
 
 
 def iterate_elements(data: bytes, file: SourceFile) -> Iterator[tuple[int, Any]]:
@@ -435,7 +434,7 @@ def iterate_documents(
             while encoded.startswith(_MARK_BYTES):
                 encoded = encoded.removeprefix(_MARK_BYTES)
             if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
-                on_bad_record(ValueError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
+                on_bad_record(UserError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
             elif _is_blank_utf8(encoded):
                 tally.empty += 1
             else:

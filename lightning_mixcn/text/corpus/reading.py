@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, one_line
 
 # What the fsspec drivers call the size, the time of the last change and the hash of a file's contents.
 _IDENTITY_KEYS = (
@@ -262,7 +262,6 @@ def _package_of(url: str) -> str:
 CHUNK_BYTES = 1 << 20
 # A frame of repetitions is a thousand times its size: a small piece at a time bounds what comes out.
 _ZSTANDARD_BYTES = 1 << 15
-_MESSAGE_CHARACTERS = 300
 _MARK_BYTES = 4
 
 OnRead = Callable[[int], None]
@@ -294,11 +293,6 @@ class DamagedFileError(UserError):
     def __str__(self) -> str:
         """Get the message."""
         return str(self.args[0])
-
-
-def one_line(error: Exception) -> str:
-    """Shorten a library's message for one of ours."""
-    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
 
 
 def ignore_progress(num_bytes: int) -> None:

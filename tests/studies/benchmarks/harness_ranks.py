@@ -6,7 +6,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.model import load_mixtral, shard_model
-from lightning_mixcn.studies.benchmarks.harness import HarnessModel
+from lightning_mixcn.studies.harness import HarnessModel
 from lightning_mixcn.text import load_tokenizer
 
 REQUESTS = [

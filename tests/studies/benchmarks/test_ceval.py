@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.benchmarks import ceval as ceval_submission
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
 from lightning_mixcn.studies.benchmarks.ceval import hidden_test_benchmarks, predict_subject, subject_of
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
+from lightning_mixcn.studies.task_files import BenchmarkFiles
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, write_ceval
 from tests.studies.benchmarks.harness_oracle import fake_model
 

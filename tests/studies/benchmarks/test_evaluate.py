@@ -19,9 +19,9 @@ import transformers
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.studies import models as evaluated_models
+from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.benchmarks import evaluate as evaluation_plan
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
-from lightning_mixcn.studies.benchmarks.scores import run_task
+from lightning_mixcn.studies.task_scores import run_task
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, real_files, write_ceval, write_hellaswag
 
@@ -63,7 +63,7 @@ def by_hand(model: Any, folder: Path, tasks: list[str], manager: Any, **options:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
+    from lightning_mixcn.studies.task_files import BenchmarkFiles
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
+from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.benchmarks.evaluate import evaluate
 from lightning_mixcn.testing import run_distributed
 from tests.model.adapters_on_disk import save_adapter

@@ -13,8 +13,8 @@ from lightning_mixcn.studies.benchmarks.report import (
     shown_rows,
     with_error,
 )
-from lightning_mixcn.studies.benchmarks.scores import TaskScores
-from lightning_mixcn.studies.benchmarks.tasks import Benchmarks
+from lightning_mixcn.studies.task_scores import TaskScores
+from lightning_mixcn.studies.tasks import Benchmarks
 
 SCORES = {"one": ([1, 0, 0, 1], [1, 1, 1, 1]), "two": ([0, 0], [1, 0])}
 

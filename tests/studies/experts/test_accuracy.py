@@ -10,11 +10,11 @@ import torch
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
-from lightning_mixcn.studies.benchmarks.scores import run_task
-from lightning_mixcn.studies.benchmarks.tasks import load_benchmarks
+from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.experts.disabling import DisabledExpert, disabled_expert
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.task_scores import run_task
+from lightning_mixcn.studies.tasks import load_benchmarks
 from lightning_mixcn.text import load_tokenizer
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, write_ceval, write_hellaswag
 from tests.studies.experts.experts_command import arguments, lines_of
@@ -32,7 +32,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_the_harness(base: Path, data: Path, tasks: list[str], limit: int) -> dict[tuple[str, ...], float]:
     """Its accuracies on the whole model with an expert disabled: layer, expert, mode, task, metric; and as it is."""
-    from lightning_mixcn.studies.benchmarks.harness import HarnessModel
+    from lightning_mixcn.studies.harness import HarnessModel
 
     model: Any = load_mixtral(base, quantization="none", dtype="float32").eval()
     lm = HarnessModel(model, load_tokenizer(base), 4)
@@ -105,7 +105,7 @@ def plant(base: Path, out: Path, layer: int, expert: int) -> Path:
 
 def answer_as(model_folder: Path, data: Path) -> None:
     """Make the answers of the questions what a model gives, so that it has all of them right."""
-    from lightning_mixcn.studies.benchmarks.harness import HarnessModel
+    from lightning_mixcn.studies.harness import HarnessModel
 
     model: Any = load_mixtral(model_folder, quantization="none", dtype="float32").eval()
     benchmarks = load_benchmarks(["ceval-valid_law"], files=BenchmarkFiles(data))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_mixcn.errors import MissingFileError, UserError
 
-from .files import BenchmarkFiles
+from .task_files import BenchmarkFiles
 
 _LOGGER = "lm_eval"
 
@@ -188,3 +188,8 @@ def _set_shots(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif defined is None:
         task.set_config(key="num_fewshot", value=0)
+
+
+def weighted_metrics(group: Any) -> set[str]:
+    """Return the metrics of a group that are means over all its documents."""
+    return {config.metric for config in group.aggregate_metric_list or () if config.weight_by_size}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
-from lightning_mixcn.studies.benchmarks.tasks import (
+from lightning_mixcn.studies import tasks as benchmark_tasks
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.tasks import (
     harness_messages,
     load_benchmarks,
     require_harness,

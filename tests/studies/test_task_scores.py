@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mixcn.studies.benchmarks import tasks as benchmark_tasks
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
-from lightning_mixcn.studies.benchmarks.scores import (
+from lightning_mixcn.studies import tasks as benchmark_tasks
+from lightning_mixcn.studies.significance import mcnemar_p
+from lightning_mixcn.studies.task_files import BenchmarkFiles
+from lightning_mixcn.studies.task_scores import (
     compare,
     group_metrics,
     metric_keys,
     run_task,
     standard_error,
 )
-from lightning_mixcn.studies.benchmarks.tasks import Benchmarks, load_benchmarks
-from lightning_mixcn.studies.significance import mcnemar_p
+from lightning_mixcn.studies.tasks import Benchmarks, load_benchmarks
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, real_files, write_ceval, write_hellaswag
 from tests.studies.benchmarks.harness_oracle import chance, fake_model, oracle
 

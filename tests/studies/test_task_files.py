@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.studies.benchmarks.files import BenchmarkFiles
+from lightning_mixcn.studies.task_files import BenchmarkFiles
 from tests.studies.benchmark_data import HARNESS_WARNINGS, real_files, write_ceval
 
 pytestmark = pytest.mark.filterwarnings(HARNESS_WARNINGS)
