@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import replaced_folder
+from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics import Likelihood
 from lightning_mixcn.model.export.card import CARD_NAME, Training, adapter_card
@@ -86,7 +86,7 @@ class RunFiles:
                 _keep_as_it_is(folder, self._tokenizer)
         settings = self._generation_settings()
         if settings is not None:
-            _write_json(folder / GENERATION_FILE, settings)
+            write_json(folder / GENERATION_FILE, settings)
 
     def _generation_settings(self) -> dict[str, Any] | None:
         """Those beside the tokenizer, else the base's; after an `InstructDataModule` with what ends an answer."""
@@ -114,7 +114,7 @@ def _replace_template(folder: Path, source: str | None) -> None:
         (folder / name).unlink(missing_ok=True)
     settings = _read_json(folder / _SETTINGS)
     if settings.pop("chat_template", None) is not None:
-        _write_json(folder / _SETTINGS, settings)
+        write_json(folder / _SETTINGS, settings)
     if source is not None:
         (folder / _TEMPLATE).write_text(source, encoding="utf-8")
 
@@ -146,15 +146,11 @@ def _keep_as_it_is(folder: Path, tokenizer: TextTokenizer) -> None:
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
         )
     backend.save(str(folder / _FAST))
-    _write_json(folder / _SETTINGS, names | settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / _SETTINGS, names | settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 _CONFIG = "config.yaml"
@@ -270,7 +266,7 @@ class AdapterCheckpoint(Callback):
                 model.save_pretrained("", is_main_process=False)
                 return
             root = Path(trainer.default_root_dir)
-            with replaced_folder(root / name) as folder:
+            with new_folder(root / name, replace=True) as folder:
                 model.save_pretrained(str(folder))
                 config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
                 for file in config:

@@ -1,6 +1,5 @@
 """Checkpoints by optimizer step, and one of the last step."""
 
-import os
 import re
 import signal
 import threading
@@ -14,12 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.modules.checkpoints import (
-    publish,
-    remove,
-    remove_leftovers,
-    unfinished_path,
-)
+from lightning_mixcn.files.atomic import remove_leftovers, replace_link, unfinished_path
+from lightning_mixcn.modules.checkpoints import publish, remove
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
@@ -156,16 +151,8 @@ class StepCheckpoint(ModelCheckpoint):
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         # ModelCheckpoint removes the old link before it makes the new one.
         if trainer.is_global_zero:
-            _point(Path(linkpath), Path(filepath))
+            replace_link(Path(linkpath), Path(filepath))
         trainer.strategy.barrier()
-
-
-def _point(link: Path, target: Path) -> None:
-    """Change a link in one step."""
-    unfinished = unfinished_path(link)
-    unfinished.unlink(missing_ok=True)
-    unfinished.symlink_to(os.path.relpath(target, link.parent))
-    unfinished.replace(link)
 
 
 def _point_elsewhere(link: Path, path: Path) -> None:
@@ -173,7 +160,7 @@ def _point_elsewhere(link: Path, path: Path) -> None:
     if path.is_dir() and link.is_symlink() and link.resolve() == path.resolve():
         others = [other for other in sorted(path.parent.glob("step=*.ckpt")) if other.name < path.name]
         if others:
-            _point(link, others[-1])
+            replace_link(link, others[-1])
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.files.atomic import write_json, write_text
 from lightning_mixcn.modules.checks import source_names
 
 from .adapter_checkpoint import AdapterCheckpoint
@@ -163,7 +163,7 @@ class EvaluationReport(Callback):
             "steps_trained": module.steps_trained,
         }
         path = Path(trainer.default_root_dir, name)
-        write_text(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+        write_json(path, report)
 
 
 # source, document -> nats, text nats, tokens, bytes

@@ -8,10 +8,11 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning_mixcn
 from lightning_mixcn.commands.process import peak_resident_bytes, run_mixcn
+from lightning_mixcn.files.atomic import new_folder, write_json
 
 from . import fetch
 from .text import make_text
@@ -28,21 +29,16 @@ def reuse_or_make(result: Path, made_from: Mapping[str, str], make: Callable[[Pa
     Args:
         result: Folder.
         made_from: Digests of the inputs, and the parameters, by name.
-        make: Fills the folder it is given, which does not exist yet.
+        make: Fills the empty folder that it is given.
 
     Returns:
         Whether it was there already.
     """
     if (result / _RECORD).is_file() and json.loads((result / _RECORD).read_text(encoding="utf-8")) == dict(made_from):
         return True
-    scratch = result.with_name(f".making-{result.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    make(scratch)
-    (scratch / _RECORD).write_text(json.dumps(dict(made_from), indent=2) + "\n", encoding="utf-8")
-    if result.exists():
-        shutil.rmtree(result)
-    os.replace(scratch, result)
+    with new_folder(result, replace=True) as scratch:
+        make(scratch)
+        write_json(scratch / _RECORD, dict(made_from))
     return False
 
 
@@ -179,10 +175,3 @@ def _quantize(demo: Demo) -> bool:
 def config(name: str) -> Path:
     """A shipped config, by the shortest name that works here."""
     return Path(os.path.relpath((PACKAGE / "configs" / name).resolve()))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file, complete or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import move_into_place
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _download(folder: Path, package: Package) -> None:
             names = sorted(path.name for path in Path(scratch).iterdir())
             raise UserError(f"pip saved {names} for {package.name}=={package.version}; expected {package.filename!r}")
         assert sha256_of(came) == package.sha256, "pip was told to require this hash"
-        os.replace(came, folder / package.filename)
+        move_into_place(came, folder / package.filename)
 
 
 def _pip_download(scratch: Path, package: Package) -> None:

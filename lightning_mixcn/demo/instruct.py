@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning_mixcn.files.atomic import write_json
+
 from . import fetch
 from .base import (
     CACHE,
@@ -18,7 +20,6 @@ from .base import (
     make_base,
     make_demo_text,
     reuse_or_make,
-    write_json,
 )
 
 # configs/demo_instruct.yaml names these, too.
@@ -104,7 +105,6 @@ def _make_instructions(archive: Path) -> bool:
     """``zh.json`` and ``en.json`` in `INSTRUCTIONS`; returns whether they were there already."""
 
     def make(out: Path) -> None:
-        out.mkdir()
         with tarfile.open(archive) as members:
             for language, name in _MEMBERS.items():
                 file = members.extractfile(name)

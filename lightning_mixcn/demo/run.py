@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import write_json
 
 from . import fetch
 from .base import (
@@ -21,7 +22,6 @@ from .base import (
     config,
     make_base,
     make_demo_text,
-    write_json,
 )
 
 LANGUAGES = {"zh": "Chinese", "en": "English"}

@@ -1,64 +1,176 @@
-"""Output that appears under its name only when it is whole, and a full disk that says so."""
+"""Write output that appears under its name only when it is whole.
+
+All output of this package goes to a hidden name beside its own, is flushed to the disk and renamed. A process that is
+killed leaves at most something hidden.
+"""
 
 import errno
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_mixcn.errors import ExistingFileError
 
 
+@contextmanager
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Fill a hidden folder, which becomes ``out`` at the end; after an error or Ctrl-C nothing is left.
+
+    Args:
+        out: Folder to make; it may exist if it is empty.
+        replace: Take the place of a folder that is there. It then has one writer: what a killed one left is removed.
+
+    Yields:
+        The hidden folder, empty.
+
+    Raises:
+        FileExistsError: ``out`` is a file or a folder that is not empty, and ``replace`` is not given.
+        OSError: the disk is full, or cannot be written.
+    """
+    if replace and out.parent.is_dir():
+        leftover = re.compile(rf"\.{re.escape(out.stem)}\.partial-[0-9a-f]+{re.escape(out.suffix)}")
+        for path in out.parent.iterdir():
+            if leftover.fullmatch(path.name):
+                _delete(path)
+    elif not replace:
+        check_output(out)
+    folder = _partial_path(out)
+    try:
+        with _naming_full_disk(out):
+            folder.mkdir(parents=True)
+            yield folder
+            for path in folder.rglob("*"):
+                _flush_to_disk(path)
+            if replace:
+                move_into_place(folder, out)
+            else:
+                _flush_to_disk(folder)
+                check_output(out)
+                folder.rename(out)  # onto an empty folder at most
+                _flush_to_disk(out.parent)
+    finally:
+        _delete(folder)
+
+
+@contextmanager
+def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Write a hidden file, which becomes ``out`` at the end; after an error or Ctrl-C nothing is left.
+
+    Args:
+        out: File to make; its folder is made if need be.
+        replace: Take the place of a file that is there, in one step.
+
+    Yields:
+        The hidden file's path, with the same suffix; nothing is there yet.
+
+    Raises:
+        FileExistsError: ``out`` is a folder, or a file and ``replace`` is not given.
+        OSError: the disk is full, or cannot be written.
+    """
+    if not replace or out.is_dir():
+        check_file(out)
+    unfinished = _partial_path(out)
+    try:
+        with _naming_full_disk(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            yield unfinished
+            if not replace:
+                check_file(out)
+            move_into_place(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8, replacing one that is there in one step; its folder is made if need be."""
+    with new_file(path, replace=True) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, *, indent: int = 2, sort_keys: bool = False) -> None:
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent, sort_keys=sort_keys) + "\n")
+
+
 def check_output(out: Path) -> None:
-    """Raise FileExistsError unless ``out`` is free to be made (absent, or an empty folder)."""
+    """Raise FileExistsError unless a folder can be made (absent, or an empty folder)."""
     if out.is_dir() and any(out.iterdir()):
         raise ExistingFileError(f"{str(out)!r} is a folder that is not empty. Delete it or choose another output")
     if out.exists() and not out.is_dir():
         raise ExistingFileError(f"{str(out)!r} is a file, expected a new folder. Delete it or choose another output")
 
 
-def partial_path(out: Path) -> Path:
-    """A hidden name beside ``out``, new at each call."""
-    return out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+def check_file(out: Path) -> None:
+    """Raise FileExistsError unless a file of this name can be made."""
+    if out.is_dir():
+        raise ExistingFileError(f"{str(out)!r} is a folder, expected a new file. Give the name of a file in it")
+    if out.exists():
+        raise ExistingFileError(f"{str(out)!r} is a file, expected a new one. Delete it or choose another output")
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Fill a hidden folder, which becomes ``out`` at the end; after an error or Ctrl-C nothing is left.
+def unfinished_path(path: Path) -> Path:
+    """Return the hidden name for output that several processes write together; see `move_into_place`."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def move_into_place(unfinished: Path, path: Path) -> None:
+    """Give a complete file or folder its name.
+
+    What has the name is replaced: a file in one step, a folder in two, between which there is none.
 
     Args:
-        out: The folder to make; it may exist if it is empty.
-
-    Yields:
-        The hidden folder beside it, empty.
-
-    Raises:
-        FileExistsError: ``out`` is a file or a folder that is not empty.
-        OSError: the disk is full, or cannot be written.
+        unfinished: Hidden file or folder; the files in a folder are flushed to the disk already.
+        path: Its name beside it.
     """
-    check_output(out)
-    folder = partial_path(out)
-    try:
-        with clear_disk_errors(out):
-            folder.mkdir(parents=True)
-            yield folder
-            finish(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    _flush_to_disk(unfinished)
+    outdated = _outdated_path(path)
+    if path.is_dir() or (path.exists() and unfinished.is_dir()):
+        _delete(outdated)  # of a killed process
+        path.rename(outdated)
+    unfinished.replace(path)
+    _flush_to_disk(path.parent)
+    _delete(outdated)
 
 
-def finish(folder: Path, out: Path) -> None:
-    """Flush a folder and its files to the disk and give it its name. FileExistsError if that is taken meanwhile."""
-    for path in [*folder.iterdir(), folder]:
-        flush_to_disk(path)
-    check_output(out)
-    folder.rename(out)
-    flush_to_disk(out.parent)
+def replace_link(link: Path, target: Path) -> None:
+    """Have a symbolic link point to a file or folder, changing one that is there in one step."""
+    unfinished = unfinished_path(link)
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(os.path.relpath(target, link.parent))
+    unfinished.replace(link)
 
 
-def flush_to_disk(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file or folder; a kill never leaves half a folder under its name."""
+    if path.is_dir() and not path.is_symlink():
+        outdated = _outdated_path(path)
+        path.rename(outdated)
+        path = outdated
+    _delete(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove everything that killed processes left half written or half removed in a folder."""
+    for pattern in (".*.unfinished", ".*.partial-*", ".*.outdated"):
+        for path in folder.glob(pattern):
+            _delete(path)
+
+
+def _partial_path(out: Path) -> Path:
+    return out.with_name(f".{out.stem}.partial-{secrets.token_hex(4)}{out.suffix}")
+
+
+def _outdated_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.outdated")
+
+
+def _flush_to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -68,61 +180,21 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def clear_disk_errors(out: Path) -> Iterator[None]:
-    """Let a full disk be named with the output and what to do."""
+def _naming_full_disk(out: Path) -> Iterator[None]:
+    """Add the output's name, and what to do, to the error of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(out, str(error.strerror)) from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"no space to write {str(out)!r}: {error.strerror}. Free some space or choose another disk",
+        ) from error
 
 
-def disk_full(out: Path, detail: str) -> OSError:
-    """The error for a disk that cannot hold ``out``."""
-    return OSError(errno.ENOSPC, f"no space to write {str(out)!r}: {detail}. Free some space or choose another disk")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, replacing one that is there in a single step.
-
-    Args:
-        path: File; its folder is made if need be.
-        text: Its content, written as UTF-8.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of ``path`` in the end.
-
-    Args:
-        path: Where the folder belongs; one that is there is replaced.
-
-    Yields:
-        An empty folder beside it, removed if filling it fails.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    outdated = path.with_name(f".{path.name}.outdated")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        # A folder cannot be replaced in one step; between these two there is none, but never half of one.
-        if path.exists():
-            path.rename(outdated)
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(outdated, ignore_errors=True)
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import io
 import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import distributed
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import move_into_place, remove_path, write_text
 
 METADATA = ".metadata"
 
@@ -108,21 +108,8 @@ def _check_object(shard: BinaryIO, offset: int, length: int, name: str) -> None:
 
 
 _SUMS = "SHA256SUMS"
-_UNFINISHED, _OUTDATED = "unfinished", "outdated"
 _LIGHTNINGS = "meta.pt"
 _NEEDED = (".metadata", _LIGHTNINGS)  # of a folder: torch's description, and what Lightning puts beside the tensors
-
-
-def unfinished_path(path: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return path.with_name(f".{path.name}.{_UNFINISHED}")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left half written or half removed. Args: folder: Of checkpoints."""
-    for ending in (_UNFINISHED, _OUTDATED):
-        for path in folder.glob(f".*.{ending}"):
-            _remove(path)
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -139,27 +126,18 @@ def publish(unfinished: Path, path: Path) -> None:
     if _rank() != 0:
         return
     if unfinished.is_dir():
-        _write_durably(unfinished / _SUMS, _as_lines(sums))
+        write_text(unfinished / _SUMS, _as_lines(sums))
     # A kill from here on leaves one without sums, which is complete nevertheless.
     sidecar(path).unlink(missing_ok=True)
-    outdated = path.with_name(f".{path.name}.{_OUTDATED}")
-    if path.is_dir() or (path.exists() and unfinished.is_dir()):
-        path.rename(outdated)
-    unfinished.replace(path)
+    move_into_place(unfinished, path)
     if path.is_file():
-        _write_durably(sidecar(path), _as_lines({path.name: sums[unfinished.name]}))
-    _sync(path.parent)
-    _remove(outdated)
+        write_text(sidecar(path), _as_lines({path.name: sums[unfinished.name]}))
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint and its sums; a kill never leaves half a folder under its name. Args: path: Checkpoint."""
     sidecar(path).unlink(missing_ok=True)
-    if path.is_dir():
-        outdated = path.with_name(f".{path.name}.{_OUTDATED}")
-        path.rename(outdated)
-        path = outdated
-    _remove(path)
+    remove_path(path)
 
 
 def sidecar(path: Path) -> Path:
@@ -335,32 +313,6 @@ def _sum(path: Path, *, sync: bool = False) -> str:
 
 def _as_lines(sums: dict[str, str]) -> str:
     return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
-
-
-def _write_durably(path: Path, text: str) -> None:
-    unfinished = unfinished_path(path)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _rank() -> int:

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mixcn.errors import ExistingFileError
-from lightning_mixcn.files.atomic import check_output, clear_disk_errors, flush_to_disk
+from lightning_mixcn.files.atomic import check_output, new_file, write_json
 
 Arrays = dict[str, NDArray[Any]]
 _SETTINGS = "settings.json"
@@ -51,15 +50,10 @@ class StudyParts:
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        unfinished = self.folder / f".{name}.npz"
         if not (self.folder / _SETTINGS).is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(_SETTINGS, json.dumps(self._settings, ensure_ascii=False, indent=2).encode())
-        with clear_disk_errors(self.folder):
-            with unfinished.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # it takes any names
-            flush_to_disk(unfinished)
-            unfinished.replace(self._path(name))
+            write_json(self.folder / _SETTINGS, self._settings)
+        with new_file(self._path(name), replace=True) as unfinished:
+            np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # it takes any names
 
     def load(self, name: str) -> Arrays:
         """What was saved."""
@@ -72,12 +66,6 @@ class StudyParts:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
-
-    def _write(self, name: str, content: bytes) -> None:
-        unfinished = self.folder / f".{name}"
-        unfinished.write_bytes(content)
-        flush_to_disk(unfinished)
-        os.replace(unfinished, self.folder / name)
 
 
 def check_settings(there: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:

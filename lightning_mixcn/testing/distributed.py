@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightning_mixcn.files.atomic import new_file
+
 Result = TypeVar("Result")
 # Imported once by a server that then forks each rank: the imports take seconds.
 _PRELOADED = ["lightning_mixcn.callbacks", "lightning_mixcn.data", "lightning_mixcn.modules"]
@@ -76,9 +78,8 @@ def _run_rank(folder: Path, rank: int, ranks: int, function: Callable[..., Any],
         torch.distributed.destroy_process_group()
     except BaseException:
         outcome = False, f"rank {rank}: {traceback.format_exc()}"
-    unfinished = folder / f"{rank}.unfinished"
-    unfinished.write_bytes(pickle.dumps(outcome))
-    unfinished.rename(folder / f"{rank}.pickle")
+    with new_file(folder / f"{rank}.pickle") as unfinished:
+        unfinished.write_bytes(pickle.dumps(outcome))
 
 
 def _outcome(folder: Path, rank: int, exit_code: int | None) -> tuple[bool, Any]:

@@ -13,7 +13,6 @@ class Maker:
 
     def __call__(self, folder: Path) -> None:
         self.calls += 1
-        folder.mkdir()
         (folder / "content").write_text(self.content, encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MixtralConfig
 
 from lightning_mixcn.model import load_mixtral, local_bytes, shard_model
-from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 from lightning_mixcn.testing import run_distributed
 
 CONFIG: dict[str, Any] = {
@@ -43,7 +43,7 @@ def write_random_checkpoint(folder: Path) -> None:
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return noise[: rows * columns].view(rows, columns)
 
-    with ShardWriter(folder, CONFIG) as writer:
+    with new_checkpoint(folder, CONFIG) as writer:
         writer.add("model.embed_tokens.weight", matrix(config.vocab_size // 4, hidden).repeat(4, 1))
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}"

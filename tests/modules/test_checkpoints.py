@@ -11,15 +11,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
+from lightning_mixcn.files.atomic import remove_leftovers, unfinished_path
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.modules.checkpoints import (
     check_before_loading,
     find_fault,
     publish,
     remove,
-    remove_leftovers,
     sidecar,
-    unfinished_path,
     verify,
 )
 from lightning_mixcn.testing import FixedBatches, random_batch

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import write_json
 
 from .folder import Checkpoint
 
@@ -72,7 +73,7 @@ def write_identity(folder: Path, identity: dict[str, str]) -> None:
         folder: Of the adapter, or of the 4-bit model.
         identity: ``path`` and ``sha256`` of the base, see `base_identity`.
     """
-    (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / IDENTITY_FILE, identity)
 
 
 def read_identity(folder: Path) -> dict[str, str] | None:

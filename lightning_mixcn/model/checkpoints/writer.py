@@ -1,23 +1,17 @@
 """Writing a Hugging Face checkpoint folder: streaming, sharded, all or nothing."""
 
-import json
+import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import (
-    check_output,
-    clear_disk_errors,
-    disk_full,
-    finish,
-    partial_path,
-)
+from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.files.safetensors import DTYPE_CODES, write_safetensors
 
 from .folder import INDEX_FILE, SINGLE_FILE
@@ -26,22 +20,22 @@ from .folder import INDEX_FILE, SINGLE_FILE
 _BLOCK_BYTES = 64 * 2**20
 
 
-class ShardWriter:
-    """Context manager that writes ``config.json``, safetensors shards with their index, and further files.
+@contextmanager
+def new_checkpoint(
+    out: str | Path, config: Mapping[str, Any], *, max_shard_bytes: int = 1_000_000_000
+) -> Iterator["ShardWriter"]:
+    """Write ``config.json``, safetensors shards with their index, and further files, all of them or nothing.
 
-    Everything goes to a hidden folder beside ``out`` (``.NAME.partial-…``), which is flushed to the disk and renamed at
-    the end; after an error or Ctrl-C it is removed and nothing is left under ``out``. (After ``kill -9`` the hidden
-    folder stays; it can be deleted.) The same tensors in the same order give the same bytes.
+    The same tensors in the same order give the same bytes.
 
     Args:
-        out: The folder to make; it may exist if it is empty.
+        out: Folder to make, see `new_folder`.
         config: Content of ``config.json``.
-        max_shard_bytes: A shard is written before it would grow beyond this, in bytes; peak memory is one shard. A
-            larger tensor gets a shard of its own.
+        max_shard_bytes: Size in bytes beyond which a shard does not grow; peak memory is one shard. A larger tensor
+            gets a shard of its own.
 
-    Attributes:
-        folder: The hidden folder, for callers that save further files into it.
-        held_bytes: Size of the shard that is being filled, in bytes.
+    Yields:
+        The writer of the shards.
 
     Raises:
         FileExistsError: ``out`` is a file or a folder that is not empty.
@@ -50,21 +44,31 @@ class ShardWriter:
     Example:
         >>> import os, tempfile, torch
         >>> out = tempfile.mkdtemp()
-        >>> with ShardWriter(out, {"model_type": "mixtral"}) as writer:
+        >>> with new_checkpoint(out, {"model_type": "mixtral"}) as writer:
         ...     writer.add("lm_head.weight", torch.zeros(2, 3))
         >>> sorted(os.listdir(out))
         ['config.json', 'model.safetensors']
     """
+    if max_shard_bytes < 1:
+        raise UserError(f"`max_shard_bytes` must be at least 1, not {max_shard_bytes}")
+    with new_folder(Path(out).expanduser().resolve()) as folder:
+        writer = ShardWriter(folder, max_shard_bytes)
+        yield writer
+        writer.finish()
+        write_json(folder / "config.json", dict(config), sort_keys=True)
 
-    def __init__(self, out: str | Path, config: Mapping[str, Any], *, max_shard_bytes: int = 1_000_000_000) -> None:
-        """Check that ``out`` is free; nothing is written before the ``with`` block."""
-        if max_shard_bytes < 1:
-            raise UserError(f"`max_shard_bytes` must be at least 1, not {max_shard_bytes}")
-        self.out = Path(out).expanduser().resolve()
-        check_output(self.out)
-        self.folder = partial_path(self.out)
-        self._config = dict(config)
-        self._max_shard_bytes = max_shard_bytes
+
+class ShardWriter:
+    """Tensors on their way into the shards of a folder. See `new_checkpoint`.
+
+    Attributes:
+        folder: The hidden folder, for callers that save further files into it.
+        held_bytes: Size of the shard that is being filled, in bytes.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        """Begin the first shard."""
+        self.folder, self._max_shard_bytes = folder, max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._block = torch.empty(0, dtype=torch.uint8)
         self._block_used = 0
@@ -72,22 +76,6 @@ class ShardWriter:
         self._total_bytes = 0
         self._shards: list[list[str]] = []
         self._names: set[str] = set()
-
-    def __enter__(self) -> Self:
-        """Make the hidden folder."""
-        self.folder.mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Finish and rename the folder, or remove it after an error."""
-        try:
-            if kind is None:
-                with clear_disk_errors(self.out):
-                    self._finish()
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor; a copy is held until its shard is full.
@@ -98,7 +86,6 @@ class ShardWriter:
 
         Raises:
             ValueError: the name was added before, or safetensors has no such dtype.
-            OSError: the disk is full.
         """
         if name in self._names:
             raise UserError(f"tensor {name!r} was added twice: each name may be added once")
@@ -107,22 +94,21 @@ class ShardWriter:
                 f"tensor {name!r} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}"
             )
         if self._pending and self.held_bytes + tensor.nbytes > self._max_shard_bytes:
-            with clear_disk_errors(self.out):
-                self._flush()
+            self._flush()
         self._names.add(name)
         self._pending[name] = self._hold(tensor)
         self.held_bytes += tensor.nbytes
 
     def add_file(self, source: Path) -> None:
         """Copy a further file (a tokenizer's, for instance) into the folder, under its own name."""
-        with clear_disk_errors(self.out):
-            shutil.copyfile(source, self.folder / source.name)
+        shutil.copyfile(source, self.folder / source.name)
 
     def require_free_bytes(self, expected_bytes: int) -> None:
         """Raise OSError now, rather than hours later, if the disk cannot hold ``expected_bytes`` bytes."""
         free = shutil.disk_usage(self.folder).free
         if free < expected_bytes:
-            raise disk_full(self.out, f"{expected_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+            needed = f"{expected_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+            raise OSError(errno.ENOSPC, needed)  # `new_folder` names the output
 
     def _hold(self, tensor: Tensor) -> Tensor:
         """Copy a tensor into large blocks, which the C library gives back to the system when they are freed.
@@ -143,7 +129,8 @@ class ShardWriter:
         self._pending, self.held_bytes = {}, 0
         self._block, self._block_used = torch.empty(0, dtype=torch.uint8), 0
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Write the last shard, and give all their final names."""
         if self._pending:
             self._flush()
         count = len(self._shards)
@@ -154,13 +141,7 @@ class ShardWriter:
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            self._write_json(INDEX_FILE, index)
-        self._write_json("config.json", self._config)
-        finish(self.folder, self.out)
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (self.folder / name).write_text(text + "\n", encoding="utf-8")
+            write_json(self.folder / INDEX_FILE, index, sort_keys=True)
 
 
 def _unnumbered(number: int) -> str:

@@ -20,7 +20,7 @@ from lightning_mixcn.model.checkpoints.reading import (
     pieces,
     torch_dtype,
 )
-from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 from lightning_mixcn.model.loading import open_entries
 from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.nf4.codec import BLOCK, SUPERBLOCK, dequantize
@@ -50,7 +50,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     tied = {"tie_word_embeddings": config.tie_word_embeddings}
     changes = {"model_type": QUANTISED_MODEL_TYPE, "quantization_config": method, "dtype": dtype}
     settings = checkpoint.config | tied | changes
-    with ShardWriter(out, settings) as writer:
+    with new_checkpoint(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):
             for name, tensor in _tensors(entry, checkpoint, source, torch_dtype(dtype)).items():
                 writer.add(name, tensor)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output
 from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 
 from .dense import DenseSource, _open_folder
 
@@ -96,7 +96,7 @@ def upcycle(
     source = open_dense(src)
     target_dtype = getattr(torch, dtype) if dtype else None
     config = mixtral_config(source, num_experts, num_experts_per_tok, target_dtype or source.dtype)
-    with ShardWriter(out, config.to_diff_dict()) as writer:
+    with new_checkpoint(out, config.to_diff_dict()) as writer:
         total_bytes = _expected_bytes(source, num_experts, target_dtype or source.dtype)
         writer.require_free_bytes(total_bytes)
         source.save_tokenizer(writer.folder)

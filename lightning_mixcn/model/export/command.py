@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import check_output
+from lightning_mixcn.files.atomic import check_file, check_output
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.find import find_model, tokenizer_of
 
 from .adapter import export_adapter
 from .card import public_title
 from .folder import MergeOptions, export_checkpoint
-from .gguf import LlamaCpp, check_file, check_tokenizer
+from .gguf import LlamaCpp, check_tokenizer
 from .merge import Layout, Precision
 
 

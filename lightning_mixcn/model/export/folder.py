@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.identity import ModelSource
 from lightning_mixcn.model.checkpoints.reading import stock_settings, torch_dtype
-from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
 
@@ -83,7 +83,7 @@ def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOpt
     shape = {"vocab_size": merged.vocab_size, "tie_word_embeddings": base.config.tie_word_embeddings}
     extended = checkpoint.config | shape
     config = exported_config(extended, merged.dtype(next(iter(base.modules))))
-    with ShardWriter(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
+    with new_checkpoint(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
         writer.require_free_bytes(merged.nbytes)
         tokenizer = local_folder(found.tokenizer)
         for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer, checkpoint.path)]:

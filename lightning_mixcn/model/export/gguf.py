@@ -1,19 +1,14 @@
 """GGUF through llama.cpp's own programs, which are called, not copied."""
 
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_mixcn.errors import ExistingFileError, MissingFileError, UserError
-from lightning_mixcn.files.atomic import (
-    check_output,
-    clear_disk_errors,
-    flush_to_disk,
-    partial_path,
-)
+from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.files.atomic import new_file
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -58,32 +53,14 @@ class LlamaCpp:
             ValueError: a program failed.
             OSError: the disk is full.
         """
-        check_file(out)
-        scratch, converted, quantised = (partial_path(out) for _ in range(3))
-        merged = scratch / name
-        try:
-            with clear_disk_errors(out):
-                export(merged)
-                kind = self._outtype if self._quantizer is None else "bf16"
-                _call(self._converter, [str(merged), "--outfile", str(converted), "--outtype", kind], converted)
-                if self._quantizer is not None:
-                    _call(self._quantizer, [str(converted), str(quantised), self._outtype.upper()], quantised)
-                finished = converted if self._quantizer is None else quantised
-                flush_to_disk(finished)
-                check_file(out)
-                finished.rename(out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            for file in (converted, quantised):
-                file.unlink(missing_ok=True)
-
-
-def check_file(out: Path) -> None:
-    """Raise FileExistsError unless a file of this name can be made."""
-    if out.is_dir():
-        raise ExistingFileError(f"{str(out)!r} is a folder, expected a new file. Give a name such as model.gguf")
-    if out.exists():
-        check_output(out)
+        with new_file(out) as finished, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            merged = Path(scratch, name)
+            export(merged)
+            converted = finished if self._quantizer is None else Path(scratch, "converted.gguf")
+            kind = self._outtype if self._quantizer is None else "bf16"
+            _call(self._converter, [str(merged), "--outfile", str(converted), "--outtype", kind], converted)
+            if self._quantizer is not None:
+                _call(self._quantizer, [str(converted), str(finished), self._outtype.upper()], finished)
 
 
 def _find(folder: str | None, program: str) -> Path:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import ExistingFileError, UserError
-from lightning_mixcn.files.atomic import clear_disk_errors, flush_to_disk, partial_path
+from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.sharding import is_sharded, shard_model
 from lightning_mixcn.studies.models import (
@@ -263,8 +263,8 @@ def _finish(
     """Write the outputs, and show the table."""
     report, table = plan.report(settings, languages)
     if answers is not None:
-        _write_whole(answers, plan.answers())
-    _write_whole(target, report)
+        write_text(answers, plan.answers())
+    write_text(target, report)
     plan.parts.delete()
     print(table)
 
@@ -318,18 +318,6 @@ def _is_finished(target: Path, settings: dict[str, Any], answers: Path | None) -
     print(table)
     _say(f"{target} was finished before.")
     return True
-
-
-def _write_whole(target: Path, content: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = partial_path(target)
-    try:
-        with clear_disk_errors(target):
-            unfinished.write_text(content, encoding="utf-8")
-            flush_to_disk(unfinished)
-            unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _say(text: str) -> None:

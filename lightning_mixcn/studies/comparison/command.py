@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ import yaml
 
 from lightning_mixcn.commands import process as commands
 from lightning_mixcn.errors import ExistingFileError, UserError
-from lightning_mixcn.files.atomic import flush_to_disk
+from lightning_mixcn.files.atomic import new_file, write_json, write_text
 from lightning_mixcn.studies.parts import check_settings
 from lightning_mixcn.studies.tasks import require_harness
 
@@ -150,13 +149,12 @@ class _Study:
         """Tables and figure, each whole or not at all, the report last."""
         results, costs = [run_result(run) for run in runs], [run_cost(run) for run in runs]
         title = self.recipe.title
-        unfinished = self.folder / ".comparison.unfinished.png"
-        save_curves(unfinished, results, title)
-        unfinished.replace(self.folder / "comparison.png")
-        _write(self.folder / "comparison.csv", as_csv(results))
-        _write(self.folder / "costs.csv", costs_as_csv(costs))
-        _write(self.folder / _TABLE, as_markdown(title, results, costs))
-        _write(self.folder / _REPORT, as_json(settings, results))
+        with new_file(self.folder / "comparison.png", replace=True) as unfinished:
+            save_curves(unfinished, results, title)
+        write_text(self.folder / "comparison.csv", as_csv(results))
+        write_text(self.folder / "costs.csv", costs_as_csv(costs))
+        write_text(self.folder / _TABLE, as_markdown(title, results, costs))
+        write_text(self.folder / _REPORT, as_json(settings, results))
 
 
 def _check_folder(folder: Path) -> None:
@@ -227,7 +225,7 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
         check_settings(json.loads((folder / _STUDY).read_text(encoding="utf-8")), settings, folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _STUDY, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+        write_json(folder / _STUDY, settings, indent=1)
 
 
 @contextmanager
@@ -244,13 +242,6 @@ def _alone(folder: Path) -> Iterator[int]:
             _say(f"Another process works on {folder}, perhaps a command that outlived its study: waiting for its end.")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
-
-
-def _write(file: Path, content: str) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    flush_to_disk(unfinished)
-    os.replace(unfinished, file)
 
 
 def _say(text: str) -> None:

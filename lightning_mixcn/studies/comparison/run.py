@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lightning_mixcn.files.atomic import flush_to_disk
+from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.text import ConversationSource, Source, parse_sources
 from lightning_mixcn.text.corpus.listings import LeftOut, walk_files
@@ -64,11 +64,7 @@ class ComparedRun:
             *({"class_path": f"lightning_mixcn.callbacks.{name}", "init_args": given} for name, given in added.items()),
         ]
         trainer["default_root_dir"] = str(self._fit)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / ".config.yaml.unfinished"
-        unfinished.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8")
-        flush_to_disk(unfinished)
-        unfinished.replace(self._config)
+        write_text(self._config, yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
 
     def validate_command(self) -> list[str]:
         """Arguments of ``mixcn`` that measure the model before training."""

@@ -4,13 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from lightning_mixcn.errors import ExistingFileError, UserError
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import (
+    check_file,
     check_output,
-    clear_disk_errors,
-    flush_to_disk,
+    new_file,
     new_folder,
-    partial_path,
 )
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.text.corpus.sources import DocumentUnit
@@ -77,7 +76,7 @@ def train(
         FileExistsError: OUT is there.
     """
     target = Path(out).expanduser().resolve()
-    _check_file(target)
+    check_file(target)
     limits = {"vocab_size": (vocab_size, 4), "max_piece_characters": (max_piece_characters, 1)}
     for name, (value, least) in (limits | {"max_sentences": (max_sentences, 0), "seed": (seed, 0)}).items():
         if value < least:
@@ -91,16 +90,8 @@ def train(
         lines, vocab_size=vocab_size, model_type=model_type, character_coverage=character_coverage,
         max_piece_characters=max_piece_characters, max_sentences=max_sentences, seed=seed,
     )  # fmt: skip
-    unfinished = partial_path(target)
-    try:
-        with clear_disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(model)
-            flush_to_disk(unfinished)
-            _check_file(target)
-            unfinished.rename(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with new_file(target) as unfinished:
+        unfinished.write_bytes(model)
     pieces = read_pieces(str(target))
     _say(f"{target}: {len(pieces):,} pieces, such as {' '.join(pieces[:_SHOWN])}")
 
@@ -199,11 +190,6 @@ def _tokenizer(path: str) -> Path:
     """A SentencePiece model, or the folder that a name means."""
     file = Path(path).expanduser()
     return file if file.is_file() else local_folder(path)
-
-
-def _check_file(target: Path) -> None:
-    if target.exists():
-        raise ExistingFileError(f"`out={str(target)!r}` is there already. Delete it or choose another name")
 
 
 def _summary(chosen: ChosenPieces, present: int, script: str) -> str:

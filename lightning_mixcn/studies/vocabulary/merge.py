@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.atomic import new_folder
+from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.text import load_tokenizer
 from lightning_mixcn.tokenizer.files import tokenizer_files
 from lightning_mixcn.tokenizer.sentencepiece import special_pieces
@@ -175,14 +175,14 @@ def write_tokenizer(base_folder: Path, base: TokenizerBase, chosen: ChosenPieces
         for file in tokenizer_files(base_folder):
             if file.name not in _REBUILT:
                 (folder / file.name).write_bytes(file.read_bytes())
-        _write_json(folder / _CONFIG, _configuration(base_folder))
+        write_json(folder / _CONFIG, _configuration(base_folder), indent=1)
         report = {"base_pieces": len(base.pieces), "pieces": len(base.pieces) + len(chosen.added), "script": script}
         counts = {
             "candidates": chosen.candidates, "already_there": chosen.already_there,
             "other_script": chosen.other_script, "beyond_max": chosen.beyond_max, "added": len(chosen.added),
             "helpers": len(chosen.helpers), "unreachable": chosen.unreachable,
         }  # fmt: skip
-        _write_json(folder / REPORT, report | counts)
+        write_json(folder / REPORT, report | counts, indent=1)
         load_tokenizer(folder)
 
 
@@ -197,7 +197,3 @@ def _configuration(base_folder: Path) -> dict[str, Any]:
     if settings.get("tokenizer_class") not in _AS_IT_STANDS:
         settings["tokenizer_class"] = _AS_IT_STANDS[0]
     return settings
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

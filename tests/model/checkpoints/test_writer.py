@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_mixcn.files import atomic as output_path
+from lightning_mixcn.files import atomic
 from lightning_mixcn.model.checkpoints import writer as shard_writer
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.writer import ShardWriter
+from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 
 CONFIG = {"model_type": "mixtral", "b": None, "a": [1]}
 
@@ -23,7 +23,7 @@ def numbered(count: int) -> dict[str, torch.Tensor]:
 
 
 def write(out: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 10**9) -> None:
-    with ShardWriter(out, CONFIG, max_shard_bytes=max_shard_bytes) as writer:
+    with new_checkpoint(out, CONFIG, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
 
@@ -54,7 +54,7 @@ def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
 
 
 def test_a_full_shard_is_written_and_released_at_once(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "out", CONFIG, max_shard_bytes=80) as writer:
+    with new_checkpoint(tmp_path / "out", CONFIG, max_shard_bytes=80) as writer:
         for i, tensor in enumerate(numbered(6).values()):
             writer.add(f"layer.{i}", tensor)
             assert writer.held_bytes <= 80
@@ -64,7 +64,7 @@ def test_a_full_shard_is_written_and_released_at_once(tmp_path: Path) -> None:
 
 def test_a_tensor_may_change_after_it_was_added(tmp_path: Path) -> None:
     reused = torch.zeros(4)
-    with ShardWriter(tmp_path / "out", CONFIG) as writer:
+    with new_checkpoint(tmp_path / "out", CONFIG) as writer:
         for i in range(3):
             writer.add(f"layer.{i}", reused.fill_(i))
     assert [Checkpoint(tmp_path / "out").read(f"layer.{i}").tolist() for i in range(3)] == [[i] * 4 for i in range(3)]
@@ -97,7 +97,7 @@ def test_dtype_views_and_shared_memory(tmp_path: Path) -> None:
 
 def test_further_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with ShardWriter(tmp_path / "out", CONFIG) as writer:
+    with new_checkpoint(tmp_path / "out", CONFIG) as writer:
         writer.add("a", torch.zeros(1))
         writer.add_file(tmp_path / "tokenizer.json")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
@@ -114,15 +114,15 @@ def test_folder_that_is_not_empty_is_refused_before_anything_is_written(tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     with pytest.raises(FileExistsError, match=r"not empty\. Delete it or choose another output"):
-        ShardWriter(tmp_path / "out", CONFIG)
+        write(tmp_path / "out", {})
     with pytest.raises(FileExistsError, match="is a file"):
-        ShardWriter(tmp_path / "out" / "mine.txt", CONFIG)
+        write(tmp_path / "out" / "mine.txt", {})
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_folder_that_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     def race() -> None:
-        with ShardWriter(tmp_path / "out", CONFIG) as writer:
+        with new_checkpoint(tmp_path / "out", CONFIG) as writer:
             writer.add("a", torch.zeros(1))
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -136,7 +136,7 @@ def test_folder_that_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
-        with ShardWriter(tmp_path / "out", CONFIG, max_shard_bytes=80) as writer:
+        with new_checkpoint(tmp_path / "out", CONFIG, max_shard_bytes=80) as writer:
             for name, tensor in numbered(5).items():
                 writer.add(name, tensor)
             raise error
@@ -150,7 +150,7 @@ def test_nothing_is_left_after_an_error_at_the_end(tmp_path: Path, monkeypatch: 
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output_path, "flush_to_disk", interrupted)
+    monkeypatch.setattr(atomic, "_flush_to_disk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", numbered(3))
     assert os.listdir(tmp_path) == []
@@ -171,7 +171,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_disk_that_will_not_hold_it_is_refused_first(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    with ShardWriter(tmp_path / "out", CONFIG) as writer:
+    with new_checkpoint(tmp_path / "out", CONFIG) as writer:
         writer.require_free_bytes(1)
         with pytest.raises(OSError, match=r"GB are needed, .* GB are free"):
             writer.require_free_bytes(2 * free + 10**12)
@@ -179,8 +179,8 @@ def test_disk_that_will_not_hold_it_is_refused_first(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`max_shard_bytes` must be at least 1, not 0"):
-        ShardWriter(tmp_path / "out", CONFIG, max_shard_bytes=0)
-    with ShardWriter(tmp_path / "out", CONFIG) as writer:
+        write(tmp_path / "out", {}, max_shard_bytes=0)
+    with new_checkpoint(tmp_path / "out", CONFIG) as writer:
         writer.add("a", torch.zeros(1))
         with pytest.raises(ValueError, match="tensor 'a' was added twice"):
             writer.add("a", torch.zeros(1))

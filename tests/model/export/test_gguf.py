@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import MixtralForCausalLM
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model.export import gguf as export_gguf
+from lightning_mixcn.files import atomic
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.export.gguf import CONVERTER, QUANTIZER
 from lightning_mixcn.testing import save_tiny_mixtral
@@ -184,7 +184,7 @@ def test_failures_leave_nothing(
         (llama_cpp / "build/bin" / QUANTIZER).unlink()
         outtype, message = "q4_k_m", "llama-quantize is not in"
     elif failure == "full disk":
-        monkeypatch.setattr(export_gguf, "flush_to_disk", full)
+        monkeypatch.setattr(atomic, "move_into_place", full)
         message = "no space to write"
     else:
         out.write_text("mine")

@@ -69,7 +69,7 @@ def test_help_of_each(capsys: pytest.CaptureFixture[str]) -> None:
         ([], 'expected "subcommand" to be one of {train,merge,report}'),
         (["split"], "invalid choice: 'split'"),
         (["train", "--out", "x.model"], "corpus"),
-        (["train", "zh.jsonl", "--out", "base"], "is there already"),
+        (["train", "zh.jsonl", "--out", "base"], "is a folder, expected a new file"),
         (["train", "zh.jsonl", "--out", "x", "--vocab_size", "9000"], "Vocabulary size too high"),
         (["train", "zh.jsonl", "--out", "x", "--vocab_size", "3"], "`vocab_size=3`: expected at least 4"),
         (["train", "zh.jsonl", "--out", "x", "--character_coverage", "0.5"], "a share from 0.98 to 1"),
