@@ -1,13 +1,14 @@
 """Subcommands that are one function: their options come from its signature, their help from its docstring."""
 
 import argparse
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import Parameter, signature
-from itertools import pairwise
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
+from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
 from lightning_mixcn.errors import UserError
@@ -16,23 +17,30 @@ from .table import FUNCTIONS, NESTED
 
 
 def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]]:
-    """Parser of a subcommand and the function it calls; arguments without a default are positional.
+    """Build the parser of a subcommand; arguments without a default are positional.
 
     Args:
-        command: A name in the table of this file, with one of the second table behind it where there are any; without,
+        command: Name in the table `FUNCTIONS`, followed by a blank and one of `NESTED` where there are any; without it,
             the parser leads to all of these.
+
+    Returns:
+        The parser, and the function to call.
     """
     command, _, nested = command.partition(" ")
     module = import_module(FUNCTIONS[command])
     if command in NESTED and not nested:
-        return _parser_of_several(command), lambda **parsed: getattr(module, parsed["subcommand"])(
-            **parsed[parsed["subcommand"]]
-        )
+        parser = ArgumentParser(prog=f"mixcn {command}", exit_on_error=False)
+        _add_nested(parser, command)
+        return parser, lambda: None
     function: Callable[..., object] = getattr(module, nested or command)
-    command = f"{command} {nested}".strip()
-    summary = (function.__doc__ or "").partition("\n")[0]
-    parser = ArgumentParser(prog=f"mixcn {command}", description=summary, exit_on_error=False)
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    parser = ArgumentParser(
+        prog=f"mixcn {command} {nested}".strip(),
+        description=parse(function.__doc__ or "").description,
+        exit_on_error=False,
+    )
+    helps, hints = _helps(function), get_type_hints(function)
+    for name, parameter in signature(function).parameters.items():
+        _add_parameter(parser, parameter, hints[name], helps)
     return parser, function
 
 
@@ -40,7 +48,7 @@ def add_function_subcommands(subcommands: Any, helps: Mapping[str, str]) -> None
     """Add all of them to another program's subcommands.
 
     Args:
-        subcommands: What jsonargparse's ``add_subcommands`` gave.
+        subcommands: Result of jsonargparse's ``add_subcommands``.
         helps: One line for each.
     """
     for command in FUNCTIONS:
@@ -51,25 +59,12 @@ def add_function_subcommands(subcommands: Any, helps: Mapping[str, str]) -> None
             _add_nested(parser, command)
 
 
-def _parser_of_several(command: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"mixcn {command}", exit_on_error=False)
-    _add_nested(parser, command)
-    return parser
-
-
-def _add_nested(parser: ArgumentParser, command: str) -> None:
-    subcommands = parser.add_subcommands(dest="subcommand")
-    for name in NESTED[command]:
-        nested, function = function_parser(f"{command} {name}")
-        subcommands.add_subcommand(name, nested, help=(function.__doc__ or "").partition("\n")[0])
-
-
 def run_function(command: str, arguments: list[str]) -> None:
     """Parse the arguments of a subcommand and run it.
 
     Args:
-        command: A name in the table of this file.
-        arguments: Those behind the subcommand.
+        command: Name in the table `FUNCTIONS`.
+        arguments: Those after the subcommand.
 
     Raises:
         UserError: the arguments cannot be used.
@@ -82,11 +77,11 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
     """Parse the arguments of a subcommand.
 
     Args:
-        command: A name in the table of this file.
-        arguments: Those behind the subcommand.
+        command: Name in the table `FUNCTIONS`.
+        arguments: Those after the subcommand.
 
     Returns:
-        The function, and what to call it with.
+        The function, and its arguments.
 
     Raises:
         UserError: the arguments cannot be used.
@@ -95,56 +90,60 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
         return parse_function(f"{command} {arguments[0]}", arguments[1:])
     parser, function = function_parser(command)
     try:
-        parsed = parser.parse_args(_positional_list(_list_items(_flags(arguments, function), function), function))
+        given = parser.parse_args(arguments).as_dict()
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see mixcn {command} --help") from error
-    return function, parsed.as_dict()
+    hints = get_type_hints(function)
+    return function, {name: _value(name, hints[name], given) for name in signature(function).parameters}
 
 
-def _flags(arguments: list[str], function: Callable[..., object]) -> list[str]:
-    """Write ``--option``, where it is true or false and neither follows, as jsonargparse has it: ``--option=true``."""
-    flags = {f"--{name}" for name, hint in get_type_hints(function).items() if hint is bool}
-    return [
-        f"{argument}=true" if argument in flags and following not in ("true", "false") else argument
-        for argument, following in pairwise([*arguments, ""])
-    ]
+def _helps(documented: object) -> dict[str, str]:
+    return {
+        part.arg_name: " ".join((part.description or "").split()) for part in parse(documented.__doc__ or "").params
+    }
 
 
-def _list_items(arguments: list[str], function: Callable[..., object]) -> list[str]:
-    """Write ``--option a b``, where the option is a list, as jsonargparse has it: ``--option+ a --option+ b``."""
-    lists = {f"--{name}" for name, hint in get_type_hints(function).items() if get_origin(hint) is list}
-    written: list[str] = []
-    option = ""
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in lists and value and not value.startswith("["):  # `--option=a`
-            written.append(f"{name}+={value}")
-            option = ""
-            continue
-        if argument.startswith("-"):
-            option = argument if argument in lists else ""
-        if not option:
-            written.append(argument)
-        elif argument != option:
-            # As one list, jsonargparse reads it itself.
-            written += [option if argument.startswith("[") else f"{option}+", argument]
-    return written
+def _add_nested(parser: ArgumentParser, command: str) -> None:
+    subcommands = parser.add_subcommands(dest="subcommand")
+    for name in NESTED[command]:
+        nested, function = function_parser(f"{command} {name}")
+        subcommands.add_subcommand(name, nested, help=(function.__doc__ or "").partition("\n")[0])
 
 
-def _positional_list(arguments: list[str], function: Callable[..., object]) -> list[str]:
-    """Write ``a b --option c``, where the positional argument is a list, as one: ``["a", "b"] --option c``."""
-    first = next(iter(signature(function).parameters.values()), None)
-    if first is None or first.kind is Parameter.KEYWORD_ONLY:
-        return arguments
-    if get_origin(get_type_hints(function).get(first.name)) is not list:
-        return arguments
-    positional, options, takes_value = list[str](), list[str](), False
-    for argument in arguments:
-        if argument.startswith("-") or takes_value:
-            takes_value = argument.startswith("--") and "=" not in argument and argument != "--help"
-            options.append(argument)
-        else:
-            positional.append(argument)
-    if positional and not positional[0].startswith("["):
-        positional = [json.dumps(positional, ensure_ascii=False)]
-    return positional + options
+def _add_parameter(parser: ArgumentParser, parameter: Parameter, hint: Any, helps: Mapping[str, str]) -> None:
+    """Add one parameter; a dataclass adds its fields, each as an option of its own."""
+    if is_dataclass(hint):
+        inner, types = _helps(hint), get_type_hints(hint)
+        for name, field in signature(hint).parameters.items():  # type: ignore[arg-type]  # a class is callable
+            _add_parameter(parser, field, types[name], inner)
+        return
+    required = parameter.default is Parameter.empty
+    options: dict[str, Any] = {"type": hint, "help": helps.get(parameter.name, "")}
+    if not required:
+        options["default"] = list(default) if isinstance(default := parameter.default, tuple) else default
+    if _is_list(hint):
+        options |= {"type": str, "nargs": "+" if required else "*", "action": "extend"}
+    elif hint is bool:
+        options |= {"nargs": "?", "const": True}
+    if required and parameter.kind is not Parameter.KEYWORD_ONLY:
+        parser.add_argument(parameter.name, **options)
+    else:
+        parser.add_argument(f"--{parameter.name}", required=required, **options)
+
+
+def _is_list(hint: Any) -> bool:
+    return any(get_origin(part) in (list, Sequence) for part in (hint, *get_args(hint)))
+
+
+def _value(name: str, hint: Any, given: Mapping[str, Any]) -> Any:
+    """Return an argument of the function from what was parsed."""
+    if is_dataclass(hint):
+        return hint(**{field: _value(field, types, given) for field, types in get_type_hints(hint).items()})  # type: ignore[operator]  # a class
+    if _is_list(hint) and given[name] is not None:
+        return [item for text in given[name] for item in _items(text)]
+    return given[name]
+
+
+def _items(text: str) -> list[str]:
+    """Read one word of a list: an item, or several as ``[a, b]``."""
+    return list(yaml.load(text, yaml.BaseLoader)) if text.startswith("[") else [text]  # it leaves `no` a string

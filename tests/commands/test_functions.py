@@ -1,13 +1,18 @@
 """Subcommands that are one function: arguments, help and errors, and a whole quantise."""
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.commands import functions as function_cli
 from lightning_mixcn.commands import table
+from lightning_mixcn.commands.functions import parse_function
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import load_mixtral
 
 
@@ -26,17 +31,64 @@ def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Number of experts" in text
 
 
-@pytest.mark.parametrize("given", [["a=1", "b=2"], ["[a=1,b=2]"], ["a=1", "--text", "b=2"]])
-def test_a_list_is_several_values(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
+@dataclass(frozen=True)
+class Colour:
+    """A colour.
 
-    def takes_a_list(src: str, *, text: list[str], mode: str = "x") -> None:
-        seen.append(text)
+    Args:
+        hue: Angle, in degrees.
+    """
 
-    monkeypatch.setitem(table.FUNCTIONS, "takes_a_list", __name__)
-    monkeypatch.setattr(sys.modules[__name__], "takes_a_list", takes_a_list, raising=False)
-    function_cli.run_function("takes_a_list", ["s", "--text", *given, "--mode=y"])
-    assert seen == [["a=1", "b=2"]]
+    hue: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hue > 360:
+            raise UserError(f"`hue={self.hue}`: expected at most 360")
+
+
+def takes_all(
+    src: list[str], *, text: list[str], more: Sequence[str] = (), colour: Colour, bright: bool = False
+) -> None:
+    """Take everything.
+
+    Args:
+        src: Sources.
+        text: Texts.
+        more: More texts.
+        colour: Colour of the texts.
+        bright: Take more light.
+    """
+
+
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], dict[str, Any]]:
+    monkeypatch.setitem(table.FUNCTIONS, "takes_all", __name__)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, SimpleNamespace(takes_all=takes_all)))
+    return lambda arguments: parse_function("takes_all", arguments)[1]
+
+
+Takes = Callable[[list[str]], dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["a=1", "no"], ["[a=1,no]"], ['["a=1", "no"]'], ["a=1", "--text", "no"], ["a=1", "--text=no"]],
+    ids=" ".join,
+)
+def test_a_list_is_several_values(given: list[str], takes: Takes) -> None:
+    parsed = takes(["s", "t", "--text", *given, "--bright"])
+    assert parsed == {"src": ["s", "t"], "text": ["a=1", "no"], "more": [], "colour": Colour(), "bright": True}
+    assert takes(["s", "--text=x", "--more", "y", "z", "--hue=3"])["more"] == ["y", "z"]
+    assert takes(["--text=x", "--more", "y", "z", "--hue=3", "--bright=true", "[s,t]"])["src"] == ["s", "t"]
+
+
+def test_fields_of_a_dataclass_are_options(takes: Takes, capsys: pytest.CaptureFixture[str]) -> None:
+    assert takes(["s", "--text=x", "--hue", "7"])["colour"] == Colour(7)
+    with pytest.raises(UserError, match="at most 360"):
+        takes(["s", "--text=x", "--hue=400"])
+    with pytest.raises(SystemExit):
+        takes(["--help"])
+    assert "Angle, in degrees." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -51,7 +103,7 @@ def test_a_list_is_several_values(given: list[str], monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_flag_needs_no_value(given: list[str], expected: bool) -> None:
-    _, parsed = function_cli.parse_function("compare", ["recipe.yaml", "--out=a", *given])
+    _, parsed = parse_function("compare", ["recipe.yaml", "--out=a", *given])
     assert parsed["quick"] is expected
     assert parsed["recipe"] == "recipe.yaml"
 
