@@ -12,15 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
-from lightning_mixcn.studies import (
-    RETRIEVAL_TASKS,
+from lightning_mixcn.studies.long_context.likelihood import (
     DocumentRow,
     LengthLikelihood,
-    check_room,
     evaluate_lengths,
-    evaluate_retrieval,
     longest_documents,
 )
+from lightning_mixcn.studies.long_context.retrieval import RETRIEVAL_TASKS, check_room, evaluate_retrieval
 from lightning_mixcn.text import (
     DocumentSet,
     Source,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-import lightning_mixcn.studies.comparison.command as compare
+import lightning_mixcn.studies.comparison.study as compare
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.settings import settle_tokenizer
 from lightning_mixcn.cli.trainer import MixcnCLI

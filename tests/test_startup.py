@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from lightning_mixcn.commands.table import FUNCTIONS, NESTED
+
 HEAVY = ("torch", "transformers", "lightning", "peft", "bitsandbytes", "pyarrow", "numpy")
 
 PROGRAM = """
@@ -25,9 +27,12 @@ def loaded_after(*arguments: str) -> set[str]:
     return set(names)
 
 
-@pytest.mark.parametrize("arguments", [["--help"]], ids=" ".join)
-def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
-    assert not loaded_after(*arguments) & set(HEAVY)
+SUBCOMMANDS = [[name, *more] for name in FUNCTIONS for more in ((), *((nested,) for nested in NESTED.get(name, ())))]
+
+
+@pytest.mark.parametrize("subcommand", [[], *SUBCOMMANDS], ids=" ".join)
+def test_help_loads_nothing_heavy(subcommand: list[str]) -> None:
+    assert not loaded_after(*subcommand, "--help") & set(HEAVY)
 
 
 def test_package_loads_nothing_heavy() -> None:

@@ -1,61 +1,17 @@
-"""The subcommand ``chat``: talk to a model in the terminal, or feed it a file of questions.
+"""The subcommand ``chat``: talk to a model in the terminal, or feed it a file of questions."""
 
-Answers go to standard output, everything else to standard error.
-"""
-
-import sys
-import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext, suppress
-from typing import Any
-
-import torch
-from torch import nn
-
-from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model import MixtralPeftModel
-from lightning_mixcn.model.find import find_model, load_found
-from lightning_mixcn.model.inference.generation import (
-    PrefixCache,
-    Sampling,
-    prepare_for_generation,
-    stream_tokens,
-)
-from lightning_mixcn.model.lora.adapter_file import AdapterFile
-from lightning_mixcn.text import (
-    ChatTemplate,
-    TextTokenizer,
-    Turn,
-    load_tokenizer,
-    template_of_model,
-)
-from lightning_mixcn.tokenizer.files import generation_end_ids
-from lightning_mixcn.tokenizer.tokenizer import stream_text
-
-_PROMPT = "> "
-_HELP = """\
-/reset         forget the conversation, keep the system prompt
-/system TEXT   set the system prompt; without TEXT, remove it
-/base          switch the adapter off, and on again
-/help          these lines
-/quit          leave, as Ctrl-D does; Ctrl-C stops an answer
-A line that begins with a blank is never a command, nor is one with a second slash, such as a path."""
+from lightning_mixcn.model.inference.sampling import Sampling
+from lightning_mixcn.model.options import ModelOptions
 
 
 def chat(
     src: str,
+    *,
     system: str | None = None,
     template: str | None = None,
-    temperature: float = 0.2,
-    top_k: int = 40,
-    top_p: float = 0.9,
-    repetition_penalty: float = 1.1,
-    max_new_tokens: int = 400,
+    sampling: Sampling,
     seed: int = 0,
-    quantization: str = "nf4",
-    dtype: str = "bfloat16",
-    device: str | None = None,
+    model: ModelOptions,
 ) -> None:
     """Talk to a model in the terminal, where /help lists the commands; from a pipe, every line is a question.
 
@@ -67,234 +23,14 @@ def chat(
         template: ``mixtral``, ``tokenizer`` for the chat template of the model's tokenizer, or a Jinja file. Null is
             the one that the model carries, which for a run, its adapter and its exports is the one it was trained with;
             ``mixtral`` where it carries none.
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_k: Choose among this many likeliest tokens; 0 for all.
-        top_p: Choose among the likeliest tokens that together have this probability; 1 for all.
-        repetition_penalty: Makes tokens of the conversation less likely if more than 1, which is none.
-        max_new_tokens: Most tokens of an answer.
-        seed: Of the random numbers.
-        quantization: ``nf4`` (4 bits) or ``none``.
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
-        device: ``cuda``, ``cpu`` …; by default the GPU if there is one.
+        sampling: Choice of tokens.
+        seed: Seed of the random numbers.
+        model: Loading of the model.
 
     Raises:
         ValueError: an option out of its range, or, from a pipe, a question that cannot be asked.
         FileNotFoundError: no such model or template.
     """
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
-    found = find_model(src)
-    tokenizer = load_tokenizer(local_folder(found.tokenizer))
-    laid_out = template_of_model(template, tokenizer)
-    stop_ids = laid_out.stop_ids(tokenizer) | generation_end_ids(
-        local_folder(found.tokenizer), local_folder(found.base)
-    )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_found(found, quantization=quantization, dtype=dtype, device=device)
-    prepare_for_generation(model)
-    generator = torch.Generator(device).manual_seed(seed)
-    talk = Chat(model, tokenizer, laid_out, sampling, generator, stop_ids=stop_ids)
-    talk.set_system(system or "")
-    fixed = [name for adapter in found.adapters for name in AdapterFile(adapter).saved]
-    if fixed:
-        talk.why_no_base = f"the adapter also trained {' and '.join(fixed)}. Chat with {found.base} itself"
-    interactive = sys.stdin.isatty()
-    if interactive:
-        _say(f"{src}. /help lists the commands, Ctrl-D ends.")
-    converse(talk, _typed_lines() if interactive else _piped_lines(), interactive=interactive)
+    from .conversation import talk_with
 
-
-class Chat:
-    """A conversation with a model.
-
-    Args:
-        model: In evaluation mode.
-        tokenizer: The model's.
-        template: How conversations are written.
-        sampling: How tokens are chosen.
-        generator: Source of the random numbers, on the model's device.
-        stop_ids: Tokens that end an answer; ``None`` takes the template's.
-
-    Attributes:
-        turns: What was said, the system prompt included.
-        answer_tokens: Length of the last answer.
-        why_no_base: Why the adapter cannot be switched off; empty if it can.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: TextTokenizer,
-        template: ChatTemplate,
-        sampling: Sampling,
-        generator: torch.Generator,
-        stop_ids: frozenset[int] | None = None,
-    ) -> None:
-        self._stop_ids = template.stop_ids(tokenizer) if stop_ids is None else stop_ids
-        self.turns: list[Turn] = []
-        self.answer_tokens = 0
-        self.why_no_base = "" if isinstance(model, MixtralPeftModel) else "the model has no adapter"
-        self._model, self._tokenizer, self._template = model, tokenizer, template
-        self._sampling, self._generator = sampling, generator
-        self._cache, self._adapter_off = PrefixCache(), False
-
-    def ask(self, question: str) -> Generator[str]:
-        """Answer a question.
-
-        Args:
-            question: The user's next turn.
-
-        Returns:
-            The answer, piece by piece as it comes. When it is finished or closed, the conversation has both turns,
-            however much of the answer there is; without any, it stays as it was.
-
-        Raises:
-            ValueError: the conversation with this question is longer than the model's context, or the template refuses
-                it; the conversation stays as it was.
-        """
-        turns = [*self.turns, Turn("user", question)]
-        ids = self._template.encode_prompt(turns, self._tokenizer)
-        tokens = stream_tokens(
-            self._model, ids, self._cache, self._sampling, stop_ids=self._stop_ids, generator=self._generator
-        )
-        return self._answer(turns, tokens)
-
-    def _answer(self, turns: list[Turn], tokens: Iterator[int]) -> Generator[str]:
-        answer, self.answer_tokens = "", 0
-        model: Any = self._model
-        try:
-            with model.disable_adapter() if self._adapter_off else nullcontext():
-                for piece in stream_text(self._counted(tokens), self._tokenizer.decode):
-                    answer += piece
-                    yield piece
-        finally:  # Ctrl-C too
-            if answer:
-                self.turns = [*turns, Turn("assistant", answer)]
-
-    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
-        for token in tokens:
-            self.answer_tokens += 1
-            yield token
-
-    def reset(self) -> None:
-        """Forget what was said, but the system prompt."""
-        self.turns = [turn for turn in self.turns if turn.role == "system"]
-
-    def set_system(self, text: str) -> None:
-        """Change the system prompt of the conversation; empty removes it."""
-        spoken = [turn for turn in self.turns if turn.role != "system"]
-        self.turns = [Turn("system", text), *spoken] if text else spoken
-
-    def switch_adapter(self) -> bool:
-        """Switch the adapter off or on; whether it is on now."""
-        assert not self.why_no_base, self.why_no_base
-        self._adapter_off = not self._adapter_off
-        self._cache.clear()  # it is of the other weights
-        return not self._adapter_off
-
-
-def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
-    """Answer questions, and obey a person's commands, until there are no more.
-
-    Args:
-        talk: The conversation.
-        lines: What the user says; empty lines are skipped.
-        interactive: Whether a person is there: lines that begin with a slash are commands, what cannot be asked is
-            said, not raised, Ctrl-C stops an answer only, and the speed of each answer is shown.
-
-    Raises:
-        ValueError: not interactive, and a question cannot be asked; the line is named.
-    """
-    for number, line in enumerate(lines, 1):
-        word, _, rest = line.partition(" ")
-        if interactive and word == "/quit":
-            return
-        if interactive and word.startswith("/") and word.count("/") == 1:
-            _obey(talk, word, rest.strip())
-        elif question := line.strip():
-            try:
-                answer = talk.ask(question)
-            except ValueError as error:
-                if not interactive:
-                    raise UserError(f"line {number} of standard input: {error}") from error
-                _say(f"{error}. /reset forgets the conversation.")
-                continue
-            start = time.perf_counter()
-            finished = _show(answer, interactive)
-            if interactive:
-                speed = talk.answer_tokens / (time.perf_counter() - start)
-                _say(f"({talk.answer_tokens} tokens, {speed:.1f} tokens/s{'' if finished else ', stopped'})")
-
-
-def _show(answer: Generator[str], interactive: bool) -> bool:
-    """Print an answer while it comes; whether it came to its end."""
-    finished, held = True, ""
-    try:
-        with closing(answer):
-            for piece in answer:
-                # Newlines at the end are not printed: they would look like an empty answer to the next line of a pipe.
-                text = held + piece
-                shown = text.rstrip("\n")
-                held = text[len(shown) :]
-                if shown:
-                    _write(shown)
-    except KeyboardInterrupt:
-        if not interactive:
-            raise
-        finished = False
-    _write("\n")
-    return finished
-
-
-def _obey(talk: Chat, command: str, text: str) -> None:
-    """Do what a command says."""
-    if command == "/reset":
-        talk.reset()
-        _say("The conversation is forgotten.")
-    elif command == "/system":
-        talk.set_system(text)
-        _say("The system prompt is set." if text else "The system prompt is removed.")
-    elif command == "/base":
-        if talk.why_no_base:
-            _say(f"There is no base to switch to: {talk.why_no_base}.")
-        else:
-            _say(f"The adapter is {'on' if talk.switch_adapter() else 'off: this is the base'}.")
-    elif command == "/help":
-        _say(_HELP)
-    else:
-        _say(f"{command} is no command. With a blank before it, it is sent as text. The commands are\n{_HELP}")
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines of a person at a terminal."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  # gives `input` a history and keys to edit with
-    while True:
-        try:
-            if sys.stdout.isatty():
-                yield input(_PROMPT)
-            else:  # `input` would write its prompt among the answers
-                _say(_PROMPT, end="")
-                yield input()
-        except EOFError:
-            _say("")
-            return
-        except KeyboardInterrupt:
-            _say("\n(Ctrl-D or /quit ends)")
-
-
-def _piped_lines() -> Iterator[str]:
-    """Lines of standard input."""
-    try:
-        for number, line in enumerate(sys.stdin):
-            line.encode()  # where the locale is not UTF-8, Python lets broken bytes through
-            yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
-    except UnicodeError as error:
-        raise UserError(f"standard input is not UTF-8 ({error}). Convert it first") from error
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+    talk_with(src, system, template, sampling, seed, model)

@@ -12,8 +12,8 @@ from torch import nn
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.identity import ModelSource, base_identity
-from lightning_mixcn.model.find import load_found
 from lightning_mixcn.model.lora.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFile
+from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
 
 AdapterChoice = Literal["on", "off", "both"]
@@ -83,22 +83,15 @@ class LoadedModels:
     """Loads a model when it is first needed, and keeps one at a time.
 
     Args:
-        quantization: As in `load_mixtral`.
-        dtype: As in `load_mixtral`.
-        device: As in `load_mixtral`.
+        options: Storage and compute type.
+        device: Device of this process.
         shard: As in `load_mixtral`.
     """
 
     def __init__(
-        self,
-        quantization: str,
-        dtype: str,
-        device: str | torch.device,
-        shard: Callable[[nn.Module], None] | None = None,
+        self, options: ModelOptions, device: torch.device, shard: Callable[[nn.Module], None] | None = None
     ) -> None:
-        self._arguments: dict[str, Any] = {
-            "quantization": quantization, "dtype": dtype, "device": device, "shard": shard
-        }  # fmt: skip
+        self._options, self._device, self._shard = options, device, shard
         self._found: ModelSource | None = None
         self._model: Any = None
 
@@ -107,7 +100,7 @@ class LoadedModels:
         """The model of a column, ready to be evaluated."""
         if self._found != wanted.found:
             self._model = self._found = None  # before the next one takes its memory
-            self._model = load_found(wanted.found, **self._arguments)
+            self._model = self._options.load(wanted.found, device=self._device, shard=self._shard)
             self._found = wanted.found
         if wanted.switched_off:
             with self._model.disable_adapter():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,33 @@ def check_settings(there: dict[str, Any], asked: dict[str, Any], folder: Path) -
                 f"{str(folder)!r} holds a study with `{key}={there.get(key)!r}`, but now it is {asked.get(key)!r}. "
                 "Give the former to go on with it, choose another `--out`, or delete that folder"
             )
+
+
+def finished_before(folder: Path, report: str, settings: dict[str, Any], *, table: str | None = None) -> bool:
+    """Tell whether this very study is there already; its table is printed again.
+
+    Args:
+        folder: Output folder of the study.
+        report: Name of the JSON file there that holds ``settings``.
+        settings: Settings of the study that is asked for.
+        table: Name of the text file there to print.
+
+    Raises:
+        FileExistsError: the folder holds a study with other settings.
+    """
+    if not (folder / report).is_file():
+        return False
+    there = json.loads((folder / report).read_text(encoding="utf-8")).get("settings", {})
+    check_settings(there, settings, folder)
+    if table is not None:
+        print((folder / table).read_text(encoding="utf-8"))
+    say(f"{folder} was finished before.")
+    return True
+
+
+def say(text: str) -> None:
+    """Print what is no result, to standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

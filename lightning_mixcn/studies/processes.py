@@ -11,7 +11,6 @@ import torch
 from torch import distributed
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model.checkpoints.reading import torch_device
 
 Result = TypeVar("Result")
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -59,16 +58,16 @@ class Processes:
 
 
 @contextmanager
-def joined_processes(device: str) -> Iterator[Processes]:
+def joined_processes(device: torch.device) -> Iterator[Processes]:
     """Meet the other processes, if the environment says that there are any.
 
     Args:
-        device: Where to compute, as the user says it; of several processes, each takes the GPU of its own number.
+        device: Where to compute; of several processes, each takes the GPU of its own number.
 
     Raises:
-        ValueError: several processes, but no launcher that says where they meet; or no such device.
+        ValueError: several processes, but no launcher that says where they meet.
     """
-    place = torch_device(device)
+    place = device
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes(0, 1, place)

@@ -30,7 +30,7 @@ from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.local_rows import gathered
 from lightning_mixcn.model.vocabulary import NewRows
-from lightning_mixcn.studies.vocabulary.merge import choose_pieces, open_base, write_tokenizer
+from lightning_mixcn.studies.vocabulary.merge import choose_pieces, mergeable_base, write_tokenizer
 from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
 from tests.extended_tokenizers import HAN, TALES, extend
@@ -119,7 +119,7 @@ def test_shares_of_a_piece_by_hand(tmp_path: Path, new_rows: NewRows, shares: li
     small = small_base(tmp_path / "small")
     for file in small.iterdir():
         shutil.copyfile(file, base / file.name)
-    tokenizer = open_base(small)
+    tokenizer = mergeable_base(small)
     chosen = choose_pieces(tokenizer, ["甲", "中甲"], ScriptFilter("Han"))
     write_tokenizer(small, tokenizer, chosen, "Han", tmp_path / "zh")
     model = load_mixtral(base, tokenizer=tmp_path / "zh", new_rows=new_rows, train_embeddings=True, dtype="float32")

@@ -8,6 +8,7 @@ import torch
 
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.find import find_model
+from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies.models import (
     EvaluatedModel,
     LoadedModels,
@@ -51,7 +52,7 @@ def test_the_base_is_the_base(train_embeddings: bool, tiny_base: Path, tmp_path:
             "base": load_mixtral(tiny_base, quantization="none", dtype="float32")(input_ids=ids).logits,
             "adapted": trained(input_ids=ids).logits,
         }
-    loaded = LoadedModels("none", "float32", torch.device("cpu"))
+    loaded = LoadedModels(ModelOptions("none", "float32"), torch.device("cpu"))
     models = evaluated_models("x", find_model(str(tmp_path / "adapter")), None)
     assert models[0].switched_off is not train_embeddings
     for model in models:

@@ -13,7 +13,7 @@ from lightning_mixcn.testing import run_distributed
 
 def meet(folder: str) -> dict[str, Any]:
     """What one of several ranks sees."""
-    with joined_processes("cpu") as processes:
+    with joined_processes(torch.device("cpu")) as processes:
         first = processes.from_first(lambda: os.environ["RANK"])
         with processes.first_before_others():
             seen = len(list(Path(folder).iterdir()))
@@ -44,7 +44,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_one_process_needs_no_group() -> None:
-    with joined_processes("cpu") as processes:
+    with joined_processes(torch.device("cpu")) as processes:
         assert (processes.rank, processes.count, processes.device) == (0, 1, torch.device("cpu"))
         assert processes.from_first(lambda: 3) == 3
     assert is_first()
@@ -54,4 +54,4 @@ def test_processes_that_nobody_launched(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2 in the environment, but no RANK\. Start several processes"):
-        joined_processes("cpu").__enter__()
+        joined_processes(torch.device("cpu")).__enter__()

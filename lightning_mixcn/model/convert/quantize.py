@@ -1,31 +1,18 @@
 """`mixcn quantize`: a Hugging Face Mixtral to a 4-bit folder that loads without quantising again."""
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
-from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.identity import (
-    QUANTISED_MODEL_TYPE,
-    QUANTIZATION_METHOD,
-    recorded_path,
-    write_identity,
-)
-from lightning_mixcn.model.checkpoints.layout import Entry
-from lightning_mixcn.model.checkpoints.reading import (
-    is_quantised,
-    mixtral_config,
-    pieces,
-    torch_dtype,
-)
-from lightning_mixcn.model.checkpoints.writer import new_checkpoint
-from lightning_mixcn.model.loading import open_entries
-from lightning_mixcn.model.mixtral import meta_model
-from lightning_mixcn.model.nf4.codec import BLOCK, SUPERBLOCK, dequantize
-from lightning_mixcn.model.nf4.storage import NF4Weight
-from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
+
+if TYPE_CHECKING:  # their imports take seconds, for which `mixcn quantize --help` does not wait
+    import torch
+    from torch import Tensor
+
+    from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
+    from lightning_mixcn.model.checkpoints.folder import Checkpoint
+    from lightning_mixcn.model.checkpoints.layout import Entry
 
 
 def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
@@ -40,6 +27,23 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
         out: Folder to make; it must not exist, or be empty.
         dtype: Type of embeddings, head, norms and router, which stay unquantised: bfloat16, float16 or float32.
     """
+    from tqdm.auto import tqdm
+
+    from lightning_mixcn.model.checkpoints.bitsandbytes import is_bitsandbytes
+    from lightning_mixcn.model.checkpoints.folder import Checkpoint
+    from lightning_mixcn.model.checkpoints.identity import (
+        QUANTISED_MODEL_TYPE,
+        QUANTIZATION_METHOD,
+        recorded_path,
+        write_identity,
+    )
+    from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
+    from lightning_mixcn.model.checkpoints.writer import new_checkpoint
+    from lightning_mixcn.model.loading import open_entries
+    from lightning_mixcn.model.mixtral import meta_model
+    from lightning_mixcn.model.nf4.codec import BLOCK, SUPERBLOCK
+    from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
+
     checkpoint = Checkpoint(src)
     config = mixtral_config(checkpoint)
     if is_quantised(checkpoint) and not is_bitsandbytes(checkpoint):
@@ -64,6 +68,12 @@ def _tensors(
     entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """One weight as it is stored: four tensors where it is quantised, else one."""
+    import torch
+
+    from lightning_mixcn.model.checkpoints.reading import pieces
+    from lightning_mixcn.model.nf4.codec import dequantize
+    from lightning_mixcn.model.nf4.storage import NF4Weight
+
     quantised = entry.attribute is None and isinstance(entry.storage, NF4Weight)
     stored_name = f"{entry.name}.{entry.attribute or 'storage.values'}"
     if source is not None and source.holds(entry):

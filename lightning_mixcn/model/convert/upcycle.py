@@ -5,32 +5,26 @@ normalises the weights of the chosen experts to sum to one, so identical experts
 the router says.
 """
 
+from __future__ import annotations
+
+import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output
 from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 
-from .dense import DenseSource, _open_folder
-
-if TYPE_CHECKING:  # importing transformers takes seconds
-    pass
-
-# E = experts, H = hidden, O × I = out × in features of one feed-forward matrix
-
-import hashlib
-import math
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # their imports take seconds, for which `mixcn upcycle --help` does not wait
+    import torch
+    from torch import Tensor
     from transformers import MixtralConfig
 
+    from .dense import DenseSource
+
+# E = experts, H = hidden, O × I = out × in features of one feed-forward matrix
 
 _EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _KEPT_SETTINGS = (
@@ -92,6 +86,11 @@ def upcycle(
         OSError: the disk is full.
     """
     _check_arguments(num_experts, num_experts_per_tok, noise, dtype)
+    import torch
+    from tqdm.auto import tqdm
+
+    from lightning_mixcn.model.checkpoints.writer import new_checkpoint
+
     check_output(Path(out).expanduser())
     source = open_dense(src)
     target_dtype = getattr(torch, dtype) if dtype else None
@@ -108,7 +107,7 @@ def upcycle(
 
 def mixtral_config(
     source: DenseSource, num_experts: int, num_experts_per_tok: int, dtype: torch.dtype
-) -> "MixtralConfig":
+) -> MixtralConfig:
     """Write a dense model's config as a Mixtral's, with the auxiliary load-balancing loss weighted 0.02.
 
     Args:
@@ -137,6 +136,8 @@ def _mixtral_tensors(
     source: DenseSource, num_experts: int, noise: float, dtype: torch.dtype | None, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the Mixtral's tensors under their per-expert names, layer by layer, one dense tensor at a time."""
+    import torch
+
     for name in source.shapes:
         tensor = source.read(name).to(dtype)
         layer, _, matrix = name.removesuffix(".weight").partition(".mlp.")
@@ -154,6 +155,8 @@ def _mixtral_tensors(
 
 def _perturbed(weight_OI: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """Add ``noise`` × std(weight) × N(0, 1), computed in float32."""
+    import torch
+
     if noise == 0:
         return weight_OI
     scale = noise * weight_OI.float().std(correction=0)
@@ -163,6 +166,8 @@ def _perturbed(weight_OI: Tensor, noise: float, generator: torch.Generator) -> T
 
 def _generator(seed: int, name: str) -> torch.Generator:
     """A generator of its own for each tensor, so that its numbers depend on nothing but the seed and its name."""
+    import torch
+
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -202,6 +207,8 @@ def open_dense(src: str | Path) -> DenseSource:
         ValueError: another architecture, biases, quantised weights, missing or unexpected tensors, or a broken file.
         ModuleNotFoundError: a GGUF was given, and the package ``gguf`` is not installed.
     """
+    from .dense import _open_folder
+
     path = Path(src).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
         from .gguf import open_gguf

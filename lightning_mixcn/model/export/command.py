@@ -7,13 +7,6 @@ from typing import Literal
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output
 from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.find import find_model, tokenizer_of
-
-from .adapter import export_adapter
-from .card import public_title
-from .folder import MergeOptions, export_checkpoint
-from .gguf import LlamaCpp, check_tokenizer
-from .merge import Layout, Precision
 
 
 def export(
@@ -21,11 +14,11 @@ def export(
     out: str,
     *,
     format: Literal["hf", "peft", "peft-per-expert", "gguf"] = "hf",
-    base: Precision = "original",
+    base: Literal["original", "dequantised"] = "original",
     original: str | None = None,
     adapter: list[str] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    layout: Layout = "per-expert",
+    layout: Literal["per-expert", "fused"] = "per-expert",
     max_shard_bytes: int = 1_000_000_000,
     outtype: str | None = None,
     llama_cpp: str | None = None,
@@ -67,6 +60,13 @@ def export(
         ValueError: an adapter of another base, or options that do not go together.
         OSError: the disk is full.
     """
+    from lightning_mixcn.model.find import find_model, tokenizer_of
+
+    from .adapter import export_adapter
+    from .card import public_title
+    from .folder import MergeOptions, export_checkpoint
+    from .gguf import LlamaCpp, check_tokenizer
+
     target = Path(out).expanduser().resolve()
     options = MergeOptions(base, original, dtype, layout, max_shard_bytes, languages)
     if format != "gguf" and (outtype, llama_cpp) != (None, None):

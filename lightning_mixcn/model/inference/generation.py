@@ -7,7 +7,6 @@ Legend: V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -28,56 +27,10 @@ from lightning_mixcn.model.memory.budget import usable_bytes
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.nf4.storage import FewRows, NF4Weight
 
+from .sampling import Sampling
+
 # Tokens of a prompt in one forward pass, which bounds its attention mask and the experts' activations.
 _CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and how many there are; the defaults are those of Chinese-Mixtral's inference.
-
-    Args:
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_k: Choose among this many likeliest tokens; 0 for all.
-        top_p: Choose among the likeliest tokens that together have this probability; 1 for all.
-        repetition_penalty: Makes tokens of the prompt and the answer less likely if more than 1, which is none
-            (Keskar et al., 2019).
-        max_new_tokens: Most tokens of an answer.
-
-    Raises:
-        ValueError: one of them is out of its range.
-    """
-
-    temperature: float = 0.2
-    top_k: int = 40
-    top_p: float = 0.9
-    repetition_penalty: float = 1.1
-    max_new_tokens: int = 400
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name, fits, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 for the likeliest token, or more"),
-            ("top_k", self.top_k >= 0, "0 for all tokens, or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0; 1 is none"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not fits:
-                raise UserError(f"`{name}={getattr(self, name)}`: expected {expected}")
-
-    def processors(self) -> LogitsProcessorList:
-        """What transformers' ``generate`` does to logits with these settings, in its order."""
-        processors = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature:
-            processors.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_k:
-                processors.append(TopKLogitsWarper(self.top_k))
-            if self.top_p < 1:
-                processors.append(TopPLogitsWarper(self.top_p))
-        return processors
 
 
 class PrefixCache:
@@ -206,7 +159,7 @@ def _generate(
     stop_ids: Collection[int],
     generator: torch.Generator,
 ) -> Iterator[int]:
-    processors: Any = sampling.processors()  # which ask for a LongTensor, a name that torch no longer makes
+    processors: Any = _processors(sampling)  # which ask for a LongTensor, a name that torch no longer makes
     for _ in range(count):
         logits_1V = cache.next_logits(model, row)[None]
         scores_1V: Tensor = processors(torch.tensor([row], device=logits_1V.device), logits_1V)
@@ -218,3 +171,17 @@ def _generate(
             return
         row.append(token)
         yield token
+
+
+def _processors(sampling: Sampling) -> LogitsProcessorList:
+    """Return what transformers' ``generate`` does to logits with these settings, in its order."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors

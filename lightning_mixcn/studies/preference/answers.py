@@ -13,7 +13,8 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.find import find_model
-from lightning_mixcn.model.inference.generation import PrefixCache, Sampling, stream_tokens
+from lightning_mixcn.model.inference.generation import PrefixCache, stream_tokens
+from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.text import Turn, load_tokenizer, template_of_model
 from lightning_mixcn.tokenizer.files import generation_end_ids
 from lightning_mixcn.tokenizer.tokenizer import stream_text

@@ -11,7 +11,7 @@ from lightning_mixcn.studies.parts import aligned, write_csv
 from .scores import ANCHOR_ELO, Figure, PreferenceScores
 
 
-def write_report(folder: Path, scores: PreferenceScores) -> None:
+def write_preferences(folder: Path, scores: PreferenceScores) -> None:
     """Write pairs.csv, models.csv, judges.csv, table.txt and preference.json."""
     tables = {
         "pairs": [_flat(pair._asdict()) for pair in scores.pairs],
@@ -25,10 +25,10 @@ def write_report(folder: Path, scores: PreferenceScores) -> None:
     report["elo_anchor"] = {"model": scores.matches.models[0], "elo": ANCHOR_ELO}
     content = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
     (folder / "preference.json").write_text(content + "\n", encoding="utf-8")
-    (folder / "table.txt").write_text(table(scores) + "\n", encoding="utf-8")
+    (folder / "table.txt").write_text(preference_table(scores) + "\n", encoding="utf-8")
 
 
-def table(scores: PreferenceScores) -> str:
+def preference_table(scores: PreferenceScores) -> str:
     """Pairs, models, judges and agreement, aligned."""
     blocks = [aligned(list(lines)) for lines in (_pair_lines(scores), _model_lines(scores), _side_lines(scores))]
     if any(math.isnan(model.elo.value) for model in scores.models):

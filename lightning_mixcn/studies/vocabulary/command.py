@@ -3,41 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import (
-    check_file,
-    check_output,
-    new_file,
-    new_folder,
-)
+from lightning_mixcn.files.atomic import check_file, check_output, new_file, new_folder
 from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.text.corpus.sources import DocumentUnit
-from lightning_mixcn.tokenizer.sentencepiece import read_pieces
 
-from .merge import (
-    ChosenPieces,
-    Unreachable,
-    choose_pieces,
-    open_base,
-    write_tokenizer,
-)
-from .report import (
-    CountingTokenizer,
-    as_csv,
-    as_records,
-    as_table,
-    count_texts,
-)
-from .scripts import ScriptFilter
-from .training import (
-    ModelType,
-    corpus_files,
-    iterate_texts,
-    named_files,
-    sentences,
-    train_pieces,
-)
+if TYPE_CHECKING:
+    from .merge import ChosenPieces
 
 _SHOWN = 12
 
@@ -47,7 +20,7 @@ def train(
     *,
     out: str,
     vocab_size: int = 20_000,
-    model_type: ModelType = "bpe",
+    model_type: Literal["bpe", "unigram"] = "bpe",
     character_coverage: float = 0.9995,
     max_piece_characters: int = 16,
     max_sentences: int = 0,
@@ -68,13 +41,17 @@ def train(
         max_piece_characters: Characters of the longest piece.
         max_sentences: Lines drawn at random, of the whole corpus, more than 100; 0 takes all.
         text_key: JSONL key, or parquet or Arrow column, of the text.
-        seed: Of that draw.
+        seed: Seed of that draw.
 
     Raises:
         ValueError: the text is too little for so many pieces, or broken, or an option is out of its range.
         FileNotFoundError: a path matches no file.
         FileExistsError: OUT is there.
     """
+    from lightning_mixcn.tokenizer.sentencepiece import read_pieces
+
+    from .training import corpus_files, iterate_texts, sentences, train_pieces
+
     target = Path(out).expanduser().resolve()
     check_file(target)
     limits = {"vocab_size": (vocab_size, 4), "max_piece_characters": (max_piece_characters, 1)}
@@ -103,7 +80,7 @@ def merge(
     out: str,
     script: str = "Han",
     max_pieces: int | None = None,
-    unreachable: Unreachable = "drop",
+    unreachable: Literal["drop", "complete"] = "drop",
 ) -> None:
     """Merge new pieces into a base's tokenizer; old languages tokenize as before. Takes seconds.
 
@@ -127,12 +104,17 @@ def merge(
         FileNotFoundError: no such tokenizer.
         FileExistsError: OUT is not empty.
     """
+    from lightning_mixcn.tokenizer.sentencepiece import read_pieces
+
+    from .merge import choose_pieces, mergeable_base, write_tokenizer
+    from .scripts import ScriptFilter
+
     target = Path(out).expanduser().resolve()
     check_output(target)
     if max_pieces is not None and max_pieces < 1:
         raise UserError(f"`max_pieces={max_pieces}`: expected at least 1, or null for all")
     keeps, candidates, folder = ScriptFilter(script), read_pieces(pieces), local_folder(base_tokenizer)
-    base = open_base(folder)
+    base = mergeable_base(folder)
     chosen = choose_pieces(base, candidates, keeps, max_pieces=max_pieces, unreachable=unreachable)
     write_tokenizer(folder, base, chosen, script, target)
     print(_summary(chosen, len(base.pieces), script))
@@ -145,7 +127,7 @@ def report(
     out: str | None = None,
     max_documents: int | None = None,
     text_key: str = "text",
-    document_unit: DocumentUnit = "file",
+    document_unit: Literal["file", "line", "blank-line"] = "file",
 ) -> None:
     """Count characters a token, and tokens that are single bytes, of several tokenizers on several texts.
 
@@ -164,6 +146,9 @@ def report(
         FileNotFoundError: no such tokenizer or text.
         FileExistsError: OUT is not empty.
     """
+    from .report import CountingTokenizer, as_csv, as_records, as_table, count_texts
+    from .training import iterate_texts, named_files
+
     target = None if out is None else Path(out).expanduser().resolve()
     if target is not None:
         check_output(target)
@@ -192,7 +177,7 @@ def _tokenizer(path: str) -> Path:
     return file if file.is_file() else local_folder(path)
 
 
-def _summary(chosen: ChosenPieces, present: int, script: str) -> str:
+def _summary(chosen: "ChosenPieces", present: int, script: str) -> str:
     shown = " ".join(chosen.unreachable[:_SHOWN])
     lines = [
         (chosen.candidates, "pieces given"),

@@ -69,7 +69,7 @@ class ChosenPieces:
     added: list[str]
 
 
-def open_base(folder: Path) -> TokenizerBase:
+def mergeable_base(folder: Path) -> TokenizerBase:
     """The tokenizer of a folder: SentencePiece's model if there is one, else ``tokenizer.json``.
 
     Raises:

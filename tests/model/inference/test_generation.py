@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.inference.generation import PrefixCache, Sampling, stream_tokens
+from lightning_mixcn.model.inference.generation import PrefixCache, stream_tokens
+from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.testing import save_tiny_mixtral
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=24)

@@ -91,7 +91,7 @@ import torch
 from transformers import MixtralConfig
 from lightning_mixcn.model import build_mixtral
 from lightning_mixcn.commands.process import peak_resident_bytes
-from lightning_mixcn.studies import DocumentRow, evaluate_lengths
+from lightning_mixcn.studies.long_context.likelihood import DocumentRow, evaluate_lengths
 
 config = MixtralConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -54,7 +54,7 @@ def test_the_file_is_what_the_site_takes(tmp_path: Path, tiny_base: Path, monkey
     """Letters are those of stock transformers' logits after the prompt."""
     original = hidden_test_benchmarks
     monkeypatch.setattr(
-        "lightning_mixcn.studies.benchmarks.evaluate.hidden_test_benchmarks",
+        "lightning_mixcn.studies.benchmarks.plan.hidden_test_benchmarks",
         lambda shots, files: original(shots, files, group="ceval_two"),
     )
     data, out, answers = write_ceval(tmp_path, questions=3), tmp_path / "scores.json", tmp_path / "submission.json"

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.benchmarks.evaluate import evaluate
+from lightning_mixcn.studies.benchmarks.options import EvaluationOptions
 from lightning_mixcn.testing import run_distributed
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, write_ceval
@@ -28,9 +31,12 @@ def adapter(tiny_base: Path, tmp_path: Path) -> Path:
 
 def options_of(data: Path, out: Path, texts: Path) -> dict[str, Any]:
     return {
-        "tasks": ["ceval_two"], "data_dir": str(data), "out": str(out), "quantization": "nf4", "dtype": "float32",
-        "device": "cpu", "batch_size": 3, "eos_probe": [f"en={texts}"], "eos_probe_tokens": 256,
-    }  # fmt: skip
+        "out": str(out),
+        "options": EvaluationOptions(
+            ["ceval_two"], data_dir=str(data), batch_size=3, eos_probe=[f"en={texts}"], eos_probe_tokens=256
+        ),
+        "model": ModelOptions("nf4", "float32", "cpu"),
+    }
 
 
 def evaluate_here(src: str, options: dict[str, Any]) -> None:
@@ -79,7 +85,9 @@ def test_errors_are_those_of_rank_0(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="exists and is no evaluation"):
         run_distributed(evaluate_here, 2, str(adapter), options)
     with pytest.raises(RuntimeError, match="`batch_size=auto` is for one process"):
-        run_distributed(evaluate_here, 2, str(adapter), options | {"batch_size": "auto"})
+        run_distributed(
+            evaluate_here, 2, str(adapter), options | {"options": replace(options["options"], batch_size="auto")}
+        )
 
 
 @pytest.mark.slow  # two processes, each with the harness's whole index

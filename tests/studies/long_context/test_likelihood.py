@@ -16,7 +16,7 @@ from transformers import MixtralForCausalLM
 
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill
-from lightning_mixcn.studies import DocumentRow, evaluate_lengths, longest_documents
+from lightning_mixcn.studies.long_context.likelihood import DocumentRow, evaluate_lengths, longest_documents
 from lightning_mixcn.text import (
     DocumentSet,
     Source,
@@ -131,7 +131,7 @@ import json, os, sys
 import torch
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill
-from lightning_mixcn.studies import DocumentRow, evaluate_lengths
+from lightning_mixcn.studies.long_context.likelihood import DocumentRow, evaluate_lengths
 
 base, out, num_ranks, memory = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rank = int(os.environ["LOCAL_RANK"])

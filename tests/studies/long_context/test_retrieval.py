@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.studies import RETRIEVAL_TASKS, evaluate_retrieval
-from lightning_mixcn.studies.long_context.retrieval import Prompt, make_prompt
+from lightning_mixcn.studies.long_context.retrieval import RETRIEVAL_TASKS, Prompt, evaluate_retrieval, make_prompt
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lightning_mixcn.model import load_found
-from lightning_mixcn.model.inference.generation import Sampling
+from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.studies.preference.answers import AnsweringModel
 from lightning_mixcn.testing import save_tiny_mixtral
 from lightning_mixcn.text import Turn, load_tokenizer

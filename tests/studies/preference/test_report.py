@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 from lightning_mixcn.studies.preference.matches import LEFT, RIGHT, TIE
-from lightning_mixcn.studies.preference.report import table, write_report
+from lightning_mixcn.studies.preference.report import preference_table, write_preferences
 from tests.studies.preference.test_scores import judged
 
 
 def test_files(tmp_path: Path) -> None:
-    write_report(tmp_path, judged(2, 10, [[LEFT] * 6 + [TIE] * 2 + [RIGHT] * 2] * 2))
+    write_preferences(tmp_path, judged(2, 10, [[LEFT] * 6 + [TIE] * 2 + [RIGHT] * 2] * 2))
     report = json.loads((tmp_path / "preference.json").read_text(encoding="utf-8"))
     assert report["elo_anchor"] == {"model": "m0", "elo": 1000.0}
     assert report["pairs"][0]["win"] == 0.6
@@ -28,6 +28,6 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_without_elo_the_table_says_why() -> None:
-    shown = table(judged(2, 1, [[LEFT]]))
+    shown = preference_table(judged(2, 1, [[LEFT]]))
     assert "No finite Elo: some models won, or lost, every verdict" in shown
     assert "One judge" in shown

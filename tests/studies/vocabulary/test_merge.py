@@ -12,7 +12,7 @@ import transformers
 from lightning_mixcn.studies.vocabulary.merge import (
     REPORT,
     choose_pieces,
-    open_base,
+    mergeable_base,
     write_tokenizer,
 )
 from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
@@ -24,7 +24,7 @@ from tests.studies.vocabulary.vocab_data import english_and_code, shared, simpli
 
 def merged(base: Path, out: Path, pieces: list[str], script: str = "Han", **options: Any) -> dict[str, Any]:
     """Merge; gives the report."""
-    tokenizer = open_base(base)
+    tokenizer = mergeable_base(base)
     chosen = choose_pieces(tokenizer, pieces, ScriptFilter(script), **options)
     write_tokenizer(base, tokenizer, chosen, script, out)
     report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
@@ -143,4 +143,4 @@ def test_nothing_new_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer.model nor tokenizer.json"):
-        open_base(tmp_path / "empty")
+        mergeable_base(tmp_path / "empty")

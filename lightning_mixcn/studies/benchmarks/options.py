@@ -1,0 +1,47 @@
+"""The measurements of an evaluation. Imports no torch: it is part of the help of `mixcn evaluate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_mixcn.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Tasks, prompts and probes of an evaluation.
+
+    Args:
+        tasks: Tasks or groups of the harness (`lm_eval ls tasks` lists them), e.g. ceval-valid,cmmlu,mmlu,hellaswag.
+            The cost, for each model, is about one forward pass over every prompt of multiple choice, and one for each
+            token of a generated answer. Mixtral-8x7B (26 GFLOP a token) on MMLU, 14,042 questions of 700 tokens with 5
+            examples: 2.6e17 FLOP, by arithmetic 21 minutes at 200 TFLOP/s. Finding the tasks takes 10 to 20 seconds.
+        num_fewshot: Examples in a prompt; null is each task's own number. Tasks that are defined with 0 keep it.
+        limit: Documents of each task, the first ones; less than 1 is a share of them. For trying out only.
+        apply_chat_template: Write prompts as conversations with the chat template of the model's tokenizer.
+        batch_size: Prompts in a forward pass, or auto: as many as memory holds.
+        data_dir: Folder with the data, instead of the hub: datasets as OWNER/NAME/, or what the authors of C-Eval,
+            CMMLU and MMLU (.zip or folder), GSM8K and HellaSwag (.jsonl) publish. Nothing is fetched then.
+        eos_probe: Texts, each as name=PATH: how likely EOS is after a line break inside a document. A model that
+            learned from single lines stops there, and reasons over one line only.
+        eos_probe_tokens: Tokens of each text; the cost is one forward pass.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    tasks: list[str]
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+    batch_size: int | Literal["auto"] = 8
+    data_dir: str | None = None
+    eos_probe: Sequence[str] = ()
+    eos_probe_tokens: int = 65_536
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise UserError(f"`batch_size={self.batch_size}`: expected at least 1, or auto")
+        if self.eos_probe_tokens < 2:
+            raise UserError(f"`eos_probe_tokens={self.eos_probe_tokens}`: expected at least 2")

@@ -1,0 +1,173 @@
+"""Measure a model in every format of its weights, and keep what was measured."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.errors import NonFiniteError, UserError
+from lightning_mixcn.files.atomic import new_folder
+from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.metrics import score_documents
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.identity import base_identity
+from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
+from lightning_mixcn.model.find import find_model, load_found
+from lightning_mixcn.model.mixtral import meta_model
+from lightning_mixcn.model.options import chosen_device
+from lightning_mixcn.studies.parts import StudyParts, finished_before
+from lightning_mixcn.studies.texts import StudyText
+from lightning_mixcn.text import PlainText, load_tokenizer
+
+from .gguf import GGUFFile
+from .report import REPORT, TABLE, FormatResult, SourceSums, write_report
+from .weights import (
+    Sizes,
+    relative_error,
+    round_singly,
+    rounded_entries,
+    single_sizes,
+    sizes_in_memory,
+)
+
+DOUBLE, SINGLE = "nf4-double", "nf4-single"
+Score = Callable[[dict[str, Tensor]], Tensor]
+
+
+def study_formats(
+    src: str, folder: Path, text: StudyText, gguf: Sequence[str], dtype: str | None, device: str | None
+) -> None:
+    """Measure every format and write the tables; arguments as in the command ``quantization``."""
+    checkpoint = _open(src)
+    text.check_context(mixtral_config(checkpoint))
+    chosen, place = torch_dtype(dtype) if dtype else _own_dtype(checkpoint), chosen_device(device)
+    files = [GGUFFile(path, checkpoint) for path in gguf]
+    documents = text.documents()
+    encoder = PlainText(load_tokenizer(local_folder(src)))
+    settings: dict[str, Any] = {
+        "src": src, "base_sha256": base_identity(src)["sha256"], "tokenizer": encoder.fingerprint["tokenizer"],
+        "text": text.paths, "text_fingerprint": {part.name: part.corpus.fingerprint for part in documents},
+        "gguf": [file.identity for file in files], "max_tokens": text.max_tokens,
+        "sequence_length": text.sequence_length, "micro_batch_size": text.micro_batch_size,
+        "document_unit": text.document_unit, "dtype": _name(chosen), "device": place.type,
+    }  # fmt: skip
+    if finished_before(folder, REPORT, settings, table=TABLE):
+        return
+    parts = StudyParts(folder, settings)
+    rows = EvaluationSet(documents, encoder, text.sequence_length, text.rows)
+    study = _Study(src, checkpoint, chosen, place, EvaluationLoader(rows, text.micro_batch_size, 1, 0), parts)
+    names = [part.name for part in documents]
+    results = [study.of_model(name, names) for name in (_name(chosen), DOUBLE, SINGLE)]
+    results += [study.of_file(number, file, names, text.sequence_length) for number, file in enumerate(files)]
+    with new_folder(folder) as unfinished:
+        table = write_report(unfinished, settings, results)
+    parts.delete()
+    print(table)
+
+
+class _Study:
+    """Measures format after format; what is kept is not measured again."""
+
+    def __init__(
+        self,
+        src: str,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        loader: EvaluationLoader,
+        parts: StudyParts,
+    ) -> None:
+        self._src, self._checkpoint, self._dtype, self._device = src, checkpoint, dtype, device
+        self._loader, self._parts = loader, parts
+
+    def of_model(self, name: str, sources: Sequence[str]) -> FormatResult:
+        """A format that this package computes with."""
+        if self._missing(name):
+            model = self._load(name)
+            if f"{name}_weights" not in self._parts:
+                sizes = (single_sizes if name == SINGLE else sizes_in_memory)(model, self._checkpoint)
+                self._keep_weights(name, sizes, relative_error(model, self._checkpoint, self._dtype))
+            self._score(name, lambda batch: _nll(model, batch))
+        sizes, error = self._weights(name)
+        size_of = "computed" if name == SINGLE else "memory"
+        return FormatResult(name, sizes.bytes, size_of, sizes, error, self._sums(name, sources))
+
+    def of_file(self, number: int, file: GGUFFile, sources: Sequence[str], sequence_length: int) -> FormatResult:
+        """A GGUF file."""
+        part = f"gguf{number}"
+        if f"{part}_weights" not in self._parts:
+            self._keep_weights(part, file.sizes, file.relative_error())
+        if self._missing(part):
+            likelihood = file.open(sequence_length, use_gpu=self._device.type == "cuda")
+            self._score(part, likelihood.nll)
+            likelihood.close()
+        sizes, error = self._weights(part)
+        size = file.path.stat().st_size
+        return FormatResult(file.path.name, size, "file", sizes, error, self._sums(part, sources))
+
+    def _load(self, name: str) -> nn.Module:
+        quantization = "nf4" if name == DOUBLE else "none"
+        model = load_found(
+            find_model(self._src), quantization=quantization, dtype=self._dtype, device=self._device
+        )  # fmt: skip
+        if name == SINGLE:
+            round_singly(model, self._checkpoint)
+        return model
+
+    def _missing(self, name: str) -> bool:
+        wanted = [f"{name}_weights", *(f"{name}_batch{number}" for number in range(len(self._loader)))]
+        return any(part not in self._parts for part in wanted)
+
+    def _score(self, name: str, nll: Score) -> None:
+        for number, batch in enumerate(tqdm(self._loader, desc=name, unit="batch")):
+            if (part := f"{name}_batch{number}") in self._parts:
+                continue
+            scores = score_documents(nll(batch), batch)
+            if not bool(torch.isfinite(scores.nats).all()):
+                raise NonFiniteError(f"The likelihood as {name} is not finite. Use `dtype` bfloat16 or float32")
+            self._parts.save(part, {key: value.numpy() for key, value in scores._asdict().items()})
+
+    def _keep_weights(self, name: str, sizes: Sizes, error: float) -> None:
+        self._parts.save(f"{name}_weights", {"sizes": np.array(sizes), "relative_error": np.array(error)})
+
+    def _weights(self, name: str) -> tuple[Sizes, float]:
+        part = self._parts.load(f"{name}_weights")
+        return Sizes(*map(int, part["sizes"])), float(part["relative_error"])
+
+    def _sums(self, name: str, sources: Sequence[str]) -> dict[str, SourceSums]:
+        parts = [self._parts.load(f"{name}_batch{number}") for number in range(len(self._loader))]
+        return {source: SourceSums.of(number, parts) for number, source in enumerate(sources)}
+
+
+@torch.no_grad()
+def _nll(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    names = ("input_ids", "position_ids", "labels", "document_ids")
+    inputs = {name: batch[name].to(device) for name in names}
+    nll_BS: Tensor = model(**inputs, output_router_logits=False, use_cache=False).nll
+    return nll_BS.cpu()
+
+
+def _open(src: str) -> Checkpoint:
+    if find_model(src).adapters:
+        raise UserError(f"`src={src!r}` has an adapter. Give its base, or merge it with `mixcn export`")
+    checkpoint = Checkpoint(src)
+    mixtral_config(checkpoint)
+    if is_quantised(checkpoint):
+        raise UserError(f"`src={src!r}` is in 4 bits, of which nothing unquantised is left. Give the original")
+    return checkpoint
+
+
+def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type of its experts."""
+    model = meta_model(mixtral_config(checkpoint), "none", torch.float32)
+    return checkpoint.dtype(rounded_entries(model, checkpoint)[-1].segments[0].name)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
