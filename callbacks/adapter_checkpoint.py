@@ -18,7 +18,6 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics import Likelihood
 from lightning_mixcn.model.export.card import CARD_NAME, Training, adapter_card
 from lightning_mixcn.modules import CausalLMModule
-from lightning_mixcn.modules.strategies import whole_parameters
 from lightning_mixcn.text import TextTokenizer, load_tokenizer, portable_source
 from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
 from lightning_mixcn.tokenizer.pieces import has_tokenizer
@@ -261,19 +260,18 @@ class AdapterCheckpoint(Callback):
         if not isinstance(model, PeftModel):
             return
         # Every rank has a part in gathering what is sharded.
-        with whole_parameters(trainer.strategy.model):
-            if not trainer.is_global_zero:
-                model.save_pretrained("", is_main_process=False)
-                return
-            root = Path(trainer.default_root_dir)
-            with new_folder(root / name, replace=True) as folder:
-                model.save_pretrained(str(folder))
-                config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
-                for file in config:
-                    shutil.copyfile(file, folder / file.name)
-                self._run_files(trainer, module).write(folder)
-                card = adapter_card(folder, self._training(trainer, module), self._measured)
-                (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        if not trainer.is_global_zero:
+            model.save_pretrained("", is_main_process=False)
+            return
+        root = Path(trainer.default_root_dir)
+        with new_folder(root / name, replace=True) as folder:
+            model.save_pretrained(str(folder))
+            config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
+            for file in config:
+                shutil.copyfile(file, folder / file.name)
+            self._run_files(trainer, module).write(folder)
+            card = adapter_card(folder, self._training(trainer, module), self._measured)
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
     def _run_files(self, trainer: Trainer, module: CausalLMModule) -> RunFiles:
         if self._files is None:

@@ -40,6 +40,7 @@ from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.checks import check_precision
+from lightning_mixcn.modules.strategies import check_strategy
 
 from .plan import RunPlan
 from .run_folder import (
@@ -224,6 +225,7 @@ class MixcnCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks and the logger of a run where the configuration has none of its own."""
         settings = self._get(self.config_init, "trainer")
+        check_strategy(settings.strategy)
         root = self.root
         if settings.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")

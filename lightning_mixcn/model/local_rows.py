@@ -45,8 +45,3 @@ def write_elements(parameter: Tensor, start: int, values: Tensor) -> None:
     held, _ = local_rows(parameter)
     start -= held_elements(parameter).start
     held.view(-1)[start : start + values.numel()].copy_(values)
-
-
-def plain_name(name: str) -> str:
-    """A parameter's or module's name without what FSDP1 puts in."""
-    return name.replace("_fsdp_wrapped_module.", "")

@@ -21,7 +21,7 @@ from lightning_mixcn.metrics import (
     score_documents,
     scored_positions,
 )
-from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing, set_gradient_sync
 from lightning_mixcn.model.mixtral import CausalLMOutput
 from lightning_mixcn.model.vocabulary import tokenizer_for
 
@@ -45,10 +45,8 @@ from .step_clock import StepClock
 from .strategies import (
     Shard,
     build_device,
+    check_strategy,
     fsdp2_shard,
-    gradient_group,
-    keep_base_whole,
-    sync_gradients,
 )
 
 Batch = dict[str, Tensor]
@@ -180,7 +178,8 @@ class CausalLMModule(SavedStateModule):
     # ---- training ----
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would cast LoRA's masters and the quantisation scales; have checkpoints checked."""
+        """Refuse a strategy or precision that cannot be used; have checkpoints checked."""
+        check_strategy(self.trainer.strategy)
         run_checks.check_precision(self.trainer.precision)
         check_before_loading(self.trainer, self.check_checkpoint)
 
@@ -195,7 +194,9 @@ class CausalLMModule(SavedStateModule):
             self.model = self.build_model()
             if self.shard is not None and not is_sharded(self.model):
                 self.shard(self.model)
-            keep_base_whole(self._strategy, self)
+            # DDP would broadcast 25 GB that every rank has loaded. It looks for this attribute.
+            frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+            self._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # nn.Module's __setattr__
             if self.activation_memory is not None and self._trainer and self.trainer.state.fn == "fit":
                 self.activation_checkpointing = budgeted_modes(self)
             set_activation_checkpointing(self.model, self.activation_checkpointing)
@@ -226,7 +227,7 @@ class CausalLMModule(SavedStateModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw dropout's random numbers as every run with this seed does at this place."""
-        sync_gradients(self.trainer.strategy.model or self, not self.trainer.fit_loop._should_accumulate())
+        set_gradient_sync(self.trainer.strategy.model or self, not self.trainer.fit_loop._should_accumulate())
         seed_micro_batch(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -254,7 +255,7 @@ class CausalLMModule(SavedStateModule):
         run_checks.check_finite_step(step, "loss", float(totals.minimised), self.trainer)
         run_checks.check_labels(step, count)
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        norm = rescale_gradients(trainable, count, self.trainer.world_size, gradient_group(self.trainer.strategy.model))
+        norm = rescale_gradients(trainable, count, self.trainer.world_size)
         self._gradient_norm = float(norm)
         run_checks.check_finite_step(step, "gradient norm", self._gradient_norm, self.trainer)
         labels = totals.labels.clamp_min(1)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from bitsandbytes.optim.optimizer import Optimizer8bit
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -187,10 +187,10 @@ def source_names(trainer: Any, stage: str) -> list[str]:
 
 
 def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:
-    """Refuse bitsandbytes' optimizers where FSDP shards what trains.
+    """Refuse bitsandbytes' optimizers where FSDP2 shards what trains.
 
-    Their kernels know no DTensor: FSDP2's first step fails on the CPU and corrupts memory on CUDA (bitsandbytes, issue
-    1633). Under FSDP1 they would train, but each rank's states are kept from the gathering that a checkpoint needs.
+    Their kernels know no DTensor: the first step fails on the CPU and corrupts memory on CUDA (bitsandbytes, issue
+    1633).
 
     Args:
         optimizer: Of what trains.
@@ -200,7 +200,7 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:
         ValueError: says what to use instead.
     """
     # The base class of all of bitsandbytes' optimizers, those with 32-bit states too.
-    if isinstance(optimizer, Optimizer8bit) and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+    if isinstance(optimizer, Optimizer8bit) and isinstance(strategy, ModelParallelStrategy):
         raise UserError(
             f"`model.init_args.optimizer`: bitsandbytes' {type(optimizer).__name__} cannot hold states of parameters "
             f"that {type(strategy).__name__} shards. Use torch.optim.AdamW, whose states are sharded with them, or "

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,7 +14,7 @@ from lightning_mixcn.model.memory.layer import MicroBatch
 from lightning_mixcn.model.memory.optimizer import OptimizerMemory, optimizer_memory
 from lightning_mixcn.model.memory.plan import Run, Sharing
 
-from .strategies import FSDP2Strategy
+from .strategies import FSDP2Strategy, check_strategy
 
 _NO_OPTIMIZER = OptimizerMemory(0, 0)
 
@@ -48,7 +48,8 @@ def sharing_of(strategy: Strategy | str, ranks: int, ranks_of_node: int) -> Shar
     >>> sharing_of("hsdp", ranks=16, ranks_of_node=8)
     Sharing(kind='fsdp2', ranks=8, copies=2, reshard_after_forward=True, prefetch=1, gradient_copies=0)
     """
-    if strategy in ("fsdp2", "hsdp"):
+    check_strategy(strategy)
+    if strategy in ("fsdp", "fsdp2", "hsdp"):
         strategy = FSDP2Strategy(shard_size="node" if strategy == "hsdp" else "all")
     if isinstance(strategy, FSDP2Strategy):
         given = {"all": ranks, "node": ranks_of_node}
@@ -56,8 +57,6 @@ def sharing_of(strategy: Strategy | str, ranks: int, ranks_of_node: int) -> Shar
         return Sharing("fsdp2", size, ranks // size, strategy.reshard_after_forward, strategy.prefetch)
     if isinstance(strategy, ModelParallelStrategy):
         return Sharing("fsdp2", ranks)
-    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
-        return Sharing("fsdp1", ranks)
     if isinstance(strategy, DDPStrategy):
         return Sharing(copies=ranks, gradient_copies=int(not strategy._ddp_kwargs.get("gradient_as_bucket_view")))
     if isinstance(strategy, str) and (strategy.startswith("ddp") or (strategy == "auto" and ranks > 1)):

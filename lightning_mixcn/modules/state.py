@@ -17,7 +17,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import base_identity
-from lightning_mixcn.model.local_rows import plain_name
 from lightning_mixcn.model.lora.attach import lora_layers
 
 from .resume import (
@@ -222,7 +221,7 @@ class SavedStateModule(LightningModule):
         """Return what trains only; the base is named by its identity, see `on_save_checkpoint`."""
         trainable, prefix = trainable_names(self), kwargs.get("prefix", "")
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        for name in [name for name in state if plain_name(name.removeprefix(prefix)) not in trainable]:
+        for name in [name for name in state if name.removeprefix(prefix) not in trainable]:
             del state[name]
         return state
 
@@ -348,7 +347,7 @@ class SavedStateModule(LightningModule):
 
 def trainable_names(module: nn.Module) -> set[str]:
     """Return the names of the parameters that train, as a checkpoint has them; a tied pair has one."""
-    return {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -396,7 +395,7 @@ def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any])
 def number_as_in_module(optimizer_state: dict[str, Any], module: nn.Module) -> None:
     """Number the parameters of an optimizer's state among all of the module's, frozen ones too, in place.
 
-    That is how Lightning's FSDP strategies take a state of one file apart again; torch itself goes by the order.
+    Lightning's `ModelParallelStrategy` shards a state of one file by these numbers; torch itself goes by the order.
 
     Args:
         optimizer_state: Of an optimizer over all that trains, its parameters numbered from 0.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lightning_mixcn.errors import UserError
 
@@ -83,16 +82,13 @@ def micro_batch_scale(accumulate_grad_batches: int) -> float:
     return accumulate_grad_batches / REFERENCE_COUNT
 
 
-def rescale_gradients(
-    parameters: Iterable[Tensor], count: float, world_size: int, group: ProcessGroup | None = None
-) -> Tensor:
+def rescale_gradients(parameters: Iterable[Tensor], count: float, world_size: int) -> Tensor:
     """Turn gradients of sums, averaged over ranks, into gradients of the mean.
 
     Args:
         parameters: Those that train; the ones without a gradient are left alone.
         count: What the sum is divided by, over the whole step and all ranks.
         world_size: Number of ranks that gradients were averaged over.
-        group: Ranks that hold shares of each gradient in plain tensors, as FSDP1's do.
 
     Returns:
         Norm of the rescaled gradients over all ranks, before any clipping; a scalar, float32.
@@ -101,10 +97,6 @@ def rescale_gradients(
     if gradients:
         torch._foreach_mul_(gradients, world_size * REFERENCE_COUNT / count)
     norm = torch.nn.utils.get_total_norm(gradients)
-    if group is not None:
-        squared = norm.square()
-        torch.distributed.all_reduce(squared, group=group)
-        return squared.sqrt()
     # Under FSDP2 the norm is a DTensor that still waits for its sum over ranks.
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 

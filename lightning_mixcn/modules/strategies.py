@@ -1,28 +1,21 @@
-"""What the model needs of Lightning's strategies: FSDP2 and HSDP, FSDP1, DDP.
+"""FSDP2 and HSDP as strategies of Lightning's, and what the model needs of a strategy.
 
-One module runs under all of them. Under FSDP2 everything is sharded, the 4-bit base too. FSDP1 can flatten parameters
-of one type only, so it shards what trains, and every rank holds the base; so it does under DDP, which also has all of
-the optimizer.
+One module runs under all of them. Under FSDP2 everything is sharded, the 4-bit base too; under DDP every rank holds
+the base, the adapters and the optimizer.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model import set_gradient_sync, shard_model
+from lightning_mixcn.model import shard_model
 
 Shard = Callable[[nn.Module], None]
 
@@ -67,7 +60,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard_mesh(self) -> DeviceMesh:
-        """The mesh for `shard_model`.
+        """Make the mesh for `shard_model`.
 
         Raises:
             ValueError: `shard_size` does not divide the number of ranks.
@@ -85,19 +78,37 @@ class FSDP2Strategy(ModelParallelStrategy):
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-# For `trainer.strategy: fsdp2`, without a class_path.
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, the 4-bit base sharded over all ranks")
+# Names for `trainer.strategy`. Lightning's own `fsdp` is FSDP1, which it refuses on the CPU by this list of names.
+FSDPStrategy.get_registered_strategies().remove("fsdp")
+for _name in ("fsdp", "fsdp2"):
+    StrategyRegistry.register(
+        _name, FSDP2Strategy, description="FSDP2, the 4-bit base sharded over all ranks", override=True
+    )
 StrategyRegistry.register("hsdp", FSDP2Strategy, description="FSDP2 inside each node", shard_size="node")
 
 
-def fsdp2_shard(strategy: Strategy | None) -> Shard | None:
-    """What shards a model under FSDP2, `None` under any other strategy.
+def check_strategy(strategy: Strategy | str) -> None:
+    """Refuse Lightning's own FSDP. Raises: ValueError, which names FSDP2.
 
     Args:
-        strategy: The trainer's, its ranks connected.
+        strategy: Strategy of the trainer, or its name in a configuration.
+    """
+    given = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if isinstance(strategy, FSDPStrategy) or given in FSDPStrategy.get_registered_strategies():
+        raise UserError(
+            f"`trainer.strategy`: {given} is FSDP1, which is not supported any more. Set `trainer.strategy: fsdp`, "
+            "which is FSDP2 (configs/trainer/fsdp2.yaml); checkpoints that FSDP1 wrote resume under it"
+        )
+
+
+def fsdp2_shard(strategy: Strategy | None) -> Shard | None:
+    """Return the function that shards a model under FSDP2, or `None` under any other strategy.
+
+    Args:
+        strategy: Strategy of the trainer, its ranks connected.
 
     Raises:
-        ValueError: it asks for tensor parallelism.
+        ValueError: The strategy asks for tensor parallelism.
     """
     if isinstance(strategy, FSDP2Strategy):
         return partial(
@@ -116,44 +127,6 @@ def fsdp2_shard(strategy: Strategy | None) -> Shard | None:
     return partial(shard_model, mesh=strategy.device_mesh["data_parallel"])
 
 
-def keep_base_whole(strategy: Strategy | None, module: LightningModule) -> None:
-    """Tell DDP and FSDP1 to leave what is frozen alone: every rank has loaded it."""
-    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    # DDP would broadcast 25 GB that are there already. It looks for this attribute.
-    module._ddp_params_and_buffers_to_ignore = list(frozen)  # type: ignore[assignment]  # nn.Module's __setattr__
-    if isinstance(strategy, FSDPStrategy):
-        strategy.kwargs.setdefault("ignored_states", list(frozen.values()))
-        strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({MixtralDecoderLayer}))
-
-
-def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Reduce gradients after the next backward, or not while micro-batches accumulate; DDP is Lightning's to tell.
-
-    Args:
-        model: The strategy's.
-        wanted: Whether this is a step's last micro-batch.
-    """
-    set_gradient_sync(model, wanted)
-    for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel):
-            setattr(module, "_sync_gradients", wanted)  # noqa: B010  # what its `no_sync()` sets; mypy takes it for a Tensor
-
-
-def gradient_group(model: nn.Module | None) -> ProcessGroup | None:
-    """Ranks whose plain gradient tensors are shares of one gradient: under FSDP1; `None` where they are whole."""
-    return model.process_group if isinstance(model, FullyShardedDataParallel) else None
-
-
-@contextmanager
-def whole_parameters(model: nn.Module | None) -> Iterator[None]:
-    """Within it, what FSDP1 shards is whole on every rank; to read, not to write."""
-    if not isinstance(model, FullyShardedDataParallel):
-        yield
-        return
-    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-        yield
-
-
 def build_device(strategy: Strategy | None) -> torch.device:
-    """Where a rank's model belongs: the strategy's device, or torch's default without a trainer."""
+    """Return the device of a rank's model: the strategy's, or torch's default without a trainer."""
     return torch.get_default_device() if strategy is None else strategy.root_device

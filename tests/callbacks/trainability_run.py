@@ -27,7 +27,6 @@ class Spoiler(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         parameters = dict(pl_module.named_parameters())
         for name, parameter in parameters.items():
-            name = name.replace("_fsdp_wrapped_module.", "")
             if self.what == "changed" and name.endswith(CODES) and trainer.is_global_zero:
                 local_rows(parameter)[0][-1, -1] ^= 1
             if self.what == "detached" and name.endswith(FACTOR):

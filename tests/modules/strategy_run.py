@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint, TrainabilityCheck
@@ -27,7 +26,6 @@ from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.local_rows import gathered
 from lightning_mixcn.model.lora.attach import adapter_tensors
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
-from lightning_mixcn.modules.strategies import whole_parameters
 from lightning_mixcn.testing import FixedBatches, random_batch
 from lightning_mixcn.text import Source
 
@@ -35,19 +33,11 @@ MICRO_BATCHES = 16  # of a step, on all ranks together
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
 
 
-class FSDP1OnCPU(FSDPStrategy):
-    """Lightning refuses FSDP1 on the CPU by the exact class, and gives a device by its index, which the CPU has not."""
-
-    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
-        return super()._setup_model(model)
-
-
 def strategy(name: str) -> Strategy | str:
     made: dict[str, Callable[[], Strategy | str]] = {
         "one": lambda: "auto",
         "ddp": lambda: "ddp",
-        "fsdp1": FSDP1OnCPU,
+        "fsdp": lambda: "fsdp",
         "fsdp2": FSDP2Strategy,
         "hsdp": lambda: FSDP2Strategy(shard_size=2, reshard_after_forward=False),
         "plain": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
@@ -153,8 +143,7 @@ def _train(
     data = SharedBatches(batches()) if path is None else text(base, path)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     assert isinstance(model.model, MixtralPeftModel)
-    with whole_parameters(trainer.strategy.model):
-        tensors, _ = adapter_tensors(model.model)
+    tensors, _ = adapter_tensors(model.model)
     return {
         "losses": losses.losses,
         "settings": {key: value for key, value in trainer.optimizers[0].param_groups[0].items() if key != "params"},

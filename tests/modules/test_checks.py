@@ -17,6 +17,7 @@ from lightning_mixcn.callbacks import StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.cli import main
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.modules.checks import check_optimizer
+from lightning_mixcn.modules.strategies import check_strategy
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 
 Make = Callable[..., Any]
@@ -131,7 +132,7 @@ def test_paged_states_on_the_cpu_are_plain_ones(tiny_base: Path, lora: Make, tra
         trainer(max_steps=1).fit(module, FixedBatches([random_batch([9])]))
 
 
-@pytest.mark.parametrize("strategy", [FSDP2Strategy, ModelParallelStrategy, FSDPStrategy])
+@pytest.mark.parametrize("strategy", [FSDP2Strategy, ModelParallelStrategy])
 @pytest.mark.parametrize("optimizer", [AdamW8bit, PagedAdamW8bit])
 def test_sharded_parameters_are_refused(strategy: Any, optimizer: Any) -> None:
     parameters = [nn.Parameter(torch.zeros(4))]
@@ -142,6 +143,21 @@ def test_sharded_parameters_are_refused(strategy: Any, optimizer: Any) -> None:
     check_optimizer(torch.optim.AdamW(parameters), strategy())
     for whole in (DDPStrategy(), SingleDeviceStrategy()):
         check_optimizer(optimizer(parameters), whole)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), "fsdp_cpu_offload"])
+def test_fsdp1_is_refused(strategy: Any) -> None:
+    with pytest.raises(ValueError, match=r"is FSDP1, which is not supported any more. Set `trainer.strategy: fsdp`"):
+        check_strategy(strategy)
+    for kept in ("auto", "ddp", "fsdp", "fsdp2", "hsdp", FSDP2Strategy(), DDPStrategy()):
+        check_strategy(kept)
+
+
+def test_fsdp1_is_refused_on_the_command_line(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "--model", "PretrainModule", "--model.base", str(tiny_base), "--data", "PretrainDataModule"]
+    arguments += ["--data.sources", "[{name: zh, path: nowhere.jsonl}]", "--trainer.accelerator=cpu"]
+    assert main([*arguments, "--trainer.strategy={class_path: lightning.pytorch.strategies.FSDPStrategy}"]) == 2
+    assert "FSDPStrategy is FSDP1, which is not supported any more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mixcn.model.memory.plan import Sharing
 from lightning_mixcn.modules import PretrainModule
@@ -24,7 +24,7 @@ Make = Callable[..., Any]
         ("auto", Sharing(copies=16, gradient_copies=1)),
         ("ddp", Sharing(copies=16, gradient_copies=1)),
         (DDPStrategy(gradient_as_bucket_view=True), Sharing(copies=16)),
-        (FSDPStrategy(), Sharing("fsdp1", 16)),
+        ("fsdp", Sharing("fsdp2", 16)),
         ("fsdp2", Sharing("fsdp2", 16)),
         ("hsdp", Sharing("fsdp2", 8, 2)),
         (FSDP2Strategy(shard_size=4, reshard_after_forward=False, prefetch=2), Sharing("fsdp2", 4, 4, False, 2)),

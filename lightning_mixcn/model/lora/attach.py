@@ -20,7 +20,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.safetensors import write_safetensors
 from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
-from lightning_mixcn.model.local_rows import copy_rows, gathered, plain_name
+from lightning_mixcn.model.local_rows import copy_rows, gathered
 from lightning_mixcn.model.mixtral import MixtralForCausalLM, base_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
@@ -132,7 +132,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
     """Every LoRA layer with the name of the module that it adapts, e.g. ``model.layers.0.mlp.experts.up_proj``."""
     for name, module in model.named_modules():
         if isinstance(module, LoraFrozenLinear):
-            yield plain_name(name).removeprefix(PREFIX), module
+            yield name.removeprefix(PREFIX), module
 
 
 def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraConfig]:

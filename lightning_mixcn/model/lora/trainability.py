@@ -67,16 +67,13 @@ def nonzero_groups(tensor: Tensor, groups: int) -> Tensor:
     """Which groups of rows have anything but zeros in what this rank holds.
 
     Args:
-        tensor: ``[G·n, columns]``, perhaps a DTensor; or flat, as FSDP1 holds it, where a group's place is not known
-            and any number speaks for all groups.
+        tensor: ``[G·n, columns]``, perhaps a DTensor.
         groups: G.
 
     Returns:
         ``[G]`` int64, 0 or 1; NaN is not zero.
     """
     held, first = local_rows(tensor)
-    if held.dim() == 1:
-        return held.any().long().expand(groups)
     rows = len(tensor) // groups
     bounds = [min(max(group * rows - first, 0), len(held)) for group in range(groups + 1)]
     return torch.stack([held[start:stop].any() for start, stop in pairwise(bounds)]).long()

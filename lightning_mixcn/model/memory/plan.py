@@ -21,7 +21,7 @@ class Sharing:
     """How ranks share parameters, see `modules.strategies`.
 
     Args:
-        kind: ``whole``: one rank, or DDP. ``fsdp1`` shards what trains, ``fsdp2`` everything.
+        kind: ``whole``: one rank, or DDP. ``fsdp2`` shards everything.
         ranks: That share one copy.
         copies: Of the model, over all ranks.
         reshard_after_forward: Whether a layer's gathered parameters are freed between forward and backward.
@@ -29,7 +29,7 @@ class Sharing:
         gradient_copies: Copies of the gradients beside those of the parameters, as DDP's buckets are.
     """
 
-    kind: Literal["whole", "fsdp1", "fsdp2"] = "whole"
+    kind: Literal["whole", "fsdp2"] = "whole"
     ranks: int = 1
     copies: int = 1
     reshard_after_forward: bool = True
@@ -54,10 +54,9 @@ class Sharing:
         """
         if self.kind == "whole" or self.ranks == 1:
             return 0
-        whole = trained + (frozen if self.kind == "fsdp2" else 0)
         # Backward gathers one layer ahead whatever `prefetch` says.
-        at_once = 1 + max(1, self.prefetch) if self.kind == "fsdp1" or self.reshard_after_forward else layers
-        return whole * min(at_once, layers)
+        at_once = 1 + max(1, self.prefetch) if self.reshard_after_forward else layers
+        return (frozen + trained) * min(at_once, layers)
 
     def moved(self, whole: int, trained: int, micro_batches: int) -> dict[str, float]:
         """Bytes that a rank sends in a step under FSDP2, when collectives go round a ring.

@@ -38,11 +38,6 @@ def test_shares_of_ranks_add_up(ranks: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.sign().tolist() == [1, 1, 0, 1]
 
 
-def test_a_flat_share_speaks_for_all_groups() -> None:
-    assert nonzero_groups(rows(7).flatten(), 4).tolist() == [1, 1, 1, 1]
-    assert nonzero_groups(torch.zeros(0), 4).tolist() == [0, 0, 0, 0]
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_should_train(tied: bool) -> None:
     config = tiny_mixtral_config(tie_word_embeddings=tied)

@@ -131,9 +131,8 @@ def test_ranks_share() -> None:
         return plan_memory(model, Run(MicroBatch(1, LENGTH), ["full"] * LAYERS, "cuda", accumulates, states, sharing))
 
     alone, ddp = plan(False, Sharing()), plan(False, Sharing(copies=4, gradient_copies=1))
-    one, four = plan(False, Sharing("fsdp1", 4)), plan(False, Sharing("fsdp2", 4))
+    four = plan(False, Sharing("fsdp2", 4))
     assert (ddp.quantised, ddp.gradients) == (alone.quantised, 2 * alone.gradients)
-    assert (one.quantised, one.trained) == (alone.quantised, alone.trained // 4)
     assert (four.quantised, four.optimizer_states) == (-(-alone.quantised // 4), -(-alone.optimizer_states // 4))
     # Two layers are whole at a time, or all of them.
     layer = sum(parameter.nbytes for parameter in model.get_base_model().model.layers[0].parameters())
@@ -182,12 +181,11 @@ def test_between_two_copies() -> None:
 
 
 def test_what_is_held() -> None:
-    assert [Sharing(kind, 4).base(101) for kind in ("whole", "fsdp1", "fsdp2")] == [101, 101, 26]
-    assert [Sharing(kind, 4).trained(101) for kind in ("whole", "fsdp1", "fsdp2")] == [101, 26, 26]
+    assert [Sharing(kind, 4).base(101) for kind in ("whole", "fsdp2")] == [101, 26]
+    assert [Sharing(kind, 4).trained(101) for kind in ("whole", "fsdp2")] == [101, 26]
 
 
 def test_what_is_gathered() -> None:
     assert Sharing("fsdp2", 4).gathered(100, 10, layers=8) == 220
-    assert Sharing("fsdp1", 4).gathered(100, 10, layers=8) == 20
     assert Sharing("fsdp2", 4, reshard_after_forward=False).gathered(100, 10, layers=8) == 880
     assert Sharing("fsdp2", 1).gathered(100, 10, layers=8) == 0
