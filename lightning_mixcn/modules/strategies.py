@@ -97,7 +97,7 @@ def check_strategy(strategy: Strategy | str) -> None:
     if isinstance(strategy, FSDPStrategy) or given in FSDPStrategy.get_registered_strategies():
         raise UserError(
             f"`trainer.strategy`: {given} is FSDP1, which is not supported any more. Set `trainer.strategy: fsdp`, "
-            "which is FSDP2 (configs/trainer/fsdp2.yaml); checkpoints that FSDP1 wrote resume under it"
+            "which is FSDP2 (configs/trainer/fsdp2.yaml); go on from the run's adapter, `model.init_args.adapter`"
         )
 
 
