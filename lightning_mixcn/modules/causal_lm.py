@@ -196,7 +196,7 @@ class CausalLMModule(SavedStateModule):
                 self.shard(self.model)
             # DDP would broadcast 25 GB that every rank has loaded. It looks for this attribute.
             frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-            self._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # nn.Module's __setattr__
+            self._ddp_params_and_buffers_to_ignore = frozen
             if self.activation_memory is not None and self._trainer and self.trainer.state.fn == "fit":
                 self.activation_checkpointing = budgeted_modes(self)
             set_activation_checkpointing(self.model, self.activation_checkpointing)
