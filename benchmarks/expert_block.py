@@ -11,7 +11,6 @@ SwiGLU, no routing. All take turns in one process.
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -134,9 +133,6 @@ def main() -> None:
     """Measure and write results/expert_block.json."""
     options = options_of()
     config, figures = config_of(options.preset), {"settings": vars(options)}
-    before = os.environ.pop("MIXCN_EXPERT_PATH", None)
-    if before:
-        print(f"MIXCN_EXPERT_PATH={before} is not heeded here")
     for name, training in {"by_tokens": True, "forward_by_tokens": False}.items():
         if not training and options.device == "cpu":
             continue

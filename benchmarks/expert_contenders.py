@@ -4,16 +4,16 @@ Each is made with the same sizes and routing, and called with ``training``: forw
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mixcn.model.experts.block import PATHS, ExpertBlock
-from lightning_mixcn.model.experts.grouped import swiglu_backward_of_torch, swiglu_of_torch
-from lightning_mixcn.model.experts.operands import Dropout, ExpertWeights
+from lightning_mixcn.model.experts.block import PATHS
+from lightning_mixcn.model.experts.grouped import swiglu_backward_in_torch
+from lightning_mixcn.model.experts.loop import Dropout
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
 Contender = Callable[[bool], None]
@@ -46,7 +46,7 @@ class Rows:
 
 
 def ours(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
-    """Our block in NF4: on the CPU as it chooses, called ``ours``; on a GPU on each path, by the path's name."""
+    """Make our block in NF4: on the CPU ``ours``, expert by expert; on a GPU each path, by its name."""
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
 
     def frozen(rows: int, columns: int) -> NF4Weight:
@@ -57,19 +57,18 @@ def ours(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender
     def factor(*shape: int) -> Tensor:
         return (torch.randn(experts, *shape, device=device) * 0.02).bfloat16().requires_grad_()
 
-    weights = ExpertWeights(frozen(inner, hidden), frozen(inner, hidden), frozen(hidden, inner))
+    weights = frozen(inner, hidden), frozen(inner, hidden), frozen(hidden, inner)
     factors = [factor(2 * rank, hidden), factor(inner, rank), factor(inner, rank), factor(rank, inner)]
     factors.append(factor(hidden, rank))
 
     def on(path: str) -> Contender:
         def run(training: bool) -> None:
-            os.environ["MIXCN_EXPERT_PATH"] = path
             operands = rows.x, rows.index, rows.weight, weights, Dropout(), *factors
-            rows.run(lambda: ExpertBlock.apply(*operands), factors, training)
+            rows.run(lambda: PATHS[path](*operands), factors, training)
 
         return run
 
-    return {"ours": on("")} if device == "cpu" else {path: on(path) for path in PATHS}
+    return {"ours": on("loop")} if device == "cpu" else {path: on(path) for path in PATHS}
 
 
 def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
@@ -88,19 +87,19 @@ def kernels(config: Any, tokens: int) -> dict[str, dict[str, Callable[[], Any]]]
     from lightning_mixcn.model.nf4 import codec as nf4
 
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
-    packed = nf4.quantize(torch.randn(experts * inner * hidden, device="cuda") * 0.02)
+    packed = nf4.quantize_nf4(torch.randn(experts * inner * hidden, device="cuda") * 0.02)
     size = tokens * config.num_experts_per_tok, inner
     gate, up, dh = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     weight = torch.rand(size[0], device="cuda", dtype=torch.bfloat16)
     return {
         "decoding a projection": {
             "kernel": lambda: nf4_decode.nf4_decode(packed, torch.bfloat16),
-            "bitsandbytes": lambda: nf4.dequantize(packed, torch.bfloat16),
+            "bitsandbytes": lambda: nf4.dequantize_nf4(packed, torch.bfloat16),
         },
-        "SwiGLU": {"kernel": lambda: swiglu.swiglu(gate, up), "torch": lambda: swiglu_of_torch(gate, up)},
+        "SwiGLU": {"kernel": lambda: swiglu.swiglu_kernel(gate, up), "torch": lambda: F.silu(gate).mul_(up)},
         "SwiGLU backward": {
-            "kernel": lambda: swiglu.swiglu_backward(gate, up, dh, weight),
-            "torch": lambda: swiglu_backward_of_torch(gate, up, dh, weight),
+            "kernel": lambda: swiglu.swiglu_backward_kernel(gate, up, dh, weight),
+            "torch": lambda: swiglu_backward_in_torch(gate, up, dh, weight),
         },
     }
 

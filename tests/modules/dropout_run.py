@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lightning_mixcn.callbacks import StepCheckpoint
-from lightning_mixcn.model.experts.operands import Dropout
+from lightning_mixcn.model.experts.loop import Dropout
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 

@@ -22,7 +22,7 @@ from lightning_mixcn.model.local_rows import (
     local_rows,
     write_elements,
 )
-from lightning_mixcn.model.nf4.codec import SUPERBLOCK, dequantize
+from lightning_mixcn.model.nf4.codec import SUPERBLOCK, dequantize_nf4
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
 # Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
@@ -166,5 +166,5 @@ def _take_over(entry: Entry, source: BitsAndBytesSource) -> None:
             copy_rows(getattr(storage, name), tensor)
     else:  # the router, which is not quantised here
         held = storage.held()
-        values = dequantize(packed, storage.values.dtype)[: prod(storage.shape)]
+        values = dequantize_nf4(packed, storage.values.dtype)[: prod(storage.shape)]
         storage.write(held.start, values[held.start : held.stop])

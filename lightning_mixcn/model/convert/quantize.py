@@ -71,7 +71,7 @@ def _tensors(
     import torch
 
     from lightning_mixcn.model.checkpoints.reading import pieces
-    from lightning_mixcn.model.nf4.codec import dequantize
+    from lightning_mixcn.model.nf4.codec import dequantize_nf4
     from lightning_mixcn.model.nf4.storage import NF4Weight
 
     quantised = entry.attribute is None and isinstance(entry.storage, NF4Weight)
@@ -80,7 +80,7 @@ def _tensors(
         packed = source.stack(entry)
         if quantised:
             return {f"{entry.name}.storage.{name}": tensor for name, tensor in packed._asdict().items()}
-        return {stored_name: dequantize(packed, dtype).view(entry.shape)}
+        return {stored_name: dequantize_nf4(packed, dtype).view(entry.shape)}
     if quantised:
         storage = NF4Weight(entry.storage.shape)
         for start, values in pieces(entry, checkpoint):

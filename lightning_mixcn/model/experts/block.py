@@ -1,16 +1,18 @@
 """Mixtral's router and experts with frozen, possibly 4-bit weights; drop-in for transformers' modules.
 
 Children are named as PEFT sees them: ``gate_proj``, ``up_proj``, ``down_proj`` are the paper's w1, w3, w2.
+
+Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, S = T·K routed rows, n rows of one expert.
 """
 
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -18,44 +20,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
-from .few_rows import experts_of_few_rows
 from .grouped import GroupedExperts, decoding_product, stack_product
-from .loop import ExpertLoop
-from .operands import (
-    BlockGradients,
-    BlockInputs,
-    Dropout,
-    ExpertFactors,
-    ExpertWeights,
-    Projection,
-)
+from .loop import Dropout, ExpertFactors, ExpertLoop, ExpertWeights, route_rows, sum_choices
 
-
-class ExpertPath(Protocol):
-    """One way to compute the block and its gradients."""
-
-    def forward(self, inputs: BlockInputs, index: Tensor) -> tuple[Tensor, Sequence[Tensor | None], Any]:
-        """Run the block.
-
-        Args:
-            inputs: What it is given.
-            index: ``[T, K]`` int64, the chosen experts.
-
-        Returns:
-            The result ``[T, H]`` in the dtype of ``x``, the tensors that backward needs beside the inputs, and the
-            experts' row offsets where the host knows them.
-        """
-
-    def backward(
-        self, inputs: BlockInputs, kept: Sequence[Any], offsets: Any, grad_TH: Tensor, needs_dx: bool
-    ) -> BlockGradients:
-        """Gradients of the inputs, from what `forward` gave."""
-
-
-PATHS: dict[str, ExpertPath] = {
-    "loop": ExpertLoop(),
-    "grouped": GroupedExperts(stack_product),
-    "decode": GroupedExperts(decoding_product),
+PATHS: dict[str, Callable[..., Tensor]] = {
+    "loop": ExpertLoop.apply,
+    "grouped": partial(GroupedExperts.apply, stack_product),
+    "decode": partial(GroupedExperts.apply, decoding_product),
 }
 
 # Device type to (rows per expert below which, path), in ascending order: the winners that benchmarks/expert_block.py
@@ -63,15 +34,17 @@ PATHS: dict[str, ExpertPath] = {
 FASTEST: dict[str, tuple[tuple[float, str], ...]] = {"cpu": ((math.inf, "loop"),), "cuda": ((math.inf, "loop"),)}
 
 
-def choose_expert_path(inputs: BlockInputs, index: Tensor) -> str:
-    """The path to take: that of the environment variable ``MIXCN_EXPERT_PATH``, else the fastest that was measured.
+def choose_expert_path(x: Tensor, index: Tensor, weights: ExpertWeights, factors: ExpertFactors) -> str:
+    """Return the path that the environment variable ``MIXCN_EXPERT_PATH`` names, else the fastest that was measured.
 
     Args:
-        inputs: What the block is given.
+        x: ``[T, H]`` in the compute dtype.
         index: ``[T, K]``, the chosen experts.
+        weights: Frozen weights.
+        factors: LoRA factors.
 
     Returns:
-        A key of `PATHS`. From the table, ``loop`` stands in for a path that cannot compute these sizes.
+        A key of `PATHS`; ``loop`` where the fastest path cannot compute these sizes.
 
     Raises:
         ValueError: ``MIXCN_EXPERT_PATH`` is no path, or one that cannot compute these sizes.
@@ -79,18 +52,17 @@ def choose_expert_path(inputs: BlockInputs, index: Tensor) -> str:
     if wanted := os.environ.get("MIXCN_EXPERT_PATH"):
         if wanted not in PATHS:
             raise UserError(f"`MIXCN_EXPERT_PATH={wanted!r}` is not known. Expected one of {', '.join(PATHS)}")
-        if obstacle := _obstacle(wanted, inputs):
+        if obstacle := _obstacle(wanted, x, weights, factors):
             raise UserError(f"`MIXCN_EXPERT_PATH={wanted}` cannot run here: {obstacle}. Unset it, or set it to loop")
         return wanted
-    rows_per_expert = index.numel() / inputs.weights.gate.shape[0]
-    table = FASTEST.get(inputs.x.device.type, FASTEST["cpu"])
+    rows_per_expert = index.numel() / weights[0].shape[0]
+    table = FASTEST.get(x.device.type, FASTEST["cpu"])
     path = next(path for below, path in table if rows_per_expert < below)
-    return "loop" if _obstacle(path, inputs) else path
+    return "loop" if _obstacle(path, x, weights, factors) else path
 
 
-def _obstacle(path: str, inputs: BlockInputs) -> str | None:
-    """Why ``path`` cannot compute the block; ``None`` where it can."""
-    x, _, weights, _, lora = inputs
+def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFactors) -> str | None:
+    """Tell why ``path`` cannot compute the block; ``None`` where it can."""
     if path == "loop":
         return None
     if path == "decode" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -99,8 +71,8 @@ def _obstacle(path: str, inputs: BlockInputs) -> str | None:
         return "Triton is not installed (torch's CUDA builds for Linux bring it)"
     if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
         return f"torch's grouped product needs bfloat16 and an Ampere GPU or a later one, not {x.dtype}"
-    ranks = [factor.shape[2] for factor in (lora.b_gate, lora.b_up, lora.b_down) if factor is not None]
-    odd = [size for size in (x.shape[1], weights.gate.shape[1], *ranks) if size * x.element_size() % 16]
+    ranks = [factor.shape[2] for factor in (factors.b_gate, factors.b_up, factors.b_down) if factor is not None]
+    odd = [size for size in (x.shape[1], weights[0].shape[1], *ranks) if size * x.element_size() % 16]
     if odd:
         return f"rows of {odd[0]} numbers of {x.element_size()} bytes are no multiple of 16 bytes"
     return None
@@ -111,45 +83,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-class ExpertBlock(torch.autograd.Function):
-    """See the module's docstring. Call it as ``ExpertBlock.apply(x, index, weight, weights, dropout, *factors)``.
-
-    Args (of apply):
-        x: ``[T, H]`` in the compute dtype.
-        index: ``[T, K]`` int64, the chosen experts.
-        weight: ``[T, K]``, their routing weights; float32 or the compute dtype.
-        weights: the frozen weights.
-        dropout: LoRA dropout.
-        factors: the five tensors of `ExpertFactors`.
-
-    Returns:
-        ``[T, H]`` in the dtype of ``x``: Σₖ weight · down(silu(gate x) ⊙ up x).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor
-    ) -> Tensor:
-        """Run the block."""
-        inputs = BlockInputs(x, weight, weights, dropout, ExpertFactors(*factors))
-        ctx.path = choose_expert_path(inputs, index)
-        y, kept, ctx.offsets = PATHS[ctx.path].forward(inputs, index)
-        ctx.save_for_backward(x, weight, *factors, *kept)
-        ctx.weights, ctx.dropout = weights, dropout
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the routing weights and the LoRA factors."""
-        x, weight, *others = ctx.saved_tensors
-        factors, kept = others[: len(ExpertFactors._fields)], others[len(ExpertFactors._fields) :]
-        inputs = BlockInputs(x, weight, ctx.weights, ctx.dropout, ExpertFactors(*factors))
-        gradients = PATHS[ctx.path].backward(inputs, kept, ctx.offsets, grad_TH, ctx.needs_input_grad[0])
-        return gradients.x, None, gradients.weight, None, None, *gradients.lora
-
-
 class Router(MixtralTopKRouter):
-    """Top-k softmax router whose weight is a `FrozenLinear`, so that LoRA can stand beside it.
+    """Top-k softmax router whose weight is a `FrozenLinear`, so that PEFT can adapt it.
 
     A subclass of transformers' router, because transformers records router logits by that class.
     """
@@ -214,23 +149,40 @@ class Experts(nn.Module):
         Returns:
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
-        projections = [cast(Projection, child) for child in (self.gate_proj, self.up_proj, self.down_proj)]
-        if not self.training:
-            few = experts_of_few_rows(hidden_states, top_k_index, top_k_weights, projections)
-            if few is not None:
-                return few
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        weights = self.gate_proj.storage, self.up_proj.storage, self.down_proj.storage
+        if not self.training and all(
+            weight.gemv is not None and weight.gemv.serves(hidden_states) for weight in weights
+        ):
+            return self._forward_gemv(hidden_states, top_k_index, top_k_weights)
         gate, up, down = (projection.factors(hidden_states.dtype) for projection in projections)
-        a_gate_up = [factors.a for factors in (gate, up) if factors is not None]
-        factors = (
+        a_gate_up = [pair.a for pair in (gate, up) if pair is not None]
+        factors = ExpertFactors(
             torch.cat(a_gate_up, dim=1) if a_gate_up else None,
             gate and gate.b,
             up and up.b,
             down and down.a,
             down and down.b,
         )
-        weights = ExpertWeights(*(projection.storage for projection in projections))
-        probability = max((factor.dropout for factor in (gate, up, down) if factor is not None), default=0.0)
+        probability = max((pair.dropout for pair in (gate, up, down) if pair is not None), default=0.0)
         # Drawn from torch's CPU generator, which activation checkpointing restores: recomputation sees the same masks.
         dropout = Dropout(probability, int(torch.randint(2**31, (), device="cpu"))) if probability > 0.0 else Dropout()
-        y: Tensor = ExpertBlock.apply(hidden_states, top_k_index, top_k_weights, weights, dropout, *factors)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-        return y
+        path = PATHS[choose_expert_path(hidden_states, top_k_index, weights, factors)]
+        return path(hidden_states, top_k_index, top_k_weights, weights, dropout, *factors)
+
+    def _forward_gemv(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Compute the block for a few tokens without gradients, by the kernel of `GemvStack`."""
+        routing = route_rows(index_TK, self.gate_proj.groups, padded=False)
+        y_SH = x_TH.new_empty(len(routing.token), x_TH.shape[1])
+        for expert, rows in routing.experts():
+            x_nH = x_TH[routing.token[rows]]
+            h_nI = F.silu(_gemv(self.gate_proj, x_nH, expert)).mul_(_gemv(self.up_proj, x_nH, expert))
+            y_SH[rows] = _gemv(self.down_proj, h_nI, expert)
+        return sum_choices(y_SH, routing.row, weight_TK, x_TH.dtype)
+
+
+def _gemv(projection: FrozenLinear, rows: Tensor, expert: int) -> Tensor:
+    assert projection.storage.gemv is not None
+    y = projection.storage.gemv.product(rows, expert)
+    factors = projection.factors(rows.dtype, slice(expert, expert + 1))
+    return y if factors is None else y.addmm_(rows @ factors.a[0].t(), factors.b[0].t())

@@ -1,171 +1,314 @@
 """The expert block expert by expert: each matrix is decoded when it is used and not kept.
 
-One decoded matrix lives at a time (0.12 GB for Mixtral-8x7B), and the rows of each expert are known to the host: one
-synchronisation a layer. On the CPU it is the only path: few row counts keep oneDNN's kernels.
+Rows are sorted by expert once. One decoded matrix lives at a time (0.12 GB for Mixtral-8x7B), and the rows of each
+expert are known to the host: one synchronisation a layer. On the CPU it is the only path: few row counts keep oneDNN's
+kernels.
 
-Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, R LoRA rank, P = rows with each expert's
-share padded, n = rows of one expert.
+Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, R LoRA rank, S = T·K routed rows, P = rows
+with each expert's share padded, n = rows of one expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operands import (
-    BlockGradients,
-    BlockInputs,
-    Dropout,
-    ExpertDecoders,
-    ExpertFactors,
-)
-from .routing import Routing, route_rows, sum_choices
+from lightning_mixcn.model.nf4.storage import Weight
+
+# Frozen weights of gate and up ``[E, I, H]``, and down ``[E, H, I]``.
+ExpertWeights = tuple[Weight, Weight, Weight]
 
 
-class _Kept(NamedTuple):
-    """What backward needs beside the inputs.
+class ExpertFactors(NamedTuple):
+    """LoRA factors in the compute dtype, α/r already in the Bs; ``None`` where a projection has no adapter.
 
     Args:
-        gate_up: ``[P, 2 I]``, the gate and the up projection's results.
-        hidden_gate_up: ``[P, R_gate + R_up]``, the products with LoRA's A.
-        hidden_down: ``[P, R_down]``.
-        token: ``[P]``, see `Routing`.
-        row: ``[T, K]``.
+        a_gate_up: ``[E, R_gate + R_up, H]``: both projections read the same rows, so their As are one product.
+        b_gate: ``[E, I, R_gate]``.
+        b_up: ``[E, I, R_up]``.
+        a_down: ``[E, R_down, I]``.
+        b_down: ``[E, H, R_down]``.
     """
 
-    gate_up: Tensor
-    hidden_gate_up: Tensor | None
-    hidden_down: Tensor | None
+    a_gate_up: Tensor | None
+    b_gate: Tensor | None
+    b_up: Tensor | None
+    a_down: Tensor | None
+    b_down: Tensor | None
+
+    def halves(self, gate: Tensor, up: Tensor) -> list[tuple[Tensor, Tensor, slice]]:
+        """Return, for gate and up if adapted, the given tensor, B, and B's columns of ``rows @ a_gate_upᵀ``."""
+        column, found = 0, []
+        for tensor, b in ((gate, self.b_gate), (up, self.b_up)):
+            if b is not None:
+                found.append((tensor, b, slice(column, column + b.shape[2])))
+                column += b.shape[2]
+        return found
+
+
+class Dropout(NamedTuple):
+    """LoRA dropout: ``probability`` in [0, 1), and the seed that its masks are drawn from."""
+
+    probability: float = 0.0
+    seed: int = 0
+
+    def mask(self, shape: tuple[int, ...], stream: int, like: Tensor) -> Tensor | None:
+        """Draw factors of 0 or 1/(1-p), the same at each call with one seed; ``None`` where nothing is dropped.
+
+        Args:
+            shape: Shape of the mask.
+            stream: 0 for the block's input, 1 + e for expert e's hidden rows.
+            like: Tensor of the device and dtype.
+        """
+        if self.probability == 0.0:
+            return None
+        generator = torch.Generator(device=like.device).manual_seed(self.seed + stream)
+        kept = torch.rand(shape, generator=generator, device=like.device) >= self.probability
+        return kept.to(like.dtype).div_(1.0 - self.probability)
+
+
+def masked(rows: Tensor, mask: Tensor | None, token: Tensor | None = None) -> Tensor:
+    """Multiply rows with their dropout mask; with ``token``, the mask has a row for each token."""
+    if mask is None:
+        return rows
+    return rows * (mask if token is None else mask[token])
+
+
+def padded_rows(rows: int) -> int:
+    """Round up one expert's rows, on the CPU in 16 bits: to a power of two up to 32, then by `row_step`."""
+    if rows < 32:
+        return 1 << (rows - 1).bit_length() if rows else 0
+    step = row_step(rows)
+    return -(-rows // step) * step
+
+
+def row_step(rows: int) -> int:
+    """Return 32, and above 1,024 rows a 32nd of the next power of two: few counts, at most 1/16 of them padding.
+
+    oneDNN builds a kernel for each new row count of each product, which takes more than a millisecond and 0.6 MB, 17
+    times an expert and step. It keeps 1,024 of them: with more counts it would build them again and again.
+    """
+    return max(32, 1 << ((rows - 1).bit_length() - 5))
+
+
+@dataclass
+class Routing:
+    """Tokens of the rows, expert by expert.
+
+    Args:
+        token: ``[P]`` int64, the token of each row; 0 in padding, whose routing weight and gradient are 0.
+        row: ``[T, K]`` int64, the row of a token's k-th choice.
+        offsets: ``E + 1`` row offsets of the experts.
+    """
+
     token: Tensor
     row: Tensor
+    offsets: list[int]
+
+    def experts(self) -> Iterator[tuple[int, slice]]:
+        """Yield each expert that has rows, with them."""
+        for expert, (start, stop) in enumerate(pairwise(self.offsets)):
+            if stop > start:
+                yield expert, slice(start, stop)
 
 
-class ExpertLoop:
-    """See the module's docstring, and `expert_path.ExpertPath` for the two calls."""
+class DeviceRouting(NamedTuple):
+    """Tokens of the rows, without padding and without the host knowing how many rows an expert has.
 
-    def forward(self, inputs: BlockInputs, index: Tensor) -> tuple[Tensor, _Kept, list[int]]:
+    Args:
+        token: ``[S]`` int64, the token of each row.
+        row: ``[T, K]`` int64, the row of a token's k-th choice.
+        ends: ``[E]`` int32, the row after each expert's last.
+    """
+
+    token: Tensor
+    row: Tensor
+    ends: Tensor
+
+
+def route_rows_on_device(index_TK: Tensor, num_experts: int) -> DeviceRouting:
+    """Sort the routed rows by expert, once; no host synchronisation."""
+    expert_S = index_TK.reshape(-1)
+    sorted_S, order_S = torch.sort(expert_S, stable=True)
+    experts_E = torch.arange(num_experts, device=expert_S.device)
+    # A search instead of `bincount`, which asks the device for the largest expert.
+    ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)
+    place_S = torch.arange(expert_S.numel(), device=expert_S.device)
+    row_S = torch.empty_like(order_S).index_copy_(0, order_S, place_S)
+    return DeviceRouting(order_S // index_TK.shape[1], row_S.view_as(index_TK), ends_E)
+
+
+def route_rows(index_TK: Tensor, num_experts: int, padded: bool) -> Routing:
+    """Sort the routed rows by expert and read each one's rows, by one synchronisation.
+
+    Args:
+        index_TK: Chosen experts, int64.
+        num_experts: E.
+        padded: Apply `padded_rows`, on the CPU.
+    """
+    token_S, row_TK, ends_E = route_rows_on_device(index_TK, num_experts)
+    offsets = [0, *ends_E.tolist()]
+    if not padded:
+        return Routing(token_S, row_TK, offsets)
+    places = [0, *accumulate(padded_rows(stop - start) for start, stop in pairwise(offsets))]
+    shift_E = torch.tensor([place - offset for place, offset in zip(places, offsets, strict=True)][:-1])
+    row_TK = row_TK + shift_E[index_TK]
+    # Each choice's row gets its token.
+    tokens_TK = torch.arange(len(index_TK))[:, None].expand_as(index_TK)
+    token_P = token_S.new_zeros(places[-1]).index_copy_(0, row_TK.flatten(), tokens_TK.flatten())
+    return Routing(token_P, row_TK, places)
+
+
+def sum_choices(rows_PH: Tensor, row_TK: Tensor, weight_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sum weight · row over each token's K rows, in float32; a gather, so that the order of the sum is fixed."""
+    total: Tensor | None = None
+    for k in range(row_TK.shape[1]):
+        rows = rows_PH[row_TK[:, k]].float()
+        rows = rows if weight_TK is None else rows.mul_(weight_TK[:, k, None])
+        total = rows if total is None else total.add_(rows)
+    assert total is not None, "top-k is at least 1"
+    return total.to(dtype)
+
+
+class ExpertLoop(torch.autograd.Function):
+    """The path ``loop``.
+
+    Args (of apply):
+        x: ``[T, H]`` in the compute dtype.
+        index: ``[T, K]`` int64, the chosen experts.
+        weight: ``[T, K]``, their routing weights; float32 or the compute dtype.
+        weights: Frozen weights.
+        dropout: LoRA dropout.
+        factors: The five tensors of `ExpertFactors`.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``x``: Σₖ weight · down(silu(gate x) ⊙ up x).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor
+    ) -> Tensor:
         """Run the block."""
-        x, weight, weights, dropout, lora = inputs
+        lora = ExpertFactors(*factors)
         padded = x.device.type == "cpu" and x.dtype != torch.float32  # float32 products run in MKL, not in oneDNN
-        routing = route_rows(index, weights.gate.shape[0], padded)
+        routing = route_rows(index, weights[0].shape[0], padded)
+        rows_P = len(routing.token)
         # Halves of one buffer, as transformers computes them: SiLU's last bit depends on the stride.
-        gate_up_P2I = x.new_empty(len(routing.token), 2 * weights.gate.shape[1])
+        gate_up_P2I = x.new_empty(rows_P, 2 * weights[0].shape[1])
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
-        y_PH = x.new_empty(len(routing.token), x.shape[1])
-        hidden_gate_up = None if lora.a_gate_up is None else x.new_empty(len(y_PH), lora.a_gate_up.shape[1])
-        hidden_down = None if lora.a_down is None else x.new_empty(len(y_PH), lora.a_down.shape[1])
+        y_PH = x.new_empty(rows_P, x.shape[1])
+        hidden_gate_up = None if lora.a_gate_up is None else x.new_empty(rows_P, lora.a_gate_up.shape[1])
+        hidden_down = None if lora.a_down is None else x.new_empty(rows_P, lora.a_down.shape[1])
         mask_TH = dropout.mask(x.shape, 0, x)
-        decoders = weights.decoders(x.dtype)
+        decode_gate, decode_up, decode_down = (weight.decoder(x.dtype) for weight in weights)
         for expert, rows in routing.experts():
             token = routing.token[rows]
             x_nH, gate, up = x[token], gate_PI[rows], up_PI[rows]
-            torch.mm(x_nH, decoders.gate(expert).t(), out=gate)
-            torch.mm(x_nH, decoders.up(expert).t(), out=up)
+            torch.mm(x_nH, decode_gate(expert).t(), out=gate)
+            torch.mm(x_nH, decode_up(expert).t(), out=up)
             if lora.a_gate_up is not None and hidden_gate_up is not None:
-                torch.mm(_times(x_nH, mask_TH, token), lora.a_gate_up[expert].t(), out=hidden_gate_up[rows])
-                _add_gate_up(gate, up, hidden_gate_up[rows], lora, expert)
+                hidden = hidden_gate_up[rows]
+                torch.mm(masked(x_nH, mask_TH, token), lora.a_gate_up[expert].t(), out=hidden)
+                for result, b, rank in lora.halves(gate, up):
+                    result.addmm_(hidden[:, rank], b[expert].t())
             h_nI = F.silu(gate).mul_(up)
-            y = torch.mm(h_nI, decoders.down(expert).t(), out=y_PH[rows])
+            y = torch.mm(h_nI, decode_down(expert).t(), out=y_PH[rows])
             if lora.a_down is not None and lora.b_down is not None and hidden_down is not None:
-                h_dropped = _times(h_nI, dropout.mask(h_nI.shape, 1 + expert, x))
+                h_dropped = masked(h_nI, dropout.mask(h_nI.shape, 1 + expert, x))
                 hidden = torch.mm(h_dropped, lora.a_down[expert].t(), out=hidden_down[rows])
                 y.addmm_(hidden, lora.b_down[expert].t())
-        kept = _Kept(gate_up_P2I, hidden_gate_up, hidden_down, routing.token, routing.row)
-        return sum_choices(y_PH, routing.row, weight, x.dtype), kept, routing.offsets
+        ctx.weights, ctx.dropout, ctx.offsets = weights, dropout, routing.offsets
+        ctx.save_for_backward(x, weight, gate_up_P2I, hidden_gate_up, hidden_down, routing.token, routing.row, *factors)
+        return sum_choices(y_PH, routing.row, weight, x.dtype)
 
-    def backward(
-        self, inputs: BlockInputs, kept: Sequence[Any], offsets: list[int], grad_TH: Tensor, needs_dx: bool
-    ) -> BlockGradients:
-        """Gradients of the inputs, from what `forward` gave."""
-        x, weight_TK, weights, dropout, lora = inputs
-        gate_up_P2I, hidden_gate_up, hidden_down, token_P, row_TK = _Kept(*kept)
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, the routing weights and the factors."""
+        x, weight_TK, gate_up_P2I, hidden_gate_up, hidden_down, token_P, row_TK, *factors = ctx.saved_tensors
+        lora = ExpertFactors(*factors)
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
         weight_P = weight_TK.new_zeros(len(token_P)).index_copy_(0, row_TK.flatten(), weight_TK.flatten()).to(x.dtype)
         dweight_P = torch.zeros(len(token_P), dtype=torch.float32, device=x.device)
-        dx_PH = x.new_empty(len(token_P), x.shape[1]) if needs_dx else None
+        dx_PH = x.new_empty(len(token_P), x.shape[1]) if ctx.needs_input_grad[0] else None
         dlora = ExpertFactors(*(None if factor is None else torch.zeros_like(factor) for factor in lora))
-        step = _ExpertBackward(weights.decoders(x.dtype), dropout, lora, dlora, x, dropout.mask(x.shape, 0, x))
-        for expert, rows in Routing(token_P, row_TK, offsets).experts():
+        mask_TH = ctx.dropout.mask(x.shape, 0, x)
+        decode_gate, decode_up, decode_down = (weight.decoder(x.dtype) for weight in ctx.weights)
+        for expert, rows in Routing(token_P, row_TK, ctx.offsets).experts():
             gate, up, token, weight = gate_PI[rows], up_PI[rows], token_P[rows], weight_P[rows, None]
-            silu = F.silu(gate)
+            silu, grad_nH = F.silu(gate), grad_TH[token]
             h_nI = silu * up
-            dh = step.down(expert, h_nI, None if hidden_down is None else hidden_down[rows], grad_TH[token], weight)
+            dh = grad_nH @ decode_down(expert)
+            if hidden_down is not None:
+                mask_nI = ctx.dropout.mask(h_nI.shape, 1 + expert, h_nI)
+                _train_down(lora, dlora, expert, h_nI, hidden_down[rows], grad_nH, weight, dh, mask_nI)
             torch.sum(h_nI.mul_(dh), dim=1, dtype=torch.float32, out=dweight_P[rows])
             dh.mul_(weight)
             dup = silu.mul_(dh)
             dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-            hidden = None if hidden_gate_up is None else hidden_gate_up[rows]
-            step.gate_up(expert, dgate, dup, hidden, token, None if dx_PH is None else dx_PH[rows])
+            dx_nH = None if dx_PH is None else dx_PH[rows]
+            if dx_nH is not None:
+                torch.mm(dgate, decode_gate(expert), out=dx_nH)
+                dx_nH.addmm_(dup, decode_up(expert))
+            if hidden_gate_up is not None:
+                mask_nH = None if mask_TH is None else mask_TH[token]
+                _train_gate_up(lora, dlora, expert, x[token], hidden_gate_up[rows], dgate, dup, dx_nH, mask_nH)
         dx = None if dx_PH is None else sum_choices(dx_PH, row_TK, None, x.dtype)
-        return BlockGradients(dx, dweight_P[row_TK].to(weight_TK.dtype), dlora)
+        return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *dlora
 
 
-@dataclass
-class _ExpertBackward:
-    """Backward of one expert's two stages; adds to ``dlora`` in place."""
+def _train_down(
+    lora: ExpertFactors,
+    dlora: ExpertFactors,
+    expert: int,
+    h_nI: Tensor,
+    hidden_nR: Tensor,
+    grad_nH: Tensor,
+    weight_n1: Tensor,
+    dh_nI: Tensor,
+    mask_nI: Tensor | None,
+) -> None:
+    """Write the gradients of the down projection's factors, and add what comes through them to ``dh_nI``.
 
-    decoders: ExpertDecoders
-    dropout: Dropout
-    lora: ExpertFactors
-    dlora: ExpertFactors
-    x: Tensor
-    mask: Tensor | None
-
-    def down(self, expert: int, h_nI: Tensor, hidden_nR: Tensor | None, grad_nH: Tensor, weight_n1: Tensor) -> Tensor:
-        """The gradient of h before it is scaled by the routing weight, ``[n, I]``."""
-        dh: Tensor = grad_nH @ self.decoders.down(expert)
-        a, b, da, db = self.lora.a_down, self.lora.b_down, self.dlora.a_down, self.dlora.b_down
-        if a is None or b is None or da is None or db is None or hidden_nR is None:
-            return dh
-        mask = self.dropout.mask(h_nI.shape, 1 + expert, h_nI)
-        h_dropped = _times(h_nI, mask)
-        through_b = grad_nH @ b[expert]
-        torch.mm(grad_nH.t(), hidden_nR * weight_n1, out=db[expert])
-        torch.mm((through_b * weight_n1).t(), h_dropped, out=da[expert])
-        return dh.addmm_(through_b, a[expert]) if mask is None else dh.add_((through_b @ a[expert]).mul_(mask))
-
-    def gate_up(
-        self,
-        expert: int,
-        dgate: Tensor,
-        dup: Tensor,
-        hidden_nR: Tensor | None,
-        token: Tensor,
-        dx_nH: Tensor | None,
-    ) -> None:
-        """Write the gradient of the expert's input rows into ``dx_nH``."""
-        if dx_nH is not None:
-            torch.mm(dgate, self.decoders.gate(expert), out=dx_nH)
-            dx_nH.addmm_(dup, self.decoders.up(expert))
-        a, da = self.lora.a_gate_up, self.dlora.a_gate_up
-        if a is None or da is None or hidden_nR is None:
-            return
-        x_nH = _times(self.x[token], self.mask, token)
-        through_b = torch.zeros_like(hidden_nR)
-        column = 0
-        for grad, b, db in ((dgate, self.lora.b_gate, self.dlora.b_gate), (dup, self.lora.b_up, self.dlora.b_up)):
-            if b is not None and db is not None:
-                rank = slice(column, column + b.shape[2])
-                torch.mm(grad.t(), hidden_nR[:, rank], out=db[expert])
-                through_b[:, rank] = grad @ b[expert]
-                column = rank.stop
-        torch.mm(through_b.t(), x_nH, out=da[expert])
-        if dx_nH is not None:
-            dx_nH.add_(_times(through_b @ a[expert], self.mask, token))
+    ``dh_nI`` and ``grad_nH`` are not scaled with the routing weight yet.
+    """
+    a, b, da, db = lora.a_down, lora.b_down, dlora.a_down, dlora.b_down
+    assert a is not None
+    assert b is not None
+    assert da is not None
+    assert db is not None
+    through_b = grad_nH @ b[expert]
+    torch.mm(grad_nH.t(), hidden_nR * weight_n1, out=db[expert])
+    torch.mm((through_b * weight_n1).t(), masked(h_nI, mask_nI), out=da[expert])
+    if mask_nI is None:
+        dh_nI.addmm_(through_b, a[expert])
+    else:
+        dh_nI.add_((through_b @ a[expert]).mul_(mask_nI))
 
 
-def _add_gate_up(gate: Tensor, up: Tensor, hidden_nR: Tensor, lora: ExpertFactors, expert: int) -> None:
-    column = 0
-    for result, b in ((gate, lora.b_gate), (up, lora.b_up)):
-        if b is not None:
-            result.addmm_(hidden_nR[:, column : column + b.shape[2]], b[expert].t())
-            column += b.shape[2]
-
-
-def _times(rows: Tensor, mask: Tensor | None, token: Tensor | None = None) -> Tensor:
-    if mask is None:
-        return rows
-    return rows * (mask if token is None else mask[token])
+def _train_gate_up(
+    lora: ExpertFactors,
+    dlora: ExpertFactors,
+    expert: int,
+    x_nH: Tensor,
+    hidden_nR: Tensor,
+    dgate: Tensor,
+    dup: Tensor,
+    dx_nH: Tensor | None,
+    mask_nH: Tensor | None,
+) -> None:
+    """Write the gradients of the gate and up projections' factors, and add what comes through them to ``dx_nH``."""
+    a, da = lora.a_gate_up, dlora.a_gate_up
+    assert a is not None
+    assert da is not None
+    through_b = torch.zeros_like(hidden_nR)
+    for (grad, b, rank), (_, db, _) in zip(lora.halves(dgate, dup), dlora.halves(dgate, dup), strict=True):
+        torch.mm(grad.t(), hidden_nR[:, rank], out=db[expert])
+        through_b[:, rank] = grad @ b[expert]
+    torch.mm(through_b.t(), masked(x_nH, mask_nH), out=da[expert])
+    if dx_nH is not None:
+        dx_nH.add_(masked(through_b @ a[expert], mask_nH))

@@ -25,7 +25,7 @@ from lightning_mixcn.model.checkpoints.reading import (
 from lightning_mixcn.model.loading import open_entries
 from lightning_mixcn.model.lora.adapter_file import EMBEDDINGS, AdapterFile
 from lightning_mixcn.model.mixtral import meta_model
-from lightning_mixcn.model.nf4.codec import dequantize
+from lightning_mixcn.model.nf4.codec import dequantize_nf4
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight
 from lightning_mixcn.model.vocabulary import adapter_rows
@@ -84,7 +84,7 @@ class BaseWeights:
             return
         (entry,) = self._entries[name]
         if (source := self._packed(name)) is not None:  # a router that bitsandbytes quantised
-            yield dequantize(source.stack(entry), torch.float32)[: prod(entry.shape)].view(self.shape(name))
+            yield dequantize_nf4(source.stack(entry), torch.float32)[: prod(entry.shape)].view(self.shape(name))
             return
         segments: Sequence[Segment] = entry.segments
         numel = prod(self.shape(name))

@@ -25,7 +25,7 @@ from transformers import (
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.memory.budget import usable_bytes
 from lightning_mixcn.model.mixtral import base_of
-from lightning_mixcn.model.nf4.storage import FewRows, NF4Weight
+from lightning_mixcn.model.nf4.storage import GemvStack, NF4Weight
 
 from .sampling import Sampling
 
@@ -93,7 +93,7 @@ class PrefixCache:
 
 
 def prepare_for_generation(model: nn.Module) -> int:
-    """Make generation on a CPU fast, at the price of the 4 bits' memory once more; see `few_rows`.
+    """Make generation on a CPU fast, at the price of the 4 bits' memory once more; see `GemvStack`.
 
     Nothing changes on a GPU, on a CPU without bfloat16 instructions, for weights that are not in 4 bits, or where the
     copies would take more than half of the free memory. A weight that is written later is no longer served by its copy.
@@ -104,13 +104,13 @@ def prepare_for_generation(model: nn.Module) -> int:
     Returns:
         Bytes of the copies.
     """
-    stacks = [module for module in model.modules() if isinstance(module, NF4Weight) and FewRows.can_hold(module)]
+    stacks = [module for module in model.modules() if isinstance(module, NF4Weight) and GemvStack.can_hold(module)]
     free = usable_bytes(torch.device("cpu")) - psutil.Process().memory_info().rss
-    needed = FewRows.planned_bytes(stacks)
+    needed = GemvStack.planned_bytes(stacks)
     if needed > free // 2:
         return 0
     for stack in stacks:
-        stack.few_rows = FewRows(stack)
+        stack.gemv = GemvStack(stack)
     return needed
 
 

@@ -1,5 +1,5 @@
 """Triton kernels, imported when a GPU first needs them: torch's CUDA builds bring Triton, nothing else asks for it.
 
-Each has a counterpart in plain torch or bitsandbytes (`nf4`, `swiglu`, `grouped_product`), which the tests compare it
-with, on the CPU in Triton's interpreter.
+Each has a counterpart in plain torch or bitsandbytes (`nf4.codec`, `experts.grouped`), which the tests compare it with,
+on the CPU in Triton's interpreter.
 """

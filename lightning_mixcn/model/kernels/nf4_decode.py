@@ -18,7 +18,7 @@ _BLOCKS = 64
 
 
 def nf4_decode(packed: nf4.NF4Tensors, dtype: torch.dtype) -> Tensor:
-    """Decode superblocks, as `nf4.dequantize` does with one kernel for each level.
+    """Decode superblocks, as `nf4.dequantize_nf4` does with one kernel for each level.
 
     Args:
         packed: N superblocks.
@@ -37,7 +37,7 @@ def nf4_decode(packed: nf4.NF4Tensors, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def block_maxima(block, scales, super_scale, super_offset, dynamic_code, mask):
-    """Absolute maxima of the blocks numbered ``block`` (any shape), float32; 0 where masked."""
+    """Return the absolute maxima of the blocks numbered ``block`` (any shape), float32; 0 where masked."""
     scale = tl.load(dynamic_code + tl.load(scales + block, mask=mask, other=0).to(tl.int32))
     superblock = block // 256
     factor = tl.load(super_scale + superblock, mask=mask, other=0.0)
@@ -46,7 +46,7 @@ def block_maxima(block, scales, super_scale, super_offset, dynamic_code, mask):
 
 @triton.jit
 def element_values(codes, maxima, nf4_code):
-    """``[R, 2 C]`` float32 from codes ``[R, C]``, two a byte, and their blocks' maxima, ``[R, C]`` or ``[R, 1]``."""
+    """Decode codes ``[R, C]``, two a byte, with blocks' maxima ``[R, C]`` or ``[R, 1]`` to ``[R, 2 C]`` float32."""
     codes = codes.to(tl.int32)
     earlier = tl.load(nf4_code + (codes >> 4)) * maxima
     later = tl.load(nf4_code + (codes & 15)) * maxima

@@ -27,7 +27,7 @@ def nf4_product(
         rows: ``[S, in]`` if ``transposed``, else ``[S, out]``; float16, bfloat16 or float32.
         packed: The matrices.
         shape: ``(E, out, in)``; ``in`` is even.
-        ends: ``[E]`` int32, the row behind each expert's last.
+        ends: ``[E]`` int32, the row after each expert's last.
         transposed: ``rows Wᵀ`` (forward), else ``rows W`` (the gradient of its input).
 
     Returns:
@@ -52,7 +52,7 @@ def nf4_product(
 
 @triton.jit
 def _expert_of(tile, ends, experts, EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """The expert of a tile of rows (``experts`` if there is none), the tile's first row, and the expert's end."""
+    """Find the expert of a tile of rows (``experts`` if there is none), the tile's first row, and the expert's end."""
     numbers = tl.arange(0, EXPERTS)
     stops = tl.load(ends + numbers, mask=numbers < experts, other=0)
     starts = tl.load(ends + numbers - 1, mask=(numbers > 0) & (numbers < experts), other=0)
@@ -69,7 +69,7 @@ def _weight_tile(
     first, row, column, width_out, width_in, codes, scales, super_scale, super_offset, dynamic_code, nf4_code,
     ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """W[row, column : column + TILE] in float32; ``first`` is W's first element in the superblock it begins in."""
+    """Decode W[row, column : column + TILE] to float32; ``first`` is W's first element in its first superblock."""
     pair = column + 2 * tl.arange(0, TILE // 2)
     element = first + row[:, None] * width_in + pair[None, :]
     inside = (row < width_out)[:, None] & (pair < width_in)[None, :]

@@ -1,4 +1,4 @@
-"""SwiGLU and its backward in one pass each; inside, all is float32. See `..swiglu` for the formulas in torch.
+"""SwiGLU and its backward in one pass each; inside, all is float32. `experts.grouped` has the formulas in torch.
 
 Legend: S rows, I intermediate.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) ⊙ up``.
+def swiglu_kernel(gate: Tensor, up: Tensor) -> Tensor:
+    """Compute ``silu(gate) ⊙ up``.
 
     Args:
         gate: ``[S, I]``, contiguous.
@@ -29,8 +29,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return h
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, dh: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients, with h again for the LoRA factor that reads it.
+def swiglu_backward_kernel(
+    gate: Tensor, up: Tensor, dh: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients, and h again for the LoRA factor that reads it.
 
     Args:
         gate: ``[S, I]``, contiguous.

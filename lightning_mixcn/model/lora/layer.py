@@ -8,7 +8,7 @@ Legend: G groups (experts, or 1), R rank.
 
 import math
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +19,8 @@ from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.local_rows import copy_rows, gathered
-from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
-
-
-class Factors(NamedTuple):
-    """LoRA factors ready for use.
-
-    Args:
-        a: ``[G, R, in]`` in the compute dtype.
-        b: ``[G, out, R]`` in the compute dtype, scaled with α/r.
-        dropout: Probability that applies now (0 in evaluation).
-    """
-
-    a: Tensor
-    b: Tensor
-    dropout: float
 
 
 class LoraFrozenLinear(nn.Module, LoraLayer):
@@ -121,7 +107,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         for weight, values in zip(self.weights(adapter), (a, torch.zeros_like(b) if init else b), strict=True):
             copy_rows(weight, values)
 
-    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> Factors | None:
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> LoraFactors | None:
         """The active adapters' factors side by side, in ``dtype``; ``None`` when disabled or merged.
 
         Args:
@@ -135,10 +121,12 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         a = [a[groups].to(dtype) for a, _ in masters]
         b = [b[groups].to(dtype) * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
         dropout = max(cast(nn.Dropout, self.lora_dropout[name]).p for name in names) if self.training else 0.0
-        return Factors(a[0], b[0], dropout) if len(names) == 1 else Factors(torch.cat(a, 1), torch.cat(b, 2), dropout)
+        if len(names) == 1:
+            return LoraFactors(a[0], b[0], dropout)
+        return LoraFactors(torch.cat(a, 1), torch.cat(b, 2), dropout)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[..., in]`` to ``[..., out]`` (one group; stacks of experts run in `expert_function`)."""
+        """``[..., in]`` to ``[..., out]`` (one group; stacks of experts run in `experts.block`)."""
         y: Tensor = self.base_layer(x)
         factors = self.factors(x.dtype)
         if factors is None:

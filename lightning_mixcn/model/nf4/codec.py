@@ -39,25 +39,25 @@ class NF4Tensors(NamedTuple):
 
 
 def superblocks(numel: int) -> int:
-    """How many superblocks hold ``numel`` elements (the last one padded)."""
+    """Return the number of superblocks that hold ``numel`` elements (the last one padded)."""
     return -(-numel // SUPERBLOCK)
 
 
 @cache
 def dynamic_code(device: torch.device) -> Tensor:
-    """The 256 values of bitsandbytes' 8-bit dynamic code, float32."""
+    """Return the 256 values of bitsandbytes' 8-bit dynamic code, float32."""
     code: Tensor = bnb.create_dynamic_map()  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
     return code.to(device)
 
 
 @cache
 def nf4_code(device: torch.device) -> Tensor:
-    """The 16 values of NF4, float32."""
+    """Return the 16 values of NF4, float32."""
     code: Tensor = bnb.get_4bit_type("nf4", device=device)  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
     return code
 
 
-def quantize(values: Tensor) -> NF4Tensors:
+def quantize_nf4(values: Tensor) -> NF4Tensors:
     """Quantise a flat run of elements that begins at a superblock's first element.
 
     Args:
@@ -84,7 +84,7 @@ def quantize(values: Tensor) -> NF4Tensors:
 
 
 def quantize_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The first level alone, bit for bit what bitsandbytes gives.
+    """Quantise the first level alone, bit for bit as bitsandbytes does.
 
     Args:
         values: ``[n]``, a multiple of 64 elements.
@@ -105,7 +105,7 @@ def quantize_codes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_chunk(values_MB: Tensor, codes: Tensor, absmax_M: Tensor) -> None:
-    """M blocks on the CPU. bitsandbytes searches each number among the 15 bounds, which takes 7 times as long."""
+    """Quantise M blocks on the CPU, 7 times as fast as bitsandbytes, which searches each number among the 15 bounds."""
     scaled_MB = values_MB.to(torch.float32, copy=True)
     torch.amax(scaled_MB.abs(), dim=1, out=absmax_M)
     scaled_MB.mul_(absmax_M.clamp_min(1e-38).reciprocal_()[:, None]).clamp_(-1, 1)
@@ -118,12 +118,12 @@ def _quantize_chunk(values_MB: Tensor, codes: Tensor, absmax_M: Tensor) -> None:
 
 @cache
 def _code_bounds() -> list[float]:
-    """Midpoints between neighbours among the 16 numbers of NF4, ascending."""
-    values: Tensor = bnb.get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
+    """Return the midpoints between neighbours among the 16 numbers of NF4, ascending."""
+    values = nf4_code(torch.device("cpu"))
     return ((values[1:] + values[:-1]) / 2).tolist()
 
 
-def dequantize(packed: NF4Tensors, dtype: torch.dtype) -> Tensor:
+def dequantize_nf4(packed: NF4Tensors, dtype: torch.dtype) -> Tensor:
     """Decode superblocks.
 
     Returns:
@@ -133,7 +133,7 @@ def dequantize(packed: NF4Tensors, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_scales(packed: NF4Tensors) -> Tensor:
-    """The second level alone: the blocks' absolute maxima, ``[N, 256]`` float32."""
+    """Decode the second level alone: the blocks' absolute maxima, ``[N, 256]`` float32."""
     code = dynamic_code(packed.scales.device)
     centred = _ops.dequantize_blockwise(packed.scales, packed.super_scale, code, BLOCKS_PER_SUPERBLOCK, torch.float32)
     absmax: Tensor = centred.view(len(packed.super_offset), -1).add_(packed.super_offset[:, None])
@@ -141,7 +141,7 @@ def dequantize_scales(packed: NF4Tensors) -> Tensor:
 
 
 def dequantize_codes(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The first level alone: ``codes [N, 8192]`` and ``absmax [N, 256]`` to ``[N * 16384]`` in ``dtype``."""
+    """Decode the first level alone: ``codes [N, 8192]`` and ``absmax [N, 256]`` to ``[N * 16384]`` in ``dtype``."""
     # The CPU kernel runs its threads over rows: one superblock a row.
     shape = (len(codes), SUPERBLOCK)
     values: Tensor = _ops.dequantize_4bit(codes.flatten(), absmax.flatten(), BLOCK, "nf4", shape, dtype)

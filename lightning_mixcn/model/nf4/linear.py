@@ -1,6 +1,6 @@
 """A stack of frozen linear maps and its product, whose backward computes the input's gradient only."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ class _FrozenProduct(torch.autograd.Function):
         return (grad @ ctx.weight.decoder(grad.dtype)(0) if ctx.needs_input_grad[0] else None), None
 
 
+class LoraFactors(NamedTuple):
+    """LoRA factors of a stack, ready for use.
+
+    Args:
+        a: ``[G, R, in]`` in the compute dtype.
+        b: ``[G, out, R]`` in the compute dtype, scaled with α/r.
+        dropout: Probability that applies now (0 in evaluation).
+    """
+
+    a: Tensor
+    b: Tensor
+    dropout: float
+
+
 class FrozenLinear(nn.Module):
     """``groups`` bias-free linear maps of one shape that are never trained (LoRA trains beside them).
 
@@ -30,10 +44,10 @@ class FrozenLinear(nn.Module):
     Args:
         in_features: Width of the input.
         out_features: Width of the output.
-        groups: How many maps (experts).
+        groups: Number of maps (experts).
         quantization: ``nf4`` or ``none``.
         dtype: Type of the stored weight where it is not quantised.
-        device: Where the (uninitialised) weight is made.
+        device: Device of the (uninitialised) weight.
     """
 
     def __init__(
@@ -53,19 +67,19 @@ class FrozenLinear(nn.Module):
         self.storage: Weight = NF4Weight(shape, device) if quantization == "nf4" else DenseWeight(shape, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
+        """Map ``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         assert self.groups == 1, "a stack of experts is called through its expert block"
-        few = self.storage.few_rows
-        if few is not None and few.serves(x):
-            return few.product(x)
+        gemv = self.storage.gemv
+        if gemv is not None and gemv.serves(x):
+            return gemv.product(x)
         y: Tensor = _FrozenProduct.apply(x, self.storage)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return y
 
-    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> None:
-        """No LoRA factors here; `LoraFrozenLinear.factors` has them."""
-        return
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> LoraFactors | None:
+        """Return no LoRA factors; `LoraFrozenLinear.factors`, which PEFT puts in this layer's place, has them."""
+        return None
 
     def extra_repr(self) -> str:
-        """Shape and storage, for ``print(model)``."""
+        """Describe shape and storage, for ``print(model)``."""
         kind = "nf4" if isinstance(self.storage, NF4Weight) else "dense"
         return f"groups={self.groups}, in_features={self.in_features}, out_features={self.out_features}, {kind}"

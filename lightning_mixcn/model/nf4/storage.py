@@ -29,7 +29,7 @@ class NF4Weight(nn.Module):
     scales: Tensor
     super_scale: Tensor
     super_offset: Tensor
-    few_rows: "FewRows | None" = None  # see `generation.prepare_for_generation`
+    gemv: "GemvStack | None" = None  # see `generation.prepare_for_generation`
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class NF4Weight(nn.Module):
             )
 
     def decoder(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """What decodes matrix ``index`` to ``[out, in]`` in ``dtype``, anew at each call.
+        """Return a function that decodes matrix ``index`` to ``[out, in]`` in ``dtype``.
 
         It holds the blocks' scales of all matrices, decoded once: 1/32 of the bytes of the matrices in 16 bits.
         """
@@ -56,15 +56,15 @@ class NF4Weight(nn.Module):
 
         def matrix(index: int) -> Tensor:
             start = index * rows * columns
-            first, last = start // nf4.SUPERBLOCK, nf4.superblocks(start + rows * columns)
-            offset = start - first * nf4.SUPERBLOCK
+            first, offset = divmod(start, nf4.SUPERBLOCK)
+            last = -(-(start + rows * columns) // nf4.SUPERBLOCK)
             values = nf4.dequantize_codes(codes[first:last], absmax[first:last], dtype)
             return values[offset : offset + rows * columns].view(rows, columns)
 
         return matrix
 
     def held(self) -> range:
-        """Elements of the stack that this rank holds, whole superblocks."""
+        """Return the elements of the stack that this rank holds, whole superblocks."""
         codes, first = local_rows(self.codes)
         stop = min((first + len(codes)) * nf4.SUPERBLOCK, prod(self.shape))
         return range(min(first * nf4.SUPERBLOCK, stop), stop)
@@ -72,18 +72,18 @@ class NF4Weight(nn.Module):
     def write(self, start: int, values: Tensor) -> None:
         """Quantise ``values`` (flat) into the superblocks from element ``start``, a multiple of 16,384, on."""
         assert start % nf4.SUPERBLOCK == 0, f"write starts inside a superblock: {start}"
-        packed = nf4.quantize(values.to(self.codes.device))
+        packed = nf4.quantize_nf4(values.to(self.codes.device))
         for target, source in zip((self.codes, self.scales, self.super_scale, self.super_offset), packed, strict=True):
             rows, held_from = local_rows(target)
             first = start // nf4.SUPERBLOCK - held_from
             rows[first : first + len(source)].copy_(source)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
-        """All elements, ``[G * out * in]`` in ``dtype``."""
-        return nf4.dequantize(self.packed(), dtype)[: prod(self.shape)]
+        """Return all elements, ``[G * out * in]`` in ``dtype``."""
+        return nf4.dequantize_nf4(self.packed(), dtype)[: prod(self.shape)]
 
     def packed(self) -> nf4.NF4Tensors:
-        """The four tensors, without autograd."""
+        """Return the four tensors, without autograd."""
         return nf4.NF4Tensors(
             *(tensor.detach() for tensor in (self.codes, self.scales, self.super_scale, self.super_offset))
         )
@@ -98,7 +98,7 @@ class DenseWeight(nn.Module):
         device: Where the (uninitialised) tensor is made; ``meta`` works.
     """
 
-    few_rows: None = None
+    gemv: None = None
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str | None = None
@@ -108,12 +108,12 @@ class DenseWeight(nn.Module):
         self.values = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
     def decoder(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """What gives matrix ``index`` as ``[out, in]`` in ``dtype``."""
+        """Return a function that gives matrix ``index`` as ``[out, in]`` in ``dtype``."""
         values = self.values.detach()
         return lambda index: values[index].to(dtype)
 
     def held(self) -> range:
-        """Elements of the stack that this rank holds."""
+        """Return the elements of the stack that this rank holds."""
         return held_elements(self.values)
 
     def write(self, start: int, values: Tensor) -> None:
@@ -121,25 +121,25 @@ class DenseWeight(nn.Module):
         write_elements(self.values, start, values)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
-        """All elements, ``[G * out * in]`` in ``dtype``."""
+        """Return all elements, ``[G * out * in]`` in ``dtype``."""
         return self.values.detach().flatten().to(dtype)
 
 
 Weight = NF4Weight | DenseWeight
 
 
-# Up to here it is faster than decoding first: 0.86 against 1.30 ms for 3584 x 1024 on two cores.
-MOST_ROWS = 32
-
-
+# Rows up to which the kernel is faster than decoding first: 0.86 against 1.30 ms for 3584 x 1024 on two cores.
+GEMV_ROWS = 32
 # The kernel takes 32 outputs together, two halves of 16: one in the low four bits of its bytes, one in the high four.
 _TOGETHER = 32
 
 
-class FewRows:
-    """A copy of a stack of 4-bit matrices ``[G, out, in]`` in the kernel's order.
+class GemvStack:
+    """A copy of a stack of 4-bit matrices ``[G, out, in]`` in the order of bitsandbytes' CPU kernel for a few rows.
 
-    Its scales are bfloat16, not float32: a product is off by 0.26 % instead of 0.24 % (root mean square) from the one
+    The kernel decodes inside the product. A step of generation has a row or a few for each matrix, and decoding the
+    matrix first takes four times as long as multiplying with it.
+    The scales are bfloat16, not float32: a product is off by 0.26 % instead of 0.24 % (root mean square) from the one
     with the decoded weights in float32.
 
     Args:
@@ -156,15 +156,15 @@ class FewRows:
         scales = nf4.dequantize_scales(weight.packed()).flatten()[: groups * rows * blocks]
         self._scales = scales.view(groups, rows, blocks).mT.to(torch.bfloat16).contiguous()
         self._source, self._version, self._shape = weight.codes, weight.codes._version, (rows, columns)
-        self._code: Tensor = bnb.get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
+        self._code = nf4.nf4_code(torch.device("cpu"))
 
     def serves(self, rows: Tensor) -> bool:
-        """Whether it can stand in for the weight: no gradient is wanted, and the weight is what it was."""
-        few = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and rows[..., 0].numel() <= MOST_ROWS
+        """Tell if it may replace the weight: few rows, no gradient is wanted, and the weight has not changed."""
+        few = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and rows[..., 0].numel() <= GEMV_ROWS
         return few and not torch.is_grad_enabled() and self._source._version == self._version
 
     def product(self, rows_nI: Tensor, group: int = 0) -> Tensor:
-        """``[.., in]`` bfloat16 times the transposed matrix ``group``: ``[.., out]``."""
+        """Multiply ``[.., in]`` bfloat16 with the transposed matrix ``group`` to ``[.., out]``."""
         y: Tensor = torch.ops.bitsandbytes.gemv_4bit(
             rows_nI.contiguous(), self._codes[group], self._shape, self._scales[group], self._code, nf4.BLOCK
         )
@@ -172,7 +172,7 @@ class FewRows:
 
     @staticmethod
     def can_hold(weight: NF4Weight) -> bool:
-        """Whether there is a kernel for this weight here."""
+        """Tell if there is a kernel for this weight on this machine."""
         if type(weight.codes.data) is not Tensor or weight.codes.device.type != "cpu":
             return False
         _, rows, columns = weight.shape
@@ -181,5 +181,5 @@ class FewRows:
 
     @staticmethod
     def planned_bytes(weights: Sequence[NF4Weight]) -> int:
-        """Bytes of the copies: half a byte a weight, and two bytes for each block's scale."""
+        """Return the bytes of the copies: half a byte a weight, and two bytes for each block's scale."""
         return sum(prod(weight.shape) // 2 + 2 * prod(weight.shape) // nf4.BLOCK for weight in weights)

@@ -119,7 +119,7 @@ def _decoded(entry: Entry, start: int, count: int, dtype: torch.dtype) -> Tensor
         return storage.values.detach().flatten()[start : start + count]
     rows = slice(start // nf4.SUPERBLOCK, nf4.superblocks(start + count))
     tensors = (storage.codes, storage.scales, storage.super_scale, storage.super_offset)
-    return nf4.dequantize(nf4.NF4Tensors(*(tensor.detach()[rows] for tensor in tensors)), dtype)[:count]
+    return nf4.dequantize_nf4(nf4.NF4Tensors(*(tensor.detach()[rows] for tensor in tensors)), dtype)[:count]
 
 
 def _is_nf4(module: nn.Module) -> bool:

@@ -16,14 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing, shard_model
 from lightning_mixcn.model.experts import block as expert_path
-from lightning_mixcn.model.experts.block import ExpertBlock, choose_expert_path
-from lightning_mixcn.model.experts.operands import (
-    BlockInputs,
-    Dropout,
-    ExpertFactors,
-    ExpertWeights,
-)
-from lightning_mixcn.model.experts.routing import route_rows
+from lightning_mixcn.model.experts.block import PATHS, choose_expert_path
+from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors, ExpertWeights, route_rows
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from lightning_mixcn.testing import run_distributed
 
@@ -38,11 +32,8 @@ def make_weights(experts: int, quantization: str, dtype: torch.dtype, device: st
         made.write(0, torch.randn(shape).flatten() * 0.2)
         return made.to(device)
 
-    return ExpertWeights(
-        weight(experts, INTERMEDIATE, HIDDEN),
-        weight(experts, INTERMEDIATE, HIDDEN),
-        weight(experts, HIDDEN, INTERMEDIATE),
-    )
+    gate, up = (weight(experts, INTERMEDIATE, HIDDEN) for _ in range(2))
+    return gate, up, weight(experts, HIDDEN, INTERMEDIATE)
 
 
 def make_inputs(tokens: int, experts: int, top_k: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -66,20 +57,17 @@ def reference(
         expert: slice(rows.start, rows.stop) for expert, rows in route_rows(index, len(a_gate_up), padded).experts()
     }
     mask_x = dropout.mask(x.shape, 0, x)
+    decode_gate, decode_up, decode_down = (weight.decoder(torch.float32) for weight in weights)
     for expert, rows in routed.items():
         token, choice = torch.where(index == expert)
         dropped = x[token] if mask_x is None else x[token] * mask_x[token]
         a_gate, a_up = a_gate_up[expert].split(RANK)
-        gate = (
-            x[token] @ weights.gate.decoder(torch.float32)(expert).to(dtype).t()
-            + dropped @ (b_gate[expert] @ a_gate).t()
-        )
-        up = x[token] @ weights.up.decoder(torch.float32)(expert).to(dtype).t() + dropped @ (b_up[expert] @ a_up).t()
+        gate = x[token] @ decode_gate(expert).to(dtype).t() + dropped @ (b_gate[expert] @ a_gate).t()
+        up = x[token] @ decode_up(expert).to(dtype).t() + dropped @ (b_up[expert] @ a_up).t()
         h = F.silu(gate) * up
         mask_h = dropout.mask((rows.stop - rows.start, INTERMEDIATE), 1 + expert, h)
         h_dropped = h if mask_h is None else h * mask_h[: len(token)]
-        down = weights.down.decoder(torch.float32)(expert).to(dtype)
-        out = h @ down.t() + h_dropped @ (b_down[expert] @ a_down[expert]).t()
+        out = h @ decode_down(expert).to(dtype).t() + h_dropped @ (b_down[expert] @ a_down[expert]).t()
         y = y.index_add(0, token, routing[token, choice, None] * out)
     return y
 
@@ -110,6 +98,7 @@ RUNS = [
 
 
 def check(
+    path: str,
     case: tuple[str, int, int, int],
     quantization: str,
     precision: tuple[torch.dtype, float],
@@ -117,14 +106,14 @@ def check(
     device: str,
     padded: bool = False,
 ) -> None:
-    """The block's result and gradients, on the path that the environment names, against `reference` in float64."""
+    """Compare a path's result and gradients with `reference` in float64."""
     (kind, tokens, experts, top_k), (dtype, tolerance) = case, precision
     torch.manual_seed(tokens)
     weights = make_weights(experts, quantization, dtype, device)
     inputs = make_inputs(tokens, experts, top_k, dtype, device)
     index, dropout = chosen(kind, tokens, experts, top_k).to(device), Dropout(probability, seed=7)
     upstream = torch.randn(tokens, HIDDEN).to(device, dtype)
-    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, dropout, *inputs[2:])
+    y = PATHS[path](inputs[0], index, inputs[1], weights, dropout, *inputs[2:])
     y.backward(upstream)
     exact = [value.detach().double().requires_grad_() for value in inputs]
     expected = reference(exact, index, weights, dropout, padded)
@@ -145,14 +134,12 @@ def test_gradients_equal_dense_float64(
     probability: float,
     quantization: str,
     path: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if path == "decode":
         pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("Triton's interpreter is off; on a GPU, test_gradients_on_a_gpu has this path")
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
-    check(case, quantization, precision, probability, "cpu", path == "loop" and precision == BFLOAT16)
+    check(path, case, quantization, precision, probability, "cpu", path == "loop" and precision == BFLOAT16)
 
 
 @pytest.mark.gpu
@@ -161,11 +148,8 @@ def test_gradients_equal_dense_float64(
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("probability", [0.0, 0.3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_on_a_gpu(
-    case: tuple[str, int, int, int], probability: float, quantization: str, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
-    check(case, quantization, BFLOAT16, probability, "cuda")
+def test_gradients_on_a_gpu(case: tuple[str, int, int, int], probability: float, quantization: str, path: str) -> None:
+    check(path, case, quantization, BFLOAT16, probability, "cuda")
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -173,13 +157,12 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("path", ["loop", "grouped"])
-def test_a_projection_without_adapter(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
+def test_a_projection_without_adapter(path: str) -> None:
     torch.manual_seed(0)
     weights, inputs = make_weights(4, "none", torch.float32), make_inputs(9, 4, 2, torch.float32)
     index = chosen("random", 9, 4, 2)
     a_up = inputs[2].detach()[:, RANK:].clone().requires_grad_()
-    y = ExpertBlock.apply(inputs[0], index, inputs[1], weights, Dropout(), a_up, None, inputs[4], None, None)
+    y = PATHS[path](inputs[0], index, inputs[1], weights, Dropout(), a_up, None, inputs[4], None, None)
     y.sum().backward()
     with torch.no_grad():
         padded = [inputs[0], inputs[1], torch.cat([torch.zeros_like(a_up), a_up], 1)]
@@ -189,21 +172,15 @@ def test_a_projection_without_adapter(path: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("path", ["loop", "grouped"])
-def test_an_input_that_needs_no_gradient(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
+def test_an_input_that_needs_no_gradient(path: str) -> None:
     torch.manual_seed(0)
     weights, inputs = make_weights(4, "nf4", torch.float32), make_inputs(9, 4, 2, torch.float32)
     index = chosen("random", 9, 4, 2)
     with_dx, without = (
-        torch.autograd.grad(
-            ExpertBlock.apply(x, index, inputs[1], weights, Dropout(0.3, 5), *inputs[2:]).sum(), inputs[1:]
-        )
+        torch.autograd.grad(PATHS[path](x, index, inputs[1], weights, Dropout(0.3, 5), *inputs[2:]).sum(), inputs[1:])
         for x in (inputs[0], inputs[0].detach())
     )
     assert all(torch.equal(one, other) for one, other in zip(with_dx, without, strict=True))
-
-
-INDEX = torch.zeros(6, 2, dtype=torch.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -212,18 +189,18 @@ def no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIXCN_EXPERT_PATH", raising=False)
 
 
-def inputs(hidden: int = 32, rank: int = 8) -> BlockInputs:
-    """Six tokens and three experts: four rows an expert."""
+def chosen_path(hidden: int = 32, rank: int = 8) -> str:
+    """Choose for six tokens and three experts: four rows an expert."""
     dtype = torch.bfloat16
     gate, up = (DenseWeight((3, 48, hidden), dtype) for _ in range(2))
-    weights = ExpertWeights(gate, up, DenseWeight((3, hidden, 48), dtype))
     b = torch.zeros(3, 48, rank, dtype=dtype)
     factors = ExpertFactors(torch.zeros(3, 2 * rank, hidden, dtype=dtype), b, b, None, None)
-    return BlockInputs(torch.zeros(6, hidden, dtype=dtype), torch.zeros(6, 2), weights, Dropout(), factors)
+    x, weights = torch.zeros(6, hidden, dtype=dtype), (gate, up, DenseWeight((3, hidden, 48), dtype))
+    return choose_expert_path(x, torch.zeros(6, 2, dtype=torch.int64), weights, factors)
 
 
 def test_on_the_cpu_it_is_the_loop() -> None:
-    assert choose_expert_path(inputs(), INDEX) == "loop"
+    assert chosen_path() == "loop"
 
 
 @pytest.mark.parametrize("path", ["loop", "grouped", "decode"])
@@ -231,7 +208,7 @@ def test_the_environment_decides(path: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
-    assert choose_expert_path(inputs(), INDEX) == path
+    assert chosen_path() == path
 
 
 @pytest.mark.parametrize(
@@ -244,20 +221,20 @@ def test_a_kernel_that_cannot_run(
     monkeypatch.setenv("TRITON_INTERPRET", interpreter)
     monkeypatch.setattr(expert_path, "_has_triton", lambda: triton)
     with pytest.raises(ValueError, match=message):
-        choose_expert_path(inputs(), INDEX)
+        chosen_path()
 
 
 def test_an_unknown_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "fast")
     with pytest.raises(ValueError, match=r"`MIXCN_EXPERT_PATH='fast'` .* loop, grouped, decode"):
-        choose_expert_path(inputs(), INDEX)
+        chosen_path()
 
 
 @pytest.mark.parametrize("sizes", [{"hidden": 36}, {"rank": 3}], ids=str)
 def test_sizes_that_grouped_products_cannot_take(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "grouped")
     with pytest.raises(ValueError, match="no multiple of 16 bytes"):
-        choose_expert_path(inputs(**sizes), INDEX)
+        chosen_path(**sizes)
 
 
 @pytest.mark.parametrize(("below", "chosen"), [(4.0, "grouped"), (5.0, "decode")])
@@ -265,8 +242,8 @@ def test_the_table_is_read_by_rows_of_an_expert(below: float, chosen: str, monke
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
     monkeypatch.setitem(expert_path.FASTEST, "cpu", ((below, "decode"), (math.inf, "grouped")))
-    assert choose_expert_path(inputs(), INDEX) == chosen
-    assert choose_expert_path(inputs(rank=3), INDEX) == "loop"
+    assert chosen_path() == chosen
+    assert chosen_path(rank=3) == "loop"
 
 
 def gradients(base: Path, ids: Tensor, quantization: str, mode: str) -> dict[str, Tensor]:

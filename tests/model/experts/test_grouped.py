@@ -5,53 +5,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.functional import grouped_mm
 
-from lightning_mixcn.model.experts.block import ExpertBlock
+from lightning_mixcn.model.experts.block import PATHS
 from lightning_mixcn.model.experts.grouped import (
     decoding_product,
-    factor_product,
     outer_product,
     stack_product,
     swiglu,
     swiglu_backward,
 )
-from lightning_mixcn.model.experts.operands import Dropout, ExpertWeights
+from lightning_mixcn.model.experts.loop import Dropout
 from lightning_mixcn.model.nf4 import codec as nf4
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 
 
-def train_on_nothing() -> None:
+def train_on_nothing(path: str) -> None:
     """Forward and backward with tensors that have shapes and no values: reading one is an error."""
     nf4.dynamic_code(torch.device("cpu"))  # kept from here on: it must be a real one
     with FakeTensorMode(allow_non_fake_inputs=True):
-        weights = ExpertWeights(NF4Weight((4, 48, 32)), NF4Weight((4, 48, 32)), NF4Weight((4, 32, 48)))
+        weights = NF4Weight((4, 48, 32)), NF4Weight((4, 48, 32)), NF4Weight((4, 32, 48))
         shapes = [(4, 16, 32), (4, 48, 8), (4, 48, 8), (4, 8, 48), (4, 32, 8)]
         factors = [torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         x, weight = torch.empty(9, 32, dtype=torch.bfloat16, requires_grad=True), torch.empty(9, 2, requires_grad=True)
         index = torch.empty(9, 2, dtype=torch.int64)
-        y = ExpertBlock.apply(x, index, weight, weights, Dropout(), *factors)
+        y = PATHS[path](x, index, weight, weights, Dropout(), *factors)
         y.backward(torch.empty_like(y))
         assert [None if t.grad is None else t.grad.shape for t in (x, weight, *factors)] == [
             t.shape for t in (x, weight, *factors)
         ]
 
 
-def test_no_value_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", "loop")
+def test_no_value_is_read() -> None:
     with pytest.raises(DataDependentOutputException):
-        train_on_nothing()  # the loop must know how many rows an expert has
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", "grouped")
-    train_on_nothing()
+        train_on_nothing("loop")  # the loop must know how many rows an expert has
+    train_on_nothing("grouped")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("path", ["grouped", "decode"])
-def test_the_host_never_waits_for_the_gpu(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_never_waits_for_the_gpu(path: str) -> None:
     if path == "grouped" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("torch's grouped product is a loop on this GPU")
-    monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
-    weights = ExpertWeights(*(NF4Weight(shape, "cuda") for shape in ((4, 48, 32), (4, 48, 32), (4, 32, 48))))
+    weights = tuple(NF4Weight(shape, "cuda") for shape in ((4, 48, 32), (4, 48, 32), (4, 32, 48)))
     for weight in weights:
         weight.write(0, torch.randn(4 * 48 * 32))
     x = torch.randn(9, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -62,7 +59,7 @@ def test_the_host_never_waits_for_the_gpu(path: str, monkeypatch: pytest.MonkeyP
     for mode in ("default", "error"):  # the first round compiles the kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            ExpertBlock.apply(x, index, routing, weights, Dropout(), *factors, None, None).sum().backward()
+            PATHS[path](x, index, routing, weights, Dropout(), *factors, None, None).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -96,9 +93,9 @@ def test_frozen_matrices(quantization: str, transposed: bool, ends: Tensor) -> N
 def test_factors(ends: Tensor) -> None:
     rows, factor = torch.randn(sum(COUNTS), 16), torch.randn(len(COUNTS), 16, 8)
     expected = torch.cat([part @ matrix for part, matrix in zip(rows.split(COUNTS), factor, strict=True)])
-    torch.testing.assert_close(factor_product(rows, factor, ends), expected)
+    torch.testing.assert_close(grouped_mm(rows, factor, offs=ends), expected)
     transposed = factor.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.testing.assert_close(factor_product(rows, transposed, ends), expected)
+    torch.testing.assert_close(grouped_mm(rows, transposed, offs=ends), expected)
 
 
 def test_an_expert_without_rows_has_no_gradient(ends: Tensor) -> None:
@@ -117,9 +114,9 @@ def test_equals_autograd() -> None:
     (h * weight[:, None]).backward(dh)
     with torch.no_grad():
         torch.testing.assert_close(swiglu(gate, up), h)
-        found = swiglu_backward(gate, up, dh.clone(), weight)
-    torch.testing.assert_close(found.h, h)
-    torch.testing.assert_close(found.gate, gate.grad)
-    torch.testing.assert_close(found.up, up.grad)
+        found_h, dgate, dup, dweight = swiglu_backward(gate, up, dh.clone(), weight)
+    torch.testing.assert_close(found_h, h)
+    torch.testing.assert_close(dgate, gate.grad)
+    torch.testing.assert_close(dup, up.grad)
     assert weight.grad is not None
-    torch.testing.assert_close(found.weight, weight.grad.float())
+    torch.testing.assert_close(dweight, weight.grad.float())

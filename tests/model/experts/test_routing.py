@@ -1,9 +1,9 @@
-"""Rows sorted by expert, with and without the host."""
+"""Rows sorted by expert, with and without the host; dropout masks."""
 
 import pytest
 import torch
 
-from lightning_mixcn.model.experts.routing import padded_rows, route_rows, route_rows_on_device
+from lightning_mixcn.model.experts.loop import Dropout, padded_rows, route_rows, route_rows_on_device
 
 
 def test_few_row_counts() -> None:
@@ -36,3 +36,14 @@ def test_the_device_finds_the_same_places(tokens: int, experts: int) -> None:
     assert torch.equal(without.row, with_host.row)
     assert without.ends.dtype == torch.int32
     assert without.ends.tolist() == with_host.offsets[1:]
+
+
+def test_masks_depend_on_the_seed_only() -> None:
+    like = torch.zeros(1)
+    one, again, other = (Dropout(0.5, seed).mask((64, 8), 0, like) for seed in (1, 1, 2))
+    assert one is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert set(one.unique().tolist()) == {0.0, 2.0}

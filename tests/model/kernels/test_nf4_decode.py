@@ -15,5 +15,5 @@ def test_equals_bitsandbytes(numel: int, dtype: torch.dtype, device: str) -> Non
     from lightning_mixcn.model.kernels.nf4_decode import nf4_decode
 
     values = torch.randn(numel, generator=torch.Generator().manual_seed(numel)) * 0.02
-    packed = nf4.quantize(values.to(device))
-    assert torch.equal(nf4_decode(packed, dtype), nf4.dequantize(packed, dtype))
+    packed = nf4.quantize_nf4(values.to(device))
+    assert torch.equal(nf4_decode(packed, dtype), nf4.dequantize_nf4(packed, dtype))

@@ -15,10 +15,10 @@ Roundtrip = Callable[[Tensor, torch.dtype], Tensor]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_bitsandbytes(numel: int, dtype: torch.dtype, bitsandbytes_roundtrip: Roundtrip) -> None:
     values = (torch.randn(numel, generator=torch.Generator().manual_seed(numel)) * 0.02).to(dtype)
-    packed = nf4.quantize(values)
+    packed = nf4.quantize_nf4(values)
     assert packed.codes.shape == (nf4.superblocks(numel), 8192)
     assert [tensor.dtype for tensor in packed] == [torch.uint8, torch.uint8, torch.float32, torch.float32]
-    ours = nf4.dequantize(packed, torch.float32)[:numel]
+    ours = nf4.dequantize_nf4(packed, torch.float32)[:numel]
     theirs = bitsandbytes_roundtrip(values, dtype).float()
     # The offset is a mean of 256 numbers, summed in another order; in bf16 their result is rounded as well.
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
@@ -27,19 +27,19 @@ def test_equals_bitsandbytes(numel: int, dtype: torch.dtype, bitsandbytes_roundt
 
 def test_a_slice_of_superblocks_is_the_slice_of_the_whole() -> None:
     values = torch.randn(5 * nf4.SUPERBLOCK + 77)
-    whole, part = nf4.quantize(values), nf4.quantize(values[2 * nf4.SUPERBLOCK :])
+    whole, part = nf4.quantize_nf4(values), nf4.quantize_nf4(values[2 * nf4.SUPERBLOCK :])
     for one, other in zip(whole, part, strict=True):
         assert torch.equal(one[2:], other)
 
 
 def test_relative_error_is_that_of_double_quantised_nf4() -> None:
     values = torch.randn(64 * nf4.SUPERBLOCK, generator=torch.Generator().manual_seed(0))
-    error = (nf4.dequantize(nf4.quantize(values), torch.float32) - values).norm() / values.norm()
+    error = (nf4.dequantize_nf4(nf4.quantize_nf4(values), torch.float32) - values).norm() / values.norm()
     assert abs(error - 0.0920) < 2e-4  # 0.0920020 with bitsandbytes' own double quantisation
 
 
 def test_zeros_stay_zeros() -> None:
-    assert not nf4.dequantize(nf4.quantize(torch.zeros(nf4.SUPERBLOCK + 3)), torch.float32).any()
+    assert not nf4.dequantize_nf4(nf4.quantize_nf4(torch.zeros(nf4.SUPERBLOCK + 3)), torch.float32).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
