@@ -60,7 +60,7 @@ class RunFiles:
         """Ask the data for tokenizer and template."""
         data: Any = getattr(trainer, "datamodule", None)
         self._tokenizer: TextTokenizer | None = getattr(data, "tokenizer", None)
-        self._base = local_folder(module.base)
+        self._base = module.base_checkpoint.path
         self._source = self._tokenizer.path if self._tokenizer else local_folder(module.tokenizer_path)
         if self._tokenizer is None and has_tokenizer(self._source):
             self._tokenizer = load_tokenizer(self._source)
@@ -282,7 +282,7 @@ class AdapterCheckpoint(Callback):
         """Collect the card's facts of the run."""
         files = self._run_files(trainer, module)
         return Training(
-            base=module.base,
+            base=module.base_checkpoint,
             steps=trainer.global_step,
             quantization=module.quantization,
             dtype=module.dtype_name,

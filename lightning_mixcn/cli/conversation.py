@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model import MixtralPeftModel
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.inference.generation import PrefixCache, prepare_for_generation, stream_tokens
 from lightning_mixcn.model.inference.sampling import Sampling
-from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.text import (
     ChatTemplate,
@@ -45,19 +43,17 @@ def talk_with(
 ) -> None:
     """Load a model and answer what standard input says; arguments as in the command ``chat``."""
     found = find_model(src)
-    tokenizer = load_tokenizer(local_folder(found.tokenizer))
+    tokenizer = load_tokenizer(found.tokenizer)
     laid_out = template_of_model(template, tokenizer)
-    stop_ids = laid_out.stop_ids(tokenizer) | generation_end_ids(
-        local_folder(found.tokenizer), local_folder(found.base)
-    )
+    stop_ids = laid_out.stop_ids(tokenizer) | generation_end_ids(found.tokenizer, found.base.path)
     model = options.load(found)
     prepare_for_generation(model)
     generator = torch.Generator(options.torch_device()).manual_seed(seed)
     talk = Chat(model, tokenizer, laid_out, sampling, generator, stop_ids=stop_ids)
     talk.set_system(system or "")
-    fixed = [name for adapter in found.adapters for name in AdapterFile(adapter).saved]
+    fixed = [name for adapter in found.adapters for name in adapter.saved]
     if fixed:
-        talk.why_no_base = f"the adapter also trained {' and '.join(fixed)}. Chat with {found.base} itself"
+        talk.why_no_base = f"the adapter also trained {' and '.join(fixed)}. Chat with {found.base.name} itself"
     interactive = sys.stdin.isatty()
     if interactive:
         _say(f"{src}. /help lists the commands, Ctrl-D ends.")

@@ -9,8 +9,8 @@ from lightning_mixcn.lazy import lazy_names
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from .checkpoints.identity import ModelSource, base_identity
-    from .find import find_model, load_found
+    from .checkpoints.identity import base_identity
+    from .find import ModelSource, find_model, load_found
     from .loading import build_mixtral, load_mixtral
     from .lora.attach import MixtralPeftModel
     from .memory.checkpointing import set_activation_checkpointing
@@ -45,8 +45,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        ".checkpoints.identity": ("ModelSource", "base_identity"),
-        ".find": ("find_model", "load_found"),
+        ".checkpoints.identity": ("base_identity",),
+        ".find": ("ModelSource", "find_model", "load_found"),
         ".loading": ("build_mixtral", "load_mixtral"),
         ".lora.attach": ("MixtralPeftModel",),
         ".memory.checkpointing": ("set_activation_checkpointing",),

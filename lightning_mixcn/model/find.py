@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from peft import LoraConfig
@@ -10,8 +12,10 @@ from torch import nn
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.tokenizer.pieces import has_tokenizer
 
-from .checkpoints.identity import ModelSource, check_made_from, read_identity
+from .checkpoints.folder import Checkpoint
+from .checkpoints.identity import check_made_from, read_identity
 from .loading import load_mixtral
 from .lora.adapter_file import CONFIG_NAME, AdapterFile
 from .lora.attach import MixtralPeftModel
@@ -20,12 +24,31 @@ from .mixtral import MixtralForCausalLM
 
 ADAPTER_FOLDER = "adapter"
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _MATRIX = re.compile(r"model\.layers\.(\d+)\.(self_attn|block_sparse_moe(?:\.experts\.\d+)?)\.(\w+)")
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """The opened parts of a model.
+
+    Attributes:
+        base: Its base: an unquantised checkpoint or one in 4 bits.
+        adapters: Adapters in the order in which they are applied; none or one, unless more were asked for.
+        tokenizer: Folder of the tokenizer, and chat template, that belong to the model.
+    """
+
+    base: Checkpoint
+    adapters: tuple[AdapterFile, ...]
+    tokenizer: Path
+
+    def with_adapter(self, adapter: AdapterFile) -> Self:
+        """Return the model with a further adapter, whose tokenizer counts if it has one."""
+        tokenizer = adapter.folder if has_tokenizer(adapter.folder) else self.tokenizer
+        return replace(self, adapters=(*self.adapters, adapter), tokenizer=tokenizer)
+
+
 def find_model(src: str) -> ModelSource:
-    """Find the parts of a model, and check that an adapter stands on the base that it was trained on.
+    """Open the parts of a model, and check that an adapter goes with the base that it was trained on.
 
     Args:
         src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder, whose
@@ -36,15 +59,14 @@ def find_model(src: str) -> ModelSource:
 
     Raises:
         FileNotFoundError: there is no such folder, the run has no adapter, or the adapter's base is not there.
-        ValueError: an adapter that names no base, or stands on another one than it was trained on.
+        ValueError: an adapter that names no base, or was trained on another one; a broken checkpoint.
     """
     folder = local_folder(src)
     if (folder / "config.json").is_file():
-        return ModelSource(src, (), src)
-    if (folder / CONFIG_NAME).is_file():
-        return _find_base(src, folder)
-    if (folder / ADAPTER_FOLDER / CONFIG_NAME).is_file():
-        return _find_base(str(folder / ADAPTER_FOLDER), folder / ADAPTER_FOLDER)
+        return ModelSource(Checkpoint(src), (), folder)
+    for adapter in (folder, folder / ADAPTER_FOLDER):
+        if (adapter / CONFIG_NAME).is_file():
+            return _with_base(AdapterFile(adapter))
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         raise MissingFileError(
             f"the run {src!r} has no {ADAPTER_FOLDER}/. Train it with the callback AdapterCheckpoint and with `lora`"
@@ -55,38 +77,33 @@ def find_model(src: str) -> ModelSource:
     )
 
 
-def _find_base(adapter: str, folder: Path) -> ModelSource:
-    """The 4-bit folder that an adapter was trained on while it is there, else the base that its configuration names."""
-    config = AdapterFile(folder).config
+def _with_base(adapter: AdapterFile) -> ModelSource:
+    """Open the 4-bit folder that an adapter was trained on while it is there, else the base that its config names."""
+    config, folder = adapter.config, adapter.folder
     base, loaded = config.base_model_name_or_path, read_identity(folder)
     # The configuration names the original, which other tools read. Another name is a person's, and goes first.
     if loaded is not None and base in (None, loaded.get("original_path")) and Path(loaded["path"]).is_dir():
         base = loaded["path"]
     if base and config.revision not in (None, "main") and not Path(base).is_dir():
         raise UserError(
-            f"the adapter {adapter!r} belongs to the revision {config.revision!r} of {base!r}. Download that revision, "
-            f"and set base_model_name_or_path in {CONFIG_NAME} to its folder"
+            f"the adapter {adapter.name!r} belongs to the revision {config.revision!r} of {base!r}. Download that "
+            f"revision, and set base_model_name_or_path in {CONFIG_NAME} to its folder"
         )
     if not base:
         raise UserError(
-            f"the adapter {adapter!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the folder of "
-            "its base"
+            f"the adapter {adapter.name!r} names no base. Set base_model_name_or_path in its {CONFIG_NAME} to the "
+            "folder of its base"
         )
     try:
         local_folder(base)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFileError(
-            f"the adapter {adapter!r} needs its base {base!r}, which is not there. Move it back, or set "
+            f"the adapter {adapter.name!r} needs its base {base!r}, which is not there. Move it back, or set "
             f"base_model_name_or_path in {CONFIG_NAME} to where it is"
         ) from error
-    check_made_from(folder, base)
-    return ModelSource(base, (adapter,), tokenizer_of(adapter, otherwise=base))
-
-
-def tokenizer_of(adapter: str, *, otherwise: str) -> str:
-    """The adapter's folder if it has a tokenizer, as a run's has; else what the tokenizer is otherwise."""
-    folder = local_folder(adapter)
-    return adapter if any((folder / name).is_file() for name in _TOKENIZER_FILES) else otherwise
+    checkpoint = Checkpoint(base)
+    check_made_from(folder, checkpoint)
+    return ModelSource(checkpoint, (), checkpoint.path).with_adapter(adapter)
 
 
 def load_found(
@@ -100,7 +117,7 @@ def load_found(
     """Load a model to be used, not trained: in evaluation mode, nothing requires a gradient.
 
     Args:
-        found: The parts.
+        found: Parts of the model.
         quantization: As in `load_mixtral`.
         dtype: As in `load_mixtral`.
         device: As in `load_mixtral`.
@@ -111,13 +128,13 @@ def load_found(
     """
     if len(found.adapters) > 1:
         raise UserError(
-            f"{len(found.adapters)} adapters are stacked on {found.base}, but one can be loaded. "
+            f"{len(found.adapters)} adapters are stacked on {found.base.name}, but one can be loaded. "
             "Merge them first with `mixcn export`"
         )
     if not found.adapters:
         model = load_mixtral(found.base, quantization=quantization, dtype=dtype, device=device, shard=shard)
     else:
-        adapter = AdapterFile(found.adapters[0])
+        (adapter,) = found.adapters
         model = load_mixtral(
             found.base,
             quantization=quantization,
@@ -125,7 +142,7 @@ def load_found(
             dtype=dtype,
             device=device,
             train_embeddings=bool(adapter.saved),
-            adapter=adapter.folder,
+            adapter=adapter,
             shard=shard,
         )
     for parameter in model.parameters():

@@ -25,6 +25,7 @@ from .checkpoints.identity import (
 )
 from .checkpoints.layout import Entry, entries, stored_entries
 from .checkpoints.reading import CHUNK, check_entry, fill, is_quantised, mixtral_config, torch_device, torch_dtype
+from .lora.adapter_file import AdapterFile
 from .lora.attach import (
     MixtralPeftModel,
     attach_lora,
@@ -41,7 +42,7 @@ _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 def load_mixtral(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     quantization: str = "nf4",
     lora: LoraConfig | None = None,
@@ -49,7 +50,7 @@ def load_mixtral(
     device: str | torch.device | None = None,
     train_embeddings: bool = False,
     seed: int = 0,
-    adapter: str | Path | None = None,
+    adapter: str | Path | AdapterFile | None = None,
     tokenizer: str | Path | None = None,
     new_rows: NewRows = "mean",
     shard: Callable[[nn.Module], None] | None = None,
@@ -58,15 +59,15 @@ def load_mixtral(
 
     Args:
         path: Hugging Face folder (safetensors, per-expert or fused names), 4-bit folder of `mixcn quantize` or of
-            bitsandbytes (NF4, double quantised, saved with transformers 4), or hub id.
+            bitsandbytes (NF4, double quantised, saved with transformers 4), hub id, or one of these that is opened.
         quantization: ``nf4``: attention projections and experts in 4 bits, double quantised; embeddings, head, norms
             and router stay in ``dtype``. ``none``: everything in ``dtype``.
         lora: PEFT's configuration, or ``None`` for the bare base.
         dtype: Compute dtype. LoRA masters and trained embeddings are float32 whatever it is.
         device: Where to; ``None`` is the CPU.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
-        seed: Of LoRA's random start.
-        adapter: PEFT adapter folder to continue from; needs ``lora`` with its rank and targets.
+        seed: Seed of LoRA's random start.
+        adapter: PEFT adapter folder to continue from, opened or not; needs ``lora`` with its rank and targets.
         tokenizer: Folder or hub id of a tokenizer that continues the base's. Embedding and head get rows for its
             further pieces, and must train; an adapter that was trained so brings them itself.
         new_rows: How those rows start. ``mean``: of the rows of the old pieces that the base's tokenizer splits the
@@ -83,7 +84,7 @@ def load_mixtral(
         ValueError: a broken or unsuitable checkpoint, or an option that does not fit.
         RuntimeError: the loaded model is not what was planned.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
     config = mixtral_config(checkpoint)
     if is_quantised(checkpoint) and quantization != "nf4":
         raise UserError(
@@ -95,13 +96,14 @@ def load_mixtral(
         raise UserError(
             f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
         )
+    stored = AdapterFile(adapter) if isinstance(adapter, str | Path) else adapter
     extension = find_extension(
         checkpoint, config, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=train_embeddings,
-        adapter=adapter, seed=seed,
+        adapter=stored, seed=seed,
     )  # fmt: skip
     if extension is not None:
         extension.grow(model)
-    model.name_or_path = stock_base(path) or ""
+    model.name_or_path = stock_base(checkpoint) or ""
     complete = _complete(model, lora, train_embeddings)
     if quantization == "nf4":
         verify_quantised(model, config)
@@ -114,10 +116,10 @@ def load_mixtral(
     if extension is not None:
         extension.fill(model)
     if isinstance(complete, MixtralPeftModel):
-        complete.base_identity = base_identity(path) if is_first else None
+        complete.base_identity = base_identity(checkpoint) if is_first else None
         reset_lora(complete, seed)
-        if adapter is not None:
-            load_adapter(complete, adapter)
+        if stored is not None:
+            load_adapter(complete, stored)
     return complete
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .checkpoints.identity import ModelSource
+    from .find import ModelSource
 
 _QUANTIZATIONS, _DTYPES = ("nf4", "none"), ("bfloat16", "float16", "float32")
 

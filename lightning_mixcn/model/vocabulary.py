@@ -129,7 +129,7 @@ def find_extension(
     tokenizer: str | Path | None,
     new_rows: NewRows,
     train_embeddings: bool,
-    adapter: str | Path | None,
+    adapter: AdapterFile | None,
     seed: int,
 ) -> VocabularyExtension | None:
     """Find out whether a tokenizer, or an adapter, needs more rows than a base has.
@@ -140,8 +140,8 @@ def find_extension(
         tokenizer: Folder or hub id of the tokenizer; ``None`` for the base's.
         new_rows: How new rows start.
         train_embeddings: Whether they will train.
-        adapter: PEFT adapter folder, which may hold more rows than the base.
-        seed: Of ``random``.
+        adapter: Adapter to continue from, which may hold more rows than the base.
+        seed: Seed of ``random``.
 
     Returns:
         The extension, ``None`` where the base has rows enough.
@@ -153,7 +153,7 @@ def find_extension(
     if new_rows not in get_args(NewRows):
         raise UserError(f"`new_rows={new_rows!r}` is not known. Expected one of {', '.join(get_args(NewRows))}")
     present = config.vocab_size
-    stored = None if adapter is None else adapter_rows(AdapterFile(adapter), tied=config.tie_word_embeddings)
+    stored = None if adapter is None else adapter.vocabulary_rows(tied=config.tie_word_embeddings)
     rows, old, new = max(stored or 0, present), None, None
     if tokenizer is not None and (folder := local_folder(tokenizer)) != checkpoint.path:
         new = TokenizerPieces(folder)
@@ -163,14 +163,14 @@ def find_extension(
         rows = max(len(new), present)
         if stored not in (None, rows):
             raise UserError(
-                f"`adapter={str(adapter)!r}` has {stored} rows of embedding and head, `tokenizer={str(tokenizer)!r}` "
-                f"needs {rows}. Give the tokenizer that the adapter was trained with; a merged model (`mixcn export`) "
-                "can be extended again"
+                f"`adapter={adapter and adapter.name!r}` has {stored} rows of embedding and head, "
+                f"`tokenizer={str(tokenizer)!r}` needs {rows}. Give the tokenizer that the adapter was trained with; a "
+                "merged model (`mixcn export`) can be extended again"
             )
     if rows == present:
         return None
     if not train_embeddings:
-        asks = f"`adapter={str(adapter)!r}`" if new is None else f"`tokenizer={str(tokenizer)!r}`"
+        asks = f"`adapter={adapter and adapter.name!r}`" if new is None else f"`tokenizer={str(tokenizer)!r}`"
         raise UserError(
             f"{asks} needs {rows} rows of embedding and head, but the base has {present}: the new ones must train. "
             "Set `train_embeddings: true`, or leave it out"
@@ -218,24 +218,6 @@ def tokenizer_for(base: str, tokenizer: str | None, adapter: str | None) -> str:
                 "give that one"
             )
     return tokenizer
-
-
-def adapter_rows(adapter: AdapterFile, *, tied: bool) -> int | None:
-    """Rows of the embedding and the head that an adapter holds; ``None`` if it does not hold all of them.
-
-    Args:
-        adapter: The adapter.
-        tied: Whether the base has one matrix for both.
-
-    Raises:
-        ValueError: the two differ.
-    """
-    if tied:
-        adapter.check_tied()
-    rows = {name: adapter.shape(name)[0] for name in adapter.saved}
-    if len(set(rows.values())) > 1:
-        raise UserError(f"the adapter {str(adapter.folder)!r} has {rows} rows. Expected as many in both")
-    return next(iter(rows.values()), None) if tied or len(rows) == len(EMBEDDINGS) else None
 
 
 def _check_continues(old: TokenizerPieces, new: TokenizerPieces, checkpoint: Checkpoint) -> None:

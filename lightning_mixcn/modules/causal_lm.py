@@ -126,7 +126,7 @@ class CausalLMModule(SavedStateModule):
         """
         with torch.device("cpu"):  # what is not placed explicitly, such as pieces of the checkpoint, stays on the host
             return load_mixtral(
-                self.base,
+                self.base_checkpoint,
                 quantization=self.quantization,
                 lora=self.lora,
                 dtype=self.dtype_name,

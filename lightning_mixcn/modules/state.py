@@ -17,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import base_identity
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.lora.attach import lora_layers
 
 from .resume import (
@@ -341,8 +342,13 @@ class SavedStateModule(LightningModule):
             self._resumed["to_restore"].clear()
 
     @cached_property
+    def base_checkpoint(self) -> Checkpoint:
+        """The opened base."""
+        return Checkpoint(self.base)
+
+    @cached_property
     def _base_identity(self) -> dict[str, str]:
-        return base_identity(self.base)
+        return base_identity(self.base_checkpoint)
 
 
 def trainable_names(module: nn.Module) -> set[str]:

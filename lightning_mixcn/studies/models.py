@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.checkpoints.identity import ModelSource, base_identity
-from lightning_mixcn.model.lora.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFile
+from lightning_mixcn.model.find import ModelSource
+from lightning_mixcn.model.lora.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
+from lightning_mixcn.tokenizer.pieces import has_tokenizer
 
 AdapterChoice = Literal["on", "off", "both"]
 
@@ -35,7 +35,7 @@ class EvaluatedModel:
 
     def tokenizer(self) -> TextTokenizer:
         """Its tokenizer."""
-        return load_tokenizer(local_folder(self.found.tokenizer))
+        return load_tokenizer(self.found.tokenizer)
 
 
 def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None) -> list[EvaluatedModel]:
@@ -56,7 +56,8 @@ def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None
         if adapter in ("on", "both"):
             raise UserError(f"`adapter={adapter}`, but {src!r} has no adapter. Leave it out, or give a run or adapter")
         return [EvaluatedModel("model", found)]
-    bare = ModelSource(found.base, (), _base_tokenizer(found))
+    tokenizer = found.base.path if has_tokenizer(found.base.path) else found.tokenizer
+    bare = ModelSource(found.base, (), tokenizer)
     chosen = adapter or "both"
     models = []
     if chosen in ("off", "both"):
@@ -73,10 +74,10 @@ def fingerprint(found: ModelSource) -> dict[str, Any]:
     for adapter in found.adapters:
         digest = hashlib.sha256()
         for name in (CONFIG_NAME, WEIGHTS_NAME):
-            with (local_folder(adapter) / name).open("rb") as file:
+            with (adapter.folder / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         digests.append(digest.hexdigest())
-    return {"base_sha256": base_identity(found.base)["sha256"], "adapter_sha256": digests}
+    return {"base_sha256": found.base.sha256, "adapter_sha256": digests}
 
 
 class LoadedModels:
@@ -111,13 +112,7 @@ class LoadedModels:
 
 def _can_switch_off(found: ModelSource, bare: ModelSource) -> bool:
     """Whether the base is what is left without the adapter: no embedding was trained, the tokenizer is the base's."""
-    if any(AdapterFile(adapter).saved for adapter in found.adapters):
+    if any(adapter.saved for adapter in found.adapters):
         return False
-    tokenizers = [load_tokenizer(local_folder(source.tokenizer)).fingerprint for source in (found, bare)]
+    tokenizers = [load_tokenizer(source.tokenizer).fingerprint for source in (found, bare)]
     return tokenizers[0] == tokenizers[1]
-
-
-def _base_tokenizer(found: ModelSource) -> str:
-    folder = local_folder(found.base)
-    there = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return found.base if there else found.tokenizer

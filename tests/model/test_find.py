@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_mixcn.model import ModelSource, find_model, load_found
+from lightning_mixcn.model import find_model, load_found
 from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral
@@ -26,7 +26,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 def test_a_checkpoint_is_its_own_base(tiny: Path, ids: Tensor) -> None:
     found = find_model(str(tiny))
-    assert found == ModelSource(str(tiny), (), str(tiny))
+    assert (found.base.path, found.adapters, found.tokenizer) == (tiny, (), tiny)
     model = load_found(found, quantization="none", dtype="float32")
     stock = transformers.MixtralForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=1e-4, atol=1e-4)
@@ -35,7 +35,7 @@ def test_a_checkpoint_is_its_own_base(tiny: Path, ids: Tensor) -> None:
 
 def test_a_four_bit_folder_is_a_base(tiny: Path, tmp_path: Path) -> None:
     quantize(str(tiny), str(tmp_path / "small"))
-    assert find_model(str(tmp_path / "small")).base == str(tmp_path / "small")
+    assert find_model(str(tmp_path / "small")).base.path == tmp_path / "small"
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,10 @@ def test_an_adapter_and_its_run_load_as_they_were_saved(
     tiny: Path, ids: Tensor, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     saved = save_adapter(tiny, tmp_path / "run/adapter", **lora)
-    found = find_model(str(tmp_path / "run/adapter"))
-    assert found == find_model(str(tmp_path / "run"))
-    assert found == ModelSource(str(tiny), (str(tmp_path / "run/adapter"),), str(tiny))
+    for name in ("run", "run/adapter"):
+        found = find_model(str(tmp_path / name))
+        folders = [adapter.folder for adapter in found.adapters]
+        assert (found.base.path, folders, found.tokenizer) == (tiny, [tmp_path / "run/adapter"], tiny)
     model = load_found(found, quantization="none", dtype="float32")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(logits_of(model, ids), logits_of(saved, ids), rtol=1e-5, atol=1e-5)
@@ -90,7 +91,7 @@ def test_targets_that_differ_by_layer(tiny: Path, ids: Tensor, tmp_path: Path) -
 def test_the_tokenizer_of_the_adapter_goes_before_the_bases(tiny: Path, tmp_path: Path) -> None:
     save_adapter(tiny, tmp_path)
     shutil.copyfile(tiny / "tokenizer.json", tmp_path / "tokenizer.json")
-    assert find_model(str(tmp_path)).tokenizer == str(tmp_path)
+    assert find_model(str(tmp_path)).tokenizer == tmp_path
 
 
 def test_the_base_is_known_by_its_content(tiny: Path, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_base_in_four_bits_counts_as_what_it_was_quantised_from(tiny: Path, tm
     quantize(str(tiny), str(tmp_path / "small"))
     config = tmp_path / "adapter/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "small")}))
-    assert find_model(str(tmp_path / "adapter")).base == str(tmp_path / "small")
+    assert find_model(str(tmp_path / "adapter")).base.path == tmp_path / "small"
 
 
 def test_what_is_no_model_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -143,6 +144,8 @@ def test_another_revision_of_a_base_is_not_taken_for_the_main_one(tiny: Path, tm
         find_model(str(tmp_path))
 
 
-def test_two_adapters_are_for_export(tiny: Path) -> None:
+def test_two_adapters_are_for_export(tiny: Path, tmp_path: Path) -> None:
+    save_adapter(tiny, tmp_path)
+    found = find_model(str(tmp_path))
     with pytest.raises(ValueError, match="Merge them first with `mixcn export`"):
-        load_found(ModelSource(str(tiny), ("one", "two"), str(tiny)))
+        load_found(found.with_adapter(found.adapters[0]))

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import MixtralConfig
 
 from lightning_mixcn.model import (
-    base_identity,
     build_mixtral,
     count_parameters,
     load_mixtral,
 )
 from lightning_mixcn.model.checkpoints import reading
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.testing import save_tiny_mixtral, tiny_mixtral_config
 
@@ -117,7 +117,7 @@ def test_trained_embeddings_are_float32_masters(tiny: Path, ids: Tensor) -> None
 def test_identity_follows_the_content(tiny: Path, tmp_path: Path) -> None:
     other = save_tiny_mixtral(tmp_path / "other", seed=1)
     moved = shutil.copytree(tiny, tmp_path / "moved")
-    assert base_identity(tiny)["sha256"] == base_identity(moved)["sha256"] != base_identity(other)["sha256"]
+    assert Checkpoint(tiny).sha256 == Checkpoint(moved).sha256 != Checkpoint(other).sha256
 
 
 def rewrite(source: Path, out: Path, **changes: Any) -> Path:

@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.model import (
     MixtralPeftModel,
-    base_identity,
     find_model,
     load_found,
     load_mixtral,
     shard_model,
 )
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.local_rows import gathered
@@ -188,7 +188,7 @@ def test_what_is_saved_loads_everywhere(base: Path, extended: Path, tmp_path: Pa
     assert_close(logits_of(merged[0].float(), ids), expected)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer) == rows
-    assert base_identity(base) == base_identity(found.base)
+    assert Checkpoint(base).sha256 == found.base.sha256
     stored = load_file(tmp_path / "out/model.safetensors")
     assert (
         sum(tensor.nbytes for tensor in stored.values())

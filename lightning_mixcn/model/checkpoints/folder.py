@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ class Segment:
     rows: tuple[int, int] | None = None
 
 
+def recorded_path(path: str | Path) -> str:
+    """Return how a base is named in files: a folder by its absolute path, a hub id (or what is not there) as given."""
+    folder = Path(path).expanduser()
+    return os.path.abspath(folder) if folder.is_dir() else str(path)
+
+
 class Checkpoint:
     """A folder of ``config.json`` and safetensors weights (one file, or shards and their index).
 
@@ -46,6 +54,11 @@ class Checkpoint:
     Args:
         path: The folder, or a hub id ``owner/name``.
 
+    Attributes:
+        path: The folder.
+        name: The model's name in files: a folder's absolute path, or the hub id. See `recorded_path`.
+        config: Content of ``config.json``.
+
     Raises:
         FileNotFoundError: the folder, its config, its weights or a shard named by the index are missing. Pickles
             (``.bin``) do not count as weights: they can run code.
@@ -54,7 +67,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         """Read the config and the headers."""
-        self.path = local_folder(path)
+        self.path, self.name = local_folder(path), recorded_path(path)
         self.config: dict[str, Any] = _read_json(self.path / "config.json", "a Hugging Face model folder has one")
         self._file_of = _locate_tensors(self.path)
 
@@ -154,7 +167,8 @@ class Checkpoint:
                 return False
         return True
 
-    def identity(self) -> str:
+    @cached_property
+    def sha256(self) -> str:
         """Hash the config and every tensor's name, shape, dtype and sampled content.
 
         Samples are 4 KiB at both ends of each tensor and about every 64 MiB between, so that a 90 GB checkpoint takes

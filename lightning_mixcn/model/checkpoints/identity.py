@@ -1,16 +1,14 @@
 """Which base something was made from, in a file beside it: PEFT's own configuration has a path, but no content."""
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_json
 
-from .folder import Checkpoint
+from .folder import Checkpoint, recorded_path
 
 IDENTITY_FILE = "base_identity.json"
 QUANTIZATION_METHOD = "mixcn_nf4"
@@ -21,48 +19,40 @@ _KEYS = ("path", "sha256")
 _ORIGINAL_KEYS = ("original_path", "original_sha256")
 
 
-def base_identity(path: str | Path) -> dict[str, str]:
-    """Return what identifies a base: ``path`` (see `recorded_path`) and ``sha256`` of its content.
+def base_identity(base: Checkpoint) -> dict[str, str]:
+    """Return what identifies a base: its ``path`` (see `recorded_path`) and the ``sha256`` of its content.
 
     The hash covers the configuration, every tensor's name, shape and type, and a sample of the content, so it takes
     seconds for any size. A 4-bit folder that records what it was made from has ``original_path`` and
     ``original_sha256`` of that, too.
     """
-    checkpoint = Checkpoint(path)
-    identity = {"path": recorded_path(path), "sha256": checkpoint.identity()}
-    original = read_identity(checkpoint.path)
+    identity = {"path": base.name, "sha256": base.sha256}
+    original = read_identity(base.path)
     if original is not None:
         identity |= {"original_path": recorded_path(original["path"]), "original_sha256": original["sha256"]}
     return identity
 
 
-def recorded_path(path: str | Path) -> str:
-    """Return how a base is named in files: a folder by its absolute path, a hub id (or what is not there) as given."""
-    folder = Path(path).expanduser()
-    return os.path.abspath(folder) if folder.is_dir() else str(path)
-
-
 def is_own_format(config: Mapping[str, Any]) -> bool:
-    """Whether the content of a ``config.json`` is that of a 4-bit folder of `mixcn quantize`."""
+    """Tell whether the content of a ``config.json`` is that of a 4-bit folder of `mixcn quantize`."""
     if config.get("model_type") == QUANTISED_MODEL_TYPE:
         return True
     # Folders that were written before there was such a type name the method.
     return bool((config.get("quantization_config") or {}).get("quant_method") == QUANTIZATION_METHOD)
 
 
-def stock_base(path: str | Path) -> str | None:
+def stock_base(base: Checkpoint) -> str | None:
     """Return the name of a base for tools that cannot read the 4-bit folders of `mixcn quantize`.
 
     Args:
-        path: Folder or hub id of the base. Of such a 4-bit folder, what it was made from is named.
+        base: The base. Of such a 4-bit folder, what it was made from is named.
 
     Returns:
         See `recorded_path`; ``None`` where a 4-bit folder does not record its original.
     """
-    checkpoint = Checkpoint(path)
-    if not is_own_format(checkpoint.config):
-        return recorded_path(path)
-    original = read_identity(checkpoint.path)
+    if not is_own_format(base.config):
+        return base.name
+    original = read_identity(base.path)
     return None if original is None else recorded_path(original["path"])
 
 
@@ -77,7 +67,7 @@ def write_identity(folder: Path, identity: dict[str, str]) -> None:
 
 
 def read_identity(folder: Path) -> dict[str, str] | None:
-    """What `write_identity` wrote there; ``None`` where it did not.
+    """Read what `write_identity` wrote into a folder; ``None`` where it did not.
 
     Raises:
         ValueError: the file is broken.
@@ -93,14 +83,14 @@ def read_identity(folder: Path) -> dict[str, str] | None:
         raise UserError(f"{str(file)!r} does not hold a base's path and sha256. Copy it again, or delete it") from error
 
 
-def check_made_from(folder: Path, base: str | Path) -> None:
+def check_made_from(folder: Path, base: Checkpoint) -> None:
     """Check that what is in a folder was made from a base; its folder may have moved.
 
     A 4-bit base counts as the base that it was quantised from, and that base as its 4 bits.
 
     Args:
         folder: With ``base_identity.json``; without it there is nothing to check.
-        base: Folder or hub id.
+        base: The base.
 
     Raises:
         ValueError: it is another base.
@@ -108,26 +98,10 @@ def check_made_from(folder: Path, base: str | Path) -> None:
     recorded = read_identity(folder)
     if recorded is None:
         return
-    checkpoint = Checkpoint(base)
-    present, original = checkpoint.identity(), read_identity(checkpoint.path)
-    accepted = {present, original["sha256"] if original else present}
+    original = read_identity(base.path)
+    accepted = {base.sha256, original["sha256"] if original else base.sha256}
     if accepted.isdisjoint((recorded["sha256"], recorded.get("original_sha256"))):
         raise UserError(
             f"{str(folder)!r} was made from the base {recorded['path']} (sha256 {recorded['sha256'][:12]}…), but "
-            f"{base} is another one (sha256 {present[:12]}…). Give the former, or move it back to its place"
+            f"{base.name} is another one (sha256 {base.sha256[:12]}…). Give the former, or move it back to its place"
         )
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where the parts of a model are.
-
-    Attributes:
-        base: Hugging Face folder, 4-bit folder or hub id.
-        adapters: PEFT adapter folders in the order in which they are applied; none or one, unless more were asked for.
-        tokenizer: Folder or hub id of the tokenizer, and chat template, that belong to the model.
-    """
-
-    base: str
-    adapters: tuple[str, ...]
-    tokenizer: str

@@ -34,7 +34,6 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     from lightning_mixcn.model.checkpoints.identity import (
         QUANTISED_MODEL_TYPE,
         QUANTIZATION_METHOD,
-        recorded_path,
         write_identity,
     )
     from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
@@ -61,7 +60,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
         for file in [*tokenizer_files(checkpoint.path), checkpoint.path / GENERATION_FILE]:
             if file.is_file():
                 writer.add_file(file)
-        write_identity(writer.folder, {"path": recorded_path(src), "sha256": checkpoint.identity()})
+        write_identity(writer.folder, {"path": checkpoint.name, "sha256": checkpoint.sha256})
 
 
 def _tensors(

@@ -7,22 +7,19 @@ from pathlib import Path
 
 from peft import LoraConfig
 from torch import Tensor
-from transformers import MixtralConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
-from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.safetensors import write_safetensors
-from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import (
     IDENTITY_FILE,
-    ModelSource,
     base_identity,
     stock_base,
     write_identity,
 )
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
-from lightning_mixcn.model.lora.adapter_file import WEIGHTS_NAME, AdapterFile
+from lightning_mixcn.model.find import ModelSource
+from lightning_mixcn.model.lora.adapter_file import WEIGHTS_NAME
 from lightning_mixcn.model.lora.layouts import (
     NormalisedAdapter,
     fused,
@@ -37,24 +34,23 @@ from .card import (
     model_card,
     resizing_note,
 )
+from .folder import ExportOptions
 
-Layout = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
+_Write = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
 
-LAYOUTS: dict[str, tuple[Layout, str]] = {
+LAYOUTS: dict[str, tuple[_Write, str]] = {
     "peft": (fused, "fused layout, which PEFT reads with transformers 5"),
     "peft-per-expert": (per_expert, "per-expert layout, which PEFT, vLLM and llama.cpp read"),
 }
 
 
-def export_adapter(found: ModelSource, src: str, out: Path, layout: str, *, languages: list[str] | None = None) -> None:
+def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> None:
     """Write the adapter of a model, its tokenizer and a card.
 
     Args:
         found: The model; it has one adapter.
-        src: What the person named.
         out: Folder to make.
-        layout: ``peft`` or ``peft-per-expert``.
-        languages: Codes for the card.
+        options: Options of the export; the format is one of `LAYOUTS`.
 
     Raises:
         ValueError: no adapter, more than one, or one without factors.
@@ -62,34 +58,28 @@ def export_adapter(found: ModelSource, src: str, out: Path, layout: str, *, lang
     """
     if len(found.adapters) != 1:
         raise UserError(
-            f"`format={layout}` writes one adapter, but {src!r} gives {len(found.adapters)}. "
+            f"`format={options.format}` writes one adapter, but {options.src!r} gives {len(found.adapters)}. "
             "Give a run or an adapter folder, or merge with `--format hf`"
         )
-    adapter = AdapterFile(found.adapters[0])
+    (adapter,) = found.adapters
     if not adapter.names:
         raise UserError(
-            f"the adapter {found.adapters[0]!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
+            f"the adapter {adapter.name!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
         )
-    checkpoint = Checkpoint(found.base)
-    config = mixtral_config(checkpoint)
-    write, text = LAYOUTS[layout]
-    named = stock_base(found.base)
-    tensors, lora = write(_normalised(adapter, config), named, config.num_hidden_layers)
+    config = mixtral_config(found.base)
+    write, text = LAYOUTS[options.format]
+    factors = {name: adapter.factors(name) for name in adapter.names}
+    normalised = normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)
+    tensors, lora = write(normalised, stock_base(found.base), config.num_hidden_layers)
     for line in base_shortcomings(found.base):
         print(line, file=sys.stderr)
     with new_folder(out) as folder:
         write_safetensors(folder / WEIGHTS_NAME, tensors)
         lora.save_pretrained(str(folder))
         made = f"A LoRA adapter in the {text}.{resizing_note(adapter, config)}"
-        card = model_card(found, src, made, "peft", onto=None, languages=languages)
+        card = model_card(found, options.src, made, "peft", onto=None, languages=options.languages)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter
             write_identity(folder, base_identity(found.base))
-        tokenizer = local_folder(found.tokenizer)
-        for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer)]:
+        for file in [*tokenizer_files(found.tokenizer), *generation_files(found.tokenizer)]:
             shutil.copyfile(file, folder / file.name)
-
-
-def _normalised(adapter: AdapterFile, config: MixtralConfig) -> NormalisedAdapter:
-    factors = {name: adapter.factors(name) for name in adapter.names}
-    return normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)

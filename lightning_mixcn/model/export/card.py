@@ -13,11 +13,10 @@ from transformers import MixtralConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.identity import ModelSource, is_own_format, read_identity, stock_base
+from lightning_mixcn.model.checkpoints.identity import is_own_format, read_identity, stock_base
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
-from lightning_mixcn.model.find import ADAPTER_FOLDER
+from lightning_mixcn.model.find import ADAPTER_FOLDER, ModelSource
 from lightning_mixcn.model.lora.adapter_file import AdapterFile
-from lightning_mixcn.model.vocabulary import adapter_rows
 
 CARD_NAME = "README.md"
 _REPORT = "validate.json"
@@ -30,7 +29,7 @@ class Training:
     """Facts of a run for the card of its adapter.
 
     Args:
-        base: The run's base as it was given.
+        base: Base of the run.
         steps: Optimizer steps of the adapter.
         quantization: ``nf4`` or ``none``.
         dtype: The compute dtype's name.
@@ -40,7 +39,7 @@ class Training:
         languages: Codes of the languages, where the person named them.
     """
 
-    base: str
+    base: Checkpoint
     steps: int
     quantization: str
     dtype: str
@@ -70,10 +69,9 @@ def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) 
         measured: ``step`` and ``sources`` (by name: ``nll_nats_per_token``, ``bits_per_byte``, ``tokens``) of the run's
             last validation; empty if there was none.
     """
-    checkpoint = Checkpoint(training.base)
-    named = stock_base(training.base) or training.base
-    name, license_of = _public_name(named), _license([named, training.base])
-    resizing = resizing_note(AdapterFile(folder), mixtral_config(checkpoint))
+    named = stock_base(training.base) or training.base.name
+    name, license_of = _public_name(named), _license([named, training.base.name])
+    resizing = resizing_note(AdapterFile(folder), mixtral_config(training.base))
     made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
     parts = [
         _header(named, "peft", training.languages, license_of),
@@ -105,35 +103,36 @@ def model_card(
         onto: ``original`` or ``dequantised`` weights that adapters were merged onto; ``None`` for an adapter.
         languages: Codes for the header; ``None`` takes those of the adapters' cards.
     """
-    named = stock_base(found.base) or found.base
-    name, license_of = _public_name(named), _license([named, found.base])
+    named = stock_base(found.base) or found.base.name
+    name, license_of = _public_name(named), _license([named, found.base.name])
     title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters else name
+    folders = [adapter.folder for adapter in found.adapters]
     if languages is None:
-        languages = _languages(found.adapters)
+        languages = _languages(folders)
     parts = [
         _header(named, library, languages, license_of),
         f"# {title}",
         made,
-        _base_line(Path(found.adapters[0]) if found.adapters else None, name),
+        _base_line(folders[0] if folders else None, name),
         *(base_shortcomings(found.base) if onto is None else []),
         _license_line(license_of),
         # Of adapters, their own cards say it.
         "A chat template here is the base's." if onto is not None and not found.adapters else None,
         _figures(src, onto) if found.adapters else None,
-        *(_adapter_text(adapter) for adapter in found.adapters),
+        *map(_adapter_text, folders),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def public_title(found: ModelSource) -> str:
     """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``."""
-    named = stock_base(found.base) or found.base
+    named = stock_base(found.base) or found.base.name
     return _public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
 
 
 def resizing_note(adapter: AdapterFile, config: MixtralConfig) -> str:
     """Say what a user of an adapter has to do first where it has more rows of embedding and head than the base."""
-    rows = adapter_rows(adapter, tied=config.tie_word_embeddings) or config.vocab_size
+    rows = adapter.vocabulary_rows(tied=config.tie_word_embeddings) or config.vocab_size
     if rows <= config.vocab_size:
         return ""
     return (
@@ -167,12 +166,11 @@ def _base_line(made_from: Path | None, base: str) -> str:
     return f"Base: `{base}`{f' (content hash `{digest}`)' if digest else ''}."
 
 
-def base_shortcomings(base: str) -> list[str]:
+def base_shortcomings(base: Checkpoint) -> list[str]:
     """Say what keeps other tools from the base of an adapter, as sentences; nothing, where they find it."""
-    checkpoint = Checkpoint(base)
-    if not is_own_format(checkpoint.config):
+    if not is_own_format(base.config):
         return []
-    named, folder = stock_base(base), _public_name(str(checkpoint.path))
+    named, folder = stock_base(base), _public_name(str(base.path))
     if named is None:
         return [
             f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no "
@@ -216,11 +214,11 @@ def _license_line(license_of: Mapping[str, str]) -> str:
     return f"License: {license_of.get('license_name', license_of['license'])}, as the base's card says."
 
 
-def _languages(adapters: Sequence[str]) -> list[str]:
+def _languages(adapters: Sequence[Path]) -> list[str]:
     """Return the languages that the adapters' cards name, each once."""
     named: list[str] = []
     for adapter in adapters:
-        given = _metadata(Path(adapter)).get("language")
+        given = _metadata(adapter).get("language")
         listed = given if isinstance(given, list) else [given]
         named += [language for language in listed if isinstance(language, str)]
     return list(dict.fromkeys(named))
@@ -275,16 +273,11 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
     return f"| {name} | {result['nll_nats_per_token']:.4f} | {shown} | {result['tokens']:,} |"
 
 
-def _card_text(adapter: str) -> str:
-    """Read the adapter's own card without its header; empty if there is none."""
-    card = Path(adapter) / CARD_NAME
+def _adapter_text(adapter: Path) -> str | None:
+    """Return the part of an adapter's card about its training; of another tool's card, all of it but the header."""
+    card = adapter / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    return (text.partition("\n---\n")[2] if text.startswith("---\n") else text).strip()
-
-
-def _adapter_text(adapter: str) -> str | None:
-    """Return the part of an adapter's card about its training; of another tool's card, all of it."""
-    text = _card_text(adapter)
+    text = (text.partition("\n---\n")[2] if text.startswith("---\n") else text).strip()
     _, found, training = text.partition(f"{_TRAINING}\n")
     if found:
         return f"{_TRAINING}\n{training}"

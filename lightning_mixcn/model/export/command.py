@@ -1,12 +1,10 @@
 """`mixcn export`: a trained model in the formats that other tools load."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output
-from lightning_mixcn.files.hub import local_folder
 
 
 def export(
@@ -60,34 +58,26 @@ def export(
         ValueError: an adapter of another base, or options that do not go together.
         OSError: the disk is full.
     """
-    from lightning_mixcn.model.find import find_model, tokenizer_of
+    from lightning_mixcn.model.find import find_model
+    from lightning_mixcn.model.lora.adapter_file import AdapterFile
 
-    from .adapter import export_adapter
-    from .card import public_title
-    from .folder import MergeOptions, export_checkpoint
-    from .gguf import LlamaCpp, check_tokenizer
+    from .adapter import LAYOUTS, export_adapter
+    from .folder import ExportOptions, export_checkpoint
+    from .gguf import export_gguf
 
     target = Path(out).expanduser().resolve()
-    options = MergeOptions(base, original, dtype, layout, max_shard_bytes, languages)
+    options = ExportOptions(
+        src, format, base, original, dtype, layout, max_shard_bytes, outtype, llama_cpp, languages
+    )  # fmt: skip
     if format != "gguf" and (outtype, llama_cpp) != (None, None):
         raise UserError(f"`outtype` and `llama_cpp` are for `format=gguf`, not {format}. Leave them out")
-    if format in ("peft", "peft-per-expert") and options != MergeOptions(languages=languages):
+    if format in LAYOUTS and options != ExportOptions(src, format, languages=languages):
         raise UserError(
             f"`format={format}` merges nothing: leave out base, original, dtype, layout and max_shard_bytes"
         )
     (check_file if format == "gguf" else check_output)(target)
-    converter = LlamaCpp(llama_cpp, outtype or "auto") if format == "gguf" else None
     found = find_model(src)
     for further in adapter or ():
-        found = replace(
-            found, adapters=(*found.adapters, further), tokenizer=tokenizer_of(further, otherwise=found.tokenizer)
-        )
-    if converter is not None:
-        if dtype is None and converter.is_finer_than_bfloat16:
-            options = replace(options, dtype="float32")
-        check_tokenizer(local_folder(found.tokenizer))
-        converter.write(target, public_title(found), lambda folder: export_checkpoint(found, src, folder, options))
-    elif format == "hf":
-        export_checkpoint(found, src, target, options)
-    else:
-        export_adapter(found, src, target, format, languages=languages)
+        found = found.with_adapter(AdapterFile(further))
+    writers = {"hf": export_checkpoint, "gguf": export_gguf, **dict.fromkeys(LAYOUTS, export_adapter)}
+    writers[format](found, target, options)

@@ -1,6 +1,5 @@
 """A merged model as a Hugging Face folder."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,19 +7,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.checkpoints.identity import ModelSource
 from lightning_mixcn.model.checkpoints.reading import stock_settings, torch_dtype
 from lightning_mixcn.model.checkpoints.writer import new_checkpoint
-from lightning_mixcn.model.lora.adapter_file import AdapterFile
+from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
 
 from .card import CARD_NAME, model_card
 from .merge import (
+    BaseWeights,
     Layout,
     MergedWeights,
     Precision,
-    open_base,
+    merge_base,
 )
 
 _DROPPED = ("_name_or_path", "torch_dtype")
@@ -54,42 +52,43 @@ _ONTO = {
 
 
 @dataclass(frozen=True)
-class MergeOptions:
-    """How weights are merged and written; see `export`, whose arguments these are."""
+class ExportOptions:
+    """What is exported, and how; see `export`, whose arguments these are."""
 
-    precision: Precision = "original"
+    src: str
+    format: str
+    base: Precision = "original"
     original: str | None = None
     dtype: str | None = None
     layout: Layout = "per-expert"
     max_shard_bytes: int = 1_000_000_000
+    outtype: str | None = None
+    llama_cpp: str | None = None
     languages: list[str] | None = None
 
 
-def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOptions) -> None:
+def export_checkpoint(found: ModelSource, out: Path, options: ExportOptions) -> None:
     """Write ``W + Σ s·B·A`` tensor by tensor, with tokenizer, chat template, generation config and a card.
 
     Args:
         found: The model.
-        src: What the person named.
         out: Folder to make.
-        options: How.
+        options: Options of the export.
     """
-    base, checkpoint = open_base(found, options.precision, options.original)
-    adapters = [AdapterFile(path) for path in found.adapters]
+    checkpoint = merge_base(found, options.base, options.original)
+    base = BaseWeights(checkpoint, dequantised=options.base == "dequantised")
     # A merged weight that came out of 4 bits has no 16-bit original: rounding it would be a change of its own.
-    exact = "float32" if options.precision == "dequantised" else None
+    exact = "float32" if options.base == "dequantised" else None
     dtype = None if (name := options.dtype or exact) is None else torch_dtype(name)
-    merged = MergedWeights(base, adapters, options.layout, dtype)
+    merged = MergedWeights(base, found.adapters, options.layout, dtype)
     shape = {"vocab_size": merged.vocab_size, "tie_word_embeddings": base.config.tie_word_embeddings}
-    extended = checkpoint.config | shape
-    config = exported_config(extended, merged.dtype(next(iter(base.modules))))
+    config = exported_config(checkpoint.config | shape, merged.dtype(next(iter(base.modules))))
     with new_checkpoint(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
         writer.require_free_bytes(merged.nbytes)
-        tokenizer = local_folder(found.tokenizer)
-        for file in [*tokenizer_files(tokenizer), *generation_files(tokenizer, checkpoint.path)]:
+        for file in [*tokenizer_files(found.tokenizer), *generation_files(found.tokenizer, checkpoint.path)]:
             writer.add_file(file)
-        made = _made(adapters, options)
-        card = model_card(found, src, made, "transformers", onto=options.precision, languages=options.languages)
+        made = _made(len(found.adapters), options.base)
+        card = model_card(found, options.src, made, "transformers", onto=options.base, languages=options.languages)
         (writer.folder / CARD_NAME).write_text(card, encoding="utf-8")
         with tqdm(total=merged.nbytes, unit="B", unit_scale=True, desc="exporting", delay=1) as progress:
             for name, tensor in merged.tensors():
@@ -97,8 +96,8 @@ def export_checkpoint(found: ModelSource, src: str, out: Path, options: MergeOpt
                 progress.update(tensor.nbytes)
 
 
-def _made(adapters: Sequence[AdapterFile], options: MergeOptions) -> str:
-    if not adapters:
-        return f"A copy of {_ONTO[options.precision]}."
-    what = f"{len(adapters)} low-rank adapter{'s' if len(adapters) > 1 else ''} (LoRA)"
-    return f"{what} merged onto {_ONTO[options.precision]}, computed in float32."
+def _made(num_adapters: int, base: Precision) -> str:
+    if not num_adapters:
+        return f"A copy of {_ONTO[base]}."
+    what = f"{num_adapters} low-rank adapter{'s' if num_adapters > 1 else ''} (LoRA)"
+    return f"{what} merged onto {_ONTO[base]}, computed in float32."

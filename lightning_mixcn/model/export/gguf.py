@@ -5,17 +5,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import new_file
+from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
+
+from .card import public_title
+from .folder import ExportOptions, export_checkpoint
 
 CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
 # What the converter writes itself; other types are llama-quantize's, from 16 bits.
 CONVERTED_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
 _STDERR = 2
+
+
+def export_gguf(found: ModelSource, out: Path, options: ExportOptions) -> None:
+    """Write a GGUF file of the merged model through llama.cpp. See `export`."""
+    converter = LlamaCpp(options.llama_cpp, options.outtype or "auto")
+    if options.dtype is None and converter.is_finer_than_bfloat16:
+        options = replace(options, dtype="float32")
+    check_tokenizer(found.tokenizer)
+    converter.write(out, public_title(found), lambda folder: export_checkpoint(found, folder, options))
 
 
 class LlamaCpp:
@@ -45,7 +59,7 @@ class LlamaCpp:
 
         Args:
             out: The file to make.
-            name: Of the model. The converter makes ``general.name`` and its like of the folder's name.
+            name: Name of the model. The converter makes ``general.name`` and its like of the folder's name.
             export: Writes the merged Hugging Face folder to the path it is given, below one beside ``out``.
 
         Raises:
@@ -64,7 +78,7 @@ class LlamaCpp:
 
 
 def _find(folder: str | None, program: str) -> Path:
-    """A program in the checkout, where its build puts it, or on the ``PATH``."""
+    """Find a program in the checkout, where its build puts it, or on the ``PATH``."""
     given = folder or os.environ.get("LLAMA_CPP")
     if given is not None:
         places = [Path(given).expanduser() / part / program for part in ("", "build/bin", "bin")]

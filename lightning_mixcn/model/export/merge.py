@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
-from lightning_mixcn.model.checkpoints.identity import ModelSource, check_made_from, read_identity
+from lightning_mixcn.model.checkpoints.identity import check_made_from, read_identity
 from lightning_mixcn.model.checkpoints.layout import Entry, disk_names
 from lightning_mixcn.model.checkpoints.reading import (
     is_quantised,
@@ -22,13 +21,13 @@ from lightning_mixcn.model.checkpoints.reading import (
     pieces,
     torch_dtype,
 )
+from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.model.loading import open_entries
 from lightning_mixcn.model.lora.adapter_file import EMBEDDINGS, AdapterFile
 from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.nf4.codec import dequantize_nf4
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight
-from lightning_mixcn.model.vocabulary import adapter_rows
 
 
 class BaseWeights:
@@ -157,7 +156,7 @@ class MergedWeights:
         self.vocab_size: int = base.config.vocab_size
         for adapter in adapters:
             tied = base.config.tie_word_embeddings
-            self.vocab_size = max(self.vocab_size, adapter_rows(adapter, tied=tied) or 0)
+            self.vocab_size = max(self.vocab_size, adapter.vocabulary_rows(tied=tied) or 0)
             self._shapes |= {name: (self.vocab_size, *self._shapes[name][1:]) for name in EMBEDDINGS[: 2 - tied]}
             _check_fit(adapter, self._shapes, tied=tied)
 
@@ -221,13 +220,11 @@ def _check_fit(adapter: AdapterFile, shapes: dict[str, tuple[int, ...]], *, tied
     path = str(adapter.folder)
     for name in [*adapter.names, *adapter.saved]:
         shape = adapter.shape(name)
-        if tied and name == "lm_head":
-            both = [adapter.read_saved(key) for key in adapter.saved]
-            if len(both) < len(EMBEDDINGS) or not torch.equal(*both):
-                raise UserError(f"`adapter={path!r}` trains lm_head apart from embed_tokens, which the base ties")
-        elif name not in shapes:
+        if tied and name == "lm_head":  # equal to embed_tokens, see `vocabulary_rows`
+            continue
+        if name not in shapes:
             raise UserError(f"`adapter={path!r}` adapts {name}, which the base does not have. Give its own base")
-        elif shape != shapes[name]:
+        if shape != shapes[name]:
             raise UserError(
                 f"`adapter={path!r}`: {name} has the shape {list(shape)}, the base has {list(shapes[name])}. "
                 "Give the base that the adapter was trained on"
@@ -237,58 +234,57 @@ def _check_fit(adapter: AdapterFile, shapes: dict[str, tuple[int, ...]], *, tied
 Precision = Literal["original", "dequantised"]
 
 
-def open_base(found: ModelSource, precision: Precision, original: str | None) -> tuple[BaseWeights, Checkpoint]:
-    """Open the base of a model.
+def merge_base(found: ModelSource, precision: Precision, original: str | None) -> Checkpoint:
+    """Find the checkpoint that adapters are merged onto.
 
     Args:
         found: The model.
         precision: ``original``: the high-precision weights; ``dequantised``: as 4 bits round them.
-        original: Where the high-precision weights are, if not where the model says.
+        original: Folder or hub id of the high-precision weights, if not where the model says.
 
     Returns:
-        The weights, and the checkpoint that they are read from.
+        The checkpoint; for ``original`` an unquantised one.
 
     Raises:
         FileNotFoundError: the base is in 4 bits, and what it was made from is not there.
         ValueError: `original` is another base, in 4 bits itself, or given for dequantised weights.
     """
-    checkpoint = Checkpoint(found.base)
+    base = found.base
     if precision == "dequantised":
         if original is not None:
             raise UserError(f"`original={original!r}` is not used by `base=dequantised`. Leave out one of the two")
-        return BaseWeights(checkpoint, dequantised=True), checkpoint
-    if original is None and is_quantised(checkpoint):
-        original = _recorded_original(checkpoint)
-        if is_quantised(Checkpoint(original)):
+        return base
+    if original is not None:
+        weights = Checkpoint(original)
+        if is_quantised(weights):
+            raise UserError(f"`original={original!r}` is in 4 bits. Give the unquantised model")
+    elif is_quantised(base):
+        weights = _recorded_original(base)
+        if is_quantised(weights):
             raise UserError(
-                f"the base {str(checkpoint.path)!r} was made from {original!r}, which bitsandbytes quantised: there is "
+                f"the base {str(base.path)!r} was made from {weights.name!r}, which bitsandbytes quantised: there is "
                 "no unquantised one to merge onto. Give `--base dequantised`, or the published base with "
                 "`--original FOLDER`"
             )
-    if original is not None:
-        stated = checkpoint
-        checkpoint = Checkpoint(original)
-        if is_quantised(checkpoint):
-            raise UserError(f"`original={original!r}` is in 4 bits. Give the unquantised model")
-        # What was trained on 4 bits names those as its base, and they name what they were made from.
-        chain = [stated.path] if is_quantised(stated) else [local_folder(adapter) for adapter in found.adapters[:1]]
-        for folder in chain:
-            check_made_from(folder, original)
-    return BaseWeights(checkpoint, dequantised=False), checkpoint
+    else:
+        return base
+    # What was trained on 4 bits names those as its base, and they name what they were made from.
+    for folder in [base.path] if is_quantised(base) else [adapter.folder for adapter in found.adapters[:1]]:
+        check_made_from(folder, weights)
+    return weights
 
 
-def _recorded_original(checkpoint: Checkpoint) -> str:
-    """Folder or hub id of what a 4-bit folder was quantised from."""
-    recorded = read_identity(checkpoint.path)
+def _recorded_original(base: Checkpoint) -> Checkpoint:
+    """Open what a 4-bit folder was quantised from."""
+    recorded = read_identity(base.path)
     where = f"made from {recorded['path']!r}, which is not there" if recorded else "and does not say of what"
     try:
         if recorded is not None:
-            local_folder(recorded["path"])
-            return recorded["path"]
+            return Checkpoint(recorded["path"])
         reason = None
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = error
     raise MissingFileError(
-        f"the base {str(checkpoint.path)!r} is in 4 bits, {where}. Give the unquantised base with "
+        f"the base {str(base.path)!r} is in 4 bits, {where}. Give the unquantised base with "
         "`--original FOLDER`, or `--base dequantised` to merge onto what the 4 bits hold"
     ) from reason

@@ -153,6 +153,7 @@ class AdapterFile:
         path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id.
 
     Attributes:
+        name: The folder's path, or the hub id, as it was given.
         folder: The folder.
         config: PEFT's configuration as it is stored.
         names: The adapted matrices, sorted.
@@ -165,7 +166,7 @@ class AdapterFile:
 
     def __init__(self, path: str | Path) -> None:
         """Read the configuration and the header."""
-        self._path, self.folder = path, local_folder(path)
+        self.name, self.folder = str(path), local_folder(path)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.folder / name).is_file():
                 raise MissingFileError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
@@ -196,7 +197,7 @@ class AdapterFile:
         a, b = (self._shape(place.stored if place else name, factor) for factor in "AB")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise UserError(
-                f"`adapter={str(self._path)!r}`: the factors of {name} have the shapes {list(a)} and {list(b)}, which "
+                f"`adapter={self.name!r}`: the factors of {name} have the shapes {list(a)} and {list(b)}, which "
                 "do not fit each other. Copy or download the adapter again"
             )
         return place.rank if place else a[0]
@@ -229,6 +230,22 @@ class AdapterFile:
         delta: Tensor = (b.float() * scaling) @ a.float()
         return delta
 
+    def vocabulary_rows(self, *, tied: bool) -> int | None:
+        """Return the rows of embedding and head that the adapter holds; ``None`` if it does not hold all of them.
+
+        Args:
+            tied: The base has one matrix for both.
+
+        Raises:
+            ValueError: the two differ.
+        """
+        if tied:
+            self.check_tied()
+        rows = {name: self.shape(name)[0] for name in self.saved}
+        if len(set(rows.values())) > 1:
+            raise UserError(f"the adapter {str(self.folder)!r} has {rows} rows. Expected as many in both")
+        return next(iter(rows.values()), None) if tied or len(rows) == len(EMBEDDINGS) else None
+
     def read_saved(self, name: str) -> Tensor:
         """Read an embedding that was trained as a whole, ``[vocabulary, hidden]`` as it is stored."""
         return self._read(f"{PREFIX}{name}.weight")
@@ -243,13 +260,13 @@ class AdapterFile:
             return
         if len(self.saved) < len(EMBEDDINGS) or not torch.equal(*map(self.read_saved, EMBEDDINGS)):
             raise UserError(
-                f"`adapter={str(self._path)!r}` trains {' apart from '.join(reversed(self.saved))}"
+                f"`adapter={self.name!r}` trains {' apart from '.join(reversed(self.saved))}"
                 f"{' alone' if len(self.saved) == 1 else ''}, but the base ties embed_tokens and lm_head. Train it in "
                 "PEFT with ensure_weight_tying=True, or merge it there and use the merged, untied model as the base"
             )
 
     def _read_config(self) -> LoraConfig:
-        where = f"`adapter={str(self._path)!r}`"
+        where = f"`adapter={self.name!r}`"
         try:
             raw = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
             if not isinstance(raw, dict):
@@ -267,7 +284,7 @@ class AdapterFile:
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:
         key = f"{PREFIX}{name}.lora_{factor}.weight"
         if key not in self._file.entries:
-            raise UserError(f"`adapter={str(self._path)!r}` has no {key}. Copy or download the adapter again")
+            raise UserError(f"`adapter={self.name!r}` has no {key}. Copy or download the adapter again")
         return self._file.entries[key].shape
 
     def _read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -276,5 +293,5 @@ class AdapterFile:
         first, last = rows or (0, height)
         values = self._file.read(key, first * width, last * width).view(last - first, width)
         if not torch.isfinite(values).all():
-            raise UserError(f"`adapter={str(self._path)!r}`: {key} holds NaN or infinite values. Copy it again")
+            raise UserError(f"`adapter={self.name!r}`: {key} holds NaN or infinite values. Copy it again")
         return values

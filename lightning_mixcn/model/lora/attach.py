@@ -153,48 +153,52 @@ def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraCon
     return per_expert(normalise(factors, saved, config), base, config.num_hidden_layers)
 
 
-def load_adapter(model: MixtralPeftModel, path: str | Path) -> None:
+def load_adapter(model: MixtralPeftModel, adapter: AdapterFile) -> None:
     """Fill the active adapter from a folder in the per-expert layout (ours, or a published Mixtral adapter).
 
     Args:
         model: Its adapters have memory; each rank fills its share.
-        path: Folder, or hub id. Its scaling is kept: where it differs from `model`'s, B takes the difference.
+        adapter: Its scaling is kept: where it differs from `model`'s, B takes the difference.
 
     Raises:
-        FileNotFoundError: no such adapter.
         ValueError: an expert without adapter, another rank, or factors for what is not adapted here.
     """
-    adapter, active = AdapterFile(path), model.active_adapter
+    active = model.active_adapter
     left = set(adapter.names)
     with torch.no_grad():
         for module_name, layer in lora_layers(model):
             names, rank = disk_names(module_name, layer.groups), layer.r[active]
             for name in names:
                 if name not in adapter:
-                    raise UserError(f"`adapter={str(path)!r}` has no {name}.lora_A, but `lora` adapts it here")
+                    raise UserError(f"`adapter={adapter.name!r}` has no {name}.lora_A, but `lora` adapts it here")
                 if adapter.rank(name) != rank:
                     raise UserError(
-                        f"`adapter={str(path)!r}`: {name} has the rank {adapter.rank(name)}, expected {rank}. "
+                        f"`adapter={adapter.name!r}`: {name} has the rank {adapter.rank(name)}, expected {rank}. "
                         f"Set `lora.r={adapter.rank(name)}`, as the adapter was trained"
                     )
             left.difference_update(names)
             stored = [adapter.factors(name) for name in names]
             a, b = layer.weights(active)
-            _fill(a, [factors.a for factors in stored], path, names)
-            _fill(b, [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored], path, names)
+            _fill(a, [factors.a for factors in stored], adapter.name, names)
+            _fill(
+                b,
+                [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored],
+                adapter.name,
+                names,
+            )
     for name in adapter.saved:
-        _fill(_weight(model, name), [adapter.read_saved(name)], path, [name])
+        _fill(_weight(model, name), [adapter.read_saved(name)], adapter.name, [name])
     for name in sorted(left):
         if adapter.factors(name).b.any():  # a B of zeros adds nothing
-            raise UserError(f"`adapter={str(path)!r}` trains {name}, which `lora.target_modules` leaves out here")
+            raise UserError(f"`adapter={adapter.name!r}` trains {name}, which `lora.target_modules` leaves out here")
 
 
-def _fill(parameter: Tensor, groups: list[Tensor], path: str | Path, names: list[str]) -> None:
+def _fill(parameter: Tensor, groups: list[Tensor], adapter: str, names: list[str]) -> None:
     """Fill a parameter with those of its groups, one below the other."""
     values = torch.cat(groups)
     if values.shape != parameter.shape:
         raise UserError(
-            f"`adapter={str(path)!r}`: {names[0]} has the shape {list(values.shape)}, the base has "
+            f"`adapter={adapter!r}`: {names[0]} has the shape {list(values.shape)}, the base has "
             f"{list(parameter.shape)}. Give the base that the adapter was trained on"
         )
     copy_rows(parameter, values)

@@ -225,8 +225,8 @@ def _check_template(models: Sequence[EvaluatedModel]) -> None:
     for model in models:
         if model.tokenizer().hf.chat_template is None:
             raise UserError(
-                f"`apply_chat_template`, but the tokenizer of {model.found.tokenizer!r} has no chat template. Put a "
-                "chat_template.jinja there, or leave the option out"
+                f"`apply_chat_template`, but the tokenizer in {str(model.found.tokenizer)!r} has no chat template. Put "
+                "a chat_template.jinja there, or leave the option out"
             )
 
 

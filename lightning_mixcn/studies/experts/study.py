@@ -13,8 +13,6 @@ from tqdm.auto import tqdm
 from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
-from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.options import ModelOptions
@@ -72,11 +70,11 @@ def study_experts(
     """Disable every expert in turn and write what it costs; arguments as in the command ``experts``."""
     modes: tuple[Mode, ...] = MODES if mode == "both" else (mode,)
     found = find_model(src)
-    config = mixtral_config(Checkpoint(found.base))
+    config = mixtral_config(found.base)
     check_modes(modes, config.num_local_experts, config.num_experts_per_tok)
     longest = text.check_context(config)
     documents = text.documents()
-    tokenizer = load_tokenizer(local_folder(found.tokenizer))
+    tokenizer = load_tokenizer(found.tokenizer)
     encoder, place = PlainText(tokenizer), options.torch_device()
     settings: dict[str, Any] = {
         "src": src, **fingerprint(found), "tokenizer": encoder.fingerprint["tokenizer"],

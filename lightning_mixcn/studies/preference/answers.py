@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.inference.generation import PrefixCache, stream_tokens
@@ -54,12 +52,12 @@ class AnsweringModel:
     def __init__(self, src: str, questions: Sequence[Sequence[Turn]], template: str | None) -> None:
         """Encode the questions."""
         self.src, self.found = src, find_model(src)
-        self._tokenizer = load_tokenizer(local_folder(self.found.tokenizer))
+        self._tokenizer = load_tokenizer(self.found.tokenizer)
         laid_out = template_of_model(template, self._tokenizer)
         self._prompts = [laid_out.encode_prompt(turns, self._tokenizer) for turns in questions]
-        folders = local_folder(self.found.tokenizer), local_folder(self.found.base)
-        self._stop_ids = laid_out.stop_ids(self._tokenizer) | generation_end_ids(*folders)
-        self._context = mixtral_config(Checkpoint(self.found.base)).max_position_embeddings
+        ends = generation_end_ids(self.found.tokenizer, self.found.base.path)
+        self._stop_ids = laid_out.stop_ids(self._tokenizer) | ends
+        self._context = mixtral_config(self.found.base).max_position_embeddings
         for number, prompt in enumerate(self._prompts, 1):
             if len(prompt) >= self._context:
                 raise UserError(

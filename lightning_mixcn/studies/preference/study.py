@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
-from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import is_quantised
 from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.model.options import ModelOptions
@@ -61,7 +60,7 @@ def answer_and_lay_out(
 
 def _check_quantization(models: Sequence[AnsweringModel], options: ModelOptions) -> None:
     for model in models:
-        if options.quantization == "none" and is_quantised(Checkpoint(model.found.base)):
+        if options.quantization == "none" and is_quantised(model.found.base):
             raise UserError(f"`quantization=none`, but {model.src!r} is in 4 bits. Use nf4, or the original")
 
 

@@ -12,12 +12,10 @@ from tqdm.auto import tqdm
 from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
 from lightning_mixcn.errors import NonFiniteError, UserError
 from lightning_mixcn.files.atomic import new_folder
-from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.identity import base_identity
 from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
-from lightning_mixcn.model.find import find_model, load_found
+from lightning_mixcn.model.find import ModelSource, find_model, load_found
 from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.options import chosen_device
 from lightning_mixcn.studies.parts import StudyParts, finished_before
@@ -43,14 +41,15 @@ def study_formats(
     src: str, folder: Path, text: StudyText, gguf: Sequence[str], dtype: str | None, device: str | None
 ) -> None:
     """Measure every format and write the tables; arguments as in the command ``quantization``."""
-    checkpoint = _open(src)
+    found = _open(src)
+    checkpoint = found.base
     text.check_context(mixtral_config(checkpoint))
     chosen, place = torch_dtype(dtype) if dtype else _own_dtype(checkpoint), chosen_device(device)
     files = [GGUFFile(path, checkpoint) for path in gguf]
     documents = text.documents()
-    encoder = PlainText(load_tokenizer(local_folder(src)))
+    encoder = PlainText(load_tokenizer(found.tokenizer))
     settings: dict[str, Any] = {
-        "src": src, "base_sha256": base_identity(src)["sha256"], "tokenizer": encoder.fingerprint["tokenizer"],
+        "src": src, "base_sha256": checkpoint.sha256, "tokenizer": encoder.fingerprint["tokenizer"],
         "text": text.paths, "text_fingerprint": {part.name: part.corpus.fingerprint for part in documents},
         "gguf": [file.identity for file in files], "max_tokens": text.max_tokens,
         "sequence_length": text.sequence_length, "micro_batch_size": text.micro_batch_size,
@@ -60,7 +59,7 @@ def study_formats(
         return
     parts = StudyParts(folder, settings)
     rows = EvaluationSet(documents, encoder, text.sequence_length, text.rows)
-    study = _Study(src, checkpoint, chosen, place, EvaluationLoader(rows, text.micro_batch_size, 1, 0), parts)
+    study = _Study(found, chosen, place, EvaluationLoader(rows, text.micro_batch_size, 1, 0), parts)
     names = [part.name for part in documents]
     results = [study.of_model(name, names) for name in (_name(chosen), DOUBLE, SINGLE)]
     results += [study.of_file(number, file, names, text.sequence_length) for number, file in enumerate(files)]
@@ -75,14 +74,13 @@ class _Study:
 
     def __init__(
         self,
-        src: str,
-        checkpoint: Checkpoint,
+        found: ModelSource,
         dtype: torch.dtype,
         device: torch.device,
         loader: EvaluationLoader,
         parts: StudyParts,
     ) -> None:
-        self._src, self._checkpoint, self._dtype, self._device = src, checkpoint, dtype, device
+        self._found, self._checkpoint, self._dtype, self._device = found, found.base, dtype, device
         self._loader, self._parts = loader, parts
 
     def of_model(self, name: str, sources: Sequence[str]) -> FormatResult:
@@ -112,9 +110,7 @@ class _Study:
 
     def _load(self, name: str) -> nn.Module:
         quantization = "nf4" if name == DOUBLE else "none"
-        model = load_found(
-            find_model(self._src), quantization=quantization, dtype=self._dtype, device=self._device
-        )  # fmt: skip
+        model = load_found(self._found, quantization=quantization, dtype=self._dtype, device=self._device)
         if name == SINGLE:
             round_singly(model, self._checkpoint)
         return model
@@ -153,14 +149,14 @@ def _nll(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return nll_BS.cpu()
 
 
-def _open(src: str) -> Checkpoint:
-    if find_model(src).adapters:
+def _open(src: str) -> ModelSource:
+    found = find_model(src)
+    if found.adapters:
         raise UserError(f"`src={src!r}` has an adapter. Give its base, or merge it with `mixcn export`")
-    checkpoint = Checkpoint(src)
-    mixtral_config(checkpoint)
-    if is_quantised(checkpoint):
+    mixtral_config(found.base)
+    if is_quantised(found.base):
         raise UserError(f"`src={src!r}` is in 4 bits, of which nothing unquantised is left. Give the original")
-    return checkpoint
+    return found
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:

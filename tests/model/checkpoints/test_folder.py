@@ -227,19 +227,19 @@ def test_index_reaching_outside_of_its_folder(folder: Path, name: object) -> Non
 
 def test_identity_is_of_the_content(tmp_path: Path) -> None:
     tensors = some_tensors()
-    one = Checkpoint(make_folder(tmp_path / "one", [tensors], {"a": 1, "transformers_version": "1"})).identity()
+    one = Checkpoint(make_folder(tmp_path / "one", [tensors], {"a": 1, "transformers_version": "1"})).sha256
     parts: list[dict[str, torch.Tensor]] = [{}, {}]
     for number, (name, tensor) in enumerate(tensors.items()):
         parts[number % 2][name] = tensor
-    same = Checkpoint(make_folder(tmp_path / "same", parts, {"transformers_version": "2", "a": 1})).identity()
+    same = Checkpoint(make_folder(tmp_path / "same", parts, {"transformers_version": "2", "a": 1})).sha256
     assert len(one) == 64
     assert same == one
-    other_config = Checkpoint(make_folder(tmp_path / "config", [tensors], {"a": 2})).identity()
+    other_config = Checkpoint(make_folder(tmp_path / "config", [tensors], {"a": 2})).sha256
     other_shape = Checkpoint(make_folder(tmp_path / "shape", [tensors | {"half": tensors["half"][None]}], {"a": 1}))
     changed = tensors | {"w3": tensors["w3"].clone()}
     changed["w3"][2, 2] += 1
-    other_value = Checkpoint(make_folder(tmp_path / "value", [changed], {"a": 1})).identity()
-    assert len({one, other_config, other_shape.identity(), other_value}) == 4
+    other_value = Checkpoint(make_folder(tmp_path / "value", [changed], {"a": 1})).sha256
+    assert len({one, other_config, other_shape.sha256, other_value}) == 4
 
 
 MEASURE = """
@@ -251,7 +251,7 @@ checkpoint = Checkpoint(sys.argv[1])
 before, chunk, total = peak(), int(sys.argv[2]), 2 * 2**28
 for start in range(0, total, chunk):
     checkpoint.read_segments([Segment("a"), Segment("b")], start, start + chunk)
-checkpoint.identity()
+checkpoint.sha256
 print(peak() - before)
 """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mixcn.model import base_identity
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import (
     IDENTITY_FILE,
     check_made_from,
@@ -18,20 +19,20 @@ from lightning_mixcn.testing import save_tiny_mixtral
 def test_a_base_is_recognised_after_moving_and_in_four_bits(tmp_path: Path) -> None:
     base, adapter = save_tiny_mixtral(tmp_path / "base"), tmp_path / "adapter"
     adapter.mkdir()
-    write_identity(adapter, base_identity(base))
-    assert read_identity(adapter) == base_identity(base)
+    write_identity(adapter, base_identity(Checkpoint(base)))
+    assert read_identity(adapter) == base_identity(Checkpoint(base))
     moved = base.rename(tmp_path / "moved")
-    check_made_from(adapter, moved)
+    check_made_from(adapter, Checkpoint(moved))
     quantize(str(moved), str(tmp_path / "small"))
-    check_made_from(adapter, tmp_path / "small")
+    check_made_from(adapter, Checkpoint(tmp_path / "small"))
     other = save_tiny_mixtral(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"was made from the base .*base .*other is another one"):
-        check_made_from(adapter, other)
+        check_made_from(adapter, Checkpoint(other))
 
 
 def test_without_a_record_there_is_nothing_to_check(tmp_path: Path) -> None:
     assert read_identity(tmp_path) is None
-    check_made_from(tmp_path, "nowhere")
+    check_made_from(tmp_path, Checkpoint(save_tiny_mixtral(tmp_path / "base")))
 
 
 def test_a_broken_record(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import metadata_load
 
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.export.card import Training, adapter_card
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.testing import save_tiny_mixtral
@@ -30,7 +31,7 @@ def card_on(folder: Path, readme: bytes) -> str:
     base = save_tiny_mixtral(folder / "base")
     (base / "README.md").write_bytes(readme)
     save_adapter(base, folder / "adapter")
-    return adapter_card(folder / "adapter", Training(str(base), 7, "none", "float32"), {})
+    return adapter_card(folder / "adapter", Training(Checkpoint(base), 7, "none", "float32"), {})
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_mixcn.cli import main
 from lightning_mixcn.files import hub
 from lightning_mixcn.model.checkpoints import writer as shard_writer
+from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.writer import ShardWriter
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.card import Training, adapter_card
@@ -77,7 +78,7 @@ def test_cards_say_what_each_folder_is(tmp_path: Path) -> None:
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [fr]\n---\nA base.", encoding="utf-8")
     quantize(str(base), str(tmp_path / "small"), dtype="float32")
     save_adapter(tmp_path / "small", tmp_path / "run/adapter", quantization="nf4")
-    training = Training(str(tmp_path / "small"), 7, "nf4", "bfloat16", "mixtral", end_ids=(2,), languages=["zh"])
+    training = Training(Checkpoint(tmp_path / "small"), 7, "nf4", "bfloat16", "mixtral", end_ids=(2,), languages=["zh"])
     measured = {"nll_nats_per_token": 2.5, "bits_per_byte": 1.25, "tokens": 4982}
     card = adapter_card(tmp_path / "run/adapter", training, {"step": 6, "sources": {"zh": measured}})
     (tmp_path / "run/adapter/README.md").write_text(card, encoding="utf-8")
@@ -130,7 +131,7 @@ def test_an_original_that_is_missing_or_unknown_is_said(tmp_path: Path, capsys: 
     quantize(str(base), str(tmp_path / "small"))
     base.rename(tmp_path / "elsewhere")
     save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
-    training = Training(str(tmp_path / "small"), 7, "nf4", "bfloat16")
+    training = Training(Checkpoint(tmp_path / "small"), 7, "nf4", "bfloat16")
     (line,) = training.shortcomings
     assert line.startswith("The unquantised base 'base', which 'small' was made from, was not there")
     assert line in adapter_card(tmp_path / "adapter", training, {})

@@ -75,7 +75,7 @@ def test_auto_peft_loads_the_adapter_on_its_original(
         torch.testing.assert_close(got, expected_logits(original, folder, ids), rtol=1e-5, atol=1e-5)
         assert (got - logits_of(trained, ids)).norm() < 2 * quantisation.norm()
         found = find_model(str(folder))
-        assert found.base == str(tmp_path / "small")  # ours goes on in 4 bits
+        assert found.base.path == tmp_path / "small"  # ours goes on in 4 bits
         ours = load_found(found, dtype="float32")
         torch.testing.assert_close(logits_of(ours, ids), logits_of(trained, ids), rtol=1e-4, atol=1e-4)
 
@@ -113,7 +113,7 @@ def test_a_relative_path_is_recorded_whole(
     for name in ("on_four_bits", "dense", "exported"):
         assert named_base(tmp_path / name) == str(original)
         assert auto_peft_logits(tmp_path / name, ids).isfinite().all()
-    assert find_model(str(tmp_path / "on_four_bits")).base == str(tmp_path / "again")
+    assert find_model(str(tmp_path / "on_four_bits")).base.path == tmp_path / "again"
 
 
 def test_a_hub_id_stays_one(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_when_the_four_bits_are_gone_the_original_takes_their_place(
     trained = save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
     shutil.rmtree(tmp_path / "small")
     found = find_model(str(tmp_path / "adapter"))
-    assert found.base == str(original)
+    assert found.base.path == original
     ours = load_found(found, dtype="float32")  # quantised on loading, to the same bits
     torch.testing.assert_close(logits_of(ours, ids), logits_of(trained, ids), rtol=1e-4, atol=1e-4)
 
