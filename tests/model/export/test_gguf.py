@@ -173,7 +173,7 @@ def test_failures_leave_nothing(
         message = "convert_hf_to_gguf.py ended with code 3"
     elif failure == "no tokenizer.model":
         monkeypatch.setattr(
-            "lightning_mixcn.model.export.command.export_checkpoint", must_not_be_called
+            "lightning_mixcn.model.export.gguf.export_checkpoint", must_not_be_called
         )  # nor merged at all
         (base / "tokenizer.model").unlink()
         pieces = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
