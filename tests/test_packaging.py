@@ -1,14 +1,17 @@
 """What is installed is what is in the tree."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from site import getsitepackages
 from typing import Any
 
 import pytest
@@ -110,6 +113,30 @@ def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_mixcn").rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for name in LINKS for path in (ROOT / name).rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
-    expected.add("lightning_mixcn/py.typed")
+    expected |= {"lightning_mixcn/py.typed", "lightning_mixcn/studies/preference/sheet.html.jinja"}
     assert len(came) == len(set(came))
     assert {name for name in came if ".dist-info/" not in name} == expected
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_configs_by_name(tmp_path: Path) -> None:
+    """Outside the checkout, in an environment that has this one's other packages."""
+    copy_of_tree(tmp_path / "tree")
+    wheel = build("build_wheel", tmp_path / "tree", tmp_path / "wheel")
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv/bin/python"
+    (own,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    # A folder that a .pth file adds comes after the environment's own, and its .pth files are not read.
+    (own / "others.pth").write_text("\n".join(getsitepackages()) + "\n", encoding="utf-8")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in (
+        ["fit", "--config", "demo", "--config", "trainer/fsdp2.yaml", "--print_config"],
+        ["upcycle", "--help"],
+    ):
+        done = subprocess.run(
+            [tmp_path / "venv/bin/mixcn", *command],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert ("FSDP2Strategy" if command[0] == "fit" else "--num_experts") in done.stdout

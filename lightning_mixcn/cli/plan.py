@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 from transformers import MixtralConfig
 
@@ -218,9 +219,12 @@ def _table(plan: MemoryPlan, optimizer: str) -> list[str]:
         ("gathered from other ranks", moment.gathered, moment.gathered),
         ("workspace of the moment", moment.workspace, moment.workspace),
     ]
-    lines = [f"{'GB':<40}{'in all':>10}{'at the fullest moment':>24}"]
-    lines += [f"{name:<40}{size / 1e9:>10.3f}{then / 1e9:>24.3f}" for name, size, then in rows if size]
-    lines.append(f"{'sum':<40}{'':>10}{plan.peak / 1e9:>24.3f}")
+    cells = [[name, f"{size / 1e9:.3f}", f"{then / 1e9:.3f}"] for name, size, then in rows if size]
+    cells.append(["sum", "", f"{plan.peak / 1e9:.3f}"])
+    head = ["GB", "in all", "at the fullest moment"]
+    lines = tabulate(
+        cells, head, tablefmt="plain", disable_numparse=True, colalign=("left", "right", "right")
+    ).splitlines()
     lines.append(
         f"Of a moment's workspace, one decoded matrix of an expert is {plan.decoded / 1e9:.3f} GB, the loss's chunk of "
         f"logits {plan.logits_chunk / 1e9:.3f} GB."

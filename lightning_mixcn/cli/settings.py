@@ -1,16 +1,41 @@
 """The settings of a run as they are given, made consistent before anything is made of them."""
 
 import os
+import re
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.vocabulary import tokenizer_for
 from lightning_mixcn.modules.state import adapter_folder
+
+
+def config_path(name: str) -> str:
+    """Return the file of a configuration that is named on the command line.
+
+    Args:
+        name: Path, URL or content of a configuration, which is returned as it is; or, where there is no such file, the
+            name of one that this package carries, such as ``demo``, ``trainer/fsdp2.yaml`` or ``configs/demo.yaml``.
+
+    Raises:
+        FileNotFoundError: neither a file nor such a name.
+    """
+    if Path(name).expanduser().exists() or re.search(r"[:{\n]", name):
+        return name
+    folder = Path(str(files("lightning_mixcn.configs")))
+    carried = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    path = carried.get(name.removeprefix("configs/").removesuffix(".yaml"))
+    if path is None:
+        raise MissingFileError(
+            f"`--config {name}` is no file, and no configuration of this package. Give a path, or one of "
+            f"{', '.join(carried)}"
+        )
+    return str(path)
 
 
 def expand_home(settings: Any) -> None:

@@ -11,8 +11,9 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -51,6 +52,7 @@ from .run_folder import (
     check_overwrite,
 )
 from .settings import (
+    config_path,
     expand_home,
     fetch_tokenizer,
     forget_tokenizer,
@@ -113,6 +115,15 @@ class RunConfig(SaveConfigCallback):
                 add_text("config", f"```yaml\n{text}```")
 
 
+class ConfigOption(ActionConfigFile):
+    """Reads a configuration by its path or by its name."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
+        """Find the file, and read it as jsonargparse does."""
+        ActionConfigFile.apply_config(parser, cfg, dest, config_path(value))
+
+
 class MixcnCLI(LightningCLI):
     """LightningCLI that knows this project's modules by their short names and keeps a run in one folder.
 
@@ -135,6 +146,12 @@ class MixcnCLI(LightningCLI):
             | {command: {"prog": f"mixcn {command}", "exit_on_error": False} for command in self.subcommands()},
             args=args,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose ``--config`` knows the names of this package's configurations."""
+        parser = self.parser_class(dump_header=[f"lightning.pytorch=={lightning_version}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ConfigOption, help="YAML file, or name of one of this package's")
+        return parser
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Add the other subcommands, which `cli` runs without this class, for the completion script."""

@@ -9,7 +9,7 @@ from .instruct import run_instruct_demo
 from .run import run_demo
 
 
-def main() -> int:
+def run_chosen_demo() -> int:
     """Run the demo in the present folder.
 
     Returns:
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_chosen_demo())

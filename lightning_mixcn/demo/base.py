@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning_mixcn
 from lightning_mixcn.commands.process import peak_resident_bytes, run_mixcn
@@ -96,6 +97,39 @@ class Demo:
         unpacked = {"MIXCN_CACHE": os.path.abspath(".cache/mixcn")}
         usage = run_mixcn([str(argument) for argument in arguments], typed, unpacked)
         self.peak_rss_bytes = max(self.peak_rss_bytes, usage.peak_rss_bytes + peak_resident_bytes())
+
+    def validate(self, run: Path, config_name: str, *options: str) -> dict[str, dict[str, float]]:
+        """Run ``mixcn validate``, which writes each source's likelihood into the folder of its run, and return them."""
+        arguments = (*options, "--trainer.logger=false", f"--trainer.default_root_dir={run}")
+        self.mixcn("validate", "--config", config(config_name), *arguments)
+        sources: dict[str, dict[str, float]] = json.loads((run / "validate.json").read_text(encoding="utf-8"))[
+            "sources"
+        ]
+        return sources
+
+    def fit(self, run: Path, config_name: str) -> dict[str, Any]:
+        """Train; the config's callbacks write samples and ``facts.json``, whose content is returned."""
+        self.mixcn("fit", "--config", config(config_name))
+        facts: dict[str, Any] = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+        return facts
+
+
+def cost_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the last rows of a demo's summary: memory and time of its report."""
+    seconds = report["seconds"]
+    steps = ", ".join(f"{step} {value:.0f} s" for step, value in seconds.items() if step != "total")
+    return [
+        ["peak memory", f"{report['peak_rss_bytes'] / 1e9:.2f} GB"],
+        ["time", f"{seconds['total'] / 60:.1f} minutes: {steps}"],
+    ]
+
+
+def show_results(summary: str, run: Path, more: Sequence[str] = ()) -> None:
+    """Print a demo's summary, and where its results are."""
+    print(f"\n{summary}\n")
+    print("    ".join([f"Report: {run / 'report.json'}", f"adapter (PEFT): {run / 'adapter'}", *more]))
+    print(f"Talk to it: {Path(sys.executable).parent / 'mixcn'} chat {run}")
+    print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {run}")
 
 
 def announce(says: str, packages: Sequence[fetch.Package]) -> None:

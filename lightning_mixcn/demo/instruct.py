@@ -2,13 +2,14 @@
 
 import json
 import shutil
-import sys
 import tarfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.files.atomic import write_json
+from lightning_mixcn.studies.tables import aligned
 
 from . import fetch
 from .base import (
@@ -16,10 +17,11 @@ from .base import (
     TEXT,
     Demo,
     announce,
-    config,
+    cost_rows,
     make_base,
     make_demo_text,
     reuse_or_make,
+    show_results,
 )
 
 # configs/demo_instruct.yaml names these, too.
@@ -61,7 +63,9 @@ def run_instruct_demo() -> dict[str, Any]:
     demo.step("instructions", "Making instructions", lambda: _make_instructions(files[fetch.INSTRUCTIONS.name]))
     shutil.rmtree(RUN, ignore_errors=True)
     before = demo.step("evaluate_before", "Held-out answers and text, 4-bit start", lambda: _evaluate_before(demo))
-    demo.step("fit", "LoRA on attention, router and every expert; answers before and after", lambda: _fit(demo))
+    demo.step(
+        "fit", "LoRA on attention, router and every expert; answers before and after", lambda: demo.fit(RUN, _CONFIG)
+    )
     after = demo.step("evaluate_after", "Held-out text after it", lambda: _evaluate_after(demo))
     demo.step("chat", "Asking it", lambda: _chat(demo))
     demo.seconds["total"] = time.perf_counter() - start
@@ -84,21 +88,15 @@ def eos_rates(run: Path) -> dict[str, float]:
     return {"before": rates[0], "after": rates[-1]}
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The table that is printed at the end, of a report as `run_instruct_demo` makes it."""
-    lines = [f"{'bits per byte':28}{'before':>8}{'after':>8}"]
+def instruct_summary(report: dict[str, Any]) -> str:
+    """Return the table that is printed at the end, of a report as `run_instruct_demo` makes it."""
+    lines = [["bits per byte", "before", "after", ""]]
     for name, says in _ROWS.items():
         before, after = (report["bits_per_byte"][name][stage] for stage in ("before", "after"))
-        lines.append(f"{says:28}{before:8.3f}{after:8.3f}{100 * (after / before - 1):+8.1f} %")
-    rates, seconds = report["eos_rate"], report["seconds"]
-    lines += [
-        "",
-        f"answers that end   {100 * rates['before']:.0f} % before, {100 * rates['after']:.0f} % after",
-        f"peak memory        {report['peak_rss_bytes'] / 1e9:.2f} GB",
-        f"time               {seconds['total'] / 60:.1f} minutes: "
-        + ", ".join(f"{step} {value:.0f} s" for step, value in seconds.items() if step != "total"),
-    ]
-    return "\n".join(lines)
+        lines.append([says, f"{before:.3f}", f"{after:.3f}", f"{100 * (after / before - 1):+.1f} %"])
+    rates = report["eos_rate"]
+    ended = ["answers that end", f"{100 * rates['before']:.0f} % before, {100 * rates['after']:.0f} % after"]
+    return f"{aligned(lines, left=(0,))}\n\n{aligned([ended, *cost_rows(report)])}"
 
 
 def _make_instructions(archive: Path) -> bool:
@@ -115,36 +113,28 @@ def _make_instructions(archive: Path) -> bool:
 
 
 def _evaluate_before(demo: Demo) -> dict[str, float]:
-    """Bits per byte of the base, by row of the table."""
-    without = ["--model.init_args.lora=null", "--trainer.callbacks=null"]
-    answers = _validate(demo, "before", _CONFIG, *without)
-    return answers | {"en_text": _validate(demo, "text_before", "demo.yaml", *without, *_english_text())["en"]}
+    """Return bits per byte of the base, by row of the table."""
+    without = ("--model.init_args.lora=null", "--trainer.callbacks=null")
+    answers = demo.validate(RUN / "before", _CONFIG, *without)
+    return _bits_per_byte(answers, demo.validate(RUN / "text_before", "demo.yaml", *without, _english_text()))
 
 
 def _evaluate_after(demo: Demo) -> dict[str, float]:
-    """The same of the tuned model; `fit` has validated its answers."""
+    """Return the same of the tuned model; `fit` has validated its answers."""
     facts: dict[str, Any] = json.loads((RUN / "facts.json").read_text(encoding="utf-8"))
-    answers = {name: result["bits_per_byte"] for name, result in facts["validations"][-1]["sources"].items()}
-    tuned = [f"--model.init_args.adapter={RUN / 'adapter'}", "--trainer.callbacks=null"]
-    return answers | {"en_text": _validate(demo, "text_after", "demo.yaml", *tuned, *_english_text())["en"]}
+    tuned = (f"--model.init_args.adapter={RUN / 'adapter'}", "--trainer.callbacks=null")
+    text = demo.validate(RUN / "text_after", "demo.yaml", *tuned, _english_text())
+    return _bits_per_byte(facts["validations"][-1]["sources"], text)
 
 
-def _english_text() -> list[str]:
+def _bits_per_byte(answers: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: result["bits_per_byte"] for name, result in answers.items()}
+    return found | {"en_text": text["en"]["bits_per_byte"]}
+
+
+def _english_text() -> str:
     source = {"name": "en", "path": str(TEXT / "held_out" / "en.jsonl")}
-    return [f"--data.init_args.val_sources={json.dumps([source])}"]
-
-
-def _validate(demo: Demo, name: str, config_name: str, *options: str) -> dict[str, float]:
-    """Bits per byte by source, as ``mixcn validate`` writes them into its run's folder."""
-    run = RUN / name
-    options = (*options, "--trainer.logger=false", f"--trainer.default_root_dir={run}")
-    demo.mixcn("validate", "--config", config(config_name), *options)
-    sources = json.loads((run / "validate.json").read_text(encoding="utf-8"))["sources"]
-    return {source: result["bits_per_byte"] for source, result in sources.items()}
-
-
-def _fit(demo: Demo) -> None:
-    demo.mixcn("fit", "--config", config(_CONFIG))
+    return f"--data.init_args.val_sources={json.dumps([source])}"
 
 
 def _chat(demo: Demo) -> None:
@@ -156,7 +146,4 @@ def _chat(demo: Demo) -> None:
 def _show(report: dict[str, Any]) -> None:
     """Print answers, figures and where to look further."""
     print("\nAnswers before and after, as they came: see", RUN / "answers.jsonl")
-    print(f"\n{summary(report)}\n")
-    print(f"Report: {RUN / 'report.json'}    adapter (PEFT): {RUN / 'adapter'}")
-    print(f"Talk to it: {Path(sys.executable).parent / 'mixcn'} chat {RUN}")
-    print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {RUN}")
+    show_results(instruct_summary(report), RUN)

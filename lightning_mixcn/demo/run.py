@@ -1,9 +1,8 @@
-"""The demo, step by step. What it takes for granted about ``mixcn`` is in `_evaluate`, `_fit` and `read_samples`."""
+"""The first demo, step by step: a base reads Chinese text."""
 
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_json
+from lightning_mixcn.studies.tables import aligned
 
 from . import fetch
 from .base import (
@@ -19,9 +19,10 @@ from .base import (
     TEXT,
     Demo,
     announce,
-    config,
+    cost_rows,
     make_base,
     make_demo_text,
+    show_results,
 )
 
 LANGUAGES = {"zh": "Chinese", "en": "English"}
@@ -81,8 +82,8 @@ def check_report(report: Mapping[str, Any]) -> None:
         raise UserError(f"text: training and held-out documents share {shared} runs of 24 tokens, expected 0.")
 
 
-def summary(report: Mapping[str, Any]) -> str:
-    """The table that is printed at the end.
+def pretrain_summary(report: Mapping[str, Any]) -> str:
+    """Return the table that is printed at the end.
 
     Args:
         report: As `build_report` made it.
@@ -90,32 +91,27 @@ def summary(report: Mapping[str, Any]) -> str:
     Returns:
         Lines of text.
     """
-    columns = ("unquantised", "4-bit start", "after", "from 4-bit", "from unquantised")
-    lines = ["{:24}{:>13}{:>13}{:>9}{:>13}{:>18}".format("bits per byte, held out", *columns)]
+    lines = [["bits per byte, held out", "unquantised", "4-bit start", "after", "from 4-bit", "from unquantised"]]
     for source, language in LANGUAGES.items():
         base, before, after = (report[f"{source}_bits_per_byte"][stage] for stage in STAGES)
-        change = f"{100 * (after / before - 1):+11.1f} %{after - base:+18.3f}"
-        lines.append(f"{language:24}{base:13.3f}{before:13.3f}{after:9.3f}{change}")
-    parameters, held, seconds = report["parameters"], report["bytes_in_memory"], report["seconds"]
-    lines += [
-        "",
-        f"parameters      {_millions(parameters['total'])} in all, {_millions(parameters['trainable'])} trained, "
-        f"{_millions(parameters['quantised'])} in 4 bits ({held['quantised'] / 1e6:.0f} MB)",
-        f"training        {report['tokens_seen']:,} tokens at {report['tokens_per_second']:.0f} tokens/s",
-        f"peak memory     {report['peak_rss_bytes'] / 1e9:.2f} GB",
-        f"time            {seconds['total'] / 60:.1f} minutes: "
-        + ", ".join(f"{step} {value:.0f} s" for step, value in seconds.items() if step != "total"),
-        "held out        no run of 24 tokens is in the training text, counted anew from both files",
+        figures = [f"{value:.3f}" for value in (base, before, after)]
+        lines.append([language, *figures, f"{100 * (after / before - 1):+.1f} %", f"{after - base:+.3f}"])
+    counts, held = (report[name] for name in ("parameters", "bytes_in_memory"))
+    millions = [f"{counts[name] / 1e6:.1f} M" for name in ("total", "trainable", "quantised")]
+    facts = [
+        [
+            "parameters",
+            "{} in all, {} trained, {} in 4 bits".format(*millions) + f" ({held['quantised'] / 1e6:.0f} MB)",
+        ],
+        ["training", f"{report['tokens_seen']:,} tokens at {report['tokens_per_second']:.0f} tokens/s"],
+        *cost_rows(report),
+        ["held out", "no run of 24 tokens is in the training text, counted again from both files"],
     ]
-    return "\n".join(lines)
+    return f"{aligned(lines, left=(0,))}\n\n{aligned(facts)}"
 
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"
 
 
 RUN = Path("runs/demo")  # configs/demo.yaml names it, too
@@ -147,7 +143,9 @@ def run_demo() -> dict[str, Any]:
         "unquantised": demo.step("evaluate_unquantised", "Held-out text, bf16", lambda: _evaluate(demo, "unquantised")),
         "before": demo.step("evaluate_before", "Held-out text, 4-bit start", lambda: _evaluate(demo, "before")),
     }
-    facts = demo.step("fit", "LoRA on attention, router and every expert; held-out text after it", lambda: _fit(demo))
+    facts = demo.step(
+        "fit", "LoRA on attention, router and every expert; held-out text after it", lambda: demo.fit(RUN, "demo.yaml")
+    )
     likelihoods["after"] = facts["validations"][-1]["sources"]
     demo.seconds["total"] = time.perf_counter() - start
     text = json.loads((TEXT / "text.json").read_text(encoding="utf-8"))
@@ -162,21 +160,10 @@ def read_samples(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _evaluate(demo: Demo, stage: str) -> dict[str, Any]:
-    """Likelihoods by source of a base without adapters; ``mixcn validate`` writes them into its run's folder."""
-    run = RUN / stage
+def _evaluate(demo: Demo, stage: str) -> dict[str, dict[str, float]]:
+    """Return likelihoods by source of a base without adapters."""
     base = [f"--model.init_args.base={BASE}", "--model.init_args.quantization=none"] if stage == "unquantised" else []
-    without = ["--model.init_args.lora=null", "--trainer.callbacks=null", "--trainer.logger=false"]
-    demo.mixcn("validate", "--config", config("demo.yaml"), *base, *without, f"--trainer.default_root_dir={run}")
-    likelihoods: dict[str, Any] = json.loads((run / "validate.json").read_text(encoding="utf-8"))["sources"]
-    return likelihoods
-
-
-def _fit(demo: Demo) -> dict[str, Any]:
-    """Train; the config's callbacks write samples and `facts.json`, which is returned."""
-    demo.mixcn("fit", "--config", config("demo.yaml"))
-    facts: dict[str, Any] = json.loads((RUN / "facts.json").read_text(encoding="utf-8"))
-    return facts
+    return demo.validate(RUN / stage, "demo.yaml", *base, "--model.init_args.lora=null", "--trainer.callbacks=null")
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -184,6 +171,4 @@ def _show(report: dict[str, Any]) -> None:
     print("\nContinuations, as they came:")
     for sample in read_samples(RUN):
         print(f"  step {sample['step']:3}  {sample['prompt']} >> {sample['continuation']!r}")
-    print(f"\n{summary(report)}\n")
-    print(f"Report: {RUN / 'report.json'}    adapter (PEFT): {RUN / 'adapter'}    text: {TEXT}")
-    print(f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {RUN}")
+    show_results(pretrain_summary(report), RUN, [f"text: {TEXT}"])

@@ -6,6 +6,7 @@ Legend: B rows of a batch, S positions, V vocabulary, R ranks, N = ceil(B / R) r
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lightning_mixcn.studies.processes import is_first
 from lightning_mixcn.text import TextTokenizer
 
 from .tasks import harness_messages
+
+RequestPair = tuple[Sequence[int], Sequence[int]]
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # published without types
@@ -119,3 +122,17 @@ class HarnessReplicas(HFLM):  # type: ignore[misc]  # published without types
         with torch.no_grad():
             generated: Tensor = super()._model_generate(context, *args, **kwargs)
         return generated
+
+
+class RequestTokens(HarnessModel):
+    """Model of the harness that writes down what it is asked instead of answering."""
+
+    def tokens(self, instances: Sequence[Any]) -> list[RequestPair]:
+        """Return the tokens of each request's context and continuation, cut as the harness cuts them."""
+        self._asked: list[RequestPair] = []
+        self.loglikelihood(list(instances), disable_tqdm=True)
+        return self._asked
+
+    def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> list[tuple[float, bool]]:
+        self._asked = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return [(0.0, False)] * len(self._asked)

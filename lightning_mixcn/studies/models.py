@@ -68,7 +68,7 @@ def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None
     return models
 
 
-def fingerprint(found: ModelSource) -> dict[str, Any]:
+def model_fingerprint(found: ModelSource) -> dict[str, Any]:
     """What a model's figures depend on: hashes of its base and adapters."""
     digests = []
     for adapter in found.adapters:

@@ -1,11 +1,8 @@
 """Results of a long study kept part by part, so that a study that was killed goes on where it was."""
 
-import csv
 import json
-import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,35 +101,3 @@ def finished_before(folder: Path, report: str, settings: dict[str, Any], *, tabl
 def say(text: str) -> None:
     """Print what is no result, to standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows with the keys of the first one as columns; a number that there is not is an empty field.
-
-    Args:
-        path: File to write, empty where there is no row.
-        rows: Alike; NaN and ``None`` are no numbers.
-    """
-    lines = list(rows)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        if not lines:
-            return
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            missing = {key: "" for key, value in line.items() if isinstance(value, float) and math.isnan(value)}
-            writer.writerow({**line, **missing})
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Align columns of text, the first two to the left, the others to the right."""
-    full = [line for line in lines if len(line) > 1]
-    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
-    made = []
-    for line in lines:
-        cells = [
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ]
-        made.append("  ".join(cells).rstrip())
-    return "\n".join(made)

@@ -20,7 +20,7 @@ from .tasks import Benchmarks, harness_messages
 _NO_METRIC = ("name", "alias", "sample_len", "sample_count")
 
 
-class DocumentScores(TypedDict):
+class TaskDocumentScores(TypedDict):
     """Scores of a task's documents under one of its answer filters.
 
     Args:
@@ -45,7 +45,7 @@ class TaskScores(TypedDict):
     """
 
     metrics: dict[str, Any]
-    documents: dict[str, DocumentScores]
+    documents: dict[str, TaskDocumentScores]
     version: str
     shots: int
     higher_is_better: dict[str, Any]
@@ -118,7 +118,7 @@ def standard_error(metrics: Mapping[str, Any], metric: str, answer: str) -> floa
     return float(value) if isinstance(value, int | float) else None
 
 
-def compare(
+def compare_tasks(
     first: Mapping[str, TaskScores], second: Mapping[str, TaskScores], tasks: list[str], metric: str, answer: str
 ) -> PairedTest | None:
     """Test the difference of two models over the same documents of some tasks.
@@ -149,8 +149,8 @@ def compare(
     return paired_test(ones, twos)
 
 
-def _documents(samples: list[dict[str, Any]]) -> dict[str, DocumentScores]:
-    found: dict[str, DocumentScores] = {}
+def _documents(samples: list[dict[str, Any]]) -> dict[str, TaskDocumentScores]:
+    found: dict[str, TaskDocumentScores] = {}
     for answer in dict.fromkeys(str(sample["filter"]) for sample in samples):
         mine = sorted((sample for sample in samples if sample["filter"] == answer), key=lambda one: one["doc_id"])
         names = dict.fromkeys(name for sample in mine for name in sample["metrics"])

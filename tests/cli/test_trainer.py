@@ -297,6 +297,30 @@ def test_a_subclass_in_the_folder_one_works_in(config: dict[str, Any], monkeypat
     assert saved["hyper_parameters"]["first_source_weight"] == 2.0
 
 
+@pytest.mark.parametrize("name", ["trainer/cpu", "trainer/cpu.yaml", "configs/trainer/cpu.yaml"])
+def test_a_config_of_the_package_is_known_by_its_name(
+    name: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("demo.yaml").write_text(yaml.safe_dump(config | {"seed_everything": 7}), encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "demo.yaml", "--config", name, "--print_config"])
+    assert end.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["seed_everything"] == 7  # a file that is there comes before a name
+    assert shown["trainer"]["accelerator"] == "cpu"
+
+
+def test_an_unknown_config_says_which_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "pretrain"]) == 2
+    error = capsys.readouterr().err
+    assert "`--config pretrain` is no file" in error
+    assert "pretrain_mixtral_8x7b, " in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_knows_every_subcommand(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab", reason="the completion script is shtab's")

@@ -38,7 +38,7 @@ class Mixcn:
     def upcycle(self, arguments: list[str]) -> None:
         assert Path(arguments[0]).read_bytes() == b"GGUF"
         out = Path(arguments[1])
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         tokenizer = Tokenizer(models.BPE({"<|endoftext|>": 0, "<|im_start|>": 1, "a": 2}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
@@ -48,11 +48,11 @@ class Mixcn:
         (out / "config.json").write_text(json.dumps({"bos_token_id": 1, "hidden_size": 8}), encoding="utf-8")
 
     def quantize(self, arguments: list[str]) -> None:
-        shutil.copytree(arguments[0], arguments[1])
+        shutil.copytree(arguments[0], arguments[1], dirs_exist_ok=True)
 
     def validate(self, arguments: list[str]) -> None:
         (root,) = [Path(argument.partition("=")[2]) for argument in arguments if "default_root_dir" in argument]
-        root.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
         (root / "validate.json").write_text(json.dumps({"sources": SOURCES}), encoding="utf-8")
 
     def fit(self, arguments: list[str]) -> None:
@@ -64,5 +64,5 @@ class Mixcn:
 
 def fake_text(newspaper: Path, summaries: Path, encode: Callable[[list[str]], list[list[int]]], out: Path) -> None:
     assert encode(["aa"]) == [[2, 2]]
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     (out / "text.json").write_text(json.dumps({"shared_24_token_runs": 0}), encoding="utf-8")

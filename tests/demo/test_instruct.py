@@ -56,8 +56,8 @@ def test_all_steps_and_the_report(tuning: Tuning, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert out.index("141 MB") < out.index("[1/9]")  # said before it starts
     assert "[9/9]" in out
-    assert "Chinese answers, held out      2.500   2.000   -20.0 %" in out
-    assert "answers that end   25 % before, 75 % after" in out
+    assert "Chinese answers, held out   2.500  2.000  -20.0 %" in out
+    assert "answers that end  25 % before, 75 % after" in out
 
 
 def test_the_base_is_shared_with_the_other_demo(tuning: Tuning) -> None:

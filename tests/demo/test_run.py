@@ -8,7 +8,7 @@ import pytest
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.demo import __main__ as program
 from lightning_mixcn.demo import base, run
-from lightning_mixcn.demo.run import build_report, check_report, summary
+from lightning_mixcn.demo.run import build_report, check_report, pretrain_summary
 from tests.demo.stand_in import Mixcn
 
 LIKELIHOODS = {
@@ -71,10 +71,10 @@ def test_shared_runs_are_refused() -> None:
 
 
 def test_summary_says_how_far_from_both_starts() -> None:
-    lines = summary(report()).splitlines()
+    lines = pretrain_summary(report()).splitlines()
     assert lines[1].split() == ["Chinese", "2.640", "2.900", "2.300", "-20.7", "%", "-0.340"]
     assert lines[2].split() == ["English", "0.830", "0.900", "0.820", "-8.9", "%", "-0.010"]
-    assert "4.40 GB" in summary(report())
+    assert "4.40 GB" in pretrain_summary(report())
     assert all(len(line) <= 100 for line in lines)
 
 
@@ -128,5 +128,5 @@ def test_failures_are_one_line_and_exit_code_2(
 
     monkeypatch.setattr("sys.argv", ["demo"])
     monkeypatch.setattr(program, "run_demo", fail)
-    assert program.main() == 2
+    assert program.run_chosen_demo() == 2
     assert capsys.readouterr().err == "demo: `mixcn fit` ended with exit code 2; the reason is above.\n"

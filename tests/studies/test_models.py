@@ -13,7 +13,7 @@ from lightning_mixcn.studies.models import (
     EvaluatedModel,
     LoadedModels,
     evaluated_models,
-    fingerprint,
+    model_fingerprint,
 )
 from lightning_mixcn.testing import byte_tokenizer
 from tests.model.adapters_on_disk import save_adapter
@@ -70,9 +70,9 @@ def test_another_tokenizer_is_the_adapters_own(tiny_base: Path, adapter: Path) -
 
 
 def test_a_fingerprint_tells_models_apart(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
-    one = fingerprint(find_model(str(adapter)))
+    one = model_fingerprint(find_model(str(adapter)))
     save_adapter(tiny_base, tmp_path / "other", lora_alpha=9)
-    two = fingerprint(find_model(str(tmp_path / "other")))
+    two = model_fingerprint(find_model(str(tmp_path / "other")))
     assert one["base_sha256"] == two["base_sha256"]
     assert one["adapter_sha256"] != two["adapter_sha256"]
     assert peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path == str(tiny_base)

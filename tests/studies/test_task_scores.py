@@ -12,7 +12,7 @@ from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.significance import mcnemar_p
 from lightning_mixcn.studies.task_files import BenchmarkFiles
 from lightning_mixcn.studies.task_scores import (
-    compare,
+    compare_tasks,
     group_metrics,
     metric_keys,
     run_task,
@@ -84,7 +84,7 @@ def test_documents_are_paired_over_all_tasks_of_a_group(benchmarks: Benchmarks) 
     first = {name: run_task(chance(1), benchmarks, name)[0] for name in benchmarks.tasks}
     second = {name: run_task(chance(2), benchmarks, name)[0] for name in benchmarks.tasks}
     tasks = list(benchmarks.tasks)
-    found = compare(first, second, tasks, "acc", "none")
+    found = compare_tasks(first, second, tasks, "acc", "none")
     assert found is not None
     ones, twos = (
         [x for name in tasks for x in part[name]["documents"]["none"]["metrics"]["acc"]] for part in (first, second)
@@ -97,8 +97,8 @@ def test_documents_are_paired_over_all_tasks_of_a_group(benchmarks: Benchmarks) 
 def test_other_documents_are_not_compared(benchmarks: Benchmarks) -> None:
     (name, *_) = benchmarks.tasks
     all_of_it, ten = ({name: run_task(oracle(), benchmarks, name, limit=limit)[0]} for limit in (None, 10))
-    assert compare(all_of_it, ten, [name], "acc", "none") is None
-    assert compare(ten, ten, [name], "no such metric", "none") is None
+    assert compare_tasks(all_of_it, ten, [name], "acc", "none") is None
+    assert compare_tasks(ten, ten, [name], "no such metric", "none") is None
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been(benchmarks: Benchmarks) -> None:

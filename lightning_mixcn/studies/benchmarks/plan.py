@@ -24,7 +24,7 @@ from lightning_mixcn.studies.models import (
     EvaluatedModel,
     LoadedModels,
     evaluated_models,
-    fingerprint,
+    model_fingerprint,
 )
 from lightning_mixcn.studies.parts import StudyParts, check_settings
 from lightning_mixcn.studies.processes import Processes, is_first, joined_processes
@@ -49,9 +49,9 @@ from .eos_probe import (
 from .options import EvaluationOptions
 from .report import (
     parse_languages,
-    score_rows,
     score_table,
     shown_rows,
+    task_rows,
 )
 
 
@@ -98,7 +98,7 @@ class EvaluationPlan:
             model.name: {task: self._load(model, "task", task) for task in self.benchmarks.tasks}
             for model in self.models
         }
-        rows = score_rows(self.benchmarks, scores, languages)
+        rows = task_rows(self.benchmarks, scores, languages)
         names = [model.name for model in self.models]
         report: dict[str, Any] = {
             "settings": settings,
@@ -176,7 +176,7 @@ def run_evaluation(
     with joined_processes(loading.torch_device()) as processes:
         _check_processes(processes, shard, options.batch_size)
         settings: dict[str, Any] = {
-            "src": src, **fingerprint(found), "tasks": names, "models": [model.name for model in models],
+            "src": src, **model_fingerprint(found), "tasks": names, "models": [model.name for model in models],
             "num_fewshot": options.num_fewshot, "limit": options.limit,
             "apply_chat_template": options.apply_chat_template, "data_dir": options.data_dir,
             "submission": answers is not None, "eos_probe": list(options.eos_probe),

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.studies.parts import aligned
+from lightning_mixcn.studies.tables import aligned
 from lightning_mixcn.studies.task_scores import (
     TaskScores,
-    compare,
+    compare_tasks,
     group_metrics,
     metric_keys,
     standard_error,
@@ -141,7 +141,7 @@ class ScoreRow(TypedDict):
     test: str | None
 
 
-def score_rows(benchmarks: Benchmarks, models: Models, languages: Mapping[str, str]) -> list[ScoreRow]:
+def task_rows(benchmarks: Benchmarks, models: Models, languages: Mapping[str, str]) -> list[ScoreRow]:
     """Rows of all tasks and of the groups that the harness aggregates, groups first.
 
     Args:
@@ -216,7 +216,7 @@ def _rows(
         if not all(isinstance(value, int | float) for value in values.values()):
             continue
         paired = bool(others) and (weighted is None or metric in weighted)
-        test = compare(models[first], models[others[0]], tasks, metric, answer) if paired else None
+        test = compare_tasks(models[first], models[others[0]], tasks, metric, answer) if paired else None
         difference = values[others[0]] - values[first] if others else None
         # A metric that is no mean over documents (a perplexity, a corpus's BLEU) is not what was tested.
         if test and difference is not None and not math.isclose(test.difference, difference, abs_tol=1e-6):

@@ -1,7 +1,5 @@
 """What the runs of a comparison gave, put together: numbers that a rerun gives again, apart from what they cost."""
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.studies.tables import csv_text, markdown_table
 
 from .run import ComparedRun
 
@@ -174,7 +173,7 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_csv(results: Rows) -> str:
+def runs_as_csv(results: Rows) -> str:
     """A line for each run and source."""
     shared = ("arm", "seed", "steps", "tokens_seen", "text_bytes_seen", "trainable_parameters", "total_parameters")
     lines = [
@@ -188,12 +187,7 @@ def as_csv(results: Rows) -> str:
         for result in results
         for source, found in result["sources"].items()
     ]
-    return _csv(lines)
-
-
-def costs_as_csv(costs: Rows) -> str:
-    """A line for each run: what differs from one machine and time to the other."""
-    return _csv(costs)
+    return csv_text(lines)
 
 
 def as_json(settings: Mapping[str, Any], results: Rows) -> str:
@@ -214,7 +208,7 @@ def _likelihoods(arms: Sequence[str], results: Rows) -> str:
             cells += [_shown(Spread.of(before for before, _ in pairs)), _shown(Spread.of(after for _, after in pairs))]
             cells.append(_shown(Spread.of(after - before for before, after in pairs), "+.3f"))
         lines.append(cells)
-    return _table(head, lines)
+    return markdown_table([head, *lines])
 
 
 def _amounts(arms: Sequence[str], results: Rows, costs: Rows) -> str:
@@ -229,7 +223,7 @@ def _amounts(arms: Sequence[str], results: Rows, costs: Rows) -> str:
         cells += [f"{runs[0]['trainable_parameters']:,}", f"{_mean(cost, 'tokens_per_second'):,.0f}"]
         cells += [f"{_mean(cost, 'fit_seconds') / 60:,.1f} min", f"{_mean(cost, 'peak_memory_bytes') / 1e9:.2f} GB"]
         lines.append(cells)
-    return _table(head, lines)
+    return markdown_table([head, *lines])
 
 
 def _scores_table(arms: Sequence[str], results: Rows) -> str:
@@ -244,12 +238,7 @@ def _scores_table(arms: Sequence[str], results: Rows) -> str:
             )
             cells.append(" → ".join(ends) or "-")
         lines.append(cells)
-    return _table(["task, before → after", *arms], lines)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+    return markdown_table([["task, before → after", *arms], *lines])
 
 
 def _shown(spread: Spread, form: str = ".3f") -> str:
@@ -259,11 +248,3 @@ def _shown(spread: Spread, form: str = ".3f") -> str:
 
 def _mean(rows: Rows, name: str) -> float:
     return Spread.of(row[name] for row in rows).mean
-
-
-def _csv(lines: Rows) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()

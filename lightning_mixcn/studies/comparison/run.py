@@ -156,7 +156,7 @@ def check_inputs(config: Mapping[str, Any], prepared: Path) -> None:
                 list_files(source, f"{argument}[{index}]")
 
 
-def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     """Size and time of change of all local files that a configuration names, as a digest for each path."""
     texts = [entry["path"] for name in _SOURCES for entry in config["data"]["init_args"].get(name) or []]
     named = [path for _, path in _model_paths(config)] + [path for text in texts for path in _paths(text)]

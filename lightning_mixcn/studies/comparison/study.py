@@ -18,20 +18,20 @@ from lightning_mixcn.commands import process as commands
 from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import new_file, write_json, write_text
 from lightning_mixcn.studies.parts import check_settings, say
+from lightning_mixcn.studies.tables import csv_text
 from lightning_mixcn.studies.tasks import require_harness
 
 from .recipe import PREPARED, Recipe, read_recipe
 from .results import (
-    as_csv,
     as_json,
     as_markdown,
-    costs_as_csv,
     require_same_text,
     run_cost,
     run_result,
+    runs_as_csv,
     save_curves,
 )
-from .run import ComparedRun, check_inputs, files_fingerprint, fingerprint
+from .run import ComparedRun, check_inputs, config_fingerprint, files_fingerprint
 
 _STUDY, _TABLE, _REPORT = "study.json", "comparison.md", "comparison.json"
 
@@ -129,8 +129,8 @@ class _Study:
         title = self.recipe.title
         with new_file(self.folder / "comparison.png", replace=True) as unfinished:
             save_curves(unfinished, results, title)
-        write_text(self.folder / "comparison.csv", as_csv(results))
-        write_text(self.folder / "costs.csv", costs_as_csv(costs))
+        write_text(self.folder / "comparison.csv", runs_as_csv(results))
+        write_text(self.folder / "costs.csv", csv_text(costs))
         write_text(self.folder / _TABLE, as_markdown(title, results, costs))
         write_text(self.folder / _REPORT, as_json(settings, results))
 
@@ -189,7 +189,7 @@ def _settings(study: Recipe, configs: dict[str, Any], prepared: Path) -> dict[st
     named = [part for command in study.commands(prepared).values() for part in command[1:]]
     inputs = files_fingerprint([part for part in named if not part.startswith(str(prepared))])
     for config in configs.values():
-        inputs |= {path: of for path, of in fingerprint(config).items() if not path.startswith(str(prepared))}
+        inputs |= {path: of for path, of in config_fingerprint(config).items() if not path.startswith(str(prepared))}
     settings = asdict(study) | {"configurations": configs, "inputs": inputs}
     del settings["config"]  # where it was; its content is in the arms' configurations
     # Not where the study lies: the same one elsewhere has the same settings.

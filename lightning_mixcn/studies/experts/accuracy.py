@@ -16,8 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.studies.parts import write_csv
 from lightning_mixcn.studies.significance import PairedTest, paired_test
+from lightning_mixcn.studies.tables import aligned, write_csv
 from lightning_mixcn.studies.task_scores import harness_seeds
 from lightning_mixcn.studies.tasks import Benchmarks, harness_messages, weighted_metrics
 from lightning_mixcn.text import TextTokenizer
@@ -83,7 +83,7 @@ class ExpertTasks:
         """
         from lm_eval.evaluator_utils import get_sample_size
 
-        from .request_tokens import RequestTokens
+        from lightning_mixcn.studies.harness import RequestTokens
 
         lm, requests = RequestTokens(model, tokenizer), list[Request]()
         documents: dict[str, list[TaskDocument]] = {}
@@ -252,9 +252,9 @@ def _lines(part: TaskAccuracy, places: Sequence[tuple[int, DisabledExpert]]) -> 
 def _ranking(part: TaskAccuracy, mode: str, places: Sequence[tuple[int, DisabledExpert]]) -> str:
     mine = [place for place, (_, variant) in enumerate(places) if variant.mode == mode]
     best = sorted(mine, key=lambda place: part.disabled[place].difference)[:RANKED]
-    lines = [f"accuracy on {part.name} without an expert ({mode}), {part.base.mean():.4f} with all"]
-    lines.append("  layer expert    change   p of a paired test (McNemar exact)")
+    lines = [["layer", "expert", "change", "p of a paired test (McNemar exact)"]]
     for place in best:
         (layer, variant), test = places[place], part.disabled[place]
-        lines.append(f"  {layer:5} {variant.expert:6}  {test.difference:+8.4f}   {test.p_value:.3g}")
-    return "\n".join(lines) + "\n"
+        lines.append([str(layer), str(variant.expert), f"{test.difference:+.4f}", f"{test.p_value:.3g}"])
+    title = f"accuracy on {part.name} without an expert ({mode}), {part.base.mean():.4f} with all"
+    return f"{title}\n{aligned(lines, left=(3,))}\n"

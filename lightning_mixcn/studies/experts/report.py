@@ -20,7 +20,7 @@ from lightning_mixcn.metrics.expert_load import (
     jensen_shannon_bits,
     shares,
 )
-from lightning_mixcn.studies.parts import write_csv
+from lightning_mixcn.studies.tables import aligned, write_csv
 
 from .disabling import MODES
 from .statistics import Change, Intervals
@@ -102,7 +102,7 @@ RANKED = 10
 MODE_TITLES = {"mask": "masked", "zero": "zeroed"}
 
 
-def write_report(folder: Path, results: ExpertResults) -> str:
+def write_importance(folder: Path, results: ExpertResults) -> str:
     """Write all tables and pictures.
 
     Args:
@@ -143,13 +143,13 @@ def _table(title: str, mode: str, results: ExpertResults, change: Change) -> str
     places = results.places()
     mine = [place for place, (_, variant) in enumerate(places) if variant.mode == mode]
     best = sorted(mine, key=lambda place: -change.bits_per_byte[place])[:RANKED]
-    lines = [f"{title}\n  layer expert    change   95 % of documents drawn anew"]
+    lines = [["layer", "expert", "change", "95 % of documents drawn again"]]
     for place in best:
         layer, variant = places[place]
         interval = f"{change.low[place]:+.4f} to {change.high[place]:+.4f}"
         interval = "(one document)" if math.isnan(change.low[place]) else interval
-        lines.append(f"  {layer:5} {variant.expert:6}  {change.bits_per_byte[place]:+8.4f}   {interval}")
-    return "\n".join(lines) + "\n"
+        lines.append([str(layer), str(variant.expert), f"{change.bits_per_byte[place]:+.4f}", interval])
+    return f"{title}\n{aligned(lines, left=(3,))}\n"
 
 
 def _expert_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.options import ModelOptions
-from lightning_mixcn.studies.models import fingerprint
+from lightning_mixcn.studies.models import model_fingerprint
 from lightning_mixcn.studies.parts import StudyParts, finished_before, say
 from lightning_mixcn.studies.task_files import BenchmarkFiles
 from lightning_mixcn.studies.tasks import (
@@ -39,7 +39,7 @@ from .accuracy import (
 )
 from .disabling import MODES, Mode, check_modes
 from .importance import ExpertImportance
-from .report import write_report
+from .report import write_importance
 from .requests import RequestScores
 from .statistics import weight_cosines
 from .work import (
@@ -77,7 +77,7 @@ def study_experts(
     tokenizer = load_tokenizer(found.tokenizer)
     encoder, place = PlainText(tokenizer), options.torch_device()
     settings: dict[str, Any] = {
-        "src": src, **fingerprint(found), "tokenizer": encoder.fingerprint["tokenizer"],
+        "src": src, **model_fingerprint(found), "tokenizer": encoder.fingerprint["tokenizer"],
         "text": text.paths, "text_fingerprint": {part.name: part.corpus.fingerprint for part in documents},
         "mode": mode, "max_tokens": text.max_tokens, "sequence_length": text.sequence_length,
         "micro_batch_size": text.micro_batch_size, "document_unit": text.document_unit,
@@ -165,7 +165,7 @@ def _finish(
     if accuracies:
         report["accuracies"] = base_accuracies(accuracies)
     with new_folder(folder) as unfinished:
-        table = write_report(unfinished, results)
+        table = write_importance(unfinished, results)
         if accuracies:
             table += "\n" + write_accuracies(unfinished, accuracies, results.variants, shown)
         (unfinished / _RANKING).write_text(table, encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_mixcn.studies.parts import aligned, write_csv
+from lightning_mixcn.studies.tables import aligned, write_csv
 
 from .scores import ANCHOR_ELO, Figure, PreferenceScores
 

@@ -15,7 +15,7 @@ from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.model.checkpoints.reading import is_quantised
 from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.model.options import ModelOptions
-from lightning_mixcn.studies.models import fingerprint
+from lightning_mixcn.studies.models import model_fingerprint
 from lightning_mixcn.studies.parts import StudyParts, finished_before, say
 
 from .answers import Answer, AnsweringModel
@@ -40,7 +40,7 @@ def answer_and_lay_out(
     _check_quantization(answering, options)
     settings: dict[str, Any] = {
         "models": list(models),
-        "fingerprints": [fingerprint(model.found) for model in answering],
+        "fingerprints": [model_fingerprint(model.found) for model in answering],
         "prompts_sha256": [model.prompts_sha256 for model in answering],
         "questions_per_pair": questions_per_pair, **asdict(sampling), "seed": seed,
         "quantization": options.quantization, "dtype": options.dtype, "device": place.type,

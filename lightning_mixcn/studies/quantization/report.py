@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_mixcn.studies.parts import write_csv
+from lightning_mixcn.studies.tables import markdown_table, write_csv
 
 from .weights import Sizes
 
@@ -113,7 +113,7 @@ class FormatResult:
 REPORT, TABLE, FIGURE = "quantization.json", "quantization.md", "quantization.png"
 
 
-def write_report(folder: Path, settings: dict[str, Any], results: Sequence[FormatResult]) -> str:
+def write_formats(folder: Path, settings: dict[str, Any], results: Sequence[FormatResult]) -> str:
     """Write everything.
 
     Args:
@@ -139,7 +139,7 @@ def markdown(figures: Sequence[dict[str, Any]]) -> str:
     names = list(figures[0]["sources"])
     header = ["format", "bytes", "bits a quantised weight", "bits a weight", "weight error"]
     header += [column for name in names for column in (f"{name}, bits per byte", f"{name}, difference ± s. e.")]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = [header]
     for of in figures:
         mark = "" if of["bytes_of"] == "memory" else f" ({of['bytes_of']})"
         line = [of["format"], f"{of['bytes']:,}{mark}", f"{of['bits_per_quantised_weight']:.4f}"]
@@ -148,7 +148,7 @@ def markdown(figures: Sequence[dict[str, Any]]) -> str:
             source = of["sources"][name]
             line += [f"{source['bits_per_byte']:.4f}", _difference(source, is_base=of is figures[0])]
         lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(lines) + "\n"
 
 
 def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:

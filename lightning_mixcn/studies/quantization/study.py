@@ -23,7 +23,7 @@ from lightning_mixcn.studies.texts import StudyText
 from lightning_mixcn.text import PlainText, load_tokenizer
 
 from .gguf import GGUFFile
-from .report import REPORT, TABLE, FormatResult, SourceSums, write_report
+from .report import REPORT, TABLE, FormatResult, SourceSums, write_formats
 from .weights import (
     Sizes,
     relative_error,
@@ -64,7 +64,7 @@ def study_formats(
     results = [study.of_model(name, names) for name in (_name(chosen), DOUBLE, SINGLE)]
     results += [study.of_file(number, file, names, text.sequence_length) for number, file in enumerate(files)]
     with new_folder(folder) as unfinished:
-        table = write_report(unfinished, settings, results)
+        table = write_formats(unfinished, settings, results)
     parts.delete()
     print(table)
 

@@ -146,7 +146,9 @@ def report(
         FileNotFoundError: no such tokenizer or text.
         FileExistsError: OUT is not empty.
     """
-    from .report import CountingTokenizer, as_csv, as_records, as_table, count_texts
+    from lightning_mixcn.studies.tables import csv_text
+
+    from .report import CountingTokenizer, as_records, as_table, count_texts
     from .training import iterate_texts, named_files
 
     target = None if out is None else Path(out).expanduser().resolve()
@@ -165,8 +167,9 @@ def report(
     table = as_table(counts)
     if target is not None:
         with new_folder(target) as folder:
-            content = json.dumps(as_records(counts), ensure_ascii=False, indent=2)
-            for name, written in (("csv", as_csv(counts)), ("json", f"{content}\n"), ("txt", f"{table}\n")):
+            records = as_records(counts)
+            content = json.dumps(records, ensure_ascii=False, indent=2)
+            for name, written in (("csv", csv_text(records)), ("json", f"{content}\n"), ("txt", f"{table}\n")):
                 (folder / f"vocabulary.{name}").write_text(written, encoding="utf-8")
     print(table)
 

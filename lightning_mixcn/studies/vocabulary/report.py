@@ -1,7 +1,5 @@
 """How well a tokenizer fits a text: characters a token, and the share of tokens that are single bytes."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mixcn.studies.tables import aligned
 from lightning_mixcn.text import load_tokenizer
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 from lightning_mixcn.tokenizer.sentencepiece import read_proto
@@ -131,25 +130,9 @@ def as_table(counts: Sequence[TokenCounts]) -> str:
         figures = [f"{of['characters_per_token']:.3f}", f"{of['bytes_per_token']:.3f}"]
         share = f"{of['byte_fallback_share']:.2%}"
         rows.append([sums.tokenizer, f"{sums.pieces:,}", sums.source, *figures, share, f"{sums.tokens:,}"])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place in (0, 2) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    )
+    return aligned([header, *rows], left=(0, 2))
 
 
 def as_records(counts: Sequence[TokenCounts]) -> list[dict[str, str | int | float]]:
     """Sums and ratios, for JSON and CSV."""
     return [asdict(sums) | sums.ratios() for sums in counts]
-
-
-def as_csv(counts: Sequence[TokenCounts]) -> str:
-    """The same as CSV."""
-    records, text = as_records(counts), io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()

@@ -8,9 +8,9 @@ import pytest
 from lightning_mixcn.studies.benchmarks.report import (
     language_of,
     parse_languages,
-    score_rows,
     score_table,
     shown_rows,
+    task_rows,
     with_error,
 )
 from lightning_mixcn.studies.task_scores import TaskScores
@@ -71,7 +71,7 @@ def models() -> dict[str, dict[str, TaskScores]]:
 
 
 def test_rows(benchmarks: Benchmarks, models: dict[str, dict[str, TaskScores]]) -> None:
-    rows = {(row["task"], row["metric"]): row for row in score_rows(benchmarks, models, {"one": "th"})}
+    rows = {(row["task"], row["metric"]): row for row in task_rows(benchmarks, models, {"one": "th"})}
     group = rows["mmlu", "acc"]
     assert group["scores"] == {"base": pytest.approx(2 / 6), "adapted": pytest.approx(5 / 6)}
     assert group["difference"] == pytest.approx(0.5)
@@ -89,14 +89,14 @@ def test_a_figure_that_is_no_mean_of_its_documents_has_no_test(
     benchmarks: Benchmarks, models: dict[str, dict[str, TaskScores]]
 ) -> None:
     models["adapted"]["one"]["metrics"]["ppl,none"] = 6.0
-    rows = {(row["task"], row["metric"]): row for row in score_rows(benchmarks, models, {})}
+    rows = {(row["task"], row["metric"]): row for row in task_rows(benchmarks, models, {})}
     assert (rows["one", "ppl"]["difference"], rows["one", "ppl"]["p_value"]) == (-1.5, None)
 
 
 def test_the_table_shows_groups_and_what_was_asked_for(
     benchmarks: Benchmarks, models: dict[str, dict[str, TaskScores]]
 ) -> None:
-    rows = shown_rows(benchmarks, score_rows(benchmarks, models, {"one": "zh"}))
+    rows = shown_rows(benchmarks, task_rows(benchmarks, models, {"one": "zh"}))
     assert {row["task"] for row in rows} == {"mmlu", "one"}
     lines = score_table(rows, ["base", "adapted"]).splitlines()
     assert lines[1] == "[zh]"
@@ -118,7 +118,7 @@ def test_the_table_shows_groups_and_what_was_asked_for(
 
 
 def test_one_model_has_no_difference(benchmarks: Benchmarks, models: dict[str, dict[str, TaskScores]]) -> None:
-    rows = score_rows(benchmarks, {"model": models["base"]}, {})
+    rows = task_rows(benchmarks, {"model": models["base"]}, {})
     assert all(row["difference"] is None and row["p_value"] is None for row in rows)
     table = score_table(rows, ["model"])
     assert "difference" not in table

@@ -5,10 +5,10 @@ import pytest
 
 from lightning_mixcn.studies.comparison.results import (
     Spread,
-    as_csv,
     as_markdown,
     require_same_text,
     run_result,
+    runs_as_csv,
     save_curves,
 )
 
@@ -84,7 +84,7 @@ def test_spread() -> None:
 
 
 def test_tables() -> None:
-    table = as_markdown("Title", results(SCORES), COSTS).splitlines()
+    table = [" ".join(line.split()) for line in as_markdown("Title", results(SCORES), COSTS).splitlines()]
     assert table[0] == "# Title"
     assert (
         "| a | 3.000 ± 0.000 | 2.100 ± 0.141 | -0.900 ± 0.141 | 1.000 ± 0.000 | 1.500 ± 0.000 | +0.500 ± 0.000 |"
@@ -99,7 +99,7 @@ def test_without_scores_there_is_no_table_of_them() -> None:
 
 
 def test_csv_has_a_line_for_each_run_and_source() -> None:
-    lines = as_csv(results()).splitlines()
+    lines = runs_as_csv(results()).splitlines()
     assert len(lines) == 1 + 4 * 2
     assert lines[0].split(",")[:3] == ["arm", "seed", "steps"]
     assert lines[1].split(",")[-4:] == ["zh", "0.5", "3.0", "2.0"]

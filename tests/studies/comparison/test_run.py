@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_mixcn.studies.comparison.run import ComparedRun, check_inputs, files_fingerprint, fingerprint
+from lightning_mixcn.studies.comparison.run import ComparedRun, check_inputs, config_fingerprint, files_fingerprint
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 7,
@@ -136,12 +136,12 @@ def test_what_is_not_there(part: str, name: str, value: Any, message: str, confi
 
 
 def test_a_changed_file_changes_the_fingerprint(config: dict[str, Any]) -> None:
-    before = fingerprint(config)
+    before = config_fingerprint(config)
     assert set(before) == {"base", "run", "zh.jsonl", "en.jsonl"}
-    assert fingerprint(config) == before
+    assert config_fingerprint(config) == before
     Path("base", "weights").write_bytes(b"12")
     os.utime("zh.jsonl", ns=(0, 0))
-    after = fingerprint(config)
+    after = config_fingerprint(config)
     assert [path for path in before if before[path] != after[path]] == ["base", "zh.jsonl"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_mixcn.studies.experts.disabling import DisabledExpert
-from lightning_mixcn.studies.experts.report import save_heatmaps, save_matrices, write_report
+from lightning_mixcn.studies.experts.report import save_heatmaps, save_matrices, write_importance
 from lightning_mixcn.studies.experts.statistics import SourceDocuments
 from lightning_mixcn.studies.experts.work import ExpertResults
 
@@ -41,7 +41,7 @@ def known() -> ExpertResults:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    (folder / "ranking.txt").write_text(write_report(folder, known()), encoding="utf-8")
+    (folder / "ranking.txt").write_text(write_importance(folder, known()), encoding="utf-8")
     return folder
 
 

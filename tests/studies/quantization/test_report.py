@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lightning_mixcn.studies.quantization.report import FormatResult, SourceSums, markdown, save_figure, write_report
+from lightning_mixcn.studies.quantization.report import FormatResult, SourceSums, markdown, save_figure, write_formats
 from lightning_mixcn.studies.quantization.weights import Sizes
 
 
@@ -81,7 +81,7 @@ def known() -> list[FormatResult]:
 
 
 def test_files(tmp_path: Path) -> None:
-    table = write_report(tmp_path, {"src": "x"}, known())
+    table = write_formats(tmp_path, {"src": "x"}, known())
     report: dict[str, Any] = json.loads((tmp_path / "quantization.json").read_text(encoding="utf-8"))
     assert report["settings"] == {"src": "x"}
     with (tmp_path / "quantization.csv").open(encoding="utf-8", newline="") as file:
@@ -97,7 +97,7 @@ def test_files(tmp_path: Path) -> None:
 
 def test_markdown() -> None:
     base, double = known()
-    lines = markdown([base.figures(base), double.figures(base)]).splitlines()
+    lines = [" ".join(line.split()) for line in markdown([base.figures(base), double.figures(base)]).splitlines()]
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| bfloat16 | 2,000 | 16.8889 | 16.0000 | 0.0000 | 0.7935 | - |")
     assert lines[3].endswith("| 0.8512 | +0.0577 ± 0.0000 | 1.0676 | +0.0577 |")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from lightning_mixcn.studies.tables import csv_text
 from lightning_mixcn.studies.vocabulary.report import (
     CountingTokenizer,
-    as_csv,
     as_records,
     as_table,
     count_texts,
@@ -44,7 +44,7 @@ def test_parts_of_characters_count_in_a_byte_level_tokenizer(tiny_base: Path, tm
 def test_table_and_csv_say_the_same(tmp_path: Path) -> None:
     tokenizer = CountingTokenizer(small_base(tmp_path / "base"), "small")
     counts = count_texts([tokenizer], "x", TEXTS, None) + count_texts([tokenizer], "empty", [], None)
-    rows = list(csv.DictReader(io.StringIO(as_csv(counts))))
+    rows = list(csv.DictReader(io.StringIO(csv_text(as_records(counts)))))
     assert [row["source"] for row in rows] == ["x", "empty"]
     assert (
         float(rows[0]["characters_per_token"]) == as_records(counts)[0]["characters_per_token"] == 15 / counts[0].tokens
