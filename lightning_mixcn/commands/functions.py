@@ -37,6 +37,7 @@ def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]
         prog=f"mixcn {command} {nested}".strip(),
         description=parse(function.__doc__ or "").description,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     helps, hints = _helps(function), get_type_hints(function)
     for name, parameter in signature(function).parameters.items():
@@ -115,20 +116,21 @@ def _add_parameter(parser: ArgumentParser, parameter: Parameter, hint: Any, help
     if is_dataclass(hint):
         inner, types = _helps(hint), get_type_hints(hint)
         for name, field in signature(hint).parameters.items():  # type: ignore[arg-type]  # a class is callable
-            _add_parameter(parser, field, types[name], inner)
+            _add_parameter(parser, field.replace(kind=Parameter.KEYWORD_ONLY), types[name], inner)
         return
-    required = parameter.default is Parameter.empty
+    required, names = parameter.default is Parameter.empty, [f"--{parameter.name}"]
     options: dict[str, Any] = {"type": hint, "help": helps.get(parameter.name, "")}
     if not required:
         options["default"] = list(default) if isinstance(default := parameter.default, tuple) else default
     if _is_list(hint):
         options |= {"type": str, "nargs": "+" if required else "*", "action": "extend"}
+        names.append(f"--{parameter.name}+")  # jsonargparse's own way to append
     elif hint is bool:
         options |= {"nargs": "?", "const": True}
     if required and parameter.kind is not Parameter.KEYWORD_ONLY:
         parser.add_argument(parameter.name, **options)
     else:
-        parser.add_argument(f"--{parameter.name}", required=required, **options)
+        parser.add_argument(*names, required=required, **options)
 
 
 def _is_list(hint: Any) -> bool:

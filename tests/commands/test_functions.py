@@ -36,9 +36,11 @@ class Colour:
     """A colour.
 
     Args:
+        names: Names.
         hue: Angle, in degrees.
     """
 
+    names: list[str]
     hue: int = 0
 
     def __post_init__(self) -> None:
@@ -72,20 +74,32 @@ Takes = Callable[[list[str]], dict[str, Any]]
 
 @pytest.mark.parametrize(
     "given",
-    [["a=1", "no"], ["[a=1,no]"], ['["a=1", "no"]'], ["a=1", "--text", "no"], ["a=1", "--text=no"]],
+    [
+        ["a=1", "no"],
+        ["[a=1,no]"],
+        ['["a=1", "no"]'],
+        ["a=1", "--text", "no"],
+        ["a=1", "--text=no"],
+        ["a=1", "--text+=no"],
+    ],
     ids=" ".join,
 )
 def test_a_list_is_several_values(given: list[str], takes: Takes) -> None:
-    parsed = takes(["s", "t", "--text", *given, "--bright"])
-    assert parsed == {"src": ["s", "t"], "text": ["a=1", "no"], "more": [], "colour": Colour(), "bright": True}
-    assert takes(["s", "--text=x", "--more", "y", "z", "--hue=3"])["more"] == ["y", "z"]
-    assert takes(["--text=x", "--more", "y", "z", "--hue=3", "--bright=true", "[s,t]"])["src"] == ["s", "t"]
+    parsed = takes(["s", "t", "--names=red", "--text", *given, "--bright"])
+    assert parsed == {"src": ["s", "t"], "text": ["a=1", "no"], "more": [], "colour": Colour(["red"]), "bright": True}
+    assert takes(["s", "--text=x", "--names=a", "--more", "y", "z", "--hue=3"])["more"] == ["y", "z"]
+    assert takes(["--text=x", "--names=a", "--more", "y", "z", "--hue=3", "--bright=true", "[s,t]"])["src"] == [
+        "s",
+        "t",
+    ]
 
 
 def test_fields_of_a_dataclass_are_options(takes: Takes, capsys: pytest.CaptureFixture[str]) -> None:
-    assert takes(["s", "--text=x", "--hue", "7"])["colour"] == Colour(7)
+    assert takes(["s", "--text=x", "--hue", "7", "--names", "a", "b"])["colour"] == Colour(["a", "b"], 7)
     with pytest.raises(UserError, match="at most 360"):
-        takes(["s", "--text=x", "--hue=400"])
+        takes(["s", "--text=x", "--names=a", "--hue=400"])
+    with pytest.raises(UserError, match="required: names"):
+        takes(["s", "--text=x"])
     with pytest.raises(SystemExit):
         takes(["--help"])
     assert "Angle, in degrees." in capsys.readouterr().out
