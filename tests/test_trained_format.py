@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-import lightning_mixcn.cli.chat
+import lightning_mixcn.cli.conversation
 from lightning_mixcn.cli import main
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.testing import save_tiny_mixtral
@@ -188,7 +188,7 @@ def chat_prompt(source: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int]
         seen.append((list(ids), set(stop_ids)))
         return iter([5])
 
-    monkeypatch.setattr(lightning_mixcn.cli.chat, "stream_tokens", stream)
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
     assert main(["chat", source, "--quantization=none", "--dtype=float32", "--device=cpu"]) == 0
     return seen[0]

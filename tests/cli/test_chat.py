@@ -11,7 +11,7 @@ import transformers
 from bitsandbytes.functional import has_avx512bf16
 from peft import LoraConfig
 
-import lightning_mixcn.cli.chat
+import lightning_mixcn.cli.conversation
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import (
     MixtralPeftModel,
@@ -209,7 +209,9 @@ def test_four_bits_on_a_cpu_go_through_the_kernel_of_few_rows(
     base = save_tiny_mixtral(tmp_path, hidden_size=64, intermediate_size=128)
     held = []
     monkeypatch.setattr(
-        lightning_mixcn.cli.chat, "prepare_for_generation", lambda model: held.append(prepare_for_generation(model))
+        lightning_mixcn.cli.conversation,
+        "prepare_for_generation",
+        lambda model: held.append(prepare_for_generation(model)),
     )
     pipe(monkeypatch, "Hello?")
     assert main(["chat", str(base), "--device=cpu", "--max_new_tokens=3"]) == 0
@@ -219,8 +221,8 @@ def test_four_bits_on_a_cpu_go_through_the_kernel_of_few_rows(
 def test_no_half_characters(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (ids,) = load_tokenizer(base).encode_batch([" 你好😀!"])
     pieces: list[str] = []
-    monkeypatch.setattr(lightning_mixcn.cli.chat, "stream_tokens", lambda *args, **kwargs: iter(ids))
-    monkeypatch.setattr(lightning_mixcn.cli.chat, "_write", pieces.append)
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", lambda *args, **kwargs: iter(ids))
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "_write", pieces.append)
     pipe(monkeypatch, "a")
     assert main(["chat", str(base), *GREEDY]) == 0
     assert pieces == ["你", "好", "😀", "!", "\n"]
@@ -230,7 +232,7 @@ def test_newlines_at_an_answers_end_are_not_printed(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (ids,) = load_tokenizer(base).encode_batch(["\na\n\nb\n\n"])
-    monkeypatch.setattr(lightning_mixcn.cli.chat, "stream_tokens", lambda *args, **kwargs: iter(ids))
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", lambda *args, **kwargs: iter(ids))
     pipe(monkeypatch, "x", "y")
     assert main(["chat", str(base), *GREEDY]) == 0
     assert capsys.readouterr().out == "a\n\nb\n" * 2  # nor are blanks before it
@@ -267,7 +269,7 @@ def test_control_c_stops_an_answer_only(
     asked: list[list[int]] = []
     tokenizer = load_tokenizer(base)
     (ids,) = tokenizer.encode_batch(["yes"])
-    monkeypatch.setattr(lightning_mixcn.cli.chat, "stream_tokens", answer)
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", answer)
     type_in(monkeypatch, "a", "b", "c")
     assert main(["chat", str(base), *GREEDY]) == 0
     output = capsys.readouterr()
@@ -289,7 +291,7 @@ def test_an_answer_stopped_before_it_began_leaves_no_turn(base: Path, monkeypatc
             raise KeyboardInterrupt
         yield 0
 
-    monkeypatch.setattr(lightning_mixcn.cli.chat, "stream_tokens", nothing)
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", nothing)
     type_in(monkeypatch, "a", "a")
     assert main(["chat", str(base), *GREEDY]) == 0
     assert asked[0] == asked[1]
