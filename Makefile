@@ -55,7 +55,7 @@ bench: venv  ## every measurement that a CPU can make, beside peers and limits; 
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/readme_table.py
+	$(BIN)/python benchmarks/record.py
 
 clean:  ## remove what was built and cached; runs/ and .venv stay
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -18,7 +18,7 @@ from typing import Any
 import record
 import torch
 from expert_contenders import Rows, kernels, ours, peers
-from products import expert_products, flops, timed
+from limits import expert_products, flops, timed
 from random_base import PRESETS, config_of
 
 from lightning_mixcn.model.experts.block import PATHS

@@ -222,9 +222,8 @@ def _table(plan: MemoryPlan, optimizer: str) -> list[str]:
     cells = [[name, f"{size / 1e9:.3f}", f"{then / 1e9:.3f}"] for name, size, then in rows if size]
     cells.append(["sum", "", f"{plan.peak / 1e9:.3f}"])
     head = ["GB", "in all", "at the fullest moment"]
-    lines = tabulate(
-        cells, head, tablefmt="plain", disable_numparse=True, colalign=("left", "right", "right")
-    ).splitlines()
+    table: str = tabulate(cells, head, tablefmt="plain", disable_numparse=True, colalign=("left", "right", "right"))
+    lines = table.splitlines()
     lines.append(
         f"Of a moment's workspace, one decoded matrix of an expert is {plan.decoded / 1e9:.3f} GB, the loss's chunk of "
         f"logits {plan.logits_chunk / 1e9:.3f} GB."

@@ -6,16 +6,16 @@ import logging
 import os
 import shutil
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -149,7 +149,7 @@ class MixcnCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose ``--config`` knows the names of this package's configurations."""
-        parser = self.parser_class(dump_header=[f"lightning.pytorch=={lightning_version}"], **kwargs)
+        parser = self.parser_class(dump_header=[f"lightning.pytorch=={version('lightning')}"], **kwargs)
         parser.add_argument("-c", "--config", action=ConfigOption, help="YAML file, or name of one of this package's")
         return parser
 

@@ -15,7 +15,7 @@ Parse = Callable[..., argparse.Namespace]
 def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
     """Options of a command line."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = __import__("step_options")
+    module = __import__("train_step")
 
     def parsed(*arguments: str) -> argparse.Namespace:
         monkeypatch.setattr(sys, "argv", ["train_step.py", *arguments])

@@ -21,7 +21,7 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """A module of benchmarks/, which is no package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("step_limit", "products", "random_base"):
+    for name in ("limits", "random_base"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return __import__
 
@@ -53,7 +53,7 @@ def test_a_model_drawn_in_memory_has_every_weight_and_trains(imported: Callable[
 
 @pytest.mark.parametrize(("mode", "passes"), [("none", (2, 2)), ("selective", (3, 2)), ("full", (3, 3))])
 def test_traffic_and_recomputation(imported: Callable[[str], Any], mode: str, passes: tuple[int, int]) -> None:
-    limit, random_base = imported("step_limit"), imported("random_base")
+    limit, random_base = imported("limits"), imported("random_base")
     config = random_base.config_of("layer-8x7b", **SIZES)
     with torch.device("meta"):
         layer = transformers.MixtralForCausalLM(config).model.layers[0]
