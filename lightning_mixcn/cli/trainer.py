@@ -12,10 +12,10 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]  # its __all__ is computed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
