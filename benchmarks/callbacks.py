@@ -39,7 +39,7 @@ class Turns(Callback):
 
 
 def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
-    """A contestant's process."""
+    """Run a contestant's process."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
     from peft import LoraConfig

@@ -33,7 +33,7 @@ Settings = Mapping[str, Any]  # what the measurements need, plain values
 
 
 def texts_of(path: str) -> Iterator[str]:
-    """The documents of a JSON lines file."""
+    """Read the documents of a JSON lines file."""
     with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
@@ -49,13 +49,13 @@ def write_texts(path: Path, texts: Iterator[str], megabytes: float) -> None:
 
 
 def in_turn(paths: list[str]) -> Iterator[str]:
-    """A document of each file in turn."""
+    """Yield a document of each file in turn."""
     for texts in itertools.zip_longest(*map(texts_of, paths)):
         yield from (text for text in texts if text is not None)
 
 
 def numbered(path: str) -> Iterator[str]:
-    """The documents of a file for ever, none like another."""
+    """Yield the documents of a file for ever, none like another."""
     for number in itertools.count():
         for text in texts_of(path):
             yield f"{number}. {text}"
@@ -150,7 +150,7 @@ def time_first_batch(settings: Settings, row: int) -> float:
 
 
 def state_at(module: Any, row: int) -> dict[str, Any]:
-    """A state as a run would have it at about that row: each stream at the document it would have come to."""
+    """Return a state as a run has it at about that row: each stream at the document it would have come to."""
     state, streams = module.state_dict(), module.num_streams
     (documents,) = module._plan.documents
     tokens = row // streams * module.sequence_length
@@ -210,7 +210,7 @@ def alone(function: Callable[..., Any], *arguments: Any, cache: str | None = Non
 
 
 def compare(settings: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """The three in turn; speeds in tokens per second, and ratios pair by pair."""
+    """Measure the three in turn; speeds in tokens per second, and ratios pair by pair."""
     rates: dict[str, list[float]] = {name: [] for name in ("tokenizer", "rows", "first_pass", "recipe")}
     for _ in range(rounds):
         tokenizer = alone(time_tokenizer, settings)

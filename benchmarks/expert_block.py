@@ -36,7 +36,7 @@ def seconds_of(work: Callable[[], Any], device: str) -> float:
 
 
 def extra_gigabytes(work: Callable[[], None]) -> float:
-    """What ``work`` has allocated at its peak on a GPU, beyond what was there."""
+    """Return the gigabytes that ``work`` has allocated at its peak on a GPU, beyond what was there."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
@@ -113,7 +113,7 @@ def fastest(by_tokens: dict[str, dict[str, Any]]) -> list[tuple[float, str]]:
 
 
 def options_of() -> argparse.Namespace:
-    """The command line's options, those of the device filled in."""
+    """Parse the command line's options, those of the device filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu-small", help="sizes")
     parser.add_argument("--tokens", type=int, nargs="+", help="of a micro-batch; 1024 4096, on a GPU 4 to 16384")

@@ -52,7 +52,7 @@ def random_rows(vocabulary: int, rows: int, length: int, seed: int) -> Batch:
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    """What it gives, and its seconds; a GPU is waited for."""
+    """Return its result and its seconds; a GPU is waited for."""
     start = time.perf_counter()
     result = work()
     if torch.cuda.is_available():

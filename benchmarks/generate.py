@@ -38,7 +38,7 @@ def bytes_per_step(config: Any, batch: int) -> float:
 
 
 def model_of(name: str, base: str, device: str) -> Any:
-    """A contestant's model."""
+    """Return a contestant's model."""
     import torch
     import transformers
 
@@ -55,7 +55,7 @@ def model_of(name: str, base: str, device: str) -> Any:
 
 
 def decoder(name: str, base: str, device: str, options: argparse.Namespace) -> Callable[[int], float]:
-    """What gives the seconds that the tokens after the first take, for a batch."""
+    """Return a function of the batch: seconds that the tokens after the first take."""
     import torch
 
     model = model_of(name, base, device)
@@ -85,7 +85,7 @@ def decoder(name: str, base: str, device: str, options: argparse.Namespace) -> C
 
 
 def memory(base: str, device: str, options: argparse.Namespace) -> Callable[[int], float]:
-    """The same of a memory that reads every weight once a token."""
+    """Return the same of a memory that reads every weight once a token."""
     import torch
     import transformers
 
@@ -105,7 +105,7 @@ def memory(base: str, device: str, options: argparse.Namespace) -> Callable[[int
 
 
 def serve(connection: Connection, name: str, base: str, device: str, options: argparse.Namespace) -> None:
-    """A contestant's process: answers a batch size with seconds, and ``None`` with its peak memory."""
+    """Run a contestant's process: it answers a batch size with seconds, and ``None`` with its peak memory."""
     from train_step import peak_bytes
 
     run = memory(base, device, options) if name == "limit" else decoder(name, base, device, options)

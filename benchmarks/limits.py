@@ -35,7 +35,7 @@ def expert_products(config: Any, tokens: int, rank: int, training: bool = True) 
 
 
 def step_products(config: Any, tokens: int, rank: int) -> list[tuple[Shape, int]]:
-    """The same of a whole step: experts, attention's projections and the head; not attention itself."""
+    """Return the same of a whole step: experts, attention's projections and the head; not attention itself."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     width = config.num_key_value_heads * (hidden // config.num_attention_heads)
     shapes = [(shape, times * layers) for shape, times in expert_products(config, tokens, rank)]
@@ -52,7 +52,7 @@ def flops(shapes: list[tuple[Shape, int]]) -> int:
 
 
 def timed(shapes: list[tuple[Shape, int]], device: str = "cpu") -> Callable[[], float]:
-    """What makes all products once and gives the seconds that it took; operands are made here, and reused."""
+    """Return a function that makes all products once and returns its seconds; operands are made here, and reused."""
     dtype = torch.bfloat16
     operands = [
         (
@@ -110,7 +110,7 @@ def decoding_bytes(config: Any, mode: str) -> float:
 
 
 def limit(config: Any, tokens: int, rank: int, mode: str, device: str) -> Callable[[], float]:
-    """What gives the seconds of a step's products and traffic, measured again at each call."""
+    """Return a function that measures the seconds of a step's products and traffic."""
     products = timed([*step_products(config, tokens, rank), *recomputed_products(config, tokens, mode)], device)
     traffic = decoding_bytes(config, mode)
     source, target = (torch.empty(_COPIED, dtype=torch.uint8, device=device) for _ in range(2))

@@ -25,7 +25,7 @@ _PIECE = 2**26  # bytes that the limit reads and quantises at a time
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The weights of a folder."""
+    """Read the weights of a folder."""
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -57,7 +57,7 @@ def ours(folder: Path) -> None:
 
 
 def transformers_and_bitsandbytes(folder: Path) -> None:
-    """The experts alone end in 4 bits."""
+    """Quantise the experts alone."""
     import transformers
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 

@@ -40,7 +40,7 @@ class Meter:
         return self.parameters + self.live.now if self.live is not None else torch.cuda.memory_allocated()
 
     def peak(self) -> int:
-        """The most since the last reset."""
+        """Return the most since the last reset."""
         return self.parameters + self.live.peak if self.live is not None else torch.cuda.max_memory_allocated()
 
     def reset(self) -> None:
@@ -82,7 +82,7 @@ def measure(model: Any, batch: MicroBatch, device: torch.device) -> dict[str, in
 
 
 def planned(model: Any, mode: str, batch: MicroBatch, device: torch.device) -> MemoryPlan:
-    """The same on paper."""
+    """Return the same on paper."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = optimizer_memory(torch.optim.AdamW, trained, device.type)
     modes = [mode] * model.config.num_hidden_layers
@@ -90,7 +90,7 @@ def planned(model: Any, mode: str, batch: MicroBatch, device: torch.device) -> M
 
 
 def by_purpose(plan: MemoryPlan) -> dict[str, int]:
-    """A plan under the names of what is measured."""
+    """Return a plan under the names of what is measured."""
     return {
         "parameters": plan.quantised + plan.dense + plan.trained,
         "gradients": plan.gradients,

@@ -36,7 +36,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def processor() -> str:
-    """The model name of the GPU, or of the CPU with its core count and threads in use."""
+    """Return the model name of the GPU, or of the CPU with its core count and threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -45,7 +45,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit measured, ``+`` when the tree had changes."""
+    """Return the commit measured, ``+`` when the tree had changes."""
     done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 

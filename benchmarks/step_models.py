@@ -92,7 +92,7 @@ def unsloth(options: argparse.Namespace) -> Any:
 
 
 def axolotl(options: argparse.Namespace) -> Any:
-    """The way of axolotl: bitsandbytes' parameters, and its patches of PEFT."""
+    """Make a model as axolotl does: bitsandbytes' parameters, and its patches of PEFT."""
     _needs("axolotl", "pip install axolotl")
     import peft
     from axolotl.monkeypatch import moe_quant
@@ -141,7 +141,7 @@ def _quantised_experts(options: argparse.Namespace) -> Any:
 
 
 def _checkpointed(model: Any, options: argparse.Namespace) -> Any:
-    """The switch of transformers knows whole layers only: selective is full for peers."""
+    """Switch checkpointing on; transformers knows whole layers only, so selective is full for peers."""
     if options.activation_checkpointing != "none":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

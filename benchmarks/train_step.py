@@ -148,7 +148,7 @@ def random_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def contestant(name: str, options: argparse.Namespace) -> tuple[Callable[[], float], int]:
-    """What makes one step of a contestant and gives its seconds, and how many parameters it trains."""
+    """Return a function that makes one step of a contestant and returns its seconds, and the trained parameters."""
     if name == "limit":
         from limits import limit
 
@@ -195,7 +195,7 @@ def _synchronize(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that this process has had: on a GPU, what torch allocated there."""
+    """Return the peak memory of this process: on a GPU, what torch allocated there."""
     if device == "cuda":
         import torch
 
@@ -206,7 +206,7 @@ def peak_bytes(device: str) -> int:
 
 
 def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
-    """A contestant's process: a step for every ``True``, answered with its seconds; ``None`` asks for peak memory.
+    """Run a contestant's process: a step for every ``True``, answered with seconds; ``None`` asks for peak memory.
 
     Before that it says how many parameters it trains. A text instead of an answer says why it cannot take part.
     """

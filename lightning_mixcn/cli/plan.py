@@ -89,7 +89,7 @@ class RunPlan:
         return fitting_modes(self.model, run, budget, self.usable or 0)
 
     def largest_rows(self) -> int:
-        """The most rows of a micro-batch that fit into the device, less the reserve; 0 if one does not."""
+        """Return the most rows of a micro-batch that fit into the device, less the reserve; 0 if one does not."""
         assert self.usable is not None
         available = (1 - RESERVE) * self.usable
         # With a budget, layers are computed again until the micro-batch fits.
@@ -112,7 +112,7 @@ class RunPlan:
         return most
 
     def text(self) -> str:
-        """The plan as it is printed."""
+        """Return the plan as it is printed."""
         batch, modes = self.run.batch, self.run.modes
         counts = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
         ranks = self.ranks.of_node * self.ranks.nodes
@@ -158,7 +158,7 @@ class RunPlan:
 
 
 def meta_model_of(module: CausalLMModule) -> Any:
-    """The module's model without memory, from the base's and the tokenizer's configuration alone.
+    """Return the module's model without memory, from the base's and the tokenizer's configuration alone.
 
     Raises:
         FileNotFoundError: there is no such base.
@@ -186,7 +186,7 @@ def _base_config(base: str) -> MixtralConfig:
 
 
 def _from_hub(base: str) -> dict[str, Any]:
-    """The configuration alone of a hub model; `local_folder` would fetch all of it, and says what is wrong."""
+    """Read the configuration alone of a hub model; `local_folder` would fetch all of it, and says what is wrong."""
     if Path(base).exists() or base.count("/") != 1:
         return dict(json.loads((local_folder(base) / "config.json").read_text()))
     settings, _ = MixtralConfig.get_config_dict(base)

@@ -348,7 +348,7 @@ def _checkpoint_folders(callbacks: Any) -> list[str]:
 
 
 def _kinds(callback: Callback) -> type[Callback] | tuple[type[Callback], ...]:
-    """What makes a default callback superfluous: any of the configuration that does its work."""
+    """Return the classes whose presence in the configuration makes a default callback superfluous."""
     for kind in (ModelCheckpoint, ProgressBar):
         if isinstance(callback, kind):
             return kind

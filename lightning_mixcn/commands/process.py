@@ -72,7 +72,7 @@ def run_mixcn(
 
 
 def output_of_mixcn(arguments: Sequence[str]) -> str:
-    """What ``mixcn`` prints with these arguments; nothing goes to the terminal.
+    """Return what ``mixcn`` prints with these arguments; nothing goes to the terminal.
 
     Raises:
         CommandFailed: the exit code is not 0; the message is the last line of its standard error.

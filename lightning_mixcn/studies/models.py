@@ -39,7 +39,7 @@ class EvaluatedModel:
 
 
 def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None) -> list[EvaluatedModel]:
-    """The columns of the table.
+    """Return the columns of the table.
 
     Args:
         src: What the user called the model, for errors.
@@ -69,7 +69,7 @@ def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None
 
 
 def model_fingerprint(found: ModelSource) -> dict[str, Any]:
-    """What a model's figures depend on: hashes of its base and adapters."""
+    """Return what a model's figures depend on: hashes of its base and adapters."""
     digests = []
     for adapter in found.adapters:
         digest = hashlib.sha256()
@@ -98,7 +98,7 @@ class LoadedModels:
 
     @contextmanager
     def use(self, wanted: EvaluatedModel) -> Iterator[nn.Module]:
-        """The model of a column, ready to be evaluated."""
+        """Yield the model of a column, ready to be evaluated."""
         if self._found != wanted.found:
             self._model = self._found = None  # before the next one takes its memory
             self._model = self._options.load(wanted.found, device=self._device, shard=self._shard)

@@ -54,7 +54,7 @@ class StudyParts:
             np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # it takes any names
 
     def load(self, name: str) -> Arrays:
-        """What was saved."""
+        """Return what was saved."""
         with np.load(self._path(name), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
 

@@ -49,7 +49,7 @@ class Processes:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """What rank 0 has done, and left in a cache, before the others do the same."""
+        """Let rank 0 do something, and leave it in a cache, before the others do the same."""
         if self.rank > 0:
             distributed.barrier()
         yield

@@ -121,7 +121,7 @@ class BenchmarkFiles:
             )
 
     def find(self, dataset: str) -> Path:
-        """The local folder of a dataset, converted where its authors' files are there.
+        """Return the local folder of a dataset, converted where its authors' files are there.
 
         Args:
             dataset: Its id on the hub, or a folder, which is its own.
@@ -187,7 +187,7 @@ class _Part(NamedTuple):
 
 
 def _release_files(folder: Path, release: Release) -> list[_Part]:
-    """The files of the first of a release's names that is there."""
+    """Return the files of the first of a release's names that is there."""
     for name in release.names:
         if "{split}" in name:
             paths = {split: folder / name.format(split=split) for split in release.splits}
@@ -240,13 +240,13 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 def _cache(kind: str, stamps: Sequence[tuple[str, int, int]]) -> Path:
-    """A folder of the cache that belongs to files as they are now."""
+    """Return a folder of the cache that belongs to files as they are now."""
     digest = hashlib.blake2b(json.dumps([_LAYOUT, *stamps]).encode(), digest_size=16).hexdigest()
     return cache_folder().parent / "benchmarks" / kind / digest
 
 
 def _converted(dataset: str, release: Release, parts: Sequence[_Part]) -> Path:
-    """The dataset as the hub has it, parquet and a README that names its configurations, in the cache folder."""
+    """Write the dataset as the hub has it, parquet and a README that names its configurations, to the cache."""
     target = _cache("hub", sorted({part.stamp for part in parts})) / dataset
     if target.is_dir():
         return target

@@ -91,7 +91,7 @@ def run_task(
 
 
 def group_metrics(benchmarks: Benchmarks, scores: Mapping[str, TaskScores]) -> dict[str, dict[str, Any]]:
-    """The harness's own aggregation of each group's tasks; only of groups that it aggregates.
+    """Return the harness's own aggregation of each group's tasks; only of groups that it aggregates.
 
     Args:
         benchmarks: The groups.
@@ -113,7 +113,7 @@ def metric_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def standard_error(metrics: Mapping[str, Any], metric: str, answer: str) -> float | None:
-    """The harness's standard error of a figure; ``None`` where it gives none."""
+    """Return the harness's standard error of a figure; ``None`` where it gives none."""
     value = metrics.get(f"{metric}_stderr,{answer}")
     return float(value) if isinstance(value, int | float) else None
 
@@ -168,7 +168,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def harness_seeds(task: Any) -> Iterator[None]:
-    """The harness's default seeds; afterwards the process's random numbers go on as if nothing had been."""
+    """Set the harness's default seeds; afterwards the process's random numbers go on as if nothing had been."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     # The legacy state is what the harness seeds, and what the tasks' code draws from.

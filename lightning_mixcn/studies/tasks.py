@@ -71,7 +71,7 @@ def check_limit(limit: float | None) -> None:
 
 @lru_cache(maxsize=1)
 def task_manager() -> Any:
-    """The harness's index of its tasks; reading its thousands of files takes 10 to 20 seconds, once a process."""
+    """Index the harness's tasks; reading its thousands of files takes 10 to 20 seconds, once a process."""
     require_harness()
     from lm_eval.tasks import TaskManager
 

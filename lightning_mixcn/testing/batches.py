@@ -11,7 +11,7 @@ Batch = dict[str, Tensor]
 
 
 def random_batch(lengths: Sequence[int], sequence_length: int = 24, *, seed: int = 0, sources: int = 1) -> Batch:
-    """A batch with one document a row, and padding behind it.
+    """Return a batch with one document a row, and padding after it.
 
     Args:
         lengths: Tokens of each row's document, at most ``sequence_length``; row i is of source i modulo ``sources``.

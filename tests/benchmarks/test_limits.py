@@ -19,7 +19,7 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
 @pytest.fixture
 def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A module of benchmarks/, which is no package."""
+    """Import a module of benchmarks/, which is no package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("limits", "random_base"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -24,7 +24,7 @@ from tests.extended_tokenizers import HAN, extend
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A configuration of one step, whose folder is ``runs/tiny``."""
+    """Return a configuration of one step, whose folder is ``runs/tiny``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -23,7 +23,7 @@ def write_source(path: Path, sentence: str, documents: int = 40) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A configuration; paths are relative to the folder that the test runs in."""
+    """Return a configuration; paths are relative to the folder that the test runs in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     write_source(tmp_path / "zh.jsonl", "今天天气很好。")

@@ -17,13 +17,13 @@ HARNESS_WARNINGS = "ignore::DeprecationWarning"
 
 
 def harness() -> Any:
-    """The harness, or a skipped test."""
+    """Import the harness, or skip the test."""
     return pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
 
 @lru_cache(maxsize=1)
 def few_tasks() -> Any:
-    """The harness's index over a few of its own folders, and a group of two of its tasks: all of it takes 15 s."""
+    """Index a few of the harness's own folders, and a group of two of its tasks: all of it takes 15 s."""
     tasks = Path(harness().__file__).parent / "tasks"
     folders = [tasks / name for name in ("ceval", "cmmlu", "mmlu/default", "hellaswag", "gsm8k")]
     here = Path(__file__).with_name("benchmark_groups")
@@ -33,7 +33,7 @@ def few_tasks() -> Any:
 
 
 def real_files() -> Path:
-    """The real C-Eval, CMMLU and MMLU archives, or a skipped test."""
+    """Return the real C-Eval, CMMLU and MMLU archives, or skip the test."""
     if not (SHARED / "ceval.zip").is_file():
         pytest.skip("the benchmark archives lie outside the project and are not here")
     return SHARED

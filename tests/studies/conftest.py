@@ -14,14 +14,14 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def routed_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Mixtral whose experts differ in what they do; three layers, so that one has layers below and above."""
+    """Return a tiny Mixtral whose experts differ; three layers, so that one has layers below and above."""
     folder = tmp_path_factory.mktemp("routed") / "base"
     return save_tiny_mixtral(folder, initializer_range=0.25, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="session")
 def stories_base() -> Path:
-    """A real pretrained Mixtral of 757,000 parameters."""
+    """Return a real pretrained Mixtral of 757,000 parameters."""
     folder = SHARED / "models" / "stories260K-mixtral-4e"
     if not folder.is_dir():
         pytest.skip("the pretrained fixture stories260K-mixtral-4e lies outside the project and is not here")

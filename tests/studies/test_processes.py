@@ -12,7 +12,7 @@ from lightning_mixcn.testing import run_distributed
 
 
 def meet(folder: str) -> dict[str, Any]:
-    """What one of several ranks sees."""
+    """Report what one of several ranks sees."""
     with joined_processes(torch.device("cpu")) as processes:
         first = processes.from_first(lambda: os.environ["RANK"])
         with processes.first_before_others():

@@ -55,7 +55,7 @@ class EosProbe(TypedDict):
 
 
 def probed_documents(entries: Sequence[str]) -> list[DocumentSet]:
-    """The texts of ``name=PATH`` entries.
+    """Read the texts of ``name=PATH`` entries.
 
     Args:
         entries: Each a file, a folder or a glob, as sources of a run; JSONL texts are under ``text``.
@@ -145,7 +145,7 @@ def compare_probes(first: EosProbe, second: EosProbe) -> dict[str, float | None]
 
 
 def probe_table(probes: dict[str, dict[str, EosProbe]]) -> str:
-    """A table of all sources.
+    """Return a table of all sources.
 
     Args:
         probes: By model, then by source.

@@ -93,7 +93,7 @@ class EvaluationPlan:
                         progress.update()
 
     def report(self, settings: dict[str, Any], languages: dict[str, str]) -> tuple[str, str]:
-        """The JSON file and the table."""
+        """Return the JSON file and the table."""
         scores = {
             model.name: {task: self._load(model, "task", task) for task in self.benchmarks.tasks}
             for model in self.models

@@ -89,7 +89,7 @@ def parse_languages(entries: Sequence[str]) -> dict[str, str]:
 
 
 def language_of(task: str, more: Mapping[str, str] | None = None) -> str:
-    """The language of a task.
+    """Return the language of a task.
 
     Args:
         task: Name of a task or group.
@@ -163,14 +163,14 @@ def task_rows(benchmarks: Benchmarks, models: Models, languages: Mapping[str, st
 
 
 def shown_rows(benchmarks: Benchmarks, rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-    """What a table shows: groups instead of their tasks, tasks that are in no aggregated group, and those asked for."""
+    """Choose a table's rows: groups instead of their tasks, tasks in no aggregated group, and those asked for."""
     aggregated = {row["task"] for row in rows} & benchmarks.groups.keys()
     inside = {task.task_name for name in aggregated for task in benchmarks.groups[name].get_all_tasks()}
     return [row for row in rows if row["task"] not in inside or row["task"] in benchmarks.names]
 
 
 def score_table(rows: Sequence[ScoreRow], models: Sequence[str]) -> str:
-    """A table by language, Chinese and English first.
+    """Return a table by language, Chinese and English first.
 
     Args:
         rows: What is shown.
@@ -193,7 +193,7 @@ def score_table(rows: Sequence[ScoreRow], models: Sequence[str]) -> str:
 
 
 def with_error(value: float | None, error: float | None, *, signed: bool = False) -> str:
-    """A figure and its standard error, to four places."""
+    """Return a figure and its standard error, to four places."""
     if value is None:
         return "-"
     shown = f"{value:+.4f}" if signed else f"{value:.4f}"

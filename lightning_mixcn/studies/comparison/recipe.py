@@ -106,7 +106,7 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
 
 
 def _read(path: Path, quick: bool) -> dict[str, Any]:
-    """The values that hold."""
+    """Return the values that hold."""
     if not path.is_file():
         raise MissingFileError(f"`recipe={str(path)!r}` is not there. Those of the project are under configs/studies/")
     try:

@@ -67,7 +67,7 @@ def run_result(run: ComparedRun) -> dict[str, Any]:
 
 
 def run_cost(run: ComparedRun) -> dict[str, Any]:
-    """What a finished run took: ``arm``, ``seed``, ``tokens_per_second``, ``fit_seconds``, ``peak_memory_bytes``."""
+    """Return a finished run's ``arm``, ``seed``, ``tokens_per_second``, ``fit_seconds`` and ``peak_memory_bytes``."""
     facts = run.facts()
     assert facts is not None
     names = "tokens_per_second", "fit_seconds", "peak_memory_bytes"
@@ -97,7 +97,7 @@ def require_same_text(starts: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def of_arm(results: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
-    """The runs of an arm."""
+    """Return the runs of an arm."""
     return [result for result in results if result["arm"] == arm]
 
 
@@ -174,7 +174,7 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
 
 
 def runs_as_csv(results: Rows) -> str:
-    """A line for each run and source."""
+    """Return a line of CSV for each run and source."""
     shared = ("arm", "seed", "steps", "tokens_seen", "text_bytes_seen", "trainable_parameters", "total_parameters")
     lines = [
         {name: result[name] for name in shared}
@@ -191,7 +191,7 @@ def runs_as_csv(results: Rows) -> str:
 
 
 def as_json(settings: Mapping[str, Any], results: Rows) -> str:
-    """Settings and all results, curves included."""
+    """Return settings and all results, curves included."""
     return json.dumps({"settings": settings, "runs": list(results)}, ensure_ascii=False, indent=1) + "\n"
 
 

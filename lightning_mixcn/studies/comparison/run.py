@@ -89,7 +89,7 @@ class ComparedRun:
         return None if content is None else dict(content["sources"])
 
     def facts(self) -> dict[str, Any] | None:
-        """What `RunFacts` wrote, if the run came to its end with all validations."""
+        """Read what `RunFacts` wrote, if the run came to its end with all validations."""
         facts = _read(self._fit / _FACTS)
         if facts is None or facts["steps"] != facts["planned_steps"]:
             return None
@@ -97,7 +97,7 @@ class ComparedRun:
         return facts if len(steps) == self.validations and steps[-1] == facts["steps"] else None
 
     def scores(self) -> dict[str, Any] | None:
-        """What `mixcn evaluate` wrote."""
+        """Read what `mixcn evaluate` wrote."""
         return _read(self.folder / "evaluate.json")
 
     def forget_what_cannot_go_on(self) -> None:
@@ -164,7 +164,7 @@ def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files_fingerprint(paths: Sequence[str]) -> dict[str, str]:
-    """The same of some paths, folders and globs; what is not there, or not on this machine, is left out."""
+    """Return the same of some paths, folders and globs; what is not on this machine is left out."""
     found = {}
     for path in paths:
         if not is_url(path) and (files := sorted(_files(path))):

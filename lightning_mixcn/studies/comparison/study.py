@@ -162,7 +162,7 @@ def _check_commands(study: Recipe, prepared: Path) -> None:
 
 
 def _configuration(study: Recipe, arm: str, prepared: Path) -> dict[str, Any]:
-    """The whole configuration of an arm, which `mixcn fit` has checked, key by key."""
+    """Return the whole configuration of an arm, which `mixcn fit` has checked, key by key."""
     try:
         printed = commands.output_of_mixcn(["fit", *study.options(arm, prepared), "--print_config"])
     except commands.CommandFailed as error:

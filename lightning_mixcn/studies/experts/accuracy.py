@@ -43,7 +43,7 @@ class TaskDocument:
         self._task, self._doc, self._requests = task, doc, list(requests)
 
     def metrics(self, scores_R: NDArray[np.float64]) -> dict[str, float]:
-        """What the harness makes of the likelihoods, out of `METRICS`."""
+        """Return the harness's figures of the likelihoods, out of `METRICS`."""
         # Whether a choice is what the model would say itself decides none of these metrics.
         results = [(float(score), False) for score in scores_R[self._requests]]
         return {
@@ -139,7 +139,7 @@ def check_multiple_choice(benchmarks: Benchmarks) -> None:
 
 
 def _groups(benchmarks: Benchmarks) -> dict[str, list[str]]:
-    """Groups whose accuracy is the mean over all their documents."""
+    """Return the groups whose accuracy is the mean over all their documents."""
     return {
         name: [task.task_name for task in group.get_all_tasks()]
         for name, group in benchmarks.groups.items()

@@ -165,7 +165,7 @@ class AblatedLayer:
         self._output_TH = self._sum(Reroute(everything_T, weights_TK, index_TK))
 
     def output(self) -> Tensor:
-        """The residual stream behind the layer as it is, ``[B, S, H]``."""
+        """Return the residual stream after the layer as it is, ``[B, S, H]``."""
         hidden_BSH: Tensor = self._residual_BSH + self._output_TH.view_as(self._residual_BSH)
         return hidden_BSH
 
@@ -181,7 +181,7 @@ class AblatedLayer:
         return (changed_BS & real_BS).any(dim=1).nonzero().flatten()
 
     def output_without(self, number: int, rows: Tensor) -> Tensor:
-        """The residual stream of some rows ``[rows, S, H]`` behind the layer without an expert."""
+        """Return the residual stream of some rows ``[rows, S, H]`` after the layer without an expert."""
         reroute, output_TH = self.reroutes[number], self._output_TH.clone()
         output_TH[reroute.tokens] = self._sum(reroute)
         hidden_nSH: Tensor = self._residual_BSH[rows] + output_TH.view_as(self._residual_BSH)[rows]
@@ -197,7 +197,7 @@ class AblatedLayer:
 
 
 def layer_arguments(base: Any, position_ids_BS: Tensor) -> dict[str, Any]:
-    """What every layer is called with, as `MixtralForCausalLM` calls its own.
+    """Return the arguments of every layer, as `MixtralForCausalLM` calls its own.
 
     Args:
         base: The `MixtralForCausalLM`, without a sliding window shorter than a row.
@@ -265,12 +265,12 @@ class DisabledPasses:
         self.forward = ForwardFlops.of(model)
 
     def on_device(self, batch: Batch) -> Batch:
-        """A batch where the model is."""
+        """Move a batch to the model's device."""
         device = next(self.base.parameters()).device
         return {name: part.to(device) for name, part in batch.items()}
 
     def whole(self, batch: Batch) -> Tensor:
-        """What the head is given of a batch as the model is, ``[B, S, H]``; arguments as those of `layers`."""
+        """Return the head's input of a batch as the model is, ``[B, S, H]``; arguments as those of `layers`."""
         arguments = layer_arguments(self.base, batch["position_ids"])
         hidden_BSH: Tensor = self.base.model.embed_tokens(batch["input_ids"])
         for layer in self.base.model.layers:
@@ -317,7 +317,7 @@ class DisabledPasses:
             yield units, model.norm(hidden_nSH)
 
     def _changed(self, layer: AblatedLayer, real_BS: Tensor) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-        """Changed rows, as many at a time as a pass may have: which variant and row each is, and ``[n, S, H]``."""
+        """Yield changed rows, as many at a time as a pass may have: variant and row of each, and ``[n, S, H]``."""
         units: list[tuple[int, int]] = []
         waiting: list[Tensor] = []
         for variant in range(len(self.variants)):

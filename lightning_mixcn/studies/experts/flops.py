@@ -82,7 +82,7 @@ class StudyFlops:
     sample_tokens: int
 
     def base(self, tokens: int, pairs: int) -> int:
-        """The evaluation of the model as it is."""
+        """Count the evaluation of the model as it is."""
         return self.forward.above(-1, tokens, pairs)
 
     def layer(self, layer: int, tokens: int, pairs: int) -> int:
@@ -92,7 +92,7 @@ class StudyFlops:
         return self.forward.layer(layer, tokens, pairs, rows) + copies * self.forward.above(layer, tokens, pairs)
 
     def planned(self, tokens: int, pairs: int) -> int:
-        """The whole batch."""
+        """Count the whole batch."""
         layers = range(len(self.forward.token))
         return self.base(tokens, pairs) + sum(self.layer(layer, tokens, pairs) for layer in layers)
 

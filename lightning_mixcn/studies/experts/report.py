@@ -88,7 +88,7 @@ def save_matrices(path: Path, matrices: NDArray[np.float64], limits: tuple[float
 
 
 def _grid(lines: int, columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
-    """A figure that belongs to no window, and its panels in reading order."""
+    """Make a figure that belongs to no window, and its panels in reading order."""
     # Takes a second, which only those wait for who draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ def write_importance(folder: Path, results: ExpertResults) -> str:
 
 
 def ranking(results: ExpertResults, intervals: Intervals) -> str:
-    """The experts that matter most, to each source, and to one source more than to another."""
+    """Rank the experts that matter most, to each source, and to one source more than to another."""
     blocks = []
     for mode in dict.fromkeys(variant.mode for variant in results.variants):
         for source, name in enumerate(results.names):
@@ -283,7 +283,7 @@ def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
 
 
 def _by_expert(change: NDArray[np.float64], mode: str, results: ExpertResults) -> NDArray[np.float64]:
-    """The variants of one mode, ``[L, E]``."""
+    """Return the variants of one mode, ``[L, E]``."""
     of_mode = [place for place, variant in enumerate(results.variants) if variant.mode == mode]
     return change.reshape(results.num_layers, -1)[:, of_mode]
 

@@ -152,7 +152,7 @@ class RequestScores:
 
 
 def request_rows(requests: Sequence[Request], max_tokens: int) -> list[RequestRow]:
-    """The different rows that requests need.
+    """Return the different rows that requests need.
 
     Args:
         requests: Tokens of context and continuation.

@@ -109,7 +109,7 @@ def study_experts(
 def _benchmark_settings(
     tasks: Sequence[str], limit: float | None, num_fewshot: int | None, data_dir: str | None
 ) -> dict[str, Any] | None:
-    """What accuracies depend on; ``None`` where no tasks are asked for."""
+    """Return what accuracies depend on; ``None`` where no tasks are asked for."""
     given = {"limit": limit, "num_fewshot": num_fewshot, "data_dir": data_dir}
     if not tasks:
         if needless := [name for name, value in given.items() if value is not None]:
@@ -121,7 +121,7 @@ def _benchmark_settings(
 
 
 def _benchmarks(tasks: Sequence[str], num_fewshot: int | None, data_dir: str | None) -> Benchmarks | None:
-    """The tasks and their data."""
+    """Load the tasks and their data."""
     if not tasks:
         return None
     files = BenchmarkFiles(data_dir) if data_dir else None

@@ -96,7 +96,7 @@ class ExpertResults:
         return len(self.output_cosines)
 
     def intervals(self) -> Intervals:
-        """Changes with bootstrap intervals."""
+        """Return the changes with bootstrap intervals."""
         return Intervals(self.documents)
 
     def places(self) -> list[tuple[int, DisabledExpert]]:
@@ -167,7 +167,7 @@ class BatchWork(NamedTuple):
 
 
 def text_work(importance: ExpertImportance, loader: EvaluationLoader) -> list[BatchWork]:
-    """The batches of text."""
+    """Make the batches of text."""
     return [
         BatchWork(
             f"batch{number}",
@@ -181,7 +181,7 @@ def text_work(importance: ExpertImportance, loader: EvaluationLoader) -> list[Ba
 
 
 def request_work(scores: RequestScores) -> list[BatchWork]:
-    """The batches of requests."""
+    """Make the batches of requests."""
     return [
         BatchWork(
             f"requests{number}",
@@ -219,7 +219,7 @@ def compute(work: Sequence[BatchWork], num_layers: int, parts: StudyParts) -> No
 
 
 def finished(work: Sequence[BatchWork], num_layers: int, parts: StudyParts) -> list[BatchParts]:
-    """What was computed of each batch."""
+    """Return what was computed of each batch."""
     return [
         BatchParts(parts.load(batch.part), [parts.load(_layer_part(batch, layer)) for layer in range(num_layers)])
         for batch in work

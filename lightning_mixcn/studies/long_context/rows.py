@@ -115,7 +115,7 @@ def as_far_as_memory_goes(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each submodule's mode is what it was."""
+    """Set evaluation mode without gradients; afterwards each submodule's mode is what it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -52,7 +52,7 @@ def read_questions(path: str) -> list[list[Turn]]:
 
 
 def shown(turns: list[Turn]) -> str:
-    """A question as a judge reads it: alone, or with what was said before it."""
+    """Return a question as a judge reads it: alone, or with what was said before it."""
     if len(turns) == 1:
         return turns[0].content
     return "\n\n".join(f"[{turn.role}] {turn.content}" for turn in turns)

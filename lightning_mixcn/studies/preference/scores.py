@@ -292,7 +292,7 @@ class PreferenceScores:
 
 
 def share(part_Q: NDArray[Any], count_Q: NDArray[Any]) -> Figure:
-    """A share of all verdicts, with Wilson's interval.
+    """Return a share of all verdicts, with Wilson's interval.
 
     Args:
         part_Q: Verdicts of some kind on each question, half ones too, ``[Q]``.

@@ -135,7 +135,7 @@ def write_formats(folder: Path, settings: dict[str, Any], results: Sequence[Form
 
 
 def markdown(figures: Sequence[dict[str, Any]]) -> str:
-    """A table: a line a format, two columns a source."""
+    """Return a table: a line a format, two columns a source."""
     names = list(figures[0]["sources"])
     header = ["format", "bytes", "bits a quantised weight", "bits a weight", "weight error"]
     header += [column for name in names for column in (f"{name}, bits per byte", f"{name}, difference ± s. e.")]
@@ -183,7 +183,7 @@ def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
 
 
 def _lines(figures: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A line for each format and source."""
+    """Yield a line for each format and source."""
     for of in figures:
         shared = {key: value for key, value in of.items() if key != "sources"}
         for name, source in of["sources"].items():

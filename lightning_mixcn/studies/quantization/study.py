@@ -84,7 +84,7 @@ class _Study:
         self._loader, self._parts = loader, parts
 
     def of_model(self, name: str, sources: Sequence[str]) -> FormatResult:
-        """A format that this package computes with."""
+        """Measure a format that this package computes with."""
         if self._missing(name):
             model = self._load(name)
             if f"{name}_weights" not in self._parts:
@@ -96,7 +96,7 @@ class _Study:
         return FormatResult(name, sizes.bytes, size_of, sizes, error, self._sums(name, sources))
 
     def of_file(self, number: int, file: GGUFFile, sources: Sequence[str], sequence_length: int) -> FormatResult:
-        """A GGUF file."""
+        """Measure a GGUF file."""
         part = f"gguf{number}"
         if f"{part}_weights" not in self._parts:
             self._keep_weights(part, file.sizes, file.relative_error())
@@ -160,7 +160,7 @@ def _open(src: str) -> ModelSource:
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type of its experts."""
+    """Return the type of its experts."""
     model = meta_model(mixtral_config(checkpoint), "none", torch.float32)
     return checkpoint.dtype(rounded_entries(model, checkpoint)[-1].segments[0].name)
 

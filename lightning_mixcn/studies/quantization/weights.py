@@ -51,7 +51,7 @@ def rounded_entries(model: nn.Module, checkpoint: Checkpoint) -> list[Entry]:
 
 
 def sizes_in_memory(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
-    """What a model of `load_mixtral`, without adapters, takes."""
+    """Return the sizes of a model of `load_mixtral` without adapters."""
     rounded = [entry.storage for entry in rounded_entries(model, checkpoint)]
     quantised = sum(parameter.nbytes for storage in rounded for parameter in storage.parameters())
     weights = sum(prod(storage.shape) for storage in rounded)
@@ -59,7 +59,7 @@ def sizes_in_memory(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
 
 
 def single_sizes(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
-    """What a dense model would take as `round_singly` rounds it: two weights a byte, and a float32 for 64 of them."""
+    """Return a dense model's sizes as `round_singly` rounds it: two weights a byte, and a float32 for 64 of them."""
     dense = sizes_in_memory(model, checkpoint)
     numels = [prod(entry.storage.shape) for entry in rounded_entries(model, checkpoint)]
     single = sum(-(-numel // 2) + 4 * -(-numel // nf4.BLOCK) for numel in numels)
@@ -93,7 +93,7 @@ def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype)
 
 
 def error_of(rounded: list[Entry], checkpoint: Checkpoint, decoded: Callable[[Entry, int, int], Tensor]) -> float:
-    """The same of weights that come from anywhere.
+    """Return the same of weights that come from anywhere.
 
     Args:
         rounded: The weights.

@@ -73,11 +73,11 @@ class FastBase:
         self._of_bytes = (self._content.get("decoder") or {}).get("type") == "ByteLevel"
 
     def spelled(self, piece: str) -> str:
-        """A character for each byte, where that is how the tokenizer works."""
+        """Return a character for each byte, where that is how the tokenizer works."""
         return as_bytes(piece.replace(BLANK, " ")) if self._of_bytes else piece
 
     def helpers(self, pieces: Sequence[str]) -> list[str]:
-        """The first bytes of single characters that no two pieces make up."""
+        """Return the first bytes of single characters that no two pieces make up."""
         found: dict[str, None] = {}
         for piece in pieces if self._of_bytes else ():
             if 2 < len(piece) <= 4 and is_character(piece) and not _splits(piece, self.pieces):

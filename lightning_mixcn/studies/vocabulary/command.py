@@ -175,7 +175,7 @@ def report(
 
 
 def _tokenizer(path: str) -> Path:
-    """A SentencePiece model, or the folder that a name means."""
+    """Return a SentencePiece model, or the folder that a name means."""
     file = Path(path).expanduser()
     return file if file.is_file() else local_folder(path)
 

@@ -34,7 +34,7 @@ class TokenizerBase(Protocol):
     pieces: Mapping[str, int]
 
     def spelled(self, piece: str) -> str:
-        """A SentencePiece piece as this tokenizer writes it."""
+        """Return a SentencePiece piece as this tokenizer writes it."""
 
     def helpers(self, pieces: Sequence[str]) -> list[str]:
         """Pieces without which some of ``pieces`` are out of reach."""
@@ -70,7 +70,7 @@ class ChosenPieces:
 
 
 def mergeable_base(folder: Path) -> TokenizerBase:
-    """The tokenizer of a folder: SentencePiece's model if there is one, else ``tokenizer.json``.
+    """Open the tokenizer of a folder: SentencePiece's model if there is one, else ``tokenizer.json``.
 
     Raises:
         FileNotFoundError: it has neither.
@@ -137,7 +137,7 @@ def choose_pieces(
 
 
 def _first(wanted: Sequence[str], spelled: Mapping[str, str], room: int) -> list[str]:
-    """The first pieces, and the single characters that they are made of, which a BPE's file has at its end."""
+    """Return the first pieces, and the single characters that they are made of, which a BPE's file has last."""
     characters = {spelled[piece]: piece for piece in wanted if len(spelled[piece]) == 1}
     kept: dict[str, None] = {}
     for piece in wanted:
@@ -149,7 +149,7 @@ def _first(wanted: Sequence[str], spelled: Mapping[str, str], room: int) -> list
 
 
 def _beginnings(base: TokenizerBase, wanted: Sequence[str], spelled: Mapping[str, str]) -> list[str]:
-    """The beginnings, of two characters and more, of pieces that are out of reach as things are."""
+    """Return the beginnings, of two characters and more, of pieces that are out of reach as things are."""
     flags = base.reached([*wanted, *base.helpers(wanted)])[: len(wanted)]
     pieces = [spelled[piece] for piece, reached in zip(wanted, flags, strict=True) if not reached]
     found = (base.spelled(piece[:size]) for piece in pieces for size in range(2, len(piece)))

@@ -44,7 +44,7 @@ class TokenCounts:
     byte_tokens: int = 0
 
     def ratios(self) -> dict[str, float]:
-        """Sums divided, once."""
+        """Divide the sums, once."""
         tokens = max(1, self.tokens)
         return {
             "characters_per_token": self.characters / tokens,
@@ -122,7 +122,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def as_table(counts: Sequence[TokenCounts]) -> str:
-    """A line for each tokenizer and source, aligned."""
+    """Return a line for each tokenizer and source, aligned."""
     header = ["tokenizer", "pieces", "source", "characters/token", "bytes/token", "byte fallback", "tokens"]
     rows = []
     for sums in counts:
@@ -134,5 +134,5 @@ def as_table(counts: Sequence[TokenCounts]) -> str:
 
 
 def as_records(counts: Sequence[TokenCounts]) -> list[dict[str, str | int | float]]:
-    """Sums and ratios, for JSON and CSV."""
+    """Return sums and ratios, for JSON and CSV."""
     return [asdict(sums) | sums.ratios() for sums in counts]

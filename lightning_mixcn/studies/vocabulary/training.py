@@ -104,7 +104,7 @@ _END = re.compile(r"[。！？；.!?;]+|\s+")
 
 
 def named_files(text: Sequence[str], text_key: str, document_unit: DocumentUnit) -> dict[str, list[SourceFile]]:
-    """The files of each ``name=PATH``.
+    """List the files of each ``name=PATH``.
 
     Args:
         text: The arguments.
@@ -126,7 +126,7 @@ def named_files(text: Sequence[str], text_key: str, document_unit: DocumentUnit)
 
 
 def corpus_files(paths: Sequence[str], text_key: str) -> list[SourceFile]:
-    """The files of a corpus; of a text file every line is a document, so that a large one is never held whole."""
+    """List a corpus's files; of a text file every line is a document, so that a large one is never held whole."""
     (source,) = parse_sources([Source("corpus", list(paths), text_key=text_key)], "corpus", Source)
     return _files(source, "corpus", "line")
 
@@ -142,7 +142,7 @@ def _files(source: Source, place: str, document_unit: DocumentUnit) -> list[Sour
 
 
 def iterate_texts(files: Sequence[SourceFile], says: str) -> Iterator[str]:
-    """The texts of files, one after the other, with a progress bar over bytes read.
+    """Yield the texts of files, one after the other, with a progress bar over bytes read.
 
     Raises:
         ValueError: a record is broken; names file and line.

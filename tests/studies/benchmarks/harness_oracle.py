@@ -8,7 +8,7 @@ from tests.studies.benchmark_data import harness
 
 
 def fake_model(likelihood: Callable[[Any], float]) -> Any:
-    """A model whose log-likelihood of a continuation is what a function says of the request."""
+    """Make a model whose log-likelihood of a continuation is what a function says of the request."""
     harness()
     from lm_eval.api.model import LM
 
@@ -26,7 +26,7 @@ def fake_model(likelihood: Callable[[Any], float]) -> Any:
 
 
 def oracle() -> Any:
-    """Finds the answer that the document of a request holds likeliest."""
+    """Find the answer that the document of a request holds likeliest."""
 
     def likelihood(request: Any) -> float:
         doc, choice = request.doc, request.args[1].strip()

@@ -58,7 +58,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(model: Any, folder: Path, tasks: list[str], manager: Any, **options: Any) -> dict[str, Any]:
-    """What a person gets of the harness itself, with stock transformers, in the folder of the same data."""
+    """Run the harness itself, with stock transformers, in the folder of the same data."""
     import lm_eval
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM

@@ -40,7 +40,7 @@ def options_of(data: Path, out: Path, texts: Path) -> dict[str, Any]:
 
 
 def evaluate_here(src: str, options: dict[str, Any]) -> None:
-    """What each of several ranks does."""
+    """Evaluate on one of several ranks."""
     benchmark_tasks.task_manager = few_tasks
     evaluate(src, **options)
 

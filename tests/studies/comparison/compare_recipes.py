@@ -122,6 +122,6 @@ class InThisProcess:
 
 
 def lines_of(file: Path) -> list[dict[str, str]]:
-    """A CSV file."""
+    """Read a CSV file."""
     with file.open(encoding="utf-8", newline="") as opened:
         return list(csv.DictReader(opened))

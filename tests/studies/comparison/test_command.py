@@ -64,7 +64,7 @@ def test_a_whole_study(
 
 
 def check_table(shown: str, lines: list[dict[str, str]]) -> None:
-    """The first table is mean and deviation of the CSV's seeds."""
+    """Check that the first table is mean and deviation of the CSV's seeds."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines() if row.startswith("|")]
     assert rows[0] == ["arm", "zh before", "zh after", "zh change", "en before", "en after", "en change"]
     for row in rows[2:4]:

@@ -54,7 +54,7 @@ def write_texts(path: Path, alphabet: str, documents: int, seed: int = 0) -> Pat
 
 
 def evaluation_batches(base: Path, files: Sequence[Path], length: int, rows: int, max_rows: int | None) -> list[Batch]:
-    """The batches that `mixcn validate` evaluates."""
+    """Return the batches that `mixcn validate` evaluates."""
     documents = [all_documents(read_corpus(Source(file.stem, str(file)))) for file in files]
     found = EvaluationSet(documents, PlainText(load_tokenizer(base)), length, max_rows)
     return list(EvaluationLoader(found, rows, num_ranks=1, rank=0))

@@ -90,7 +90,7 @@ def test_a_group_counts_all_its_questions(few: None, routed_base: Path, texts: l
 
 
 def plant(base: Path, out: Path, layer: int, expert: int) -> Path:
-    """A model in which one expert alone does anything."""
+    """Make a model in which one expert alone does anything."""
     model = stock_model(base)
     with torch.no_grad():
         for number, block in enumerate(model.model.layers):

@@ -73,7 +73,7 @@ def test_in_4_bits_with_an_adapter(which: str, request: pytest.FixtureRequest, t
 
 
 def plant(base: Path, out: Path, layer: int, expert: int, layers: list[int]) -> Path:
-    """A model in which some layers have one expert that does anything, or none."""
+    """Make a model in which some layers have one expert that does anything, or none."""
     model = stock_model(base)
     with torch.no_grad():
         for number in layers:

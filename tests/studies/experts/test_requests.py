@@ -35,7 +35,7 @@ def requests() -> list[Request]:
 
 
 def by_stock(model: Any, request: Request) -> float:
-    """The last tokens that the model can read, and the likelihood of the continuation in them."""
+    """Score the continuation in the last tokens that the model can read."""
     context, continuation = request
     ids = torch.tensor([*context, *continuation][-(LONGEST + 1) :])
     with torch.no_grad():

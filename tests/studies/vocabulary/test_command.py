@@ -13,7 +13,7 @@ from tests.studies.vocabulary.vocab_data import small_base
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a base, a Chinese and a Russian text."""
+    """Make a folder to work in, with a base, a Chinese and a Russian text."""
     monkeypatch.chdir(tmp_path)
     small_base(tmp_path / "base")
     lines = [{"text": "".join(HAN[number % 5 :]) + "。"} for number in range(60)]

@@ -18,7 +18,7 @@ WORDS = re.findall(
 
 
 def shared(*parts: str) -> Path:
-    """A file or folder of the real data; skips where it is not there."""
+    """Return a file or folder of the real data; skip where it is not there."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"{'/'.join(parts)} lies outside the project and is not here")
@@ -26,7 +26,7 @@ def shared(*parts: str) -> Path:
 
 
 def small_base(folder: Path) -> Path:
-    """A tokenizer made as Mixtral's is, but small."""
+    """Make a tokenizer as Mixtral's is, but small."""
     folder.mkdir()
     draw, model = random.Random(1), io.BytesIO()
     lines = [" ".join(draw.choices(WORDS, k=8)) for _ in range(400)] + ["    x  y   z"] * 20
