@@ -66,13 +66,13 @@ class Chat:
     Args:
         model: In evaluation mode.
         tokenizer: The model's.
-        template: How conversations are written.
-        sampling: How tokens are chosen.
+        template: Template of conversations.
+        sampling: Choice of tokens.
         generator: Source of the random numbers, on the model's device.
         stop_ids: Tokens that end an answer; ``None`` takes the template's.
 
     Attributes:
-        turns: What was said, the system prompt included.
+        turns: Turns so far, the system prompt included.
         answer_tokens: Length of the last answer.
         why_no_base: Why the adapter cannot be switched off; empty if it can.
     """
@@ -154,8 +154,8 @@ def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
 
     Args:
         talk: The conversation.
-        lines: What the user says; empty lines are skipped.
-        interactive: Whether a person is there: lines that begin with a slash are commands, what cannot be asked is
+        lines: Lines of the user; empty lines are skipped.
+        interactive: True if a person is there: lines that begin with a slash are commands, what cannot be asked is
             said, not raised, Ctrl-C stops an answer only, and the speed of each answer is shown.
 
     Raises:

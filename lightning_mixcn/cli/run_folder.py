@@ -135,7 +135,7 @@ class Overwrite(Callback):
     Args:
         root: The run's folder.
         adapter_folders: Names of the adapters' folders in it.
-        inputs: What the new run reads: names of arguments, each with a path or a glob.
+        inputs: Inputs of the new run: names of arguments, each with a path or a glob.
 
     Raises:
         ValueError: one of the inputs would be removed.

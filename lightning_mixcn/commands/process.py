@@ -60,8 +60,8 @@ def run_mixcn(
     """Run ``mixcn`` with these arguments; what it prints goes to the terminal.
 
     Args:
-        arguments: Of ``mixcn``.
-        typed: What it reads from its standard input.
+        arguments: Arguments of ``mixcn``.
+        typed: Text of its standard input.
         defaults: Environment variables that it gets unless they are set already.
         inherited: Open file descriptors that it keeps open, such as a lock's.
 
@@ -95,8 +95,8 @@ def run(
 
     Args:
         command: Program and arguments.
-        shown: What to print for it.
-        typed: What it reads from its standard input, at most what a pipe holds (64 KiB on Linux).
+        shown: Text to print for it.
+        typed: Text of its standard input, at most what a pipe holds (64 KiB on Linux).
         defaults: Environment variables that it gets unless they are set already.
         inherited: Open file descriptors that it keeps open.
 

@@ -69,7 +69,7 @@ class Demo:
     """What the steps have in common: how they are announced, their time and their memory.
 
     Args:
-        steps: How many there will be.
+        steps: Number of steps.
 
     Attributes:
         seconds: Wall time of each step.
@@ -93,7 +93,7 @@ class Demo:
 
     def mixcn(self, *arguments: str | Path, typed: str = "") -> None:
         """Run a ``mixcn`` command, which reads ``typed``, and keep its peak memory."""
-        # What sources are unpacked to lies beside what else is made.
+        # Unpacked sources are beside what else is made.
         unpacked = {"MIXCN_CACHE": os.path.abspath(".cache/mixcn")}
         usage = run_mixcn([str(argument) for argument in arguments], typed, unpacked)
         self.peak_rss_bytes = max(self.peak_rss_bytes, usage.peak_rss_bytes + peak_resident_bytes())

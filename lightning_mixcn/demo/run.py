@@ -43,8 +43,8 @@ def build_report(
 
     Args:
         likelihoods: By stage (`STAGES`) and source (``zh``, ``en``): ``bits_per_byte`` at least.
-        facts: What `RunFacts` wrote.
-        text: What `make_text` returned.
+        facts: Content of the file of `RunFacts`.
+        text: Result of `make_text`.
         seconds: Wall seconds of each step, and their ``total``.
         peak_rss_bytes: Largest resident memory of any process.
 

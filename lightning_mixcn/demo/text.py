@@ -219,7 +219,7 @@ def make_text(newspaper: Path, summaries: Path, encode: Encode, out: Path) -> di
 
     Returns:
         By language: documents, tokens and UTF-8 bytes of both parts, and training documents dropped; and
-        ``shared_24_token_runs``, counted anew from the files written.
+        ``shared_24_token_runs``, counted again from the files written.
 
     Raises:
         ValueError: a source archive does not hold its text.

@@ -1,4 +1,4 @@
-"""What SRC stands for in a benchmark table: one model, or a base beside its adapted self."""
+"""The meaning of SRC in a benchmark table: one model, or a base beside its adapted self."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ class EvaluatedModel:
 
     Args:
         name: ``base``, ``adapted``, or ``model`` where SRC has no adapter.
-        found: Where its parts are.
-        switched_off: Whether it is another column's model with its adapter switched off.
+        found: Places of its parts.
+        switched_off: True for another column's model with its adapter switched off.
     """
 
     name: str
@@ -42,7 +42,7 @@ def evaluated_models(src: str, found: ModelSource, adapter: AdapterChoice | None
     """Return the columns of the table.
 
     Args:
-        src: What the user called the model, for errors.
+        src: The user's name of the model, for errors.
         found: Its parts.
         adapter: ``None`` is ``both`` where there is an adapter.
 

@@ -24,8 +24,8 @@ class Processes:
 
     Args:
         rank: Its number, from 0.
-        count: How many there are.
-        device: Where this one computes.
+        count: Number of processes.
+        device: Device of this process.
     """
 
     rank: int
@@ -62,7 +62,7 @@ def joined_processes(device: torch.device) -> Iterator[Processes]:
     """Meet the other processes, if the environment says that there are any.
 
     Args:
-        device: Where to compute; of several processes, each takes the GPU of its own number.
+        device: Device to compute on; of several processes, each takes the GPU of its own number.
 
     Raises:
         ValueError: several processes, but no launcher that says where they meet.

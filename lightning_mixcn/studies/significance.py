@@ -21,7 +21,7 @@ class PairedTest(NamedTuple):
 
     Args:
         difference: Mean over documents.
-        standard_error: Of the difference, from the documents' differences; NaN for fewer than two.
+        standard_error: Standard error of the difference, from the documents' differences; NaN for fewer than two.
         p_value: Two-sided, of differences as large as this if the two models were alike.
         method: ``mcnemar``, where all scores are 0 or 1, or ``permutation``.
         documents: D.
@@ -40,7 +40,7 @@ def paired_test(first_D: ArrayLike, second_D: ArrayLike, seed: int = 0) -> Paire
     Args:
         first_D: Scores ``[D]`` of one model.
         second_D: Scores ``[D]`` of the other, of the same documents in the same order.
-        seed: Of the random sign flips.
+        seed: Seed of the random sign flips.
 
     Returns:
         The exact McNemar test where every score is 0 or 1, else a paired permutation test (sign flips).
@@ -83,8 +83,8 @@ def sign_flip_p(difference_D: NDArray[np.float64], seed: int = 0) -> float:
     """Two-sided p value of a mean difference: as likely with either sign if the models were alike.
 
     Args:
-        difference_D: Of each document.
-        seed: Of the random flips; up to 12 documents that differ, all flips are tried.
+        difference_D: Difference of each document.
+        seed: Seed of the random flips; up to 12 documents that differ, all flips are tried.
 
     Returns:
         The share of sign flips whose sum is at least as large; with random flips, the flip that was seen counts as one.

@@ -40,7 +40,7 @@ class Release:
             choices such as "10" and nothing of "NA".
         row: Makes a row of a record, given the subject.
         splits: The release's names of splits and the hub's.
-        header: Whether a CSV file begins with the names of its columns.
+        header: True if a CSV file begins with the names of its columns.
         configuration: The hub's name of the only configuration, where the files are JSONL.
     """
 

@@ -38,7 +38,7 @@ class TaskScores(TypedDict):
     Args:
         metrics: The harness's results: ``acc,none``, ``acc_stderr,none``, … (metric, comma, answer filter).
         documents: By answer filter.
-        version: Of the task's definition.
+        version: Version of the task's definition.
         shots: Examples in a prompt.
         higher_is_better: By metric.
         prompts_cut: Prompts that were longer than the model reads, and lost their beginning.
@@ -59,8 +59,8 @@ def run_task(
 
     Args:
         lm: A model as the harness takes one (`lm_eval.api.model.LM`).
-        benchmarks: Where the task is.
-        name: Of the task; not a group.
+        benchmarks: Benchmarks that have the task.
+        name: Name of the task; not a group.
         limit: Its first documents only, so many, or this share of them if less than 1.
         apply_chat_template: Write prompts as conversations, with the tokenizer's template.
 
@@ -95,7 +95,7 @@ def group_metrics(benchmarks: Benchmarks, scores: Mapping[str, TaskScores]) -> d
 
     Args:
         benchmarks: The groups.
-        scores: Of all tasks, by name.
+        scores: Scores of all tasks, by name.
     """
     metrics = {name: {"name": name, "alias": name, **part["metrics"]} for name, part in scores.items()}
     with harness_messages():

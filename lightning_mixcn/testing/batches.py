@@ -16,11 +16,11 @@ def random_batch(lengths: Sequence[int], sequence_length: int = 24, *, seed: int
     Args:
         lengths: Tokens of each row's document, at most ``sequence_length``; row i is of source i modulo ``sources``.
         sequence_length: Width of the batch.
-        seed: Of the random tokens; they are bytes of `byte_tokenizer`, BOS first and EOS last.
+        seed: Seed of the random tokens; they are bytes of `byte_tokenizer`, BOS first and EOS last.
         sources: Number of sources.
 
     Returns:
-        An evaluation batch, which serves for training, too; every token but BOS is labelled and stands for one byte.
+        An evaluation batch, which serves for training, too; every token but BOS is labelled and is one byte.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), sequence_length)

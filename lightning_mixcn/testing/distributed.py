@@ -26,9 +26,9 @@ def run_distributed(
     """Call a function in several processes at once, as ranks of one group; a Trainer in it uses this group.
 
     Args:
-        function: Of a module that can be imported; called with the arguments.
+        function: Function of a module that can be imported; called with the arguments.
         ranks: Number of processes.
-        arguments: What can be pickled.
+        arguments: Arguments, which can be pickled.
         timeout_seconds: After this long, ranks that have not ended are killed.
 
     Returns:

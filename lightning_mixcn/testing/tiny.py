@@ -41,7 +41,7 @@ def save_tiny_mixtral(path: str | Path, *, seed: int = 0, **changes: Any) -> Pat
 
     Args:
         path: Folder, made if need be.
-        seed: Of the random weights.
+        seed: Seed of the random weights.
         changes: Settings of `transformers.MixtralConfig` to change.
 
     Returns:

@@ -50,8 +50,8 @@ def predict_subject(
 
     Args:
         lm: A model as the harness takes one.
-        benchmarks: Of `hidden_test_benchmarks`.
-        name: Of the task.
+        benchmarks: Result of `hidden_test_benchmarks`.
+        name: Name of the task.
         limit: As in `run_task`.
         apply_chat_template: As in `run_task`.
 

@@ -36,7 +36,7 @@ class EosProbe(TypedDict):
     """Probabilities of EOS inside the documents of a source.
 
     Args:
-        newlines: Line breaks with text behind them in the same document.
+        newlines: Line breaks with text after them in the same document.
         mean_after_newline: Mean probability of EOS after them; ``None`` without any.
         share_above_half: Share of them at which it is above one half: greedy decoding surely stops there.
         others: Positions of text that follow no line break.
@@ -81,7 +81,7 @@ def probe_eos(model: nn.Module, tokenizer: TextTokenizer, documents: DocumentSet
         model: A Mixtral of `load_mixtral`, perhaps with adapters, in evaluation mode.
         tokenizer: The model's.
         documents: The source.
-        max_tokens: Of its beginning, in rows of 2,048 tokens; at least one row.
+        max_tokens: Tokens of its beginning, in rows of 2,048 tokens; at least one row.
     """
     device = next(model.parameters()).device
     config: Any = model.config
@@ -122,9 +122,9 @@ def compare_probes(first: EosProbe, second: EosProbe) -> dict[str, float | None]
     """Difference of the means after line breaks, with a sign-flip test over documents.
 
     Args:
-        first: Of one model.
-        second: Of the other; with another tokenizer, documents may have been cut elsewhere, and are not paired then.
-            Nor is a single document.
+        first: Probe of one model.
+        second: Probe of the other; with another tokenizer, documents may have been cut elsewhere, and are not paired
+            then. Nor is a single document.
 
     Returns:
         ``difference``, ``standard_error``, ``p_value``; ``None`` where there is nothing to compare.

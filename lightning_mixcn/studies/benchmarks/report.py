@@ -74,7 +74,7 @@ def parse_languages(entries: Sequence[str]) -> dict[str, str]:
     """Read ``pattern=language`` entries.
 
     Args:
-        entries: E.g. ``xnli_vi=vi`` or ``thai_*=th``; ``*`` stands for anything.
+        entries: E.g. ``xnli_vi=vi`` or ``thai_*=th``; ``*`` is anything.
 
     Raises:
         ValueError: an entry without a pattern or a language.
@@ -116,13 +116,13 @@ class ScoreRow(TypedDict):
         metric: The harness's name of it.
         filter: The harness's answer filter; ``none`` where there is nothing to choose.
         shots: Examples in a prompt; ``None`` for a group whose tasks differ.
-        documents: How many were scored.
+        documents: Number of scored documents.
         prompts_cut: Prompts that lost their beginning, of the model for which they were most.
         scores: By model.
         standard_errors: By model, the harness's.
         difference: Second model less the first; ``None`` for one model.
         difference_standard_error: From the documents' differences.
-        p_value: Of the paired test.
+        p_value: P value of the paired test.
         test: ``mcnemar`` or ``permutation``; ``None`` where scores are no means over documents.
     """
 
@@ -145,7 +145,7 @@ def task_rows(benchmarks: Benchmarks, models: Models, languages: Mapping[str, st
     """Rows of all tasks and of the groups that the harness aggregates, groups first.
 
     Args:
-        benchmarks: What was run.
+        benchmarks: Benchmarks that were run.
         models: Scores of every task, by model; the first is compared with the second.
         languages: Patterns beside the usual ones.
     """
@@ -173,7 +173,7 @@ def score_table(rows: Sequence[ScoreRow], models: Sequence[str]) -> str:
     """Return a table by language, Chinese and English first.
 
     Args:
-        rows: What is shown.
+        rows: Rows to show.
         models: Names of the models.
     """
     head = ["task", "metric", "shots", "documents", *models, *(["difference", "p"] if len(models) > 1 else [])]

@@ -40,7 +40,7 @@ class Recipe:
         text_bytes: UTF-8 bytes of text that each run sees.
         arms: Settings by which the runs differ, by name: dotted keys of the configuration, and values.
         title: Over table and figure.
-        validations: How often each run is validated on its way, the last time at its end.
+        validations: Number of validations of each run on its way, the last one at its end.
         seeds: A run of each arm for each; it seeds adapters and the order of the text.
         settings: Settings that all runs share.
         needs: Paths that must be there before anything starts, and what makes each.
@@ -82,7 +82,7 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
 
     Args:
         path: YAML file.
-        quick: Whether its ``quick`` values take the place of the others.
+        quick: Let its ``quick`` values take the place of the others.
 
     Raises:
         FileNotFoundError: the recipe, its configuration or what it needs is not there.

@@ -121,7 +121,7 @@ def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) ->
 
     Args:
         path: PNG to write.
-        results: Of each run, see `run_result`.
+        results: Results of each run, see `run_result`.
         title: Over all panels.
     """
     # Takes a second, which only those wait for who draw.
@@ -156,8 +156,8 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
 
     Args:
         title: Heading.
-        results: Of each run, see `run_result`.
-        costs: Of each run, see `run_cost`.
+        results: Results of each run, see `run_result`.
+        costs: Costs of each run, see `run_cost`.
     """
     arms = list(dict.fromkeys(result["arm"] for result in results))
     seeds = len(of_arm(results, arms[0]))

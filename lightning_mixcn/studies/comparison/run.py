@@ -29,9 +29,9 @@ class ComparedRun:
 
     Args:
         arm: Name of the arm.
-        seed: Of adapters, dropout and the order of the text.
-        folder: Of the run; under it ``start``, ``fit`` and ``evaluate.json`` come to be.
-        validations: How often it is validated on its way.
+        seed: Seed of adapters, dropout and the order of the text.
+        folder: Folder of the run, with ``start``, ``fit`` and ``evaluate.json``.
+        validations: Number of validations on its way.
     """
 
     arm: str

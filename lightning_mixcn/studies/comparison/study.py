@@ -192,7 +192,7 @@ def _settings(study: Recipe, configs: dict[str, Any], prepared: Path) -> dict[st
         inputs |= {path: of for path, of in config_fingerprint(config).items() if not path.startswith(str(prepared))}
     settings = asdict(study) | {"configurations": configs, "inputs": inputs}
     del settings["config"]  # where it was; its content is in the arms' configurations
-    # Not where the study lies: the same one elsewhere has the same settings.
+    # Not the study's folder: the same one elsewhere has the same settings.
     plain: dict[str, Any] = json.loads(json.dumps(settings).replace(json.dumps(str(prepared))[1:-1], PREPARED))
     return plain
 

@@ -61,7 +61,7 @@ class ExpertTasks:
         requests: Tokens of each request's context and continuation.
         documents: By name of the task.
         groups: Names of the tasks of each group that counts all its documents alike.
-        names: What was asked for: tasks, groups or tags.
+        names: Names that were asked for: tasks, groups or tags.
     """
 
     requests: list[Request]
@@ -152,10 +152,10 @@ class TaskAccuracy:
     """A task or group, as the model is and without each expert.
 
     Args:
-        name: Of the task or group.
+        name: Name of the task or group.
         metric: The harness's name of it.
         base: float64 ``[D]``, score of each document.
-        disabled: Of each layer and variant, in the order of the layers, compared with ``base``.
+        disabled: Comparison with ``base`` of each layer and variant, in the order of the layers.
     """
 
     name: str
@@ -172,8 +172,8 @@ def task_accuracies(tasks: ExpertTasks, parts: Sequence[BatchParts]) -> list[Tas
     """Put the scores of all batches together and let the harness judge them.
 
     Args:
-        tasks: What was asked.
-        parts: What `RequestScores` gave of each batch.
+        tasks: Tasks that were asked.
+        parts: Results of `RequestScores` for each batch.
     """
     base_R = np.full(len(tasks.requests), math.nan)
     for part in parts:
@@ -204,9 +204,9 @@ def write_accuracies(
     """Write ``accuracy.csv`` and ``accuracy.png``.
 
     Args:
-        folder: Where to.
-        accuracies: Of all tasks and groups.
-        variants: What was disabled in each layer.
+        folder: Folder to write to.
+        accuracies: Accuracies of all tasks and groups.
+        variants: Experts that were disabled in each layer.
         names: Tasks and groups that are drawn and ranked.
 
     Returns:

@@ -52,7 +52,7 @@ def disabled_routing(
         logits_TE: ``[T, E]`` router logits, any float dtype.
         weights_TK: ``[T, K]`` float32 routing weights that sum to 1.
         index_TK: ``[T, K]`` int64, the chosen experts.
-        disabled: What is disabled.
+        disabled: Disabled expert.
 
     Returns:
         Weights ``[T, K]`` float32 and experts ``[T, K]`` int64.
@@ -132,13 +132,13 @@ class AblatedLayer:
     Args:
         layer: A decoder layer of a `MixtralForCausalLM`.
         hidden_BSH: The residual stream at its input.
-        arguments: Of the layer, from `layer_arguments`.
-        disabled: What is to be disabled, one at a time.
+        arguments: Arguments of the layer, from `layer_arguments`.
+        disabled: Experts to disable, one at a time.
 
     Attributes:
         input_TH: The input of router and experts.
         reroutes: For each of ``disabled``, the tokens that it changes.
-        computed_rows: How many rows the experts have computed together.
+        computed_rows: Number of rows that the experts have computed together.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class AblatedLayer:
         """Rows of the batch, int64 ascending, that have a token which chose the expert.
 
         Args:
-            number: Which of ``disabled``.
+            number: Index in ``disabled``.
             real_BS: bool, false in padding, which changes nothing that is scored.
         """
         changed_BS = torch.zeros_like(real_BS)
@@ -243,16 +243,16 @@ class DisabledPasses:
 
     Args:
         model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
-        modes: How experts are disabled.
+        modes: Ways of disabling experts.
         micro_batch_size: Rows of a batch; a pass through the layers above runs at most E times as many.
 
     Attributes:
         base: The Mixtral inside.
-        variants: What is disabled in each layer, one at a time.
-        num_layers: Of the model.
+        variants: Experts that are disabled in each layer, one at a time.
+        num_layers: Number of the model's layers.
         num_experts: E.
         rows_per_pass: Rows of a pass at most.
-        forward: What parts of a forward pass cost.
+        forward: Cost of the parts of a forward pass.
     """
 
     def __init__(self, model: nn.Module, modes: Sequence[Mode], micro_batch_size: int) -> None:
@@ -301,7 +301,7 @@ class DisabledPasses:
         """Run the layers above for every variant and every row that it changes.
 
         Args:
-            number: Of the layer.
+            number: Number of the layer.
             layer: As it ran on the batch.
             batch: ``position_ids`` int64 ``[B, S]``, and ``document_ids``, −1 in padding.
 

@@ -22,8 +22,8 @@ class ForwardFlops:
     """What parts of a forward pass cost.
 
     Args:
-        token: Of each layer, attention's projections and the router, for each token.
-        expert: Of each layer, one expert, for each row that it computes.
+        token: FLOP of each layer's attention projections and router, for each token.
+        expert: FLOP of one expert of each layer, for each row that it computes.
         pair: Attention, for each pair of a token and one that it attends to; the same in all layers.
         head: For each token.
         top_k: Experts that compute each token.
@@ -70,8 +70,8 @@ class StudyFlops:
     Args:
         forward: The model's costs.
         num_experts: E.
-        num_modes: How many modes are studied.
-        has_mask: Whether one of them is ``mask``, which computes one more expert a token.
+        num_modes: Number of modes that are studied.
+        has_mask: True if one of them is ``mask``, which computes one more expert a token.
         sample_tokens: Tokens of a batch that all experts of a layer compute, to compare their outputs.
     """
 

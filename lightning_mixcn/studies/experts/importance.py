@@ -33,14 +33,14 @@ class ExpertImportance:
 
     Args:
         model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
-        modes: How experts are disabled.
+        modes: Ways of disabling experts.
         num_sources: G.
         micro_batch_size: Rows of a batch; a pass through the layers above runs at most E times as many.
 
     Attributes:
-        variants: What is disabled in each layer, one at a time.
+        variants: Experts that are disabled in each layer, one at a time.
         num_layers: L.
-        flops: What a batch costs.
+        flops: Cost of a batch.
     """
 
     def __init__(self, model: nn.Module, modes: Sequence[Mode], num_sources: int, micro_batch_size: int) -> None:
@@ -104,7 +104,7 @@ class ExpertImportance:
 
         Args:
             batch: The batch that ``evaluated`` is of.
-            evaluated: What `evaluate` gave.
+            evaluated: Result of `evaluate`.
             layers: Numbers of the layers, ascending.
 
         Yields:

@@ -43,7 +43,7 @@ def save_heatmaps(
         panels: float64 ``[L, E]`` under the title of each, row by row; all share one scale.
         columns: Panels in a row.
         title: Over all panels.
-        unit: What the colours measure.
+        unit: Unit of the colours.
     """
     num_layers, num_experts = next(iter(panels.values())).shape
     lines = -(-len(panels) // columns)
@@ -106,8 +106,8 @@ def write_importance(folder: Path, results: ExpertResults) -> str:
     """Write all tables and pictures.
 
     Args:
-        folder: Where to.
-        results: Of the whole study.
+        folder: Folder to write to.
+        results: Results of the whole study.
 
     Returns:
         The ranking.

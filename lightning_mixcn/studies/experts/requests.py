@@ -27,10 +27,10 @@ Request = tuple[Sequence[int], Sequence[int]]
 
 
 class RequestRow(NamedTuple):
-    """A row of tokens and what is scored behind it.
+    """A row of tokens and what is scored after it.
 
     Args:
-        ids: What the model reads.
+        ids: Tokens that the model reads.
         requests: Number of each request, and the tokens that are scored: the last of them follows the row, those before
             are its end.
     """
@@ -44,7 +44,7 @@ class RequestScores:
 
     Args:
         model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
-        modes: How experts are disabled.
+        modes: Ways of disabling experts.
         requests: Tokens of each context and of its continuation, neither empty.
         max_tokens: Tokens that the model reads; a longer row loses its beginning.
         micro_batch_size: Rows of a batch.
@@ -100,8 +100,8 @@ class RequestScores:
         """Score a batch without each expert of some layers.
 
         Args:
-            number: Of the batch.
-            evaluated: What `evaluate` gave.
+            number: Number of the batch.
+            evaluated: Result of `evaluate`.
             layers: Numbers of the layers, ascending.
 
         Yields:

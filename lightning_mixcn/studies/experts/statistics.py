@@ -1,7 +1,7 @@
 """Bits per byte without each expert, and how sure that is: a bootstrap over documents.
 
 Efron and Tibshirani, An Introduction to the Bootstrap, 1993: documents are drawn with replacement, and the ratio of
-sums is computed anew. Tokens would be no units to draw: those of one document go together.
+sums is computed again. Tokens would be no units to draw: those of one document go together.
 
 Legend: G sources, V variants, D documents of a source, R resamples.
 """
@@ -65,7 +65,7 @@ class Intervals:
 
     Args:
         sources: Documents of each source.
-        seed: Of the resampling; the same documents and seed give the same intervals.
+        seed: Seed of the resampling; the same documents and seed give the same intervals.
     """
 
     def __init__(self, sources: Sequence[SourceDocuments], seed: int = 0) -> None:

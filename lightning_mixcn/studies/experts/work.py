@@ -32,8 +32,8 @@ class BatchParts(NamedTuple):
     """What `ExpertImportance` gave of a batch.
 
     Args:
-        evaluated: Of the model as it is.
-        disabled: Of each layer.
+        evaluated: Figures of the model as it is.
+        disabled: Figures of each layer.
     """
 
     evaluated: Arrays
@@ -45,9 +45,9 @@ class ExpertResults:
     """Sums over all batches.
 
     Args:
-        names: Of the sources.
-        variants: What was disabled in each layer.
-        documents: Of each source; their variants are those of layer 0, then of layer 1 and so on.
+        names: Names of the sources.
+        variants: Experts that were disabled in each layer.
+        documents: Documents of each source; their variants are those of layer 0, then of layer 1 and so on.
         loads: ``load_counts`` ``[G, L, E]``, ``load_tokens``, ``load_entropy_nats``, ``load_confidence`` ``[G, L]`` and
             ``pairs`` ``[G, L, E, E]``, see `ExpertImportance.evaluate`.
         output_cosines: float64 ``[L, E, E]``, mean over the sampled tokens.
@@ -153,7 +153,7 @@ class BatchWork(NamedTuple):
     Args:
         part: Name of its parts.
         size: Tokens, and pairs that attention compares.
-        flops: What it costs.
+        flops: Cost of the batch.
         evaluate: Measures the model as it is.
         disable: Measures it without each expert of some layers, given what ``evaluate`` gave; a layer's number and
             arrays.

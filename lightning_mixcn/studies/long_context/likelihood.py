@@ -31,9 +31,9 @@ class DocumentRow:
     """BOS and the beginning of a document.
 
     Args:
-        source: Which source, from 0.
+        source: Number of the source, from 0.
         ids: int64 ``[N]``; the first is BOS.
-        byte_counts: int64 ``[N]``, UTF-8 bytes of text that each token stands for; 0 for BOS.
+        byte_counts: int64 ``[N]``, UTF-8 bytes of text of each token; 0 for BOS.
     """
 
     source: int
@@ -55,7 +55,7 @@ def longest_documents(
     Args:
         sets: The documents of each source.
         tokenizer: The model's.
-        documents: How many of each source, those with most bytes first.
+        documents: Number of documents of each source, those with most bytes first.
         max_tokens: Tokens of a row, BOS included; a longer document is cut.
         rank: Documents of all sources, longest first, are dealt to the ranks in turn.
         num_ranks: Number of ranks.
@@ -108,7 +108,7 @@ class LongContextResult(NamedTuple):
     """What `evaluate_lengths` gives, the same on every rank.
 
     Args:
-        likelihoods: Of each source that has documents, by ascending length.
+        likelihoods: Likelihoods of each source that has documents, by ascending length.
         out_of_memory: Lengths that did not fit.
     """
 

@@ -1,4 +1,4 @@
-"""Retrieval: does a model find one sentence again in a long text, wherever it stands?
+"""Retrieval: does a model find one sentence again in a long text, wherever it is?
 
 Passkey retrieval (Mohtashami and Jaggi 2023, https://arxiv.org/abs/2305.16300) hides a number, needle in a haystack a
 fact. The answer's tokens are given to the model, and it must have held each of them for the most likely one: that is so
@@ -33,9 +33,9 @@ class RetrievalTask:
 
     Args:
         filler: Sentences around it, which say nothing of it.
-        statement: What is hidden, with ``{topic}`` and ``{answer}``.
-        question: What comes last, with ``{topic}``; the answer continues it.
-        answer: How the answer continues the question, with ``{answer}``.
+        statement: Sentence that is hidden, with ``{topic}`` and ``{answer}``.
+        question: Sentence that comes last, with ``{topic}``; the answer continues it.
+        answer: Continuation of the question, with ``{answer}``.
         facts: Answers by topic; empty for random numbers of five digits.
     """
 
@@ -135,7 +135,7 @@ class Prompt(NamedTuple):
 
     Args:
         ids: int64 ``[N]``: BOS, filler with the statement in it, question, answer.
-        answer_tokens: How many tokens at the end are the answer.
+        answer_tokens: Number of tokens at the end that are the answer.
     """
 
     ids: Tensor
@@ -146,7 +146,7 @@ class RetrievalResult(NamedTuple):
     """What `evaluate_retrieval` gives, the same on every rank.
 
     Args:
-        accuracy: Of each task float64 ``[D, L]``, the share of prompts answered right.
+        accuracy: Accuracy of each task float64 ``[D, L]``, the share of prompts answered right.
         lengths: The L lengths.
         out_of_memory: Lengths that did not fit.
     """
@@ -176,10 +176,10 @@ def evaluate_retrieval(
         tokenizer: The model's.
         tasks: Names in `RETRIEVAL_TASKS`.
         lengths: Tokens of the prompts at most, ascending; they miss them by less than a sentence.
-        depths: Where the statement stands, from 0, behind BOS, to 1, before the question.
-        prompts: How many of each task, length and depth.
+        depths: Places of the statement, from 0, after BOS, to 1, before the question.
+        prompts: Number of prompts of each task, length and depth.
         chunk: Tokens of a forward pass.
-        seed: Of the facts and the filler's order. Torch's random numbers are not touched.
+        seed: Seed of the facts and the filler's order. Torch's random numbers are not touched.
         rank: This rank.
         num_ranks: Number of ranks.
 
@@ -222,8 +222,8 @@ def make_prompt(name: str, tokenizer: TextTokenizer, length: int, depth: float, 
         name: Task, in `RETRIEVAL_TASKS`.
         tokenizer: The model's.
         length: Tokens at most.
-        depth: Where the statement stands, 0 to 1.
-        seed: Of fact and filler; the same seed has the same fact at every length and depth.
+        depth: Place of the statement, 0 to 1.
+        seed: Seed of fact and filler; the same seed has the same fact at every length and depth.
 
     Raises:
         ValueError: ``length`` leaves no room for statement and question.

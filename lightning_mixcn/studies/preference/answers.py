@@ -23,8 +23,8 @@ class Answer(NamedTuple):
 
     Args:
         text: Without blanks around it.
-        tokens: How many it wrote, the one that ends an answer not counted.
-        ended: Whether the model ended it itself.
+        tokens: Number of tokens, without the one that ends an answer.
+        ended: True if the model ended it itself.
     """
 
     text: str
@@ -42,7 +42,7 @@ class AnsweringModel:
 
     Attributes:
         src: The same.
-        found: Where its parts are.
+        found: Places of its parts.
 
     Raises:
         ValueError: the template cannot be used, or a question leaves no room in the model's context.
@@ -77,8 +77,8 @@ class AnsweringModel:
         Args:
             model: This model, of `load_found`.
             question: Its number, from 0.
-            sampling: How tokens are chosen.
-            seed: Of the random numbers, together with the question's number.
+            sampling: Choice of tokens.
+            seed: Seed of the random numbers, together with the question's number.
         """
         prompt = self._prompts[question]
         digest = hashlib.sha256(f"{seed} {question}".encode()).digest()

@@ -28,7 +28,7 @@ class Matches:
     Args:
         models: Names.
         judges: Names.
-        items: What was on each side.
+        items: Models on each side.
         verdicts: int8 ``[J, I]``: `LEFT`, `RIGHT`, `TIE`, or `MISSING`.
     """
 

@@ -3,7 +3,7 @@
 Verdicts on one question go together: those of several judges, and of several pairs of models. So what counts for an
 interval is how many questions there are. Shares have Wilson's interval (Wilson 1927) of as many trials, which is not
 empty where all verdicts are alike; it is too wide rather than too narrow where questions have several verdicts or ties.
-For Elo the questions are drawn anew (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+For Elo the questions are drawn again (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
 
 Legend: Q questions, M models, J judges, I items, R resamples.
 """
@@ -166,7 +166,7 @@ class PairScore(NamedTuple):
     Args:
         model: The model.
         other: The other one.
-        verdicts: How many there are.
+        verdicts: Number of verdicts.
         win: Share of them that the model wins.
         tie: Share of ties.
         loss: Share that it loses.
@@ -205,7 +205,7 @@ class SideScore(NamedTuple):
 
     Args:
         judge: The judge, or ``all``.
-        verdicts: How many the judge gave.
+        verdicts: Number of the judge's verdicts.
         missing: Items without one.
         tie: Share of ties.
         left: Share of verdicts for the left, ties half: 0.5 is no bias.
@@ -223,13 +223,13 @@ class PreferenceScores:
 
     Args:
         matches: The verdicts.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Attributes:
         matches: The same.
-        pairs: Of every two models.
-        models: Of every model.
-        sides: Of every judge, and of all together last.
+        pairs: Figures of every two models.
+        models: Figures of every model.
+        sides: Figures of every judge, and of all together last.
     """
 
     def __init__(self, matches: Matches, seed: int = 0) -> None:

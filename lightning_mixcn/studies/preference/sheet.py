@@ -22,9 +22,9 @@ class Item(NamedTuple):
 
     Args:
         name: Its name in the sheet, which says nothing of the models.
-        question: Which question, from 0.
-        left: Which model's answer is on the left, from 0.
-        right: Which model's is on the right.
+        question: Number of the question, from 0.
+        left: Number of the model whose answer is on the left, from 0.
+        right: Number of the model on the right.
     """
 
     name: str
@@ -39,10 +39,10 @@ def lay_out(models: int, questions: int, *, sheet: str, seed: int, questions_per
     Orders come from hashes, so that they are the same with every release of Python and numpy.
 
     Args:
-        models: How many there are.
-        questions: How many there are.
+        models: Number of models.
+        questions: Number of questions.
         sheet: Name of the sheet, the beginning of all items' names.
-        seed: Of the order, the sides, and the questions that are drawn.
+        seed: Seed of the order, the sides, and the questions that are drawn.
         questions_per_pair: Draw this many questions for each pair; ``None`` takes all.
 
     Returns:
@@ -112,7 +112,7 @@ def sheet_csv(rows: Iterable[SheetRow]) -> bytes:
     """Write a sheet with empty verdicts: UTF-8 with a byte order mark, by which spreadsheets know it.
 
     Args:
-        rows: Of `printable` text. A cell that a spreadsheet would run as a formula gets an apostrophe in front.
+        rows: Rows of `printable` text. A cell that a spreadsheet would run as a formula gets an apostrophe in front.
     """
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\r\n")

@@ -41,11 +41,11 @@ class GGUFFile:
 
     Args:
         path: The file.
-        checkpoint: Of the model that it was made of.
+        checkpoint: Checkpoint of the model that it was made of.
 
     Attributes:
         path: The file.
-        sizes: Of its tensors.
+        sizes: Sizes of its tensors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -131,7 +131,7 @@ class GGUFLikelihood:
     Args:
         path: The file.
         sequence_length: Tokens of the longest piece of a document.
-        use_gpu: Whether llama.cpp may, if it was built for one.
+        use_gpu: Let llama.cpp use a GPU, if it was built for one.
 
     Raises:
         ValueError: llama.cpp cannot load the file.

@@ -34,7 +34,7 @@ class SourceSums:
         """Add up the pieces of each document, which batches may share.
 
         Args:
-            source: Which one.
+            source: Number of the source.
             parts: `score_documents` of each batch.
         """
         mine = [part["source"] == source for part in parts]
@@ -71,11 +71,11 @@ class FormatResult:
     """One line of the report.
 
     Args:
-        name: Of the format.
+        name: Name of the format.
         size: Bytes: of the weights in memory, computed where nothing stores them so, or of the file.
         size_of: ``memory``, ``computed`` or ``file``.
-        sizes: Of the weights.
-        relative_error: Of the rounded weights.
+        sizes: Sizes of the weights.
+        relative_error: Relative error of the rounded weights.
         sources: The documents of each source, by its name.
     """
 
@@ -117,9 +117,9 @@ def write_formats(folder: Path, settings: dict[str, Any], results: Sequence[Form
     """Write everything.
 
     Args:
-        folder: Where to.
-        settings: What the study was asked for.
-        results: Of each format, the unquantised one first.
+        folder: Folder to write to.
+        settings: Settings of the study.
+        results: Results of each format, the unquantised one first.
 
     Returns:
         The table in Markdown, which is in ``quantization.md``, too.
@@ -156,7 +156,7 @@ def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
 
     Args:
         path: PNG to write.
-        figures: Of each format.
+        figures: Figures of each format.
     """
     # Takes a second, which only those wait for who draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -26,10 +26,10 @@ class Sizes(NamedTuple):
     """What a format takes.
 
     Args:
-        bytes: Of all weights.
-        weights: How many there are.
-        quantised_bytes: Of those that NF4 rounds (attention's projections and experts).
-        quantised_weights: How many these are.
+        bytes: Bytes of all weights.
+        weights: Number of weights.
+        quantised_bytes: Bytes of those that NF4 rounds (attention's projections and experts).
+        quantised_weights: Number of these.
     """
 
     bytes: int
@@ -70,8 +70,8 @@ def round_singly(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give a dense model the weights of NF4 without double quantisation: float32 absolute maxima of 64 weights each.
 
     Args:
-        model: Of ``load_mixtral(quantization="none")``; it stays dense.
-        checkpoint: Where the unrounded weights are.
+        model: Model of ``load_mixtral(quantization="none")``; it stays dense.
+        checkpoint: Checkpoint with the unrounded weights.
     """
     device = next(model.parameters()).device
     for entry in rounded_entries(model, checkpoint):
@@ -84,8 +84,8 @@ def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype)
     """Root of the squared differences of all rounded weights from the checkpoint's, over that of the squared weights.
 
     Args:
-        model: Of any format.
-        checkpoint: Where the unrounded weights are.
+        model: Model of any format.
+        checkpoint: Checkpoint with the unrounded weights.
         dtype: As which the model computes with its weights.
     """
     rounded = rounded_entries(model, checkpoint)
@@ -97,7 +97,7 @@ def error_of(rounded: list[Entry], checkpoint: Checkpoint, decoded: Callable[[En
 
     Args:
         rounded: The weights.
-        checkpoint: Where the unrounded ones are.
+        checkpoint: Checkpoint with the unrounded ones.
         decoded: Gives ``count`` weights of an entry from number ``start`` on, ``[n]``.
     """
     squares = [part for entry in rounded for part in _squares(entry, checkpoint, decoded)]

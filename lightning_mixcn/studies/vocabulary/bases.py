@@ -53,7 +53,7 @@ def is_character(piece: str) -> bool:
 class FastBase:
     """A BPE that is a ``tokenizer.json`` alone, of characters or of bytes.
 
-    Merges of the new pieces stand behind all others, which has the effect of lower scores.
+    Merges of the new pieces come after all others, which has the effect of lower scores.
 
     Args:
         folder: With ``tokenizer.json``.

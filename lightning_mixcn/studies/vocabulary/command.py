@@ -84,7 +84,7 @@ def merge(
 ) -> None:
     """Merge new pieces into a base's tokenizer; old languages tokenize as before. Takes seconds.
 
-    New pieces get the ids behind the old ones, and scores (or merges) below all of them. `mixcn fit` takes the folder
+    New pieces get the ids after the old ones, and scores (or merges) below all of them. `mixcn fit` takes the folder
     as `model.init_args.tokenizer`, with `train_embeddings: true`.
 
     Args:
@@ -139,7 +139,7 @@ def report(
         out: Folder to make, with vocabulary.csv, vocabulary.json and vocabulary.txt; null prints the table only.
         max_documents: Most documents of each source, the first ones; null takes all.
         text_key: JSONL key, or parquet or Arrow column, of the text.
-        document_unit: What one document is in a text file: ``file``, ``line`` or ``blank-line``.
+        document_unit: Extent of a document in a text file: ``file``, ``line`` or ``blank-line``.
 
     Raises:
         ValueError: a tokenizer or a text is broken, or an argument of another form.

@@ -19,7 +19,7 @@ Unreachable = Literal["drop", "complete"]
 
 REPORT = "vocabulary_extension.json"
 _CONFIG = "tokenizer_config.json"
-# They load tokenizer.json as it stands; others of transformers rebuild it from their own idea of the model.
+# They load tokenizer.json as it is; others of transformers rebuild it from their own idea of the model.
 _AS_IT_STANDS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _REBUILT = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt", _CONFIG)
 
@@ -51,7 +51,7 @@ class ChosenPieces:
     """What became of each candidate.
 
     Args:
-        candidates: How many there were.
+        candidates: Number of given pieces.
         already_there: Those that the base has, or that came twice.
         other_script: Those with characters of another script.
         unreachable: Those that merges never arrive at, dropped.
@@ -99,9 +99,9 @@ def choose_pieces(
     Args:
         base: The tokenizer.
         candidates: SentencePiece pieces, the most wanted first.
-        script: Which characters a new piece may have.
+        script: Filter of the characters that a new piece may have.
         max_pieces: Most new pieces; ``None`` for all.
-        unreachable: What to do about pieces that merges do not arrive at.
+        unreachable: Treatment of pieces that merges do not arrive at.
 
     Raises:
         ValueError: nothing is left.
@@ -163,7 +163,7 @@ def write_tokenizer(base_folder: Path, base: TokenizerBase, chosen: ChosenPieces
         base_folder: Folder of the base's tokenizer; its configuration and chat template are copied.
         base: The tokenizer.
         chosen: The new pieces.
-        script: What they were filtered by, for the report.
+        script: Name of the filter, for the report.
         out: Folder to make.
 
     Raises:

@@ -24,7 +24,7 @@ class TokenCounts:
 
     Args:
         tokenizer: Name of the tokenizer.
-        pieces: How many it has.
+        pieces: Number of its pieces.
         source: Name of the text.
         documents: Documents counted.
         characters: Unicode characters of them.

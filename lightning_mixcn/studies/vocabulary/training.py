@@ -37,7 +37,7 @@ def train_pieces(
         character_coverage: Share of the characters of the text that get a piece.
         max_piece_characters: Characters of the longest piece.
         max_sentences: Sentences drawn at random from all, more than 100; 0 takes all.
-        seed: Of that draw.
+        seed: Seed of that draw.
 
     Returns:
         The serialised model. Text is not normalised, as in Mixtral's own.
@@ -67,7 +67,7 @@ def train_pieces(
             raise counted.error from None
         if not counted.count:
             raise UserError("`corpus` holds no text: every document is empty. Give files with text") from error
-        says = re.sub(r"^.*\] *", "", str(error)).rstrip(". ") or str(error)  # behind its own file and condition
+        says = re.sub(r"^.*\] *", "", str(error)).rstrip(". ") or str(error)  # after its own file and condition
         raise UserError(
             f"SentencePiece cannot make {vocab_size} pieces of {counted.count:,} sentences: {says}. Choose another "
             "`vocab_size`, or give more text"
@@ -109,7 +109,7 @@ def named_files(text: Sequence[str], text_key: str, document_unit: DocumentUnit)
     Args:
         text: The arguments.
         text_key: JSONL key, or parquet or Arrow column, of the text.
-        document_unit: What a document is in a text file.
+        document_unit: Extent of a document in a text file.
 
     Raises:
         ValueError: an argument of another form, a name twice, or a format that is not known.
@@ -168,7 +168,7 @@ def sentences(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _cut(line: str, start: int) -> int:
-    """Where a sentence that begins at ``start`` ends: the rest if it is short, else behind the last end in reach."""
+    """Return the end of a sentence that begins at ``start``: the rest if it is short, else the last end in reach."""
     limit = start + MAX_SENTENCE_CHARACTERS
     if limit >= len(line):
         return len(line)
