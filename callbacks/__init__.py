@@ -14,7 +14,6 @@ from .data_monitor import DataMonitor
 from .epoch_budget import EpochBudget
 from .expert_load.monitor import ExpertLoadMonitor
 from .long_context import LongContextEval
-from .rank_watch import RankWatch
 from .reports import EvaluationReport, FitSummary, PredictionWriter
 from .samples import SampleAnswers, SampleText
 from .step_progress_bar import StepProgressBar
@@ -33,7 +32,6 @@ __all__ = [
     "LongContextEval",
     "PredictionWriter",
     "PreemptionCheckpoint",
-    "RankWatch",
     "RunFacts",
     "SampleAnswers",
     "SampleText",

@@ -99,14 +99,14 @@ class Run:
                     found.append(int(environ.parent.name))
         return found
 
-    def end(self, message: str, timeout: float = 200) -> tuple[int, float]:
+    def end(self, message: str, timeout: float = 200, limit: float = LIMIT_SECONDS) -> tuple[int, float]:
         """Wait for a message, then for the end of all processes. Returns: exit code, and seconds between the two."""
         deadline, said = time.monotonic() + timeout, None
         while self.processes() or self.process.poll() is None:
             if said is None and re.search(message, " ".join(self.log.split())):
                 said = time.monotonic()
-            late = said is not None and time.monotonic() > said + LIMIT_SECONDS
-            assert not late, f"{len(self.processes())} processes are left {LIMIT_SECONDS} s after: {self.log[-3000:]}"
+            late = said is not None and time.monotonic() > said + limit
+            assert not late, f"{len(self.processes())} processes are left {limit} s after: {self.log[-3000:]}"
             assert time.monotonic() < deadline, self.log[-3000:]
             time.sleep(0.05)
         assert re.search(message, " ".join(self.log.split())), self.log[-6000:]
@@ -135,10 +135,17 @@ def start(tmp_path: Path, tiny_base: Path) -> Iterator[Start]:
     """Start a run of conversations or, with `kind="Pretrain"`, of texts; of its data and its trainer some changed."""
     runs: list[Run] = []
 
-    def make(kind: str = "Instruct", trainer: dict[str, Any] | None = None, launcher: str = "", **changes: Any) -> Run:
+    def make(
+        kind: str = "Instruct",
+        trainer: dict[str, Any] | None = None,
+        launcher: str = "",
+        ckpt_path: str | None = None,
+        **changes: Any,
+    ) -> Run:
         environment = {name: changes.pop(name) for name in list(changes) if name.isupper()}
         content = {
             "seed_everything": 0,
+            "ckpt_path": ckpt_path,
             "model": {
                 "class_path": f"{kind}Module",
                 "init_args": {
@@ -297,6 +304,22 @@ def test_no_worker_outlives_a_killed_run(start: Start, tmp_path: Path) -> None:
     trainer = {"callbacks": [{"class_path": "tampering.Kills"}]}
     run = start(trainer=trainer, micro_batch_size=16, sequence_length=512, KILLS="run")
     assert run.end("killing")[0] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all(rank: int, launcher: str, start: Start, tmp_path: Path) -> None:
+    """Nobody but torch and the launchers sees to it; the run's checkpoint is one to go on from."""
+    write(tmp_path / "a.jsonl", GOOD)
+    saving = {"class_path": "StepCheckpoint", "init_args": {"every_n_steps": 1}}
+    trainer = {"devices": 2, "strategy": "ddp", "enable_checkpointing": True}
+    killed = trainer | {"callbacks": [{"class_path": "tampering.Kills"}, saving]}
+    run = start(trainer=killed, launcher=launcher, KILLS="run", KILLS_RANK=str(rank))
+    code, seconds = run.end("killing", limit=60)
+    print(f"ended after {seconds:.1f} s with {code}")
+    assert code != 0
+    start(trainer=trainer | {"max_steps": 4, "callbacks": [saving]}, ckpt_path="last").end("max_steps=4. reached")
+    assert (tmp_path / "run/checkpoints/last.ckpt").resolve().name == "step=00000004.ckpt"
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ from lightning_mixcn.callbacks import (
     FitSummary,
     PredictionWriter,
     PreemptionCheckpoint,
-    RankWatch,
     StepCheckpoint,
     StepProgressBar,
     ThroughputLogger,
@@ -87,6 +86,7 @@ _NOISE = (
     "a dict with",
 )
 _UNKNOWN_CLASS = "Expected a dot import path string: "
+_REMOVED_CLASSES = {"RankWatch": "gone, since torch and the launchers end all ranks when one dies. Leave it out"}
 
 
 class RunConfig(SaveConfigCallback):
@@ -277,7 +277,7 @@ class MixcnCLI(LightningCLI):
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
-        callbacks: list[Callback] = [DataMonitor(), RankWatch()]
+        callbacks: list[Callback] = [DataMonitor()]
         if self.subcommand == "fit":
             callbacks += [PreemptionCheckpoint(), TrainabilityCheck(), FitSummary()]
             if settings.max_steps in (None, -1) and not settings.fast_dev_run:
@@ -336,6 +336,9 @@ def readable(message: str) -> str:
             line = (
                 f"there is no class {name!r}. Give one of lightning_mixcn by its name, another by its full import path"
             )
+        for name, why in _REMOVED_CLASSES.items():
+            if name in line:
+                return f"{name} is {why}"
         kept.append(line)
     return " ".join(kept)
 
