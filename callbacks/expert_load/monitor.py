@@ -1,4 +1,4 @@
-"""Which experts the tokens go to, while the model trains.
+"""Watch how tokens are shared out among the experts, while the model trains.
 
 Legend: L layers, E experts, N sources.
 """
@@ -19,7 +19,7 @@ from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, s
 from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.experts.observe import observe_routing
 
-from .report import ExpertLoadFile, Row, divergence_tags, layer_tags, load_figure, load_tags
+from .report import ExpertLoadFile, ExpertLoadRow, divergence_tags, layer_tags, load_figure, load_tags
 from .window import LoadWindow, StarvingExperts
 
 _PREFIX = {"train": "experts", "val": "experts/val"}
@@ -86,10 +86,8 @@ class ExpertLoadMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to observe, now that the model is there and where it belongs."""
-        model = causal_lm(self, pl_module).model
-        assert model is not None
-        self._observation = observe_routing(model, self._observe)
-        routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._observation = observe_routing(pl_module, self._observe)
+        routers = [module for module in pl_module.modules() if isinstance(module, Router)]
         names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
         for stage in ("train", "val"):
             sources = names(stage) if names else []
@@ -114,7 +112,9 @@ class ExpertLoadMonitor(Callback):
             if self._windows["train"].load_state_dict(state["window"]):
                 self._logged_at = state["logged_at"]
             else:
-                rank_zero_info("ExpertLoadMonitor begins to count anew: sources or `position_boundaries` have changed")
+                rank_zero_info(
+                    "ExpertLoadMonitor begins to count from scratch: sources or `position_boundaries` have changed"
+                )
         if trainer.is_global_zero:
             self._file.start(trainer.global_step, self._logged_at)
 
@@ -123,7 +123,7 @@ class ExpertLoadMonitor(Callback):
         self._expect("train", batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The batch's forward pass is over; what other callbacks may generate or evaluate later is not training."""
+        """End the batch's forward pass; what other callbacks may generate or evaluate later is not training."""
         self._close_batch()
 
     def on_train_batch_end(
@@ -135,12 +135,12 @@ class ExpertLoadMonitor(Callback):
         # Micro-batches of the next step still see this step's number.
         if step % self.every_n_steps == 0 and step > self._logged_at:
             is_drawn = self._drawn_at is None or step - self._drawn_at >= self.figure_every_n_steps
-            self._log_training(trainer, is_drawn)
+            self._close_window(trainer, is_drawn)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what came after the last log."""
         if trainer.global_step > self._logged_at:
-            self._log_training(trainer, is_drawn=True)
+            self._close_window(trainer, is_drawn=True)
         self._observation.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,13 +156,13 @@ class ExpertLoadMonitor(Callback):
             self._expect("val", batch)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """The batch's forward pass is over."""
+        """End the batch's forward pass."""
         self._close_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the pass."""
         if self._is_fitting(trainer):
-            self._log(trainer, "val", self._windows["val"].sum_up(trainer), is_drawn=True)
+            self._log(trainer, "val", is_drawn=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
@@ -174,7 +174,7 @@ class ExpertLoadMonitor(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window of all ranks, and what is compared with; Lightning calls this on every rank, as it must."""
+        """Return the open window of all ranks, and the first shares; Lightning calls this on every rank, as it must."""
         if not self._windows or self._restored is not None:
             return self._restored or {}
         if self._trainer is not None:
@@ -191,7 +191,7 @@ class ExpertLoadMonitor(Callback):
         self._restored = state_dict
 
     def _is_fitting(self, trainer: Trainer) -> bool:
-        """Whether a validation is one of a run, which `mixcn validate` and the check of its beginning are not."""
+        """Return whether a validation is one of a run, unlike `mixcn validate` and the check before training."""
         return self._trainer is not None and not trainer.sanity_checking
 
     def _expect(self, stage: str, batch: Any) -> None:
@@ -207,73 +207,75 @@ class ExpertLoadMonitor(Callback):
         if self._open is not None:
             self._open.observe(*routing)
 
-    def _log_training(self, trainer: Trainer, is_drawn: bool) -> None:
-        """Close the window and open the next one."""
-        step, window = trainer.global_step, self._windows["train"]
+    def _close_window(self, trainer: Trainer, is_drawn: bool) -> None:
+        """Log the window of training, and open the next one."""
+        if is_drawn:
+            self._drawn_at = trainer.global_step
+        self._log(trainer, "train", is_drawn)
+        self._windows["train"].clear()
+        self._logged_at = trainer.global_step
+
+    def _log(self, trainer: Trainer, stage: str, is_drawn: bool) -> None:
+        """Sum up the window of a stage on all ranks; write it on rank zero."""
+        step, window = trainer.global_step, self._windows[stage]
         sums = window.sum_up(trainer)
         overall = sums.of_groups(range(len(sums.counts)))
-        if int(overall.tokens.min()):
-            shares_LE = shares(overall.counts)
-            if self._base_shares_LE is None:
-                self._base_shares_LE = shares_LE
-            if starving := self._starving.update(shares_LE, step - self._logged_at):
-                rank_zero_warn(self._starving.warning(starving))
-        else:
-            rank_zero_warn(
-                f"ExpertLoadMonitor counted no token up to step {step}: no router saw as many as the batch has. "
-                "Give the model whole batches in `training_step`"
-            )
-        if is_drawn:
-            self._drawn_at = step
-        self._log(trainer, "train", sums, is_drawn)
-        window.clear()
-        self._logged_at = step
-
-    def _log(self, trainer: Trainer, stage: str, sums: LoadSums, is_drawn: bool) -> None:
+        shares_LE, is_counted = shares(overall.counts), bool(overall.tokens.min())
+        if stage == "train":
+            self._judge(step, shares_LE if is_counted else None)
         if not trainer.is_global_zero:
             return
-        step, window = trainer.global_step, self._windows[stage]
         self._file.append(_rows(step, stage, window, sums))
-        overall = sums.of_groups(range(len(sums.counts)))
-        if not int(overall.tokens.min()):
+        if not is_counted:
             return
-        by_source = {name: window.of_source(sums, source) for source, name in enumerate(window.sources)}
-        by_source = {name: of_source for name, of_source in by_source.items() if int(of_source.tokens.min())}
-        tags = self._tags(_PREFIX[stage], window, sums, by_source)
+        by_source = window.by_source(sums)
+        shares_of = {name: shares(part.counts) for name, part in by_source.items()}
+        tags = self._tags(_PREFIX[stage], overall, shares_LE, shares_of)
+        for name, part in by_source.items():
+            tags |= load_tags(f"{_PREFIX[stage]}/{name}", part)
+        if window.boundaries:
+            for start, part in window.by_position(sums).items():
+                tags |= load_tags(f"{_PREFIX[stage]}/position_from_{start}", part)
         for logger in trainer.loggers:
             # Lightning's own numbers of this step are logged under the one before: it counts them from 0.
             logger.log_metrics(tags, step=max(step - 1, 0))
             if is_drawn and (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)):
-                panels = {"all": overall} | (by_source if len(by_source) > 1 else {})
-                figure = load_figure({name: shares(part.counts) for name, part in panels.items()}, f"{stage}, {step}")
-                add_figure(f"{_PREFIX[stage]}/load", figure, max(step - 1, 0))
+                panels = {"all": shares_LE} | (shares_of if len(shares_of) > 1 else {})
+                add_figure(f"{_PREFIX[stage]}/load", load_figure(panels, f"{stage}, {step}"), max(step - 1, 0))
+
+    def _judge(self, step: int, shares_LE: Tensor | None) -> None:
+        """Keep the run's first shares, and warn of starving experts, or of no token at all."""
+        if shares_LE is None:
+            rank_zero_warn(
+                f"ExpertLoadMonitor counted no token up to step {step}: no router saw as many as the batch has. "
+                "Give the model whole batches in `training_step`"
+            )
+            return
+        if self._base_shares_LE is None:
+            self._base_shares_LE = shares_LE
+        if starving := self._starving.update(shares_LE, step - self._logged_at):
+            rank_zero_warn(self._starving.warning(starving))
 
     def _tags(
-        self, prefix: str, window: LoadWindow, sums: LoadSums, by_source: dict[str, LoadSums]
+        self, prefix: str, overall: LoadSums, shares_LE: Tensor, shares_of: dict[str, Tensor]
     ) -> dict[str, float]:
-        overall = sums.of_groups(range(len(sums.counts)))
+        """Return the numbers of all tokens, and how sources and time move the shares."""
         tags = load_tags(prefix, overall)
         if self.per_layer:
             tags |= layer_tags(prefix, overall)
-        for name, of_source in by_source.items():
-            tags |= load_tags(f"{prefix}/{name}", of_source)
-        if window.boundaries:
-            for bucket, start in enumerate(window.bucket_starts()):
-                tags |= load_tags(f"{prefix}/position_from_{start}", window.of_bucket(sums, bucket))
-        if len(by_source) > 1:
-            tables_NLE = torch.stack([shares(of_source.counts) for of_source in by_source.values()])
-            bits_L = jensen_shannon_bits(tables_NLE)
-            tags |= divergence_tags(prefix, "source_divergence_bits", bits_L, self.per_layer)
-        if self._base_shares_LE is not None:
-            bits_L = jensen_shannon_bits(torch.stack((self._base_shares_LE, shares(overall.counts))))
-            tags |= divergence_tags(prefix, "drift_bits", bits_L, self.per_layer)
+        pairs = {"source_divergence_bits": list(shares_of.values()) if len(shares_of) > 1 else []}
+        pairs["drift_bits"] = [] if self._base_shares_LE is None else [self._base_shares_LE, shares_LE]
+        for name, tables in pairs.items():
+            if tables:
+                bits_L = jensen_shannon_bits(torch.stack(tables))
+                tags |= divergence_tags(prefix, name, bits_L, self.per_layer)
         return tags
 
 
-def _rows(step: int, stage: str, window: LoadWindow, sums: LoadSums) -> Iterator[Row]:
+def _rows(step: int, stage: str, window: LoadWindow, sums: LoadSums) -> Iterator[ExpertLoadRow]:
     names, starts = window.sources or ["all"], window.bucket_starts()
     for group, counts_LE in enumerate(sums.counts[:-1].tolist()):
         source, bucket = divmod(group, window.num_buckets)
         for layer, counts_E in enumerate(counts_LE):
             for expert, tokens in enumerate(counts_E):
-                yield Row(step, stage, names[source], starts[bucket], layer, expert, tokens)
+                yield ExpertLoadRow(step, stage, names[source], starts[bucket], layer, expert, tokens)

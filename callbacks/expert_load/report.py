@@ -1,4 +1,4 @@
-"""Tokens of each expert as a file, for those who plot on their own."""
+"""Tokens of each expert as a file, a figure and tags of TensorBoard."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
@@ -8,17 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_mixcn.files.atomic import write_text
-from lightning_mixcn.metrics.expert_load import (
-    LoadSums,
-    coefficient_of_variation,
-    dead_expert_fraction,
-    effective_experts,
-    imbalance_max_over_mean,
-    shares,
-)
+from lightning_mixcn.metrics.expert_load import LoadSums, shares
 
 
-class Row(NamedTuple):
+class ExpertLoadRow(NamedTuple):
     """A line of the file.
 
     Args:
@@ -26,9 +19,9 @@ class Row(NamedTuple):
         stage: ``train``, of the steps since the last such line; or ``val``, of one pass.
         source: Name of the source, ``all`` where sources have no names.
         position_from: First position in its document of the bucket of positions.
-        layer: From 0.
-        expert: From 0.
-        tokens: How often it was chosen.
+        layer: Number of the layer, from 0.
+        expert: Number of the expert, from 0.
+        tokens: Number of times that the expert was chosen.
     """
 
     step: int
@@ -40,7 +33,7 @@ class Row(NamedTuple):
     tokens: int
 
 
-_HEADER = ",".join(Row._fields) + "\n"
+_HEADER = ",".join(ExpertLoadRow._fields) + "\n"
 
 
 class ExpertLoadFile:
@@ -59,12 +52,12 @@ class ExpertLoadFile:
 
         Args:
             step: Optimizer steps done; 0 begins a new file.
-            logged_at: Of these, those whose training lines were written before the checkpoint was.
+            logged_at: Number of these whose training lines were written before the checkpoint was.
         """
         self._started_at = step
         self._keep(lambda at, stage: at <= (logged_at if stage == "train" else step) and step > 0)
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[ExpertLoadRow]) -> None:
         """Add the lines of one step and stage."""
         lines = list(rows)
         if lines and lines[0].step <= self._started_at:
@@ -91,8 +84,8 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     """Draw heatmaps.
 
     Args:
-        shares_by_name: Of each panel, the share of each expert in its layer, float ``[L, E]`` on the CPU.
-        title: Over all panels.
+        shares_by_name: Each panel's share of each expert in its layer, float ``[L, E]`` on the CPU.
+        title: Title over all panels.
 
     Returns:
         A `matplotlib.figure.Figure`, which belongs to no window.
@@ -120,22 +113,22 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     return figure
 
 
-# Each number, and which layer's is the worst; of the routers' confidence, neither end is.
-_OF_COUNTS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "imbalance_max_over_mean": (imbalance_max_over_mean, Tensor.max),
-    "coefficient_of_variation": (coefficient_of_variation, Tensor.max),
-    "dead_expert_fraction": (dead_expert_fraction, Tensor.max),
-    "effective_experts": (effective_experts, Tensor.min),
-    "smallest_share": (lambda counts: shares(counts).amin(-1), Tensor.min),
+# The worst layer's value of each number. A router's entropy and confidence have no bad end.
+_WORST: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "imbalance_max_over_mean": Tensor.max,
+    "coefficient_of_variation": Tensor.max,
+    "dead_expert_fraction": Tensor.max,
+    "effective_experts": Tensor.min,
+    "smallest_share": Tensor.min,
 }
 
 
 def load_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
-    """Means over the layers, and the worst layer's.
+    """Return each number's mean over the layers, and its worst layer's.
 
     Args:
         prefix: First part of the names.
-        sums: By layer ``[L]``.
+        sums: Sums by layer ``[L]``.
 
     Returns:
         Empty if no token was counted.
@@ -143,29 +136,28 @@ def load_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
     if not int(sums.tokens.sum()):
         return {}
     tags: dict[str, float] = {}
-    for name, (number, worst) in _OF_COUNTS.items():
-        values_L = number(sums.counts)
+    for name, values_L in sums.numbers().items():
         tags[f"{prefix}/{name}"] = float(values_L.mean())
-        tags[f"{prefix}/{name}_worst_layer"] = float(worst(values_L))
-    for name, values_L in _of_router(sums).items():
-        tags[f"{prefix}/{name}"] = float(values_L.mean())
+        if name in _WORST:
+            tags[f"{prefix}/{name}_worst_layer"] = float(_WORST[name](values_L))
     return tags
 
 
 def layer_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
-    """The same numbers of each layer, and each expert's share.
+    """Return the same numbers of each layer, and each expert's share.
 
     Args:
         prefix: First part of the names.
-        sums: By layer ``[L]``.
+        sums: Sums by layer ``[L]``.
 
     Returns:
         ``<prefix>/layer_00/…``; empty if no token was counted.
     """
     if not int(sums.tokens.sum()):
         return {}
-    numbers = {name: number(sums.counts) for name, (number, _) in _OF_COUNTS.items()} | _of_router(sums)
-    numbers |= {f"share_{expert}": share_L for expert, share_L in enumerate(shares(sums.counts).unbind(-1))}
+    numbers = sums.numbers() | {
+        f"share_{expert}": share_L for expert, share_L in enumerate(shares(sums.counts).unbind(-1))
+    }
     return {
         f"{prefix}/layer_{layer:02d}/{name}": float(value)
         for name, values_L in numbers.items()
@@ -174,11 +166,11 @@ def layer_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
 
 
 def divergence_tags(prefix: str, name: str, bits: Tensor, per_layer: bool) -> dict[str, float]:
-    """A divergence: its mean over the layers, its largest, and on request each layer's.
+    """Return a divergence's mean over the layers, its largest, and on request each layer's.
 
     Args:
         prefix: First part of the names.
-        name: What diverges, with its unit.
+        name: Name of the divergence, with its unit.
         bits: ``[L]``.
         per_layer: Give each layer's, too.
     """
@@ -186,10 +178,3 @@ def divergence_tags(prefix: str, name: str, bits: Tensor, per_layer: bool) -> di
     if per_layer:
         tags |= {f"{prefix}/layer_{layer:02d}/{name}": float(value) for layer, value in enumerate(bits)}
     return tags
-
-
-def _of_router(sums: LoadSums) -> dict[str, Tensor]:
-    return {
-        "router_entropy_nats": sums.entropy_nats / sums.tokens,
-        "router_confidence": sums.confidence / sums.tokens,
-    }

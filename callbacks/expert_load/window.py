@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import ExpertLoad, LoadSums
-from lightning_mixcn.metrics.likelihood import per_position
 
 Batch = dict[str, Tensor]
 
@@ -51,23 +50,24 @@ class LoadWindow:
         for boundary in self.boundaries:
             group_BS += positions_BS >= boundary
         if self.sources:
-            source_BS = per_position(batch["source_ids"], documents_BS).long()
+            source_ids = batch["source_ids"]  # [B, S], or [B] where a row has one source
+            source_BS = source_ids.view(len(source_ids), -1).expand_as(documents_BS).long()
             known_BS = (source_BS >= 0) & (source_BS < len(self.sources))
             last = len(self.sources) * self.num_buckets
             group_BS = torch.where(known_BS, group_BS + source_BS * self.num_buckets, last)
         self._groups = torch.where(documents_BS >= 0, group_BS, -1).flatten()
 
     def close_batch(self) -> None:
-        """What is forwarded from now on is not the batch's forward pass."""
+        """End the batch's forward pass."""
         self._groups = None
 
     def observe(self, layer: int, logits_TE: Tensor, _weights_TK: Tensor, index_TK: Tensor) -> None:
-        """Count what a router did, if it was with the open batch."""
+        """Count a router's choices, if they are those of the open batch."""
         if self._groups is not None and len(self._groups) == len(index_TK):
             self._load.update(layer, logits_TE, index_TK, self._groups)
 
     def sum_up(self, trainer: Trainer) -> LoadSums:
-        """Move this rank's sums to those of all ranks; called on all of them at the same time.
+        """Add this rank's sums to those of all ranks; called on all of them at the same time.
 
         Returns:
             Sums over all ranks since `clear`, on the CPU.
@@ -76,13 +76,18 @@ class LoadWindow:
             ValueError: tokens belong to none of the sources.
         """
         mine = [getattr(self._load, name) for name in LoadSums._fields]
-        # One reduction: float64 holds counts exactly up to 2⁵³. It works in place, but not on what `cat` made.
+        # One reduction instead of torchmetrics' one for each state: float64 holds counts exactly up to 2⁵³. It works in
+        # place, on the copy that `cat` makes.
         packed = torch.cat([part.double().flatten() for part in mine])
-        summed = trainer.strategy.reduce(packed, reduce_op="sum").cpu() / _replicas(trainer)
+        summed = trainer.strategy.reduce(packed, reduce_op="sum").cpu()
         self._load.reset()
         parts = summed.split([part.numel() for part in mine])
-        pairs = zip(mine, parts, strict=True)
-        self._totals = self._totals.plus(LoadSums(*(total.view(like.shape).to(like.dtype) for like, total in pairs)))
+        self._totals = LoadSums(
+            *(
+                before + part.view(before.shape).to(before.dtype)
+                for before, part in zip(self._totals, parts, strict=True)
+            )
+        )
         if strangers := int(self._totals.tokens[-1].max()):
             raise UserError(
                 f"{strangers} tokens have `source_ids` outside of 0 to {len(self.sources) - 1}; the data module's "
@@ -91,28 +96,34 @@ class LoadWindow:
         return self._totals
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Forget all sums."""
         self._load.reset()
         self._totals = self._empty()
 
-    def of_source(self, sums: LoadSums, source: int) -> LoadSums:
-        """Sums ``[L]`` of one source."""
-        return sums.of_groups(range(source * self.num_buckets, (source + 1) * self.num_buckets))
+    def by_source(self, sums: LoadSums) -> dict[str, LoadSums]:
+        """Return the sums ``[L]`` of each source that has tokens in every layer."""
+        groups = {name: range(i * self.num_buckets, (i + 1) * self.num_buckets) for i, name in enumerate(self.sources)}
+        parts = {name: sums.of_groups(chosen) for name, chosen in groups.items()}
+        return {name: part for name, part in parts.items() if int(part.tokens.min())}
 
-    def of_bucket(self, sums: LoadSums, bucket: int) -> LoadSums:
-        """Sums ``[L]`` of one bucket of positions."""
-        return sums.of_groups(range(bucket, len(sums.counts) - 1, self.num_buckets))
+    def by_position(self, sums: LoadSums) -> dict[int, LoadSums]:
+        """Return the sums ``[L]`` of each bucket of positions, by its first position."""
+        last = len(sums.counts) - 1
+        return {
+            start: sums.of_groups(range(bucket, last, self.num_buckets))
+            for bucket, start in enumerate(self.bucket_starts())
+        }
 
     def bucket_starts(self) -> list[int]:
-        """First position of each bucket."""
+        """Return the first position of each bucket."""
         return [0, *self.boundaries]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `sum_up` summed up."""
+        """Return the sums of all ranks."""
         return {"sources": self.sources, "boundaries": self.boundaries, "sums": list(self._totals)}
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Go on from a checkpoint; ``False`` if it counted other groups of tokens, which then are forgotten."""
+        """Go on from a checkpoint; return ``False`` if it counted other groups of tokens, which are forgotten then."""
         if state["sources"] != self.sources or state["boundaries"] != self.boundaries:
             return False
         self._totals = LoadSums(*state["sums"])
@@ -123,18 +134,12 @@ class LoadWindow:
         return LoadSums(*parts)
 
 
-def _replicas(trainer: Trainer) -> int:
-    """How many ranks read the same rows, which several do under tensor parallelism."""
-    readers = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-    return int(trainer.world_size // readers)
-
-
 class StarvingExperts:
     """Counts for each expert the optimizer steps that it has been under a share of its layer's tokens.
 
     Args:
         share: The share, in uniform shares (1 / E).
-        steps: Optimizer steps after which an expert is told of.
+        steps: Optimizer steps after which an expert is warned of.
     """
 
     def __init__(self, share: float, steps: int) -> None:
@@ -146,7 +151,7 @@ class StarvingExperts:
 
         Args:
             shares_LE: Share of each expert in its layer, over these steps.
-            steps: How many they are.
+            steps: Number of these steps.
 
         Returns:
             Layer and expert of those that have now starved for long enough and had not before.
@@ -158,7 +163,7 @@ class StarvingExperts:
         return [(layer, expert) for layer, expert in is_new_LE.nonzero().tolist()]
 
     def warning(self, starving: list[tuple[int, int]]) -> str:
-        """One line that names the experts."""
+        """Name the experts in one line."""
         by_layer: dict[int, list[str]] = {}
         for layer, expert in starving:
             by_layer.setdefault(layer, []).append(str(expert))
@@ -169,7 +174,7 @@ class StarvingExperts:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps of each expert."""
+        """Return the steps of each expert."""
         return {"steps": self._steps_LE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

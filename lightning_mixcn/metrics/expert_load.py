@@ -34,9 +34,17 @@ class LoadSums(NamedTuple):
         chosen = list(groups)
         return LoadSums(*(part[chosen].sum(0) for part in self))
 
-    def plus(self, other: "LoadSums") -> "LoadSums":
-        """Add other tokens' sums."""
-        return LoadSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+    def numbers(self) -> dict[str, Tensor]:
+        """Return the imbalance of the experts and the routers' confidence in numbers, ``[...]`` each, by name."""
+        return {
+            "imbalance_max_over_mean": imbalance_max_over_mean(self.counts),
+            "coefficient_of_variation": coefficient_of_variation(self.counts),
+            "dead_expert_fraction": dead_expert_fraction(self.counts),
+            "effective_experts": effective_experts(self.counts),
+            "smallest_share": shares(self.counts).amin(-1),
+            "router_entropy_nats": self.entropy_nats / self.tokens,
+            "router_confidence": self.confidence / self.tokens,
+        }
 
 
 class ExpertLoad(Metric):

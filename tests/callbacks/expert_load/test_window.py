@@ -1,6 +1,6 @@
 """Which tokens belong to which group, and what is refused."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +34,11 @@ def counted(window: LoadWindow, batch: dict[str, torch.Tensor] = BATCH) -> LoadS
 def test_by_source_and_position() -> None:
     load = window(["zh", "en"], [1, 2])
     sums = counted(load)
-    assert load.of_source(sums, 0).counts.tolist() == [[1, 1, 0]]
-    assert load.of_source(sums, 1).counts.tolist() == [[1, 2, 2]]
-    assert [load.of_bucket(sums, bucket).counts.tolist() for bucket in range(3)] == [
+    assert {name: part.counts.tolist() for name, part in load.by_source(sums).items()} == {
+        "zh": [[1, 1, 0]],
+        "en": [[1, 2, 2]],
+    }
+    assert [part.counts.tolist() for part in load.by_position(sums).values()] == [
         [[2, 0, 1]],
         [[0, 2, 1]],
         [[0, 1, 0]],
@@ -47,7 +49,7 @@ def test_by_source_and_position() -> None:
 def test_a_source_for_each_row() -> None:
     load = window(["zh", "en"], [])
     sums = counted(load, BATCH | {"source_ids": torch.tensor([1, 0], dtype=torch.int16)})
-    assert load.of_source(sums, 0).counts.tolist() == [[1, 2, 0]]
+    assert load.by_source(sums)["zh"].counts.tolist() == [[1, 2, 0]]
 
 
 def test_without_names_all_tokens_are_counted_together() -> None:
@@ -78,31 +80,6 @@ def test_the_state_goes_on_with_the_same_groups_only() -> None:
     assert counted(second).counts.sum() == 14
     assert not other.load_state_dict(state)
     assert counted(other).counts.sum() == 7
-
-
-class TensorParallel:
-    """A trainer of four ranks, of which two read the same rows each."""
-
-    world_size = 4
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        return {"num_replicas": 2}
-
-    @property
-    def strategy(self) -> "TensorParallel":
-        return self
-
-    def reduce(self, values: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        assert reduce_op == "sum"
-        return 4 * values
-
-
-def test_ranks_that_read_the_same_rows_count_them_once() -> None:
-    load = window([], [])
-    load.open_batch(BATCH)
-    load.observe(0, LOGITS, WEIGHTS, EXPERTS)
-    assert load.sum_up(cast(Trainer, TensorParallel())).counts[0].tolist() == [[4, 6, 4]]
 
 
 FED, HUNGRY = [0.25, 0.25, 0.25, 0.25], [0.4, 0.35, 0.24, 0.01]
