@@ -17,12 +17,14 @@ from lightning_mixcn.data import StreamDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.model import bytes_in_memory, count_parameters
+from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 
 from .checkpoints import StepCheckpoint
+from .clocks import step_clock
 
 FACTS_FILE = "facts.json"
 
-# Attributes that a checkpoint keeps, `validations` aside.
+# Numbers that a checkpoint keeps, `validations` aside.
 _STATE = ("tokens", "text_bytes", "training_seconds", "fit_seconds", "peak_memory_bytes")
 
 
@@ -30,8 +32,8 @@ class RunFacts(Callback):
     """Write ``facts.json`` into the run's folder: size of the model, tokens, speed and each validation's likelihoods.
 
     It holds ``parameters`` (total, trainable, quantised), ``bytes_in_memory``, ``steps`` of ``planned_steps``,
-    ``tokens_seen`` (positions that are not padding) and ``text_bytes_seen`` (UTF-8 bytes of their text, null without a
-    tokenizer in the data module), both of all ranks; ``training_seconds`` (steps and waiting for data; no validation,
+    ``tokens_seen`` (positions that are not padding) and ``text_bytes_seen`` (UTF-8 bytes of their pieces, null without
+    a tokenizer in the data module), both of all ranks; ``training_seconds`` (steps and waiting for data; no validation,
     no samples), ``fit_seconds`` (everything since the model is there), ``tokens_per_second``, ``peak_memory_bytes``
     (of the rank with most: allocated on a GPU, else resident in the process), and ``validations``: a list of ``step``,
     ``text_bytes_seen`` and ``sources``, which has ``nll_nats_per_token``, ``bits_per_byte``, ``tokens`` and ``bytes``
@@ -39,102 +41,114 @@ class RunFacts(Callback):
     """
 
     def __init__(self) -> None:
-        self._tokens = self._text_bytes = 0  # of all ranks
-        self._training_seconds = 0.0
-        self._mark: float | None = None
-        self._fit_seconds = 0.0
-        self._fit_mark: float | None = None
-        self._peak_memory_bytes = 0
+        self._before: dict[str, Any] = dict.fromkeys(_STATE, 0)  # in the processes before this one, of all ranks
         self._validations: list[dict[str, Any]] = []
+        self._piece_bytes: Tensor | None = None  # [V] int64
+        self._seen: Tensor | None = None  # of this rank and process: tokens, text bytes; on the device
+        self._fit_started: float | None = None
+        self._run: tuple[Trainer, LightningModule] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's clock."""
+        if stage == "fit":
+            self._clock = step_clock(trainer)
+            tokenizer = _tokenizer(trainer)
+            self._piece_bytes = None if tokenizer is None else torch.tensor(piece_bytes(tokenizer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the whole."""
-        self._fit_mark = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock at the first step."""
-        if self._mark is None:
-            self._mark = time.perf_counter()
+        self._fit_started, self._seen, self._run = time.perf_counter(), None, (trainer, pl_module)
+        if self._piece_bytes is not None:
+            self._piece_bytes = self._piece_bytes.to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Count the batch's tokens and its seconds, those it waited for data included."""
-        assert self._mark is not None
-        here = torch.tensor([*_tokens_and_bytes(batch, _tokenizer(trainer))], device=pl_module.device)
-        counted: Any = trainer.strategy.reduce(here, reduce_op="sum")
-        tokens, text_bytes = counted.tolist()
-        self._tokens, self._text_bytes = self._tokens + tokens, self._text_bytes + text_bytes
-        now = time.perf_counter()
-        self._training_seconds += now - self._mark
-        self._mark = now
-        self._measure(pl_module)
+        """Count the batch on the device, without waiting for it."""
+        is_token_BS = batch["document_ids"] >= 0
+        table = self._piece_bytes
+        bytes_BS = torch.zeros_like(batch["input_ids"]) if table is None else table[batch["input_ids"]]
+        seen = torch.stack([is_token_BS.sum(), (bytes_BS * is_token_BS).sum()])
+        self._seen = seen if self._seen is None else self._seen + seen
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the likelihoods, and leave validation out of the training time."""
-        if self._mark is not None:
-            self._mark = time.perf_counter()
-        if not trainer.sanity_checking:
+        """Keep the likelihoods."""
+        if not trainer.sanity_checking and self._run is not None:
             # `source_likelihoods` is CausalLMModule's; a callback of another host has nothing to keep.
             sources = getattr(pl_module, "source_likelihoods", {}).get("val", {})
-            kept = {"step": trainer.global_step, "text_bytes_seen": self._bytes_seen(trainer), "sources": sources}
+            seen = None if self._piece_bytes is None else self._numbers()["text_bytes"]
+            kept = {"step": trainer.global_step, "text_bytes_seen": seen, "sources": sources}
             self._validations.append(json.loads(json.dumps(kept)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, complete or not at all."""
-        self._measure(pl_module)
-        peak: Any = trainer.strategy.reduce(
-            torch.tensor(self._peak_memory_bytes, device=pl_module.device), reduce_op="max"
-        )
+        numbers = self._numbers()
         if not trainer.is_global_zero:
             return
+        seconds = numbers["training_seconds"]
         facts = {
             "parameters": count_parameters(pl_module),
             "bytes_in_memory": bytes_in_memory(pl_module),
             "steps": trainer.global_step,
             "planned_steps": trainer.max_steps,
-            "tokens_seen": self._tokens,
-            "text_bytes_seen": self._bytes_seen(trainer),
-            "training_seconds": self._training_seconds,
-            "fit_seconds": self._fit_seconds,
-            "tokens_per_second": self._tokens / self._training_seconds if self._training_seconds else 0.0,
-            "peak_memory_bytes": int(peak),
+            "tokens_seen": numbers["tokens"],
+            "text_bytes_seen": None if self._piece_bytes is None else numbers["text_bytes"],
+            "training_seconds": seconds,
+            "fit_seconds": numbers["fit_seconds"],
+            "tokens_per_second": numbers["tokens"] / seconds if seconds else 0.0,
+            "peak_memory_bytes": numbers["peak_memory_bytes"],
             "validations": self._validations,
         }
         write_text(Path(trainer.default_root_dir, FACTS_FILE), json.dumps(facts, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted so far, in plain values."""
-        return {name: getattr(self, f"_{name}") for name in _STATE} | {"validations": list(self._validations)}
+        """Return the counts so far, in plain values; Lightning calls this on every rank, as it must."""
+        return self._numbers() | {"validations": list(self._validations)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
-        for name in _STATE:
-            setattr(self, f"_{name}", state_dict[name])
+        self._before = {name: state_dict[name] for name in _STATE}
         self._validations = list(state_dict["validations"])
 
-    def _measure(self, pl_module: LightningModule) -> None:
-        """Bring time and memory up to date."""
-        now = time.perf_counter()
-        self._fit_seconds += 0.0 if self._fit_mark is None else now - self._fit_mark
-        self._fit_mark = now
-        device = pl_module.device
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
-        self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
+    def _numbers(self) -> dict[str, Any]:
+        """Add this process's counts, of all ranks, to those before it."""
+        found = dict(self._before)
+        if self._run is None or self._fit_started is None:
+            return found
+        trainer, module = self._run
+        seen = torch.zeros(2, dtype=torch.int64, device=module.device) if self._seen is None else self._seen.clone()
+        peak = _peak_memory_bytes(module.device)
+        seen, peak = (
+            trainer.strategy.reduce(seen, reduce_op="sum"),
+            trainer.strategy.reduce(torch.tensor(peak, device=module.device), reduce_op="max"),
+        )
+        tokens, text_bytes = seen.tolist()
+        found["tokens"] += tokens
+        found["text_bytes"] += text_bytes
+        found["training_seconds"] += self._clock.training_seconds
+        found["fit_seconds"] += time.perf_counter() - self._fit_started
+        found["peak_memory_bytes"] = max(found["peak_memory_bytes"], int(peak))
+        return found
 
-    def _bytes_seen(self, trainer: Trainer) -> int | None:
-        return None if _tokenizer(trainer) is None else self._text_bytes
+
+def piece_bytes(tokenizer: Any) -> list[int]:
+    """Return the UTF-8 bytes of each id's piece, 0 for special tokens.
+
+    Args:
+        tokenizer: A `TextTokenizer`.
+    """
+    pieces = TokenizerPieces(Path(tokenizer.path))
+    special = {index for index, is_special in tokenizer.added_tokens.values() if is_special}
+    special |= {tokenizer.bos_id, tokenizer.eos_id}
+    return [0 if index in special else pieces.num_bytes(index) for index in range(len(pieces))]
 
 
 def _tokenizer(trainer: Trainer) -> Any:
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 
-def _tokens_and_bytes(batch: dict[str, Tensor], tokenizer: Any) -> tuple[int, int]:
-    """Of this rank's batch: positions that are no padding, and bytes of their text."""
-    is_token = batch["document_ids"] >= 0
-    rows = [] if tokenizer is None else zip(batch["input_ids"], is_token, strict=True)
-    return int(is_token.sum()), sum(tokenizer.num_bytes(row[kept].tolist()) for row, kept in rows)
+def _peak_memory_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 _ROWS_MEASURED = 2048
@@ -198,7 +212,7 @@ class ByteBudget(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have the checkpoint of a step that is validated saved behind the validation: no resumed run lacks one."""
+        """Have the checkpoint of a step that is validated saved after the validation: no resumed run lacks one."""
         if trainer.global_step in self._due:
             for checkpoint in _step_checkpoints(trainer):
                 checkpoint.postpone()

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Mapping
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from .clocks import FetchClock
+from .clocks import step_clock
 
 # Difference between a source's share of tokens and the share asked for that is warned of, and the rows that hold the
 # weights as closely for any number of streams: in fewer, a row of one source is a large share.
@@ -40,21 +39,17 @@ class DataMonitor(Callback):
         self._counts: Tensor | None = None  # of this rank, not in the sums above yet: padding, then each source
         self._logged_at = 0
         self._trainer: Trainer | None = None
-        self._clock: FetchClock | None = None
-        self._window_start = self._validation_start = 0.0
         self._recent: deque[tuple[int, dict[str, int]]] = deque()  # positions and tokens, of all ranks, between logs
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the sources' names, and begin to listen where the trainer tells its profiler of its waiting."""
+        """Ask for the sources' names, and find the run's clock."""
         if stage != "fit":
             return
         names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
         self._names = names("train") if names else []
         self._counts = None
-        self._trainer = trainer
-        host: Any = trainer  # its attributes that Lightning sets outside of the class have no types
-        self._clock = host.profiler = FetchClock(host.profiler, perf_counter)
+        self._trainer, self._clock = trainer, step_clock(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the first window; that of a resumed run begins where it goes on."""
@@ -62,15 +57,7 @@ class DataMonitor(Callback):
         self._padding = self._positions = 0
         self._recent.clear()
         self._logged_tokens = dict(self._tokens)
-        self._window_start = perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows is not training time."""
-        self._validation_start = perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the window."""
-        self._window_start += perf_counter() - self._validation_start
+        self._window_start, self._waited = self._clock.seconds, self._clock.waited_seconds
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,15 +77,12 @@ class DataMonitor(Callback):
         self._sum_up()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the trainer its profiler back."""
-        if self._clock is not None:
-            host: Any = trainer
-            host.profiler = self._clock.profiler
-        self._clock = self._trainer = None
+        """Let go of the trainer."""
+        self._trainer = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the trainer its profiler back."""
-        self.teardown(trainer, pl_module, "fit")
+        """Let go of the trainer."""
+        self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens of each source; Lightning calls this on every rank, as it must."""
@@ -122,10 +106,7 @@ class DataMonitor(Callback):
             return
         trainer, counts = self._trainer, self._counts
         self._counts = None
-        # Under tensor parallelism several ranks read the same rows.
-        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-        summed = trainer.strategy.reduce(counts, reduce_op="sum") // (trainer.world_size // replicas)
-        padding, *tokens = summed.tolist()
+        padding, *tokens = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self._padding += padding
         self._positions += padding + sum(tokens)
         for name, count in zip(self._names, tokens, strict=True):
@@ -137,7 +118,7 @@ class DataMonitor(Callback):
         if self._positions:
             values["data/padding_share"] = self._padding / self._positions
         data = getattr(trainer, "datamodule", None)
-        values |= self._recent_shares(trainer, data) | _told_by(data) | self._waiting(trainer)
+        values |= self._recent_shares(trainer, data) | _of_data_module(data) | self._waiting(trainer)
         self._padding = self._positions = 0
         # float64, or Lightning would round counts to float32.
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
@@ -181,10 +162,9 @@ class DataMonitor(Callback):
 
     def _waiting(self, trainer: Trainer) -> dict[str, float]:
         """Close the window of time and open the next one."""
-        assert self._clock is not None
-        now = perf_counter()
-        spent = torch.tensor([self._clock.take(), now - self._window_start], dtype=torch.float64)
-        self._window_start = now
+        now, waits = self._clock.seconds, self._clock.waited_seconds
+        spent = torch.tensor([waits - self._waited, now - self._window_start], dtype=torch.float64)
+        self._window_start, self._waited = now, waits
         waited, elapsed = trainer.strategy.reduce(spent.to(trainer.strategy.root_device), reduce_op="max").tolist()
         return {"data/seconds_waiting": waited, "data/wait_share": waited / elapsed if elapsed else 0.0}
 
@@ -195,8 +175,8 @@ def _beside(tokens: Mapping[str, int], asked: Mapping[str, float]) -> dict[str, 
     return {name: (tokens.get(name, 0) / total, share) for name, share in asked.items()} if total else {}
 
 
-def _told_by(data: Any) -> dict[str, float]:
-    """What a data module knows of itself."""
+def _of_data_module(data: Any) -> dict[str, float]:
+    """Collect the figures that a data module keeps of itself."""
     values: dict[str, float] = {}
     if hasattr(data, "epochs"):
         values |= {f"data/{name}/epoch": fraction for name, fraction in data.epochs().items()}

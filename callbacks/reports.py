@@ -2,21 +2,19 @@
 
 import json
 import math
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_mixcn.files.atomic import write_json, write_text
 from lightning_mixcn.modules.checks import source_names
 
 from .adapter_checkpoint import AdapterCheckpoint
+from .clocks import step_clock
 from .data_monitor import DataMonitor
 from .host import causal_lm
 
@@ -33,27 +31,25 @@ class FitSummary(Callback):
     """
 
     def __init__(self) -> None:
-        self._tokens: Tensor | None = None
         self._rows: list[tuple[str, str]] = []
         self._first: float | None = None
         self._validations: dict[str, list[tuple[float, int]]] = {}  # source → likelihood and step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another kind of module."""
+        """Refuse another kind of module, and find the run's clock."""
         causal_lm(self, pl_module)
+        if stage == "fit":
+            self._clock = step_clock(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._tokens, self._first = None, None
-        self._start, self._started_at = perf_counter(), trainer.global_step
+        """Forget a run before."""
+        self._first = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count tokens on the device, and keep the first step's likelihood."""
-        tokens = (batch["document_ids"] >= 0).sum()
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        if self._first is None and trainer.global_step > self._started_at:
+        """Keep the first step's likelihood."""
+        if self._first is None and trainer.global_step > self._clock.first_step:
             self._first = float(trainer.callback_metrics[_TRAIN])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,14 +61,12 @@ class FitSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the table's rows, while all ranks are there to be added up."""
-        seconds, steps = perf_counter() - self._start, trainer.global_step - self._started_at
-        if self._tokens is None or steps == 0:
+        clock, seconds = self._clock, self._clock.total_seconds
+        steps = trainer.global_step - clock.first_step
+        if clock.tokens is None or steps == 0:
             return
-        # Under tensor parallelism several ranks read the same rows.
-        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-        summed = trainer.strategy.reduce(self._tokens.clone(), reduce_op="sum")
-        tokens = int(summed) // (trainer.world_size // replicas)
-        before = f", {self._started_at:,} before" if self._started_at else ""
+        tokens = int(trainer.strategy.reduce(clock.tokens.clone(), reduce_op="sum"))
+        before = f", {clock.first_step:,} before" if clock.first_step else ""
         self._rows = [
             ("steps", f"{steps:,}{before}"),
             ("tokens", f"{tokens:,}"),
@@ -189,7 +183,7 @@ class PredictionWriter(Callback):
         causal_lm(self, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Forget a run before."""
         self._sums = {}
 
     def on_predict_batch_end(
@@ -226,7 +220,7 @@ def _add(sums: _Sums, key: tuple[int, int], values: Any) -> None:
 
 
 def _gather(sums: _Sums) -> list[_Sums]:
-    """Every rank's sums, on every rank."""
+    """Gather the sums of all ranks on every rank."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [sums]
     gathered: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,13 +1,12 @@
 """A progress bar that knows how long the run is, and shows the figures that matter."""
 
 from datetime import timedelta
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from .clocks import TimeLeft
+from .clocks import StepClock, step_clock
 
 # What the bar shows of what is logged for it, and how.
 _SHORT = {
@@ -23,7 +22,12 @@ class StepProgressBar(TQDMProgressBar):
     resumed run it takes the batches before for ones that took no time.
     """
 
-    _time_left: TimeLeft | None = None
+    _clock: StepClock | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the clock of the time left."""
+        super().setup(trainer, pl_module, stage)
+        self._clock = step_clock(trainer) if stage == "fit" else None
 
     @property
     def total_train_batches(self) -> int | float:
@@ -34,26 +38,21 @@ class StepProgressBar(TQDMProgressBar):
         return min(trainer.num_training_batches, trainer.max_steps * trainer.accumulate_grad_batches)
 
     def init_train_tqdm(self) -> Tqdm:
-        """The bar without tqdm's own guess of the time left."""
+        """Make the bar without tqdm's own guess of the time left."""
         bar = super().init_train_tqdm()
         bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         return bar
 
-    def on_train_start(self, *arguments: Any) -> None:
-        """Begin to estimate the time left."""
-        super().on_train_start(*arguments)
-        self._time_left = TimeLeft(self.trainer.global_step)
-
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What stands at the end of the bar."""
+        """Return the figures at the end of the bar."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         for tag, (name, layout) in _SHORT.items():
             if tag in items:
                 items[name] = layout.format(items.pop(tag))
-        seconds = None if self._time_left is None else self._time_left.seconds(trainer.global_step, trainer.max_steps)
+        seconds = None if self._clock is None else self._clock.seconds_left(trainer)
         if seconds is not None:
             items |= {
                 "step": f"{trainer.global_step}/{trainer.max_steps}",

@@ -1,7 +1,6 @@
 """How fast training is, of what is possible, and where its time and memory go."""
 
 from collections.abc import Mapping
-from time import perf_counter
 from typing import Any
 
 import psutil
@@ -14,14 +13,14 @@ from lightning_mixcn.metrics.device import peak_rate
 from lightning_mixcn.model.memory.flops import TrainingFlops, attended_pairs, count_training_flops
 from lightning_mixcn.model.mixtral import base_of
 
-from .clocks import FetchClock, PhaseClock, TimeLeft
+from .clocks import PhaseClock, step_clock
 from .host import causal_lm
 
 _PHASES = ("forward", "backward", "optimizer")
 
 
 class ThroughputLogger(Callback):
-    """Logs under ``throughput/`` the speed since its last log, beside the module's own ``tokens_per_second``.
+    """Logs under ``throughput/`` the speed since its last log, beside ``tokens_per_second`` of each step.
 
     Validation is left out, callbacks and checkpoints are not. ``tokens_per_second_per_device`` counts tokens without
     padding. ``teraflops_per_second_per_device`` are the operations that they need, forward and backward, without
@@ -45,14 +44,12 @@ class ThroughputLogger(Callback):
         self.every_n_steps = every_n_steps
         self._flops: TrainingFlops | None = None
         self._work: Tensor | None = None  # of this rank since the last log: tokens and attended pairs
-        self._fetching: FetchClock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another kind of module, and begin to listen where the trainer tells of its waiting."""
+        """Refuse another kind of module, and find the run's clock."""
         causal_lm(self, pl_module)
         if stage == "fit":
-            host: Any = trainer  # its attributes that Lightning sets outside of the class have no types
-            self._fetching = host.profiler = FetchClock(host.profiler, perf_counter)
+            self._clock = step_clock(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the model's operations and know the device's peak before the first window opens."""
@@ -61,29 +58,20 @@ class ThroughputLogger(Callback):
         self._flops = count_training_flops(module.model, module.activation_checkpointing)
         self._sliding_window = base_of(module.model).config.sliding_window
         self._peak = peak_rate(module.device, getattr(torch, module.dtype_name)).flops_per_second
-        self._phases = PhaseClock(module.device, perf_counter)
-        self._time_left = TimeLeft(trainer.global_step, perf_counter)
-        self._work, self._logged_at, self._window_start = None, trainer.global_step, perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows is not training time."""
-        self._validation_start = perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the window."""
-        if self._flops is not None:  # not the check before training
-            self._window_start += perf_counter() - self._validation_start
+        self._phases = PhaseClock(module.device)
+        self._work, self._logged_at = None, trainer.global_step
+        self._window_start, self._waited = self._clock.seconds, self._clock.waited_seconds
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A forward pass begins."""
+        """Begin the forward pass."""
         self._phases.mark("forward")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """It has ended."""
+        """End it."""
         self._phases.mark("backward")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All that follows in a micro-batch is the update, if there is one."""
+        """Begin the update, which is all that follows in a micro-batch."""
         self._phases.mark("optimizer")
 
     def on_train_batch_end(
@@ -100,20 +88,6 @@ class ThroughputLogger(Callback):
         if step % self.every_n_steps == 0 and step != self._logged_at:
             self._log(trainer, pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take this callback's clock out of the trainer's profilers, wherever among them it stands."""
-        host: Any = trainer
-        if self._fetching is not None:
-            while isinstance(host.profiler, FetchClock) and host.profiler is not self._fetching:
-                host = host.profiler
-            if host.profiler is self._fetching:
-                host.profiler = self._fetching.profiler
-        self._fetching = self._flops = self._work = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the clock out."""
-        self.teardown(trainer, pl_module, "fit")
-
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the window on all ranks, open the next one, and write to the loggers."""
         steps, self._logged_at = trainer.global_step - self._logged_at, trainer.global_step
@@ -125,15 +99,12 @@ class ThroughputLogger(Callback):
         tokens, pairs, *summed = trainer.strategy.reduce(own.to(root), reduce_op="sum").tolist()
         memory = _memory(root)
         fullest = trainer.strategy.reduce(torch.tensor([*memory.values()], device=root), reduce_op="max").tolist()
-        # Under tensor parallelism several ranks work on the same tokens.
-        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-        repeated = trainer.world_size // replicas * trainer.world_size
-        mean = {name: value / trainer.world_size for name, value in zip(seconds, summed, strict=True)}
-        values = self._speed(tokens / repeated, pairs / repeated, mean["per_step"])
+        ranks = trainer.world_size
+        mean = {name: value / ranks for name, value in zip(seconds, summed, strict=True)}
+        values = self._speed(tokens / ranks, pairs / ranks, mean["per_step"])
         values |= {f"seconds_{name}": value / steps for name, value in mean.items()}
         values |= dict(zip(memory, fullest, strict=True))
-        left = self._time_left.seconds(trainer.global_step, trainer.max_steps)
-        if left is not None:
+        if (left := self._clock.seconds_left(trainer)) is not None:
             values["seconds_left"] = left
         for logger in trainer.loggers:
             # Lightning numbers steps from 0 in its logs.
@@ -142,16 +113,16 @@ class ThroughputLogger(Callback):
             )
 
     def _seconds(self) -> dict[str, float]:
-        """This rank's seconds since the last log: all of them as ``per_step``, and its parts."""
-        assert self._fetching is not None
+        """Return this rank's seconds since the last log: all of them as ``per_step``, and its parts."""
         phases = self._phases.take()
-        now = perf_counter()
+        now, waited = self._clock.seconds, self._clock.waited_seconds
         elapsed, self._window_start = now - self._window_start, now
-        parts = {"data": self._fetching.take()} | {name: phases.get(name, 0.0) for name in _PHASES}
+        parts = {"data": waited - self._waited} | {name: phases.get(name, 0.0) for name in _PHASES}
+        self._waited = waited
         return {"per_step": elapsed} | parts | {"other": max(0.0, elapsed - sum(parts.values()))}
 
     def _speed(self, tokens: float, pairs: float, seconds: float) -> dict[str, float]:
-        """Rates of one device from what it did in ``seconds``."""
+        """Return the rates of one device from its work in ``seconds``."""
         assert self._flops is not None
         flops = self._flops.of(round(tokens), round(pairs))
         return {
@@ -165,7 +136,7 @@ class ThroughputLogger(Callback):
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """GiB in use by this process; ``peak`` is since its start."""
+    """Return the GiB in use by this process; ``peak`` is since its start."""
     gib = {"host_resident_gib": psutil.Process().memory_info().rss / 2**30}
     if device.type == "cuda":
         gib |= {

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lightning_mixcn import build_mixtral
-from lightning_mixcn.callbacks import DataMonitor, ThroughputLogger
+from lightning_mixcn.callbacks import DataMonitor, RunFacts, ThroughputLogger
+from lightning_mixcn.callbacks.clocks import StepClock
 from lightning_mixcn.callbacks.expert_load.window import LoadWindow
 from lightning_mixcn.model import set_activation_checkpointing
 from lightning_mixcn.model.attention import documents as attention
@@ -71,15 +72,20 @@ def train(module: Any, batch: Batch, watched: Callable[[Any, Batch], None]) -> N
 
 def watched(module: Any, batch: Batch) -> None:
     """The end of a micro-batch that ends no optimizer step."""
-    trainer: Any = SimpleNamespace(global_step=3, log_every_n_steps=7)
+    trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=7)
     speed: Any = ThroughputLogger()
     speed._sliding_window = speed._work = None
     speed._phases = SimpleNamespace(mark=lambda phase: None)  # has tests of its own
     data = DataMonitor()
     data._names = ["zh", "en"]
-    for callback in (speed, data):
+    facts: Any = RunFacts()
+    facts._piece_bytes = torch.ones(500, dtype=torch.int64, device=batch["labels"].device)
+    clock: Any = StepClock()
+    for callback in (clock, speed, data, facts):
         callback.on_train_batch_end(trainer, module, None, batch, 0)
     assert speed._work is not None
+    assert clock.tokens is not None
+    assert facts._seen is not None
     assert data._counts is not None
 
 
@@ -115,13 +121,18 @@ def test_the_meta_device_has_no_values() -> None:
             read(values)
 
 
-def test_what_the_progress_bar_shows_is_on_the_host() -> None:
+def test_what_the_progress_bar_shows_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning reads it after each micro-batch."""
     module, logged = module_on("meta", PretrainModule, "none"), {}
     module.log = lambda name, value, **_: logged.update({name: value})
-    module._positions_of_step = 96.0
-    module._clock = SimpleNamespace(seconds=2.0, start=lambda: None)
-    module.on_train_batch_end(None, None, 0)
+    module.tokens_of_step = 96.0
+    ticks = iter([0.0, 10.0, 12.0])
+    monkeypatch.setattr("lightning_mixcn.callbacks.clocks.perf_counter", lambda: next(ticks))
+    clock, trainer = StepClock(), SimpleNamespace(global_step=0)
+    clock.on_train_start(trainer, module)  # type: ignore[arg-type]  # a stand-in
+    clock.on_train_batch_start(trainer, module, None, 0)  # type: ignore[arg-type]  # a stand-in
+    trainer.global_step = 1
+    clock.on_train_batch_end(trainer, module, None, batch_on("meta"), 0)  # type: ignore[arg-type]  # a stand-in
     assert logged["throughput/tokens_per_second"].device.type == "cpu"
     assert float(logged["throughput/tokens_per_second"]) == 48.0
 

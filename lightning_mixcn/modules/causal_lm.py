@@ -41,7 +41,6 @@ from .step import (
     rescale_gradients,
     seed_micro_batch,
 )
-from .step_clock import StepClock
 from .strategies import (
     Shard,
     build_device,
@@ -109,7 +108,8 @@ class CausalLMModule(SavedStateModule):
         self.seed = seed
         self.model: nn.Module | None = None
         self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
-        self._window, self._clock = GradientWindow(), StepClock()
+        self._window = GradientWindow()
+        self.tokens_of_step = 0.0  # of the last optimizer step, of all ranks, without padding
 
     @cached_property
     def tokenizer_path(self) -> str:
@@ -220,10 +220,9 @@ class CausalLMModule(SavedStateModule):
         run_checks.check_context(self.trainer, self.model)
 
     def on_train_start(self) -> None:
-        """Have the configuration hold against a checkpoint's optimizer; start the clock of the first step."""
+        """Have the configuration hold against a checkpoint's optimizer."""
         run_checks.check_schedule_is_stepped(self.trainer)
         self.take_configured_settings()
-        self._clock.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw dropout's random numbers as every run with this seed does at this place."""
@@ -245,8 +244,8 @@ class CausalLMModule(SavedStateModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the step's count, before clipping. Raises: FloatingPointError, ValueError; nothing is updated."""
         step, totals = self.trainer.global_step, self._window.close(self.trainer.strategy)
-        count, self._positions_of_step = float(totals.count), float(totals.positions)
-        if not self._positions_of_step:
+        count, self.tokens_of_step = float(totals.count), float(totals.positions)
+        if not self.tokens_of_step:
             # Padding alone, as where streams end one after the other: a parameter without gradient is not updated.
             self._gradient_norm = 0.0
             for parameter in self.parameters():
@@ -275,28 +274,11 @@ class CausalLMModule(SavedStateModule):
             trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
             clip_gradients(trainable, gradient_clip_val, gradient_clip_algorithm or "norm", self._gradient_norm)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update, and read the clock before callbacks write checkpoints or samples."""
-        super().optimizer_step(*args, **kwargs)
-        self._clock.stop()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log throughput where a step ended, and start the next one's clock."""
-        if (seconds := self._clock.seconds) is not None:
-            # On the host: a plain number Lightning would move to the device, and read back for the progress bar.
-            self.log("throughput/tokens_per_second", torch.tensor(self._positions_of_step / seconds), prog_bar=True)
-            self._clock.start()
-
     # ---- evaluation ----
 
     def on_validation_start(self) -> None:
-        """Start the sums of one pass; inside training it is not training time."""
-        self._clock.pause()
+        """Start the sums of one pass."""
         self._start_evaluation("val")
-
-    def on_validation_end(self) -> None:
-        """Go on with the step's clock."""
-        self._clock.resume()
 
     def on_test_start(self) -> None:
         """Start the sums of one pass."""

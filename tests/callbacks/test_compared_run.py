@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from lightning_mixcn.callbacks import ByteBudget, RunFacts, StepCheckpoint
-from lightning_mixcn.callbacks.compared_run import FACTS_FILE
+from lightning_mixcn.callbacks.compared_run import FACTS_FILE, piece_bytes
 from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
-from lightning_mixcn.text import Source
+from lightning_mixcn.text import Source, load_tokenizer
 from tests.extended_tokenizers import HAN, TALES, extend
 
 BUDGET, ROW_TOKENS, ROWS_A_STEP = 4_000, 64, 4
@@ -201,11 +202,21 @@ class Host(nn.Module):
         self.source_likelihoods: dict[str, Any] = {}
 
 
-class Pieces:
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> object:
     """Stands for the tokenizer: piece 3 is a letter of three bytes, the others of one."""
+    monkeypatch.setattr("lightning_mixcn.callbacks.compared_run.piece_bytes", lambda tokenizer: [1, 1, 1, 3, 1])
+    return object()
 
-    def num_bytes(self, ids: list[int]) -> int:
-        return sum(3 if piece == 3 else 1 for piece in ids)
+
+def test_bytes_of_pieces_are_those_of_the_text(tiny_base: Path, extended: Path) -> None:
+    text = "".join(HAN) + "A tale. " + chr(0x1F600) + TALES[0]
+    for folder in (tiny_base, extended):
+        tokenizer = load_tokenizer(folder)
+        table, (ids,) = piece_bytes(tokenizer), tokenizer.encode_batch([text])
+        # SentencePiece puts a blank in front of a text.
+        assert sum(table[index] for index in ids) - len(text.encode()) in (0, 1)
+        assert table[tokenizer.bos_id] == table[tokenizer.eos_id] == 0
 
 
 class TwoRanks:
@@ -223,16 +234,24 @@ def stand_in(tmp_path: Path, tokenizer: Any = None) -> Any:
         sanity_checking=False,
         is_global_zero=True,
         strategy=TwoRanks(),
+        callbacks=[],
+        profiler=PassThroughProfiler(),
+        lightning_module=None,
         datamodule=SimpleNamespace(tokenizer=tokenizer),
     )
 
 
 def train(facts: RunFacts, trainer: Any, host: Any, steps: int) -> None:
+    trainer.callbacks = []
+    facts.setup(trainer, host, "fit")
     facts.on_fit_start(trainer, host)
+    (clock,) = trainer.callbacks
+    clock.on_train_start(trainer, host)
     for step in range(steps):
-        facts.on_train_batch_start(trainer, host, ROWS, step)
-        facts.on_train_batch_end(trainer, host, None, ROWS, step)
+        clock.on_train_batch_start(trainer, host, ROWS, step)
         trainer.global_step += 1
+        for callback in (clock, facts):
+            callback.on_train_batch_end(trainer, host, None, ROWS, step)
 
 
 def written(tmp_path: Path) -> dict[str, Any]:
@@ -240,8 +259,8 @@ def written(tmp_path: Path) -> dict[str, Any]:
     return facts
 
 
-def test_facts_of_a_run(tmp_path: Path) -> None:
-    trainer, host, callback = stand_in(tmp_path, Pieces()), Host(), RunFacts()
+def test_facts_of_a_run(tmp_path: Path, tokenizer: object) -> None:
+    trainer, host, callback = stand_in(tmp_path, tokenizer), Host(), RunFacts()
     train(callback, trainer, host, 2)
     host.source_likelihoods["val"] = {"zh": {"bits_per_byte": 2.5, "tokens": 7}}
     callback.on_validation_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
@@ -268,8 +287,8 @@ def test_without_a_tokenizer_bytes_are_unknown(tmp_path: Path) -> None:
     assert written(tmp_path)["text_bytes_seen"] is None
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
-    trainer, host, first, second = stand_in(tmp_path, Pieces()), Host(), RunFacts(), RunFacts()
+def test_a_resumed_run_goes_on_counting(tmp_path: Path, tokenizer: object) -> None:
+    trainer, host, first, second = stand_in(tmp_path, tokenizer), Host(), RunFacts(), RunFacts()
     train(first, trainer, host, 1)
     first.on_validation_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -283,6 +302,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
 
 def test_a_sanity_check_is_not_kept(tmp_path: Path) -> None:
     trainer, host, callback = stand_in(tmp_path), Host(), RunFacts()
+    train(callback, trainer, host, 0)
     trainer.sanity_checking = True
     callback.on_validation_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
     callback.on_fit_end(trainer, host)  # type: ignore[arg-type]  # a stand-in

@@ -160,7 +160,7 @@ class Clock:
 def test_waiting_is_what_the_loader_takes(sized: bool, trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the work of a step nor validation is waiting; a loader without length is fetched from ahead."""
     clock = Clock()
-    monkeypatch.setattr("lightning_mixcn.callbacks.data_monitor.perf_counter", clock)
+    monkeypatch.setattr("lightning_mixcn.callbacks.clocks.perf_counter", clock)
 
     class Slow:
         def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -17,12 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from lightning_mixcn.callbacks import LongContextEval
+from lightning_mixcn.callbacks.clocks import StepClock
 from lightning_mixcn.callbacks.long_context import LongContextReport, perplexity_figure, retrieval_figure
 from lightning_mixcn.cli import main
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.modules.step_clock import StepClock
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from lightning_mixcn.text import (
     DocumentSet,
@@ -148,8 +148,8 @@ def test_training_does_not_notice(
             return advance(self, *args)
 
         monkeypatch.setattr(ChunkedPrefill, "advance", slow)
-        module._clock = StepClock(now)
-        run = trainer(max_steps=3, callbacks=callbacks)
+        monkeypatch.setattr("lightning_mixcn.callbacks.clocks.perf_counter", now)
+        run = trainer(max_steps=3, callbacks=[StepClock(), *callbacks])
         run.fit(module, data())
         assert module.model is not None
         assert all(child.training for child in module.model.modules())

@@ -41,7 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("lightning_mixcn.callbacks.throughput_logger.perf_counter", clock)
+    monkeypatch.setattr("lightning_mixcn.callbacks.clocks.perf_counter", clock)
     peak = PeakRate(1e9, False)
     monkeypatch.setattr("lightning_mixcn.callbacks.throughput_logger.peak_rate", lambda device, dtype: peak)
     return clock
@@ -55,7 +55,7 @@ def spend(clock: Clock, seconds: dict[str, float]) -> type[PretrainModule]:
             clock.now += seconds["forward"]
             return super().training_step(batch, batch_idx)
 
-        def on_after_backward(self) -> None:  # behind the callbacks' hook, so it is a part of the update
+        def on_after_backward(self) -> None:  # after the callbacks' hook, so it is a part of the update
             clock.now += seconds["behind"]
 
         def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

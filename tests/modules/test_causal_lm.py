@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_mixcn.callbacks.clocks import StepClock
 from lightning_mixcn.modules import CausalLMModule, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 
@@ -48,7 +49,7 @@ def test_loss_and_auxiliary_loss_are_those_of_transformers(tiny_base: Path, lora
     batch = random_batch([24, 24])
     module = PretrainModule(str(tiny_base), quantization="none", dtype="float32", lora=lora())
     recorder = Recorder()
-    trainer(max_steps=1, callbacks=[recorder]).fit(module, FixedBatches([batch]))
+    trainer(max_steps=1, callbacks=[recorder, StepClock()]).fit(module, FixedBatches([batch]))
     with torch.no_grad():
         expected = stock_model(tiny_base)(batch["input_ids"], labels=batch["labels"], output_router_logits=True)
     logged = recorder.logged[0]
