@@ -117,17 +117,15 @@ class RunFacts(Callback):
             return found
         trainer, module = self._run
         seen = torch.zeros(2, dtype=torch.int64, device=module.device) if self._seen is None else self._seen.clone()
-        peak = _peak_memory_bytes(module.device)
-        seen, peak = (
-            trainer.strategy.reduce(seen, reduce_op="sum"),
-            trainer.strategy.reduce(torch.tensor(peak, device=module.device), reduce_op="max"),
-        )
-        tokens, text_bytes = seen.tolist()
+        tokens, text_bytes = trainer.strategy.reduce(seen, reduce_op="sum").tolist()
+        peak = torch.tensor(_peak_memory_bytes(module.device), device=module.device)
         found["tokens"] += tokens
         found["text_bytes"] += text_bytes
         found["training_seconds"] += self._clock.training_seconds
         found["fit_seconds"] += time.perf_counter() - self._fit_started
-        found["peak_memory_bytes"] = max(found["peak_memory_bytes"], int(peak))
+        found["peak_memory_bytes"] = max(
+            found["peak_memory_bytes"], int(trainer.strategy.reduce(peak, reduce_op="max"))
+        )
         return found
 
 

@@ -19,7 +19,7 @@ from lightning_mixcn.studies.task_scores import run_task
 from lightning_mixcn.studies.tasks import load_benchmarks
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from lightning_mixcn.text import load_tokenizer
-from tests.callbacks.benchmark_run import fit
+from tests.callbacks.ranks_run import fit_with_benchmarks
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, write_ceval
 
 Make = Callable[..., Any]
@@ -91,8 +91,8 @@ def test_training_does_not_notice(tmp_path: Path, tiny_base: Path, trainer: Make
 def test_two_ranks_evaluate_together(strategy: str, tmp_path: Path, tiny_base: Path) -> None:
     harness()
     data = str(write_ceval(tmp_path / "data"))
-    (alone,) = run_distributed(fit, 1, str(tiny_base), str(tmp_path / "one"), data, "auto", 1)
-    together = run_distributed(fit, 2, str(tiny_base), str(tmp_path / "two"), data, strategy, 2)
+    (alone,) = run_distributed(fit_with_benchmarks, 1, str(tiny_base), str(tmp_path / "one"), data, "auto", 1)
+    together = run_distributed(fit_with_benchmarks, 2, str(tiny_base), str(tmp_path / "two"), data, strategy, 2)
     assert together[0] == together[1] == alone
     steps = [[line["step"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert steps == [[0, 1, 2]] * 2  # rank zero alone writes

@@ -30,7 +30,7 @@ from lightning_mixcn.text import (
     all_documents,
     read_corpus,
 )
-from tests.callbacks.long_context_run import fit
+from tests.callbacks.ranks_run import fit_with_documents
 
 Make = Callable[..., Trainer]
 
@@ -117,8 +117,10 @@ def test_two_ranks_evaluate_together(strategy: str, tmp_path: Path, sources: lis
     """Of three documents one rank has two; every length is of all tokens of both."""
     text = Path(str(sources[0].path))
     text.write_text(text.read_text(encoding="utf-8") + '\n{"text": "第三篇文章，不太长，也不太短。"}', encoding="utf-8")
-    (alone,) = run_distributed(fit, 1, str(tiny_base), str(tmp_path / "one"), str(text), "auto", 1)
-    together, same = run_distributed(fit, 2, str(tiny_base), str(tmp_path / "two"), str(text), strategy, 2)
+    (alone,) = run_distributed(fit_with_documents, 1, str(tiny_base), str(tmp_path / "one"), str(text), "auto", 1)
+    together, same = run_distributed(
+        fit_with_documents, 2, str(tiny_base), str(tmp_path / "two"), str(text), strategy, 2
+    )
     assert together == same
     assert [entry["step"] for entry in together] == [0, 1, 2]
     for ours, expected in zip(together, alone, strict=True):

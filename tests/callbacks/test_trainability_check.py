@@ -1,5 +1,6 @@
-"""Runs that train what they should, and runs that were spoiled on purpose."""
+"""Runs in which something does not train, on one rank and on several."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from lightning_mixcn.callbacks import TrainabilityCheck
 from lightning_mixcn.model.lora.attach import lora_layers
 from lightning_mixcn.model.lora.trainability import GradientArrivals
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.testing import FixedBatches, random_batch
+from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
+from tests.callbacks.ranks_run import CODES, fit_watched
 
 Make = Callable[..., Trainer]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
@@ -192,3 +194,25 @@ def test_another_module_is_refused(trainer: Make) -> None:
 
     with pytest.raises(ValueError, match=r"TrainabilityCheck works with a CausalLMModule, but `model` is Other"):
         TrainabilityCheck().setup(trainer(), Other(), "fit")
+
+
+@pytest.mark.multiprocess
+def test_two_ranks(tiny_base: Path, tmp_path: Path) -> None:
+    """All ranks end alike, also where one alone sees what is wrong."""
+    cases = [(name, what) for name in ("fsdp2", "ddp") for what in ("good", "detached", "changed")]
+    of_ranks = run_distributed(fit_watched, 2, cases, str(tiny_base), str(tmp_path))
+    assert of_ranks[0] == of_ranks[1]
+    for (name, what), error in zip(cases, of_ranks[0], strict=True):
+        if what == "good":
+            assert error == "", name
+        if what == "detached":
+            assert "no gradient for model.layers.1.block_sparse_moe.experts.2.w3.lora_B, which should" in error
+        if what == "changed":
+            assert f"model.{CODES} changed up to optimizer step 1, though frozen" in error
+    # Four micro-batches of 53 tokens on each rank in the first two steps.
+    with next((tmp_path / "fsdp2" / "good").rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["throughput/tokens_per_second_per_device"]]
+    rate, seconds = (
+        float(rows[0][f"throughput/{name}"]) for name in ("tokens_per_second_per_device", "seconds_per_step")
+    )
+    assert rate * seconds * 2 == pytest.approx(4 * 53)

@@ -1,6 +1,7 @@
-"""What is damaged or foreign is refused, and the complete checkpoint before it offered."""
+"""Checkpoints as files: complete or not there, checked before they are read, and small."""
 
 import os
+import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from peft import LoraConfig
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from transformers import MixtralConfig
 
+from lightning_mixcn import build_mixtral
 from lightning_mixcn.files.atomic import remove_leftovers, unfinished_path
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.modules.checkpoints import (
     check_before_loading,
+    check_metadata,
     find_fault,
     publish,
     remove,
@@ -197,3 +203,109 @@ class Surprise:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with tensors of all dtypes in use, and objects."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool]
+    state = {str(dtype): torch.zeros(3, 5, dtype=dtype) for dtype in dtypes}
+    save_sharded(state | {"lr": 0.1, "betas": (0.9, 0.99)}, checkpoint_id=tmp_path / "made", no_dist=True)
+    return tmp_path / "made"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
+    (folder / ".metadata").write_bytes(pickle.dumps(change(metadata) or metadata))
+
+
+def test_torch_s_own_is_read(folder: Path) -> None:
+    check_metadata(folder)
+
+
+def test_a_pickle_that_runs_code_is_refused_unrun(folder: Path, tmp_path: Path) -> None:
+    def hide(metadata: Metadata) -> None:
+        metadata.planner_data = {"hidden": Surprise(tmp_path / "surprise")}
+
+    rewrite(folder, hide)
+    with pytest.raises(ValueError, match=r".metadata cannot be read: it asks for posix.mkdir, which no checkpoint"):
+        check_metadata(folder)
+    assert not (tmp_path / "surprise").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"ctorch\nload\n.",
+        b"ctorch\nos.system\n.",
+        b"ctorch.distributed.checkpoint.metadata\nos\n.",
+        b"cbuiltins\neval\n.",
+    ],
+)
+def test_what_is_near_to_allowed_is_refused(folder: Path, content: bytes) -> None:
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"it asks for .*, which no checkpoint needs"):
+        check_metadata(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"no pickle", pickle.dumps({"a": 1})])
+def test_what_is_no_metadata_is_refused(folder: Path, content: bytes) -> None:
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^.metadata (cannot be read|holds dict, expected torch's Metadata)"):
+        check_metadata(folder)
+
+
+def test_an_object_that_runs_code_is_refused_unrun(tmp_path: Path) -> None:
+    state = {"lr": Surprise(tmp_path / "surprise")}
+    save_sharded(state, checkpoint_id=tmp_path / "made", no_dist=True)
+    with pytest.raises(ValueError, match=r"^lr in __0_0.distcp is more than plain data: .*"):
+        check_metadata(tmp_path / "made")
+    assert not (tmp_path / "surprise").exists()
+
+
+def test_a_tensor_said_to_be_an_object_is_plain_data(folder: Path) -> None:
+    def relabel(metadata: Metadata) -> None:
+        metadata.state_dict_metadata["torch.float32"] = BytesStorageMetadata()
+
+    rewrite(folder, relabel)
+    check_metadata(folder)
+
+
+@pytest.mark.parametrize("path", ["../outside.distcp", "/etc/hostname", "deeper/__0_0.distcp"])
+def test_files_elsewhere_are_refused(folder: Path, path: str) -> None:
+    def move(metadata: Metadata) -> None:
+        assert metadata.storage_data is not None
+        next(iter(metadata.storage_data.values())).relative_path = path
+
+    rewrite(folder, move)
+    with pytest.raises(ValueError, match=r"not a plain file beside it"):
+        check_metadata(folder)
+
+
+def test_a_truncated_shard_is_found(folder: Path) -> None:
+    shard = folder / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"^__0_0.distcp is truncated: \d+ bytes, expected at least \d+$"):
+        check_metadata(folder)
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
+
+
+def test_no_base_weight_is_in_a_checkpoint_of_mixtral_8x7b() -> None:
+    module = PretrainModule("base", lora=LoraConfig(r=64, target_modules=TARGETS), train_embeddings=True)
+    module.model = build_mixtral(MixtralConfig(), lora=module.lora, train_embeddings=True, device="meta")
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == 1_231_044_608
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    state, moments = module.state_dict(), optimizer.state_dict()["state"]
+    assert all("lora_" in name or "embed_tokens" in name or "lm_head" in name for name in state)
+    written = _bytes(state) + sum(_bytes(of_parameter) for of_parameter in moments.values())
+    assert written < 1.1 * 3 * sum(parameter.nbytes for parameter in trained)
+
+
+def _bytes(tensors: dict[str, Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values() if isinstance(tensor, torch.Tensor))

@@ -8,7 +8,7 @@ import torch
 
 from lightning_mixcn.callbacks.expert_load.report import (
     ExpertLoadFile,
-    Row,
+    ExpertLoadRow,
     divergence_tags,
     layer_tags,
     load_figure,
@@ -19,8 +19,8 @@ from lightning_mixcn.metrics.expert_load import LoadSums
 HEADER = "step,stage,source,position_from,layer,expert,tokens"
 
 
-def row(step: int, stage: str = "train", source: str = "zh", tokens: int = 7) -> Row:
-    return Row(step, stage, source, 0, 1, 2, tokens)
+def row(step: int, stage: str = "train", source: str = "zh", tokens: int = 7) -> ExpertLoadRow:
+    return ExpertLoadRow(step, stage, source, 0, 1, 2, tokens)
 
 
 @pytest.fixture

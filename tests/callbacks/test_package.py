@@ -1,4 +1,7 @@
-"""Callbacks in a module that is not this package's."""
+"""The package `lightning_mixcn.callbacks`, and the modules that its callbacks work with."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +12,17 @@ from lightning_mixcn.callbacks import (
     PredictionWriter,
     SampleText,
 )
+
+
+def test_it_cannot_be_imported_as_callbacks() -> None:
+    path = Path(__file__).parents[2] / "callbacks" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("callbacks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(
+        ImportError, match=r"this package is lightning_mixcn.callbacks, but was imported as 'callbacks'"
+    ):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @pytest.mark.parametrize(
