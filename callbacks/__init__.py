@@ -9,6 +9,7 @@ if __name__ != "lightning_mixcn.callbacks":
 from .adapter_checkpoint import AdapterCheckpoint
 from .benchmark_eval import BenchmarkEval
 from .checkpoints import PreemptionCheckpoint, StepCheckpoint
+from .clocks import StepProgressBar
 from .compared_run import ByteBudget, RunFacts
 from .data_monitor import DataMonitor
 from .epoch_budget import EpochBudget
@@ -16,7 +17,6 @@ from .expert_load.monitor import ExpertLoadMonitor
 from .long_context import LongContextEval
 from .reports import EvaluationReport, FitSummary, PredictionWriter
 from .samples import SampleAnswers, SampleText
-from .step_progress_bar import StepProgressBar
 from .throughput_logger import ThroughputLogger
 from .trainability_check import TrainabilityCheck
 

@@ -37,7 +37,7 @@ class ChatFormat:
     Args:
         source: The chat template in Jinja; ``None`` if it cannot be written so.
         end_ids: Tokens that end an answer.
-        name: What the run's configuration calls the template.
+        name: Name of the template in the run's configuration.
     """
 
     source: str | None
@@ -53,7 +53,7 @@ class RunFiles:
         module: The module.
 
     Attributes:
-        chat: How answers were laid out; ``None`` if the data are not an `InstructDataModule`.
+        chat: Layout of answers; ``None`` if the data are not an `InstructDataModule`.
     """
 
     def __init__(self, trainer: Trainer, module: CausalLMModule) -> None:
@@ -103,7 +103,7 @@ class RunFiles:
 
 
 def _own_template(tokenizer: TextTokenizer) -> str | None:
-    """The template in the tokenizer's own files."""
+    """Return the template in the tokenizer's own files."""
     return str(tokenizer.hf.get_chat_template()) if tokenizer.hf.chat_template else None
 
 
@@ -119,7 +119,7 @@ def _replace_template(folder: Path, source: str | None) -> None:
 
 
 def _is_read_right(folder: Path, tokenizer: TextTokenizer) -> bool:
-    """Whether transformers reads a folder's tokenizer as the run did."""
+    """Return whether transformers reads a folder's tokenizer as the run did."""
     from transformers import AutoTokenizer
 
     try:

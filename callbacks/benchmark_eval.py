@@ -18,7 +18,7 @@ from lightning_mixcn.studies.task_scores import (
 from lightning_mixcn.studies.tasks import Benchmarks, load_benchmarks, split_names
 
 from .host import causal_lm
-from .samples import tokenizer_of
+from .samples import run_tokenizer
 
 
 class BenchmarkEval(Callback):
@@ -75,7 +75,7 @@ class BenchmarkEval(Callback):
             return
         files = BenchmarkFiles(self.data_dir) if self.data_dir else None
         self._benchmarks = load_benchmarks(self.tasks, num_fewshot=self.num_fewshot, files=files)
-        if self.apply_chat_template and tokenizer_of(trainer, module).hf.chat_template is None:
+        if self.apply_chat_template and run_tokenizer(trainer, module).hf.chat_template is None:
             raise UserError(
                 "`apply_chat_template`, but the model's tokenizer has no chat template. Put a chat_template.jinja into "
                 "its folder, or leave the option out"
@@ -112,7 +112,7 @@ class BenchmarkEval(Callback):
         assert module.model is not None
         assert benchmarks is not None
         with evaluating(module.model):
-            lm = HarnessModel(module.model, tokenizer_of(trainer, module), self.batch_size)
+            lm = HarnessModel(module.model, run_tokenizer(trainer, module), self.batch_size)
             options: dict[str, Any] = {"limit": self.limit, "apply_chat_template": self.apply_chat_template}
             self.scores = {name: run_task(lm, benchmarks, name, **options)[0] for name in benchmarks.tasks}
         if not trainer.is_global_zero:

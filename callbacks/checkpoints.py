@@ -28,7 +28,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
-        keep: How many of the newest stay; two, so that a broken disk write leaves one.
+        keep: Number of the newest that stay; two, so that a broken disk write leaves one.
         dirpath: Folder; null is ``checkpoints/`` in the run's folder.
     """
 
@@ -55,7 +55,7 @@ class StepCheckpoint(ModelCheckpoint):
     def postpone(self) -> None:
         """Leave this step to `request`, whatever ``every_n_steps`` says; called on all ranks, before the step's save.
 
-        For a step that is validated: the checkpoint of before would be continued behind the validation, without it.
+        For a step that is validated: a checkpoint from before it would go on after the validation, without it.
         """
         self._postponed = True
 
@@ -201,7 +201,7 @@ class PreemptionCheckpoint(Callback):
             self._stop_if_signalled(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop behind a validation."""
+        """Stop after a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._stop_if_signalled(trainer)
 

@@ -162,7 +162,7 @@ class ByteBudget(Callback):
 
     Args:
         text_bytes: UTF-8 bytes of text, of all sources and ranks together.
-        validations: How many there are, evenly spaced, the last one at the end; the trainer's own interval gives way.
+        validations: Number of validations, evenly spaced, the last at the end; the trainer's own interval gives way.
     """
 
     def __init__(self, text_bytes: int, validations: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""What a callback of this package runs in."""
+"""Check the module that a callback of this package runs in."""
 
 from lightning.pytorch import Callback, LightningModule
 
@@ -7,14 +7,14 @@ from lightning_mixcn.modules import CausalLMModule
 
 
 def causal_lm(callback: Callback, module: LightningModule) -> CausalLMModule:
-    """The module, if it is one that the callback can work with.
+    """Return the module, if it is one that the callback can work with.
 
     Args:
-        callback: Who asks.
+        callback: Callback that asks.
         module: The LightningModule that is trained or evaluated.
 
     Raises:
-        ValueError: it is none of this package's, nor a subclass of one.
+        ValueError: The module is none of this package's, nor a subclass of one.
     """
     if not isinstance(module, CausalLMModule):
         raise UserError(

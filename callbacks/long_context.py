@@ -1,4 +1,4 @@
-"""Whether the model still reads long documents, while it trains."""
+"""Watch whether the model still reads long documents, while it trains."""
 
 import csv
 import io
@@ -193,12 +193,12 @@ class LongContextEval(Callback):
         chunk: Tokens of a forward pass; more are faster and take more memory.
         every_n_steps: Optimizer steps between evaluations, which also come before the first step and after the last;
             null evaluates whenever validation runs.
-        retrieval: What is searched for: any of passkey_zh, passkey_en, needle_zh, needle_en; none by default, since
+        retrieval: Facts to search for: any of passkey_zh, passkey_en, needle_zh, needle_en; none by default, since
             each takes a prefill for every length, depth and prompt.
         retrieval_lengths: Lengths of the prompts in tokens; null is those of `lengths`.
-        retrieval_depths: Where the statement stands, from 0, the beginning, to 1, the end; null is quarters.
+        retrieval_depths: Places of the statement, from 0, the beginning, to 1, the end; null is quarters.
         retrieval_prompts: Prompts of each task, length and depth, with other facts.
-        seed: Of those facts; the random numbers of training are left alone.
+        seed: Seed of those facts; the random numbers of training are left alone.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ class LongContextEval(Callback):
 
 
 def tags(evaluation: Evaluation) -> dict[str, float]:
-    """What is logged of an evaluation, by TensorBoard tag."""
+    """Return the figures of an evaluation by TensorBoard tag."""
     values: dict[str, float] = {}
     for row in evaluation["likelihoods"]:
         for name in ("nll_nats_per_token", "bits_per_byte", "bucket_nll_nats_per_token"):

@@ -1,4 +1,4 @@
-"""What came out of a run, when `fit` ends."""
+"""Report the results of a run, an evaluation and a prediction."""
 
 import json
 import math

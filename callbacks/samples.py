@@ -18,15 +18,15 @@ from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 from .host import causal_lm
 
 
-class Sampling(Callback):
+class PeriodicSampling(Callback):
     """Calls `sample` before the first step, every so often and at the end; what to sample is the subclass's.
 
     Args:
         every_n_steps: Optimizer steps between samples.
         max_new_tokens: Length of a sample in tokens.
         temperature: 0 is greedy, else the softmax temperature.
-        repetition_penalty: Makes tokens that stood before less likely if more than 1, which is none.
-        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+        repetition_penalty: Factor that makes tokens that occurred before less likely; 1 is none.
+        seed: Seed of the random numbers where the temperature is not 0; those of training are left alone.
         file: Name of the JSON Lines file in the run's folder.
     """
 
@@ -120,7 +120,7 @@ class Sampling(Callback):
 
         Args:
             trainer: Lightning's.
-            records: What is written, beside the step.
+            records: Values of each line, beside the step.
             texts: Markdown by tag.
         """
         if not trainer.is_global_zero:
@@ -143,15 +143,15 @@ class Sampling(Callback):
         return Path(trainer.default_root_dir, self._file)
 
 
-def tokenizer_of(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:
-    """The data's tokenizer, or the one that the module names."""
+def run_tokenizer(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:
+    """Return the data's tokenizer, or the one that the module names."""
     data = getattr(trainer, "datamodule", None)
     return getattr(data, "tokenizer", None) or load_tokenizer(module.tokenizer_path)
 
 
 @contextmanager
 def generating(module: CausalLMModule, seed: int) -> Iterator[None]:
-    """Evaluation mode, and random numbers of its own; afterwards each submodule's mode is what it was."""
+    """Switch to evaluation mode, with random numbers of its own; restore each submodule's mode afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     devices = [module.device] if str(module.device).startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -169,7 +169,7 @@ def _up_to_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
     return ids[: ends[0] + 1] if ends else ids
 
 
-class SampleAnswers(Sampling):
+class SampleAnswers(PeriodicSampling):
     """Answers held-out questions before the first step, every so often and at the end.
 
     Logs ``answers/eos_rate`` (share of answers that the model ends itself within ``max_new_tokens``),
@@ -181,10 +181,10 @@ class SampleAnswers(Sampling):
         questions: Held-out conversations that are answered, the first ones of each source in turn; the model is given
             all turns before the last answer.
         every_n_steps: Optimizer steps between samples.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Largest number of tokens of an answer.
         temperature: 0 is greedy, which makes samples of different steps comparable; else the softmax temperature.
-        repetition_penalty: Makes tokens of the conversation less likely if more than 1, which is none.
-        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+        repetition_penalty: Factor that makes tokens of the conversation less likely; 1 is none.
+        seed: Seed of the random numbers where the temperature is not 0; those of training are left alone.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ def _data(trainer: Trainer) -> InstructDataModule:
     return data
 
 
-class SampleText(Sampling):
+class SampleText(PeriodicSampling):
     """Continues prompts before the first step, every so often and at the end; shows them in TensorBoard.
 
     They are also appended to ``samples.jsonl`` in the run's folder, one line a prompt: step, prompt, continuation.
@@ -268,7 +268,7 @@ class SampleText(Sampling):
         every_n_steps: Optimizer steps between samples.
         max_new_tokens: Length of a continuation in tokens.
         temperature: 0 is greedy, which makes samples of different steps comparable; else the softmax temperature.
-        seed: Of the random numbers where the temperature is not 0; those of training are left alone.
+        seed: Seed of the random numbers where the temperature is not 0; those of training are left alone.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class SampleText(Sampling):
 
     def sample(self, trainer: Trainer, module: CausalLMModule) -> None:
         """Continue every prompt."""
-        tokenizer = tokenizer_of(trainer, module)
+        tokenizer = run_tokenizer(trainer, module)
         rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
         texts = [tokenizer.decode(ids) for ids in self.generate(module, rows, [tokenizer.eos_id])]
         pairs = list(zip(self.prompts, texts, strict=True))

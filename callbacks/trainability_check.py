@@ -138,7 +138,7 @@ class TrainabilityCheck(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _looks_at(self, step: int) -> bool:
-        """Whether a step is one to look at; the same on every rank."""
+        """Return whether a step is one to look at; the same on every rank."""
         if not self._pending:
             return False
         return step - self._started_at < _FIRST_STEPS or step % _LATER_EVERY_N_STEPS == 0
@@ -172,7 +172,7 @@ class TrainabilityCheck(Callback):
 
 
 def _evidence(tensor: TrainedTensor, arrivals: Mapping[Experts, Tensor], device: torch.device) -> Tensor:
-    """What this rank sees, ``[4, G]`` int64: a gradient; a non-zero one; tokens that it came back to; a non-zero B."""
+    """Count on this rank, ``[4, G]`` int64: a gradient; a non-zero one; tokens that it came back to; a non-zero B."""
     count = len(tensor.names)
     gradient = tensor.parameter.grad
     ones = torch.ones(count, dtype=torch.int64, device=device)

@@ -72,7 +72,7 @@ def train(module: Any, batch: Batch, watched: Callable[[Any, Batch], None]) -> N
 
 def watched(module: Any, batch: Batch) -> None:
     """The end of a micro-batch that ends no optimizer step."""
-    trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=7)
+    trainer: Any = SimpleNamespace(global_step=3, log_every_n_steps=7)
     speed: Any = ThroughputLogger()
     speed._sliding_window = speed._work = None
     speed._phases = SimpleNamespace(mark=lambda phase: None)  # has tests of its own
@@ -81,6 +81,7 @@ def watched(module: Any, batch: Batch) -> None:
     facts: Any = RunFacts()
     facts._piece_bytes = torch.ones(500, dtype=torch.int64, device=batch["labels"].device)
     clock: Any = StepClock()
+    clock._step = 3
     for callback in (clock, speed, data, facts):
         callback.on_train_batch_end(trainer, module, None, batch, 0)
     assert speed._work is not None

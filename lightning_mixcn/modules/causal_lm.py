@@ -4,6 +4,7 @@ To change what is minimised, subclass and override `compute_loss`, which gives a
 logging and checkpoints stay right, because division happens once, in the end.
 """
 
+import math
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,9 +16,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mixcn.errors import NonFiniteError
 from lightning_mixcn.metrics import (
     DocumentScores,
     Likelihood,
+    SourceLikelihood,
     score_documents,
     scored_positions,
 )
@@ -28,16 +31,15 @@ from lightning_mixcn.model.vocabulary import tokenizer_for
 from . import checks as run_checks
 from .checkpoints import check_before_loading
 from .checks import check_optimizer
-from .evaluation import SourceEvaluation
 from .memory import budgeted_modes
 from .resume import ConfiguredOptimization
 from .schedule import WarmupCosine, known_length, scheduled
 from .state import SavedStateModule, adapter_folder, make_plain
 from .step import (
+    REFERENCE_COUNT,
     Contribution,
     GradientWindow,
     clip_gradients,
-    micro_batch_scale,
     rescale_gradients,
     seed_micro_batch,
 )
@@ -66,10 +68,10 @@ class CausalLMModule(SavedStateModule):
         router_aux_loss_coef: Weight of the auxiliary load-balancing loss; 0.02 as in Mixtral's configuration.
         activation_checkpointing: ``none`` keeps activations, ``selective`` recomputes attention, ``full`` whole layers,
             of which ``offload`` keeps the inputs in the host's memory.
-        optimizer: Made from the parameters that train.
-        lr_scheduler: Made from the optimizer and stepped once an optimizer step.
-        seed: Of LoRA's random start, and of dropout.
-        new_rows: How rows for an extended tokenizer's new pieces start: the ``mean`` or ``byte_mean`` of the rows of
+        optimizer: Optimizer of the parameters that train.
+        lr_scheduler: Schedule of the learning rate, stepped once an optimizer step.
+        seed: Seed of LoRA's random start, and of dropout.
+        new_rows: Start of the rows for an extended tokenizer's new pieces: the ``mean`` or ``byte_mean`` of the rows of
             their old pieces, ``random``, ``zeros``.
         activation_memory: Bytes for activations, or ``auto`` for what the device has left: as many layers as fit are
             ``selective``, the others ``full``. It takes precedence over `activation_checkpointing`, to be left out.
@@ -112,9 +114,14 @@ class CausalLMModule(SavedStateModule):
         self.tokens_of_step = 0.0  # of the last optimizer step, of all ranks, without padding
 
     @cached_property
+    def adapter_path(self) -> str | None:
+        """PEFT folder to continue from, see `adapter_folder`."""
+        return adapter_folder(self.adapter)
+
+    @cached_property
     def tokenizer_path(self) -> str:
-        """The tokenizer's folder or hub id, see `tokenizer_for`."""
-        return tokenizer_for(self.base, self.given_tokenizer, adapter_folder(self.adapter))
+        """Folder or hub id of the tokenizer, see `tokenizer_for`."""
+        return tokenizer_for(self.base, self.given_tokenizer, self.adapter_path)
 
     # ---- what subclasses override ----
 
@@ -133,7 +140,7 @@ class CausalLMModule(SavedStateModule):
                 device=build_device(self._strategy),
                 train_embeddings=self.train_embeddings,
                 seed=self.seed,
-                adapter=adapter_folder(self.adapter),
+                adapter=self.adapter_path,
                 tokenizer=self.tokenizer_path,
                 new_rows=self.new_rows,
                 shard=self.shard,
@@ -162,11 +169,11 @@ class CausalLMModule(SavedStateModule):
         return output
 
     def compute_loss(self, batch: Batch, output: CausalLMOutput) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch as a sum and what to divide it by, *before* any division.
+        """Return a micro-batch's loss as a sum and its divisor, *before* any division.
 
         Args:
             batch: The micro-batch.
-            output: What `forward` gave.
+            output: Result of `forward`.
 
         Returns:
             The sum, a differentiable float32 scalar, and the count, a scalar. Both are added up over micro-batches and
@@ -185,7 +192,7 @@ class CausalLMModule(SavedStateModule):
 
     @property
     def shard(self) -> Shard | None:
-        """What shards a model under FSDP2, for `build_model`; `None` under other strategies."""
+        """Function that shards a model under FSDP2, for `build_model`; `None` under other strategies."""
         return fsdp2_shard(self._strategy)
 
     def configure_model(self) -> None:
@@ -203,7 +210,7 @@ class CausalLMModule(SavedStateModule):
             self.model.train()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimizer over what trains, and its schedule. Raises: ValueError if nothing trains, or on what cannot be."""
+        """Make the optimizer and its schedule. Raises: ValueError if nothing trains, or the optimizer cannot."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         run_checks.check_trains(parameters)
         optimizer = self.make_optimizer(parameters)
@@ -230,7 +237,7 @@ class CausalLMModule(SavedStateModule):
         seed_micro_batch(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sum of the loss over the micro-batch, scaled so that accumulation is exact; see `accumulation`."""
+        """Return the sum of the loss over the micro-batch, scaled so that accumulation is exact; see `step`."""
         output = self(batch)
         loss, count = self.compute_loss(batch, output)
         labels = scored_positions(batch["labels"]).sum()
@@ -238,7 +245,8 @@ class CausalLMModule(SavedStateModule):
         minimised = loss + self.router_aux_loss_coef * (output.aux_loss * count)
         positions = (batch["document_ids"] >= 0).sum()
         self._window.add(Contribution(minimised, count, output.nll.sum(), auxiliary, labels, positions))
-        scaled: Tensor = minimised * micro_batch_scale(self.trainer.accumulate_grad_batches)
+        # Lightning divides by `accumulate_grad_batches`.
+        scaled: Tensor = minimised * (self.trainer.accumulate_grad_batches / REFERENCE_COUNT)
         return scaled
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -301,12 +309,12 @@ class CausalLMModule(SavedStateModule):
         self._finish_evaluation()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> DocumentScores:
-        """Sums of each document in the batch; a document that goes on in another batch has more of them."""
+        """Return the sums of each document in the batch; a document that goes on in another batch has more of them."""
         return score_documents(self(batch).nll, batch)
 
     def _start_evaluation(self, stage: str) -> None:
         run_checks.check_vocabulary(self.trainer, self.model)
-        self._evaluation = SourceEvaluation(stage, self.trainer, self.device)
+        self._evaluation = _SourceEvaluation(stage, self.trainer, self.device)
 
     def _finish_evaluation(self) -> None:
         results = self._evaluation.finish()
@@ -318,3 +326,47 @@ class CausalLMModule(SavedStateModule):
     @property
     def _strategy(self) -> Strategy | None:
         return None if self._trainer is None else self.trainer.strategy
+
+
+class _SourceEvaluation:
+    """Sums of one pass over the evaluation data.
+
+    Args:
+        stage: ``val`` or ``test``; the first part of the logged names.
+        trainer: Lightning's trainer, whose data module names the sources.
+        device: Device of the batches.
+    """
+
+    def __init__(self, stage: str, trainer: Any, device: torch.device) -> None:
+        """Make empty sums."""
+        self.stage = stage
+        self._names = run_checks.source_names(trainer, stage)
+        self._likelihood = SourceLikelihood(len(self._names)).to(device)
+
+    def update(self, nll: Tensor, batch: dict[str, Tensor]) -> None:
+        """Add a batch; ``nll`` is float32 ``[B, S]`` in nats, the rest is the evaluation batch of the data module."""
+        self._likelihood.update(nll, batch["labels"], batch["source_ids"], batch["label_bytes"], batch["text_mask"])
+
+    def finish(self) -> dict[str, Likelihood]:
+        """Return the likelihood of every source that had tokens, over all ranks; call it on each of them.
+
+        Raises:
+            FloatingPointError: a source's likelihood is not finite.
+        """
+        results = {self._names[source]: result for source, result in self._likelihood.compute().items()}
+        for name, result in results.items():
+            if not math.isfinite(result["nll_nats_per_token"]):
+                raise NonFiniteError(
+                    f"The likelihood of the source {name!r} is {result['nll_nats_per_token']} nats a token: the "
+                    "model's output is not finite. Check the checkpoint or the adapter that was loaded"
+                )
+        return results
+
+    def tags(self, results: dict[str, Likelihood]) -> dict[str, float]:
+        """Return the values of ``<stage>/<source>/nll_nats_per_token`` and ``<stage>/<source>/bits_per_byte``."""
+        tags: dict[str, float] = {}
+        for name, result in results.items():
+            tags[f"{self.stage}/{name}/nll_nats_per_token"] = result["nll_nats_per_token"]
+            if result["bytes"]:
+                tags[f"{self.stage}/{name}/bits_per_byte"] = result["bits_per_byte"]
+        return tags

@@ -120,7 +120,7 @@ def publish(unfinished: Path, path: Path) -> None:
 
     Args:
         unfinished: File or folder, seen by every rank that wrote to it.
-        path: Its name beside it.
+        path: Name of the checkpoint, in the same folder.
     """
     sums = _gathered_sums(unfinished)
     if _rank() != 0:
@@ -141,7 +141,7 @@ def remove(path: Path) -> None:
 
 
 def sidecar(path: Path) -> Path:
-    """The file with the sum of a single-file checkpoint."""
+    """Return the file with the sum of a single-file checkpoint."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -169,7 +169,7 @@ def verify(path: Path) -> None:
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint.
+    """Find the fault of a checkpoint.
 
     Args:
         path: File or folder.

@@ -19,7 +19,7 @@ def check_precision(precision: str) -> None:
     """Refuse a precision that changes what the model itself decides.
 
     Args:
-        precision: Lightning's name of it, `trainer.precision`.
+        precision: Lightning's name of the precision, `trainer.precision`.
 
     Raises:
         ValueError: anything but ``32-true`` (and ``bf16-mixed``, which changes nothing here).
@@ -35,7 +35,7 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
     """Refuse a tokenizer with more pieces than the model has embeddings.
 
     Args:
-        trainer: Lightning's; data without a `tokenizer` is not checked.
+        trainer: Lightning's trainer; data without a `tokenizer` is not checked.
         model: A transformers model or the PeftModel around it.
 
     Raises:
@@ -57,7 +57,7 @@ def check_context(trainer: Any, model: nn.Module | None) -> None:
     """Warn of rows that are longer than what the base was trained on.
 
     Args:
-        trainer: Lightning's; data without a `sequence_length` are not checked.
+        trainer: Lightning's trainer; data without a `sequence_length` are not checked.
         model: A transformers model or the PeftModel around it.
     """
     length, config = getattr(trainer.datamodule, "sequence_length", None), getattr(model, "config", None)
@@ -76,7 +76,7 @@ def check_context(trainer: Any, model: nn.Module | None) -> None:
 
 
 def check_trains(parameters: list[Any]) -> None:
-    """Refuse to train nothing. Args: parameters: those that train. Raises: ValueError if there are none."""
+    """Refuse to train nothing. Args: parameters: Parameters that train. Raises: ValueError if there are none."""
     if not parameters:
         raise UserError(
             "Nothing trains: `lora` is null and `train_embeddings` is false. "
@@ -109,7 +109,7 @@ def check_schedule_is_stepped(trainer: Any) -> None:
     """Refuse a schedule that follows a value where it would not be stepped after each validation.
 
     Args:
-        trainer: Lightning's, its loaders set up.
+        trainer: Lightning's trainer, its loaders set up.
 
     Raises:
         ValueError: it would be stepped at the end of an epoch, and a stream's epoch has no end; or validations come
@@ -137,8 +137,8 @@ def check_labels(step: int, count: float) -> None:
     """Stop before an update that nothing is learned from. Raises: ValueError.
 
     Args:
-        step: Its number from 0.
-        count: What its loss is divided by.
+        step: Number of the step, from 0.
+        count: Divisor of its loss.
     """
     if count <= 0:
         raise UserError(f"Optimizer step {step} holds no token with a label. Check the data's labels (-100 is ignored)")
@@ -149,9 +149,9 @@ def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
 
     Args:
         step: Optimizer steps done, which is the number of the present one from 0.
-        what: What is not finite.
-        value: Its value.
-        trainer: Lightning's.
+        what: Name of the number, such as loss.
+        value: Value of the number.
+        trainer: Lightning's trainer.
 
     Raises:
         FloatingPointError: says the step, the last checkpoint and what to do.
@@ -168,10 +168,10 @@ def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
 
 
 def source_names(trainer: Any, stage: str) -> list[str]:
-    """Names of the sources that are evaluated, in the order of `source_ids`.
+    """Return the names of the sources that are evaluated, in the order of `source_ids`.
 
     Args:
-        trainer: Lightning's, with a data module.
+        trainer: Lightning's trainer, with a data module.
         stage: ``val``, ``test`` or ``predict``.
 
     Raises:
@@ -193,8 +193,8 @@ def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:
     1633).
 
     Args:
-        optimizer: Of what trains.
-        strategy: Lightning's.
+        optimizer: Optimizer of the parameters that train.
+        strategy: Lightning's strategy.
 
     Raises:
         ValueError: says what to use instead.

@@ -13,15 +13,15 @@ from .causal_lm import Batch, CausalLMModule
 
 
 class InstructModule(CausalLMModule):
-    """Instruction tuning: answers are learnt from, as `InstructDataModule` labels them.
+    """Instruction tuning: the model learns from answers, as `InstructDataModule` labels them.
 
     It begins from a base or an instruct model (`base`), from the adapter of a pre-training run, which goes on training
     (`adapter`), or from a model into which such an adapter was merged (`mixcn export`, then `base`).
 
     Args:
         base: Hugging Face folder, 4-bit folder of `mixcn quantize`, or hub id.
-        loss_weighting: ``token`` weighs every learnt token alike, so that long answers count more; ``conversation``
-            weighs every conversation alike, by the mean of its learnt tokens.
+        loss_weighting: ``token`` weighs every token with a label alike, so that long answers count more;
+            ``conversation`` weighs every conversation alike, by the mean of its tokens with labels.
         kwargs: Arguments of `CausalLMModule`.
     """
 
@@ -33,7 +33,7 @@ class InstructModule(CausalLMModule):
         self.loss_weighting = loss_weighting
 
     def compute_loss(self, batch: Batch, output: CausalLMOutput) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over learnt tokens and their number; or over conversations, of each one's mean."""
+        """Return the sum of the loss over labels and their number; or over conversations, of each one's mean."""
         if self.loss_weighting == "token":
             return super().compute_loss(batch, output)
         assert output.nll is not None
@@ -41,7 +41,7 @@ class InstructModule(CausalLMModule):
 
 
 def mean_by_document(nll_BS: Tensor, labels_BS: Tensor, document_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over documents of the mean over each one's labels.
+    """Sum each document's mean over its labels.
 
     Args:
         nll_BS: Loss of each label in nats, float32 ``[B, S]``, 0 where there is none.

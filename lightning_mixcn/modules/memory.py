@@ -1,4 +1,4 @@
-"""A run as `model.memory_plan` needs to know it, from Lightning's strategy and the data module."""
+"""Describe a run to `model.memory.plan`, from Lightning's strategy and the data module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ _NO_OPTIMIZER = OptimizerMemory(0, 0)
 
 
 def micro_batch(data: Any) -> MicroBatch:
-    """The shape of a data module's training batches.
+    """Return the shape of a data module's training batches.
 
     Args:
         data: One with ``micro_batch_size``, ``sequence_length`` and ``packing``, as this package's are.
@@ -38,12 +38,12 @@ def micro_batch(data: Any) -> MicroBatch:
 
 
 def sharing_of(strategy: Strategy | str, ranks: int, ranks_of_node: int) -> Sharing:
-    """How a strategy shares parameters between ranks; no process group is needed.
+    """Describe how a strategy shares parameters between ranks; no process group is needed.
 
     Args:
         strategy: Lightning's, or its name in a configuration.
-        ranks: Of the run.
-        ranks_of_node: On each machine.
+        ranks: Number of ranks of the run.
+        ranks_of_node: Number of ranks on each machine.
 
     >>> sharing_of("hsdp", ranks=16, ranks_of_node=8)
     Sharing(kind='fsdp2', ranks=8, copies=2, reshard_after_forward=True, prefetch=1, gradient_copies=0)
@@ -73,14 +73,14 @@ def planned_run(
     sharing: Sharing,
     make_optimizer: Callable[[Any], Optimizer] | None,
 ) -> Run:
-    """What `plan_memory` asks for; without ``make_optimizer`` the optimizer is left out."""
+    """Describe a run to `plan_memory`; without ``make_optimizer`` the optimizer is left out."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_memory(make_optimizer, trained, device_type) if make_optimizer else _NO_OPTIMIZER
     return Run(batch, modes, device_type, accumulates, optimizer, sharing)
 
 
 def budgeted_modes(module: Any) -> list[str]:
-    """Activation checkpointing of each layer of a module that has an ``activation_memory`` and its model.
+    """Choose the activation checkpointing of each layer of a module with an ``activation_memory``.
 
     Args:
         module: A `CausalLMModule` with a trainer.
@@ -100,6 +100,6 @@ def budgeted_modes(module: Any) -> list[str]:
 
 
 def fewest_usable(trainer: Any, device: torch.device) -> int:
-    """Bytes of the rank that has least, so that all choose the same."""
+    """Return the bytes of the rank that has least, so that all choose the same."""
     here = torch.tensor(usable_bytes(device, trainer.num_devices), dtype=torch.float64, device=device)
     return int(trainer.strategy.reduce(here, reduce_op="min"))

@@ -118,8 +118,8 @@ class ConfiguredOptimization:
         """Set a restored optimizer and its schedule as the configuration says.
 
         Args:
-            optimizer: With the checkpoint's states and settings.
-            scheduler: Its schedule.
+            optimizer: Optimizer with the checkpoint's states and settings.
+            scheduler: Schedule of the optimizer.
             saved: Result of `settings` when the checkpoint was written.
             schedule_state: The state of the schedule in the checkpoint.
             global_step: Optimizer steps done.
@@ -211,7 +211,7 @@ class ConfiguredOptimization:
 
         Args:
             group: The restored group.
-            start: Its configured settings at step 0, at which an optimizer makes its states.
+            start: Configured settings of the group at step 0, at which an optimizer makes its states.
             optimizer: The restored optimizer.
             different: Key, old and new value of what is changed.
 
@@ -260,7 +260,7 @@ def advance(scheduler: LRSchedulerTypeUnion, steps: int) -> None:
     """Bring a new schedule to a step.
 
     Args:
-        scheduler: At step 0.
+        scheduler: Schedule at step 0.
         steps: Optimizer steps done.
 
     Raises:
@@ -309,7 +309,7 @@ def callback_changes(callbacks: list[Any], states: dict[str, Any]) -> list[str]:
     """Have callbacks' settings hold against a checkpoint's, in place, and list what has changed.
 
     Args:
-        callbacks: Those of the trainer.
+        callbacks: Callbacks of the trainer.
         states: Their states in the checkpoint, by Lightning's key, which names a callback's class and settings.
 
     Returns:

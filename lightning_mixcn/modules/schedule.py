@@ -22,7 +22,7 @@ class WarmupCosine(LRScheduler):
     it times f + (1 − f) · (1 + cos(π · (s − W) / (N − W))) / 2. Neither the first nor the last step is at zero.
 
     Args:
-        optimizer: Whose learning rates are scheduled; each group's own ``lr`` is its peak.
+        optimizer: Optimizer to schedule; each group's own ``lr`` is its peak.
         warmup_fraction: Fraction of all steps spent on warm-up, in [0, 1); 0.05 as in the Chinese-Mixtral paper.
         final_fraction: Learning rate at the end as a fraction of the peak, in [0, 1]; 0.1, since a rate near zero
             learns nothing from the text it still costs.
@@ -74,7 +74,7 @@ class WarmupCosine(LRScheduler):
         self._set_rates()
 
     def factor(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (from 0) as a fraction of the peak; constant after the last step."""
+        """Return a step's learning rate (from step 0) as a fraction of the peak; constant after the last step."""
         assert self.total_steps is not None
         warmup = round(self.warmup_fraction * self.total_steps)
         if step < warmup:
@@ -83,7 +83,7 @@ class WarmupCosine(LRScheduler):
         return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
     def get_lr(self) -> list[float | Tensor]:
-        """Learning rate of each parameter group for the present step.
+        """Return the learning rate of each parameter group for the present step.
 
         Raises:
             ValueError: stepped before the length of the run was known.
@@ -95,7 +95,7 @@ class WarmupCosine(LRScheduler):
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the progress; how the curve runs is for the configuration to say."""
+        """Take the progress; the shape of the curve is the configuration's."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in _CONFIGURED})
 
     def _set_rates(self) -> None:
@@ -127,7 +127,7 @@ def scheduled(
 
     Args:
         optimizer: The optimizer.
-        scheduler: Its schedule, stepped once an optimizer step; one that follows a value, after each validation.
+        scheduler: Schedule of the optimizer, stepped once a step; one that follows a value, after each validation.
         val_check_interval: `trainer.val_check_interval`: micro-batches, or a fraction of an epoch, after which a
             schedule that follows a value is stepped once an epoch.
     """

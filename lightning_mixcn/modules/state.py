@@ -56,7 +56,7 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Reduce constructor arguments to strings, numbers, booleans, ``None``, lists and dicts of these.
 
     Args:
-        arguments: As given to ``__init__``.
+        arguments: Arguments of ``__init__``.
 
     Returns:
         The same without what has no plain form, which is left to its default when the module is made again: callables
@@ -124,8 +124,8 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
     """Check that a checkpoint's factors mean here what they meant when they were trained.
 
     Args:
-        checkpoint: With the record; an older checkpoint, which has none, has the module's arguments.
-        module: Its model is built.
+        checkpoint: Checkpoint with the record; an older one, which has none, has the module's arguments.
+        module: Module whose model is built.
 
     Raises:
         ValueError: another rank, scaling or target; says both values.
@@ -158,7 +158,7 @@ def lora_changes(checkpoint: Mapping[str, Any], module: LightningModule) -> list
     """List the options of LoRA that may change on resume and have changed.
 
     Args:
-        checkpoint: With the record, or at least the module's arguments.
+        checkpoint: Checkpoint with the record, or at least the module's arguments.
         module: One with a ``lora``, perhaps.
 
     Returns:
@@ -279,7 +279,7 @@ class SavedStateModule(LightningModule):
         """Remember how the optimizer is configured, before a checkpoint is restored into it.
 
         Args:
-            configured: What `configure_optimizers` makes; a subclass that has its own may call this, too.
+            configured: Result of `configure_optimizers`; a subclass that has its own may call this, too.
 
         Raises:
             ValueError: the checkpoint holds the states of another optimizer.
@@ -399,12 +399,12 @@ def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any])
 
 
 def number_as_in_module(optimizer_state: dict[str, Any], module: nn.Module) -> None:
-    """Number the parameters of an optimizer's state among all of the module's, frozen ones too, in place.
+    """Count the parameters of an optimizer's state among all of the module's, frozen ones too, in place.
 
     Lightning's `ModelParallelStrategy` shards a state of one file by these numbers; torch itself goes by the order.
 
     Args:
-        optimizer_state: Of an optimizer over all that trains, its parameters numbered from 0.
+        optimizer_state: State of an optimizer over all that trains, its parameters numbered from 0.
         module: The LightningModule.
     """
     among_all = [index for index, parameter in enumerate(module.parameters()) if parameter.requires_grad]

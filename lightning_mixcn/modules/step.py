@@ -21,11 +21,11 @@ REFERENCE_COUNT = 1024.0
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one micro-batch adds to an optimizer step, or all of them together.
+    """Sums that one micro-batch adds to an optimizer step, or those of all of them.
 
     Args:
         minimised: Sum that is minimised, the auxiliary loss included.
-        count: What ``minimised`` is divided by in the end.
+        count: Divisor of ``minimised`` in the end.
         nats: Sum of the negative log-likelihood.
         auxiliary: Auxiliary load-balancing loss times ``labels``.
         labels: Number of predicted tokens.
@@ -55,10 +55,10 @@ class GradientWindow:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def close(self, strategy: Any) -> Contribution:
-        """Totals over micro-batches and ranks, and an empty window again.
+        """Return the totals over micro-batches and ranks, and open an empty window.
 
         Args:
-            strategy: Lightning's, whose ``reduce`` adds over ranks; called once on every rank.
+            strategy: Lightning's strategy, whose ``reduce`` adds over ranks; called once on every rank.
 
         Returns:
             Scalars, float64, on the CPU: reading them waits for the device once a step.
@@ -77,17 +77,12 @@ class GradientWindow:
         return Contribution(*totals.unbind())
 
 
-def micro_batch_scale(accumulate_grad_batches: int) -> float:
-    """Factor for the sum that ``training_step`` returns, which Lightning divides by ``accumulate_grad_batches``."""
-    return accumulate_grad_batches / REFERENCE_COUNT
-
-
 def rescale_gradients(parameters: Iterable[Tensor], count: float, world_size: int) -> Tensor:
     """Turn gradients of sums, averaged over ranks, into gradients of the mean.
 
     Args:
-        parameters: Those that train; the ones without a gradient are left alone.
-        count: What the sum is divided by, over the whole step and all ranks.
+        parameters: Parameters that train; those without a gradient are left alone.
+        count: Divisor of the sum, over the whole step and all ranks.
         world_size: Number of ranks that gradients were averaged over.
 
     Returns:
@@ -105,10 +100,10 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float, algorithm: str, n
     """Clip as torch does, with a norm that is right under every strategy.
 
     Args:
-        parameters: Those that train.
+        parameters: Parameters that train.
         limit: Largest norm of all gradients together, or largest magnitude of an element.
         algorithm: ``norm`` or ``value``.
-        norm: What `rescale_gradients` gave.
+        norm: Result of `rescale_gradients`.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if algorithm == "value":
@@ -119,12 +114,12 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float, algorithm: str, n
 
 
 def micro_batch_seed(seed: int, index: int, rank: int) -> int:
-    """Seed of a micro-batch.
+    """Return the seed of a micro-batch.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         index: Micro-batches of this rank before it, since the run began.
-        rank: This rank.
+        rank: Number of this rank.
 
     Returns:
         63 bits that do not resemble those of another place.

@@ -31,7 +31,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         prefetch: Layers gathered ahead of the one that computes.
         save_distributed_checkpoint: Each rank writes its share into a folder; else rank 0 writes one file.
         process_group_backend: ``nccl``, ``gloo``; null chooses by device.
-        timeout_minutes: How long a rank waits for the others in a collective before it stops with an error.
+        timeout_minutes: Time that a rank waits for the others in a collective before it stops with an error.
     """
 
     def __init__(

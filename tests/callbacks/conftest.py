@@ -136,7 +136,7 @@ def forked_fits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedFits
 
 @pytest.fixture(scope="session")
 def fit_config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Configuration of a run whose steps take milliseconds, with dropout and a stream of text."""
+    """Configure a run whose steps take milliseconds, with dropout and a stream of text."""
     folder: Path = tmp_path_factory.mktemp("config")
     lines = (json.dumps({"text": "今天天气很好。" * (1 + number % 4) + str(number)}) for number in range(100))
     (folder / "zh.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -71,7 +71,7 @@ class Spoiler(Callback):
             if self.what == "changed" and name.endswith(CODES) and trainer.is_global_zero:
                 local_rows(parameter)[0][-1, -1] ^= 1
             if self.what == "detached" and name.endswith(FACTOR):
-                # Expert 2's rows, wherever they lie.
+                # Expert 2's rows, wherever they are.
                 assert parameter.grad is not None
                 held, first = local_rows(parameter.grad)
                 rows = torch.arange(first, first + len(held)) // (len(parameter) // 4)
@@ -79,7 +79,7 @@ class Spoiler(Callback):
 
 
 def fit_watched(cases: list[tuple[str, str]], base: str, folder: str) -> list[str]:
-    """What each pair of strategy and spoiling ended with: an error's text, or nothing."""
+    """Return the error's text, or nothing, for each pair of strategy and spoiling."""
     return [_fit_watched(name, what, base, Path(folder, name, what)) for name, what in cases]
 
 

@@ -291,12 +291,13 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path, tokenizer: object) -> No
     trainer, host, first, second = stand_in(tmp_path, tokenizer), Host(), RunFacts(), RunFacts()
     train(first, trainer, host, 1)
     first.on_validation_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state)
     train(second, trainer, host, 1)
     second.on_fit_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
     facts = written(tmp_path)
     assert facts["tokens_seen"] == 28
-    assert facts["fit_seconds"] > first.state_dict()["fit_seconds"]
+    assert facts["fit_seconds"] > state["fit_seconds"]
     assert [validation["step"] for validation in facts["validations"]] == [1]
 
 

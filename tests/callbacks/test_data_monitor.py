@@ -272,7 +272,7 @@ class Weighted(FixedBatches):
 
 @pytest.fixture
 def six_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window of two batches, two rows of each stream."""
+    """Fill a window of two batches, two rows of each stream."""
     monkeypatch.setattr("lightning_mixcn.callbacks.data_monitor._LEAST_ROWS", 6)
 
 

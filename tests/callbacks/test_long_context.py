@@ -300,7 +300,7 @@ def evaluation(step: int) -> Any:
     return {"step": step, "likelihoods": rows, "retrieval": retrieval, "out_of_memory": []}
 
 
-def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_and_a_new_one_starts_from_scratch(tmp_path: Path) -> None:
     for step in (0, 2, 4, 4):
         LongContextReport(tmp_path).add(evaluation(step))
     steps = [[entry["step"] for entry in LongContextReport(tmp_path, after).evaluations] for after in (None, 2, -1)]

@@ -27,7 +27,7 @@ BATCHES = [random_batch(lengths, seed=seed, sources=2) for seed, lengths in enum
 
 
 def table(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
-    """The last message with lines, as a dictionary."""
+    """Return the last message with lines, as a dictionary."""
     (text,) = [record.getMessage() for record in caplog.records if "tokens per second" in record.getMessage()]
     pairs = (line.split("  ", 1) for line in text.splitlines())
     return {name: value.strip() for name, value in pairs}

@@ -88,7 +88,7 @@ def test_a_batch_is_answered_like_one_after_the_other(
 
 
 def greedy(module: InstructModule, prompt: list[int], stop_ids: set[int], penalty: float, tokens: int = 6) -> list[int]:
-    """The penalty is CTRL's (Keskar et al. 2019): logits of tokens that were there are divided by it if positive."""
+    """Penalize as CTRL does (Keskar et al. 2019): logits of tokens that were there are divided by it if positive."""
     assert module.model is not None
     module.model.eval()
     row = list(prompt)

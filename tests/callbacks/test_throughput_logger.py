@@ -48,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def spend(clock: Clock, seconds: dict[str, float]) -> type[PretrainModule]:
-    """A module whose phases take the given seconds of each micro-batch, or of each update."""
+    """Make a module whose phases take the given seconds of each micro-batch, or of each update."""
 
     class Slow(PretrainModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -157,7 +157,7 @@ def _train(
 
 
 def shares(base: str, sizes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
-    """What a rank holds after sharded loading, for each shape of the mesh."""
+    """Return the contents of a rank after sharded loading, for each shape of the mesh."""
     found = []
     for shape in sizes:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])

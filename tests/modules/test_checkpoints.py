@@ -207,7 +207,7 @@ class Surprise:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint with tensors of all dtypes in use, and objects."""
+    """Write a checkpoint with tensors of all dtypes in use, and objects."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool]
     state = {str(dtype): torch.zeros(3, 5, dtype=dtype) for dtype in dtypes}
     save_sharded(state | {"lr": 0.1, "betas": (0.9, 0.99)}, checkpoint_id=tmp_path / "made", no_dist=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_mixcn.modules.step import (
+    REFERENCE_COUNT,
     Contribution,
     GradientWindow,
-    micro_batch_scale,
     micro_batch_seed,
     rescale_gradients,
     seed_micro_batch,
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_mean() -> None:
 
     weight = torch.ones(8, dtype=torch.float64, requires_grad=True)
     for piece in pieces:
-        (loss_sum(weight, piece) * micro_batch_scale(2) / 2 / 2).backward()
+        (loss_sum(weight, piece) * (2 / REFERENCE_COUNT) / 2 / 2).backward()
     norm = rescale_gradients([weight, torch.nn.Parameter(torch.ones(1))], 25, world_size=2)
 
     expected = torch.ones(8, dtype=torch.float64, requires_grad=True)

@@ -25,7 +25,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=["wide", pytest.param("stories", marks=pytest.mark.slow)])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What every rank gave, by strategy and number of ranks."""
+    """Return the results of every rank by strategy and number of ranks."""
     if request.param == "stories" and not STORIES.is_dir():
         pytest.skip("needs the shared model stories260K-mixtral-4e")
     base, found = bases(tmp_path_factory)[request.param], {}

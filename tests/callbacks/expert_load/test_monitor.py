@@ -82,7 +82,7 @@ def counted(folder: Path, **where: Any) -> Counter[Key]:
 
 
 def still(base: Path, **changes: Any) -> PretrainModule:
-    """A module whose steps change nothing, so that it stays the base, whose counts are known."""
+    """Make a module whose steps change nothing, so that it stays the base, whose counts are known."""
     lora = LoraConfig(r=2, target_modules=["q_proj", "gate", "w1", "w2", "w3"])
     settings: dict[str, Any] = {"quantization": "none", "dtype": "float32", "lora": lora}
     settings["optimizer"] = lambda parameters: torch.optim.SGD(parameters, lr=0.0)

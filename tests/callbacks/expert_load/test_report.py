@@ -25,7 +25,7 @@ def row(step: int, stage: str = "train", source: str = "zh", tokens: int = 7) ->
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A run of five steps that logs every other, validates every third, and was killed while it wrote."""
+    """Write a run of five steps that logs every other, validates every third, and was killed while it wrote."""
     path = tmp_path / "run" / "experts.csv"
     file = ExpertLoadFile(path)
     file.start(0, 0)
@@ -48,7 +48,7 @@ def steps(path: Path) -> list[tuple[str, ...]]:
     return [tuple(line.split(",")[:3]) for line in lines(path)[1:]]
 
 
-def test_a_new_run_starts_anew(path: Path) -> None:
+def test_a_new_run_starts_from_scratch(path: Path) -> None:
     ExpertLoadFile(path).start(0, 0)
     assert lines(path) == [HEADER]
 
