@@ -22,9 +22,9 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces, has_tokenizer
 
 from .checkpoints.folder import Checkpoint
-from .local_rows import local_rows
 from .lora.adapter_file import EMBEDDINGS, AdapterFile
 from .mixtral import MixtralForCausalLM
+from .sharding import local_shard
 
 NewRows = Literal["mean", "byte_mean", "random", "zeros"]
 
@@ -70,7 +70,7 @@ class VocabularyExtension:
         names = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
         for name in names:
             weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]  # a parameter
-            held, first_held = local_rows(weight)
+            held, first_held = local_shard(weight)
             for first in range(len(self.old), self.rows, _ROWS):
                 last = min(first + _ROWS, self.rows)
                 start, stop = max(first, first_held), min(last, first_held + len(held))

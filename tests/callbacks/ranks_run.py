@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig
 
 from lightning_mixcn.callbacks import BenchmarkEval, FitSummary, LongContextEval, ThroughputLogger, TrainabilityCheck
-from lightning_mixcn.model.local_rows import local_rows
+from lightning_mixcn.model.sharding import local_shard
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.testing import FixedBatches, random_batch
@@ -69,11 +69,11 @@ class Spoiler(Callback):
         parameters = dict(pl_module.named_parameters())
         for name, parameter in parameters.items():
             if self.what == "changed" and name.endswith(CODES) and trainer.is_global_zero:
-                local_rows(parameter)[0][-1, -1] ^= 1
+                local_shard(parameter)[0][-1, -1] ^= 1
             if self.what == "detached" and name.endswith(FACTOR):
                 # Expert 2's rows, wherever they are.
                 assert parameter.grad is not None
-                held, first = local_rows(parameter.grad)
+                held, first = local_shard(parameter.grad)
                 rows = torch.arange(first, first + len(held)) // (len(parameter) // 4)
                 held[rows == 2] = 0.0
 

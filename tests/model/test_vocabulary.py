@@ -28,7 +28,7 @@ from lightning_mixcn.model import (
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
-from lightning_mixcn.model.local_rows import gathered
+from lightning_mixcn.model.sharding import full_tensor
 from lightning_mixcn.model.vocabulary import NewRows
 from lightning_mixcn.studies.vocabulary.merge import choose_pieces, mergeable_base, write_tokenizer
 from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
@@ -224,7 +224,7 @@ def sharded(base: str, tokenizer: str) -> list[Tensor]:
     lora = peft.LoraConfig(r=2, target_modules=["w1"])
     load = partial(load_mixtral, base, tokenizer=tokenizer, lora=lora, train_embeddings=True)
     models = [load(new_rows=mode, shard=partial(shard_model, mesh=mesh)) for mode in MODES]
-    return [gathered(weight(model, name)) for model in models for name in NAMES]
+    return [full_tensor(weight(model, name)) for model in models for name in NAMES]
 
 
 @pytest.mark.multiprocess

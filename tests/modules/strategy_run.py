@@ -23,8 +23,8 @@ from lightning_mixcn.model import (
     shard_model,
 )
 from lightning_mixcn.model.experts.block import Router
-from lightning_mixcn.model.local_rows import gathered
 from lightning_mixcn.model.lora.attach import adapter_tensors
+from lightning_mixcn.model.sharding import full_tensor
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 from lightning_mixcn.text import Source
@@ -174,12 +174,12 @@ def shares(base: str, sizes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
 
 
 def _sums(parameters: list[torch.nn.Parameter]) -> list[float]:
-    return [float(gathered(parameter).double().sum()) for parameter in parameters]
+    return [float(full_tensor(parameter).double().sum()) for parameter in parameters]
 
 
 def _digest(model: torch.nn.Module) -> str:
     frozen = hashlib.sha256()
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            frozen.update(gathered(parameter).contiguous().view(torch.uint8).numpy().tobytes())
+            frozen.update(full_tensor(parameter).contiguous().view(torch.uint8).numpy().tobytes())
     return frozen.hexdigest()

@@ -16,14 +16,14 @@ from lightning_mixcn.model.checkpoints.identity import (
     is_own_format,
 )
 from lightning_mixcn.model.checkpoints.layout import Entry
-from lightning_mixcn.model.local_rows import (
-    copy_rows,
-    held_elements,
-    local_rows,
-    write_elements,
-)
 from lightning_mixcn.model.nf4.codec import SUPERBLOCK, dequantize_nf4
 from lightning_mixcn.model.nf4.storage import NF4Weight
+from lightning_mixcn.model.sharding import (
+    copy_to_shard,
+    local_shard,
+    shard_elements,
+    write_to_shard,
+)
 
 # Elements read, quantised and written at a time: 128 MB of float32, a whole number of superblocks.
 CHUNK = 2048 * SUPERBLOCK
@@ -97,7 +97,7 @@ def fill(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None
     if source is not None and source.holds(entry):
         _take_over(entry, source)
         return
-    held = held_elements(entry.parameter) if entry.attribute else entry.storage.held()
+    held = shard_elements(entry.parameter) if entry.attribute else entry.storage.held()
     if entry.attribute and held.stop > (stored := prod(checkpoint.shape(entry.segments[0].name))):
         held = range(min(held.start, stored), stored)  # the rows of an extended vocabulary are not in the checkpoint
     target = _readable(entry, checkpoint)
@@ -105,14 +105,14 @@ def fill(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None
         if entry.attribute is None:
             entry.storage.write(start, values)
         elif target is None:
-            write_elements(entry.parameter, start, values)
+            write_to_shard(entry.parameter, start, values)
 
 
 def _readable(entry: Entry, checkpoint: Checkpoint) -> Tensor | None:
     """The parameter's memory, flat, where the file's bytes can go straight into it."""
     if entry.attribute is None:
         return None
-    rows, _ = local_rows(entry.parameter)
+    rows, _ = local_shard(entry.parameter)
     fits = rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype == checkpoint.dtype(entry.segments[0].name)
     return rows.view(-1) if fits else None
 
@@ -163,7 +163,7 @@ def _take_over(entry: Entry, source: BitsAndBytesSource) -> None:
     packed, storage = source.stack(entry), entry.storage
     if isinstance(storage, NF4Weight):
         for name, tensor in packed._asdict().items():
-            copy_rows(getattr(storage, name), tensor)
+            copy_to_shard(getattr(storage, name), tensor)
     else:  # the router, which is not quantised here
         held = storage.held()
         values = dequantize_nf4(packed, storage.values.dtype)[: prod(storage.shape)]

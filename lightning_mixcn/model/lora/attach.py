@@ -20,9 +20,9 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.safetensors import write_safetensors
 from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
-from lightning_mixcn.model.local_rows import copy_rows, gathered
 from lightning_mixcn.model.mixtral import MixtralForCausalLM, base_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.sharding import copy_to_shard, full_tensor
 
 from .adapter_file import (
     EMBEDDINGS,
@@ -148,7 +148,7 @@ def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraCon
         for group, name in enumerate(disk_names(module_name, layer.groups)):
             factors[name] = StoredFactors(a[group], b[group], layer.scaling[active])
     trained = [name for name in EMBEDDINGS if _weight(model, name).requires_grad]
-    saved = {name: gathered(_weight(model, name)).cpu().clone() for name in trained}
+    saved = {name: full_tensor(_weight(model, name)).cpu().clone() for name in trained}
     base = _lora_config(model).base_model_name_or_path
     return per_expert(normalise(factors, saved, config), base, config.num_hidden_layers)
 
@@ -201,4 +201,4 @@ def _fill(parameter: Tensor, groups: list[Tensor], adapter: str, names: list[str
             f"`adapter={adapter!r}`: {names[0]} has the shape {list(values.shape)}, the base has "
             f"{list(parameter.shape)}. Give the base that the adapter was trained on"
         )
-    copy_rows(parameter, values)
+    copy_to_shard(parameter, values)

@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model.local_rows import copy_rows, gathered
 from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
+from lightning_mixcn.model.sharding import copy_to_shard, full_tensor
 
 
 class LoraFrozenLinear(nn.Module, LoraLayer):
@@ -84,7 +84,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
 
     def gathered_masters(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The same whole and without autograd where they are sharded; all ranks must call it."""
-        return self._by_group(adapter, *map(gathered, self.weights(adapter)))
+        return self._by_group(adapter, *map(full_tensor, self.weights(adapter)))
 
     def _by_group(self, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.view(self.groups, self.r[adapter], -1), b.view(self.groups, -1, self.r[adapter])
@@ -105,7 +105,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         elif init:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         for weight, values in zip(self.weights(adapter), (a, torch.zeros_like(b) if init else b), strict=True):
-            copy_rows(weight, values)
+            copy_to_shard(weight, values)
 
     def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> LoraFactors | None:
         """The active adapters' factors side by side, in ``dtype``; ``None`` when disabled or merged.

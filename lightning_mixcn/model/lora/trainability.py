@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_mixcn.model.checkpoints.layout import disk_names
 from lightning_mixcn.model.experts.block import Experts
-from lightning_mixcn.model.local_rows import local_rows
 from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.sharding import local_shard
 
 from .adapter_file import EMBEDDINGS
 from .attach import lora_layers
@@ -73,7 +73,7 @@ def nonzero_groups(tensor: Tensor, groups: int) -> Tensor:
     Returns:
         ``[G]`` int64, 0 or 1; NaN is not zero.
     """
-    held, first = local_rows(tensor)
+    held, first = local_shard(tensor)
     rows = len(tensor) // groups
     bounds = [min(max(group * rows - first, 0), len(held)) for group in range(groups + 1)]
     return torch.stack([held[start:stop].any() for start, stop in pairwise(bounds)]).long()
@@ -136,7 +136,7 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
     Returns:
         ``[N]`` int64 on the CPU, read in one transfer a device.
     """
-    sums = [_fingerprint(local_rows(tensor)[0]) for tensor in tensors]
+    sums = [_fingerprint(local_shard(tensor)[0]) for tensor in tensors]
     result = torch.zeros(len(sums), dtype=torch.int64)
     for device in {value.device for value in sums}:
         here = [index for index, value in enumerate(sums) if value.device == device]

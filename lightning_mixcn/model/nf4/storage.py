@@ -2,7 +2,7 @@
 
 Both classes are plain ``nn.Module``s with plain frozen parameters, so state_dict, safetensors, FSDP and DCP see nothing
 special, and both answer the same calls: ``decoder`` to use, ``held`` and ``write`` to fill, ``flat`` to read back.
-Under FSDP2 a rank fills its share with ``write``; ``decoder`` and ``flat`` need the gathered whole.
+Under FSDP2 a rank fills its shard with ``write``; ``decoder`` and ``flat`` need the gathered whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
-from lightning_mixcn.model.local_rows import held_elements, local_rows, write_elements
+from lightning_mixcn.model.sharding import local_shard, shard_elements, write_to_shard
 
 from . import codec as nf4
 
@@ -65,7 +65,7 @@ class NF4Weight(nn.Module):
 
     def held(self) -> range:
         """Return the elements of the stack that this rank holds, whole superblocks."""
-        codes, first = local_rows(self.codes)
+        codes, first = local_shard(self.codes)
         stop = min((first + len(codes)) * nf4.SUPERBLOCK, prod(self.shape))
         return range(min(first * nf4.SUPERBLOCK, stop), stop)
 
@@ -74,7 +74,7 @@ class NF4Weight(nn.Module):
         assert start % nf4.SUPERBLOCK == 0, f"write starts inside a superblock: {start}"
         packed = nf4.quantize_nf4(values.to(self.codes.device))
         for target, source in zip((self.codes, self.scales, self.super_scale, self.super_offset), packed, strict=True):
-            rows, held_from = local_rows(target)
+            rows, held_from = local_shard(target)
             first = start // nf4.SUPERBLOCK - held_from
             rows[first : first + len(source)].copy_(source)
 
@@ -114,11 +114,11 @@ class DenseWeight(nn.Module):
 
     def held(self) -> range:
         """Return the elements of the stack that this rank holds."""
-        return held_elements(self.values)
+        return shard_elements(self.values)
 
     def write(self, start: int, values: Tensor) -> None:
         """Copy ``values`` (flat) in from element ``start`` on."""
-        write_elements(self.values, start, values)
+        write_to_shard(self.values, start, values)
 
     def flat(self, dtype: torch.dtype) -> Tensor:
         """Return all elements, ``[G * out * in]`` in ``dtype``."""

@@ -33,7 +33,7 @@ def test_shares_of_ranks_add_up(ranks: int, monkeypatch: pytest.MonkeyPatch) -> 
     for rank in range(ranks):
         first = min(rank * size, 12)
         share = whole[first : first + size]
-        monkeypatch.setattr("lightning_mixcn.model.lora.trainability.local_rows", lambda _, s=share, f=first: (s, f))
+        monkeypatch.setattr("lightning_mixcn.model.lora.trainability.local_shard", lambda _, s=share, f=first: (s, f))
         found += nonzero_groups(whole, 4)
     assert found.sign().tolist() == [1, 1, 0, 1]
 
