@@ -63,7 +63,7 @@ def test_bytes_that_need_no_conversion_go_straight_into_the_parameters(
 
     quantize(str(tiny), str(tmp_path / "out"), dtype="float32")
     expected = load_mixtral(tiny, dtype="float32").state_dict()
-    monkeypatch.setattr(reading, "write_elements", copy)
+    monkeypatch.setattr(reading, "write_to_shard", copy)
     found = load_mixtral(tmp_path / "out", dtype="float32").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(AssertionError, match="read and then copied"):

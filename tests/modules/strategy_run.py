@@ -23,7 +23,7 @@ from lightning_mixcn.model import (
     shard_model,
 )
 from lightning_mixcn.model.experts.block import Router
-from lightning_mixcn.model.lora.attach import adapter_tensors
+from lightning_mixcn.model.lora.attach import stored_adapter
 from lightning_mixcn.model.sharding import full_tensor
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
@@ -143,13 +143,18 @@ def _train(
     data = SharedBatches(batches()) if path is None else text(base, path)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     assert isinstance(model.model, MixtralPeftModel)
-    tensors, _ = adapter_tensors(model.model)
+    factors, embeddings = stored_adapter(model.model)
     return {
         "losses": losses.losses,
         "settings": {key: value for key, value in trainer.optimizers[0].param_groups[0].items() if key != "params"},
         "reached": losses.reached,
         "experts": Path(out, "experts.csv").read_text(encoding="utf-8") if trainer.is_global_zero else None,
-        "adapter": tensors,
+        "adapter": {
+            f"{name} {part}": value
+            for name, pair in factors.items()
+            for part, value in zip("AB", pair[:2], strict=True)
+        }
+        | embeddings,
         "base": _digest(model.model),
         "bytes": local_bytes(model.model),
         "seconds": time.perf_counter() - started,

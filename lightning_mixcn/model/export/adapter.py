@@ -2,15 +2,10 @@
 
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from peft import LoraConfig
-from torch import Tensor
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
-from lightning_mixcn.files.safetensors import write_safetensors
 from lightning_mixcn.model.checkpoints.identity import (
     IDENTITY_FILE,
     base_identity,
@@ -19,13 +14,7 @@ from lightning_mixcn.model.checkpoints.identity import (
 )
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.find import ModelSource
-from lightning_mixcn.model.lora.adapter_file import WEIGHTS_NAME
-from lightning_mixcn.model.lora.layouts import (
-    NormalisedAdapter,
-    fused,
-    normalise,
-    per_expert,
-)
+from lightning_mixcn.model.lora.adapter_writer import write_adapter
 from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
 
 from .card import (
@@ -36,11 +25,9 @@ from .card import (
 )
 from .folder import ExportOptions
 
-_Write = Callable[[NormalisedAdapter, str | None, int], tuple[dict[str, Tensor], LoraConfig]]
-
-LAYOUTS: dict[str, tuple[_Write, str]] = {
-    "peft": (fused, "fused layout, which PEFT reads with transformers 5"),
-    "peft-per-expert": (per_expert, "per-expert layout, which PEFT, vLLM and llama.cpp read"),
+LAYOUTS = {
+    "peft": "fused layout, which PEFT reads with transformers 5",
+    "peft-per-expert": "per-expert layout, which PEFT, vLLM and llama.cpp read",
 }
 
 
@@ -67,16 +54,13 @@ def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> Non
             f"the adapter {adapter.name!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
         )
     config = mixtral_config(found.base)
-    write, text = LAYOUTS[options.format]
     factors = {name: adapter.factors(name) for name in adapter.names}
-    normalised = normalise(factors, {name: adapter.read_saved(name) for name in adapter.saved}, config)
-    tensors, lora = write(normalised, stock_base(found.base), config.num_hidden_layers)
+    saved = {name: adapter.read_saved(name) for name in adapter.saved}
     for line in base_shortcomings(found.base):
         print(line, file=sys.stderr)
     with new_folder(out) as folder:
-        write_safetensors(folder / WEIGHTS_NAME, tensors)
-        lora.save_pretrained(str(folder))
-        made = f"A LoRA adapter in the {text}.{resizing_note(adapter, config)}"
+        write_adapter(folder, factors, saved, config, stock_base(found.base), fused=options.format == "peft")
+        made = f"A LoRA adapter in the {LAYOUTS[options.format]}.{resizing_note(adapter, config)}"
         card = model_card(found, options.src, made, "peft", onto=None, languages=options.languages)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter

@@ -1,11 +1,17 @@
-"""Attaching LoRA through PEFT, and reading and writing adapters in the per-expert layout.
+"""LoRA through PEFT: the layer beside frozen linear maps, attaching it, and saving and loading adapters.
+
+LoRA: Hu et al. 2021 (https://arxiv.org/abs/2106.09685), ``y = W x + (α/r) B A dropout(x)``. Masters are float32, and
+the factors of all experts of a projection are two 2-D parameters, so that FSDP shards them on rows.
 
 In memory the paper's names ``w1 w3 w2 gate`` are ``gate_proj up_proj down_proj gate.linear``: PEFT rewrites the former
 for every model whose config says ``mixtral``. On disk they are the paper's again, one pair of factors an expert, which
 is what stock PEFT, vLLM and llama.cpp read.
+
+Legend: G groups (experts, or 1), R rank.
 """
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -13,28 +19,177 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.safetensors import write_safetensors
 from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
-from lightning_mixcn.model.mixtral import MixtralForCausalLM, base_of
-from lightning_mixcn.model.nf4.linear import FrozenLinear
+from lightning_mixcn.model.mixtral import MixtralForCausalLM
+from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors
+from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 from lightning_mixcn.model.sharding import copy_to_shard, full_tensor
 
-from .adapter_file import (
-    EMBEDDINGS,
-    PREFIX,
-    WEIGHTS_NAME,
-    AdapterFile,
-    StoredFactors,
-)
-from .layer import LoraFrozenLinear
-from .layouts import normalise, per_expert
+from .adapter_file import EMBEDDINGS, PREFIX, AdapterFile, StoredFactors
+from .adapter_writer import write_adapter
 from .options import check_training_options
 from .targets import adapted_modules
+
+
+class LoraFrozenLinear(nn.Module, LoraLayer):
+    """The PEFT layer around a `FrozenLinear`; parameters ``lora_A [G·R, in]`` and ``lora_B [G·out, R]``, float32.
+
+    Args:
+        base_layer: Layer to adapt.
+        adapter_name: PEFT's name of the adapter.
+        config: PEFT's configuration.
+        r: Rank of each group's factors.
+        lora_alpha: The update is scaled with ``lora_alpha / r`` (``/ √r`` under rsLoRA).
+        kwargs: Further keywords that PEFT passes and this layer does not need.
+    """
+
+    def __init__(
+        self, base_layer: FrozenLinear, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.groups = base_layer.groups
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config)
+
+    @property
+    def storage(self) -> Weight:
+        """Return the frozen weights."""
+        return cast(FrozenLinear, self.get_base_layer()).storage
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Tell PEFT the sizes; its default knows the layers of torch and a few libraries only, and warns of others."""
+        linear = cast(FrozenLinear, module)
+        return linear.in_features, linear.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Make (or remake) the factors of ``adapter_name``."""
+        if r <= 0:
+            raise UserError(f"`lora.r={r}` must be at least 1. Give a rank such as 64, or lora: null to train none")
+        linear = cast(FrozenLinear, self.get_base_layer())
+        device = next(linear.parameters()).device
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
+        self.lora_bias[adapter_name] = False
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        for name, factors in (
+            (self.lora_A, (linear.in_features, self.groups * r)),
+            (self.lora_B, (r, self.groups * linear.out_features)),
+        ):
+            name[adapter_name] = nn.Linear(*factors, bias=False, device=device, dtype=torch.float32)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)  # type: ignore[no-untyped-call]  # PEFT's
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def weights(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return the float32 parameters, ``[G·R, in]`` and ``[G·out, R]``; DTensors where they are sharded."""
+        a, b = (cast(nn.Linear, factor[adapter]).weight for factor in (self.lora_A, self.lora_B))
+        return a, b
+
+    def masters(self, adapter: str, *, gather: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the same as ``[G, R, in]`` and ``[G, out, R]``.
+
+        Args:
+            adapter: Its name.
+            gather: Return all of them without autograd where they are sharded; all ranks must call it.
+        """
+        a, b = map(full_tensor, self.weights(adapter)) if gather else self.weights(adapter)
+        return a.view(self.groups, self.r[adapter], -1), b.view(self.groups, -1, self.r[adapter])
+
+    def reset_factors(self, adapter: str, init: bool | str) -> None:
+        """Start `adapter` as PEFT does, with the numbers that it would draw on one CPU, whatever is held here.
+
+        Args:
+            adapter: Its name.
+            init: PEFT's `init_lora_weights`: true (A uniform, B = 0), ``gaussian`` (A normal, B = 0), or false (both
+                uniform, so that the model changes at once).
+        """
+        rank, linear = self.r[adapter], cast(FrozenLinear, self.get_base_layer())
+        a = nn.Linear(linear.in_features, self.groups * rank, bias=False).weight.detach()
+        b = nn.Linear(rank, self.groups * linear.out_features, bias=False).weight.detach()
+        if init == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        elif init:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        for weight, values in zip(self.weights(adapter), (a, torch.zeros_like(b) if init else b), strict=True):
+            copy_to_shard(weight, values)
+
+    def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> LoraFactors | None:
+        """Return the active adapters' factors side by side, in ``dtype``; ``None`` when disabled or merged.
+
+        Args:
+            dtype: Compute dtype.
+            groups: Groups whose factors are wanted; the others' are not converted.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            return None
+        masters = [self.masters(name) for name in names]
+        a = [a[groups].to(dtype) for a, _ in masters]
+        b = [b[groups].to(dtype) * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
+        dropout = max(cast(nn.Dropout, self.lora_dropout[name]).p for name in names) if self.training else 0.0
+        if len(names) == 1:
+            return LoraFactors(a[0], b[0], dropout)
+        return LoraFactors(torch.cat(a, 1), torch.cat(b, 2), dropout)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]`` (one group; stacks of experts run in `experts.block`)."""
+        y: Tensor = self.base_layer(x)
+        factors = self.factors(x.dtype)
+        if factors is None:
+            return y
+        dropped = F.dropout(x, factors.dropout) if factors.dropout > 0.0 else x
+        hidden = F.linear(dropped.reshape(-1, x.shape[-1]), factors.a[0])
+        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, factors.b[0].t()).view_as(y)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what ``adapter`` adds to the weights, ``[G, out, in]`` float32."""
+        a, b = self.masters(adapter)
+        delta: Tensor = torch.bmm(b, a) * self.scaling[adapter]
+        return delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the frozen weights; 4-bit weights are quantised again, which rounds."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                self._add_to_base(name, 1.0, safe_merge)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract what was merged; exact up to rounding."""
+        while self.merged_adapters:
+            self._add_to_base(self.merged_adapters.pop(), -1.0, safe_merge=False)
+
+    def _add_to_base(self, adapter: str, sign: float, safe_merge: bool) -> None:
+        if isinstance(self.storage, NF4Weight):
+            warnings.warn(
+                "merging LoRA into 4-bit weights quantises them again and rounds; "
+                "for a deployed model merge onto the high-precision base instead",
+                stacklevel=2,
+            )
+        merged = self.storage.flat(torch.float32).add_(self.get_delta_weight(adapter).flatten(), alpha=sign)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise UserError(
+                f"merging adapter {adapter!r} gives NaN or infinite weights; the adapter seems to be broken"
+            )
+        self.storage.write(0, merged)
+
+
+def adapter_rank(module: nn.Module) -> int:
+    """Return the rank of a projection's active adapters together, 0 without any."""
+    if not isinstance(module, LoraFrozenLinear) or module.disable_adapters:
+        return 0
+    return sum(module.r[name] for name in module.active_adapters if name in module.lora_A)
 
 
 class MixtralPeftModel(PeftModelForCausalLM):
@@ -60,14 +215,12 @@ class MixtralPeftModel(PeftModelForCausalLM):
                 ranks must call this, and one writes. The others have no effect here.
         """
         folder = Path(save_directory)
-        tensors, config = adapter_tensors(self)
+        factors, saved = stored_adapter(self)
         if not kwargs.get("is_main_process", True):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        # safetensors' own `save_file` gives the file mode 600, whatever the umask: nobody else could read it.
-        (folder / WEIGHTS_NAME).unlink(missing_ok=True)
-        write_safetensors(folder / WEIGHTS_NAME, tensors)
-        config.save_pretrained(str(folder))
+        base = self.get_base_model()
+        write_adapter(folder, factors, saved, base.config, _lora_config(self).base_model_name_or_path)
         if self.base_identity is not None:
             write_identity(folder, self.base_identity)
 
@@ -111,7 +264,7 @@ def reset_lora(model: MixtralPeftModel, seed: int) -> None:
 
     Args:
         model: Its adapters have memory.
-        seed: Of the random numbers; torch's global generator is left as it was.
+        seed: Seed of the random numbers; torch's global generator is left as it was.
     """
     config = _lora_config(model)
     with torch.random.fork_rng(devices=[]):
@@ -125,39 +278,37 @@ def _lora_config(model: MixtralPeftModel) -> LoraConfig:
 
 
 def _weight(model: MixtralPeftModel, name: str) -> Tensor:
-    return cast(nn.Linear, base_of(model).get_submodule(name)).weight
+    return cast(nn.Linear, model.get_base_model().get_submodule(name)).weight
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
-    """Every LoRA layer with the name of the module that it adapts, e.g. ``model.layers.0.mlp.experts.up_proj``."""
+    """Yield each LoRA layer with the name of the module that it adapts, as ``model.layers.0.mlp.experts.up_proj``."""
     for name, module in model.named_modules():
         if isinstance(module, LoraFrozenLinear):
             yield name.removeprefix(PREFIX), module
 
 
-def adapter_tensors(model: MixtralPeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The active adapter in the per-expert layout.
+def stored_adapter(model: MixtralPeftModel) -> tuple[dict[str, StoredFactors], dict[str, Tensor]]:
+    """Return the active adapter as it is written, float32 on the CPU; all ranks must call it where it is sharded.
 
     Returns:
-        float32 tensors on the CPU under PEFT's names, and the configuration that goes with them.
+        Name of a matrix → its factors, and name of an embedding that is trained as a whole → its values.
     """
-    active, config = model.active_adapter, base_of(model).config
+    active = model.active_adapter
     factors: dict[str, StoredFactors] = {}
     for module_name, layer in lora_layers(model):
-        a, b = (master.cpu() for master in layer.gathered_masters(active))
+        a, b = (master.cpu() for master in layer.masters(active, gather=True))
         for group, name in enumerate(disk_names(module_name, layer.groups)):
             factors[name] = StoredFactors(a[group], b[group], layer.scaling[active])
-    trained = [name for name in EMBEDDINGS if _weight(model, name).requires_grad]
-    saved = {name: full_tensor(_weight(model, name)).cpu().clone() for name in trained}
-    base = _lora_config(model).base_model_name_or_path
-    return per_expert(normalise(factors, saved, config), base, config.num_hidden_layers)
+    trained = {name: weight for name in EMBEDDINGS if (weight := _weight(model, name)).requires_grad}
+    return factors, {name: full_tensor(weight).cpu().clone() for name, weight in trained.items()}
 
 
 def load_adapter(model: MixtralPeftModel, adapter: AdapterFile) -> None:
     """Fill the active adapter from a folder in the per-expert layout (ours, or a published Mixtral adapter).
 
     Args:
-        model: Its adapters have memory; each rank fills its share.
+        model: Its adapters have memory; each rank fills its shard.
         adapter: Its scaling is kept: where it differs from `model`'s, B takes the difference.
 
     Raises:
@@ -180,12 +331,8 @@ def load_adapter(model: MixtralPeftModel, adapter: AdapterFile) -> None:
             stored = [adapter.factors(name) for name in names]
             a, b = layer.weights(active)
             _fill(a, [factors.a for factors in stored], adapter.name, names)
-            _fill(
-                b,
-                [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored],
-                adapter.name,
-                names,
-            )
+            scaled = [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored]
+            _fill(b, scaled, adapter.name, names)
     for name in adapter.saved:
         _fill(_weight(model, name), [adapter.read_saved(name)], adapter.name, [name])
     for name in sorted(left):
@@ -194,7 +341,7 @@ def load_adapter(model: MixtralPeftModel, adapter: AdapterFile) -> None:
 
 
 def _fill(parameter: Tensor, groups: list[Tensor], adapter: str, names: list[str]) -> None:
-    """Fill a parameter with those of its groups, one below the other."""
+    """Fill a parameter with the values of its groups, one below the other."""
     values = torch.cat(groups)
     if values.shape != parameter.shape:
         raise UserError(

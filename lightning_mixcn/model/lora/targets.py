@@ -62,7 +62,7 @@ class _Matrix:
 
 
 def adapted_modules(config: LoraConfig, groups: Mapping[str, int], others: Iterable[str]) -> dict[str, Adaptation]:
-    """Find out what a configuration adapts.
+    """Find the modules that a configuration adapts.
 
     Args:
         config: The configuration as the user gave it.
@@ -125,7 +125,7 @@ def _in_layers(config: LoraConfig, found: set[_Matrix]) -> set[_Matrix]:
 
 
 def _check_layers(config: LoraConfig, chosen: set[_Matrix]) -> None:
-    """Every layer that the configuration names has something to adapt."""
+    """Check that every layer that the configuration names has something to adapt."""
     if config.layers_to_transform is None:
         return
     layers = _as_list(config.layers_to_transform)
@@ -140,7 +140,7 @@ def _check_layers(config: LoraConfig, chosen: set[_Matrix]) -> None:
 
 
 def _index(config: LoraConfig, matrix: _Matrix) -> int | None:
-    """The number that `layers_to_transform` is compared with; PEFT lets `layers_pattern` say which one it is."""
+    """Return the number that `layers_to_transform` counts; PEFT lets `layers_pattern` say which one it is."""
     if not config.layers_pattern:
         return matrix.layer
     for pattern in _as_list(config.layers_pattern):
@@ -172,7 +172,7 @@ def _excluded(
 def _by_pattern(
     option: str, pattern: Mapping[str, Any] | None, default: Any, targeted: list[_Matrix], matrices: list[_Matrix]
 ) -> dict[str, Any]:
-    """Module → what the first key that matches it says, or the default."""
+    """Return for each module the value of the first key that matches it, or the default."""
     values: dict[_Matrix, Any] = {}
     for key, value in (pattern or {}).items():
         found = _matching(option, key, targeted, end=True)
@@ -262,7 +262,7 @@ def _matches_nothing(option: str, name: str, matrices: Sequence[_Matrix]) -> Val
 
 
 def _ends(matrices: Iterable[_Matrix]) -> dict[str, set[_Matrix]]:
-    """Every name of every matrix, and every end of one after a dot → the matrices."""
+    """Map every name of every matrix, and every end of one after a dot, to the matrices."""
     ends: dict[str, set[_Matrix]] = defaultdict(set)
     for matrix in matrices:
         for name in (matrix.paper, *matrix.ours):

@@ -1,4 +1,4 @@
-"""What of a model should train, expert by expert, and whether gradients arrive there.
+"""Parameters that should train, expert by expert, and the gradients that arrive there.
 
 Legend: G groups (the experts of a stack, or 1), T tokens, H hidden, E experts, K experts a token.
 """
@@ -27,7 +27,7 @@ class TrainedTensor:
     """A parameter that should train.
 
     Args:
-        names: Of each group, as adapters on disk name them.
+        names: Names of the groups in adapter files.
         parameter: Its rows are those of the groups, one after the other.
         experts: The block whose experts the groups are; ``None`` for what every token goes through.
         after: LoRA's B for an A, which has no gradient while B is 0.
@@ -40,7 +40,7 @@ class TrainedTensor:
 
 
 def trained_tensors(model: nn.Module, train_embeddings: bool) -> Iterator[TrainedTensor]:
-    """The factors of the active adapters, and perhaps embedding and head; whether or not they do require gradients.
+    """Yield the factors of the active adapters, and embedding and head on request, even if they require no gradient.
 
     Args:
         model: A `MixtralForCausalLM`, or the PeftModel around it.
@@ -64,7 +64,7 @@ def trained_tensors(model: nn.Module, train_embeddings: bool) -> Iterator[Traine
 
 @torch.no_grad()
 def nonzero_groups(tensor: Tensor, groups: int) -> Tensor:
-    """Which groups of rows have anything but zeros in what this rank holds.
+    """Tell which groups of rows have anything but zeros in this rank's shard.
 
     Args:
         tensor: ``[G·n, columns]``, perhaps a DTensor.
@@ -80,7 +80,7 @@ def nonzero_groups(tensor: Tensor, groups: int) -> Tensor:
 
 
 class GradientArrivals:
-    """Counts, while it is `counting`, for each expert the rows whose result a gradient has come back to.
+    """Counter, while it is `counting`, of each expert's rows whose result a gradient has come back to.
 
     That is what an expert's adapter learns from: not from padding, nor in the last layer from tokens without a label.
 
@@ -97,7 +97,7 @@ class GradientArrivals:
                 self._hooks.callback(module.register_forward_hook(self._watch).remove)
 
     def take(self) -> dict[Experts, Tensor]:
-        """``[E]`` int64 of each block that a gradient has come back to since this was last called, on this rank."""
+        """Return ``[E]`` int64 of each block that a gradient has come back to since the last call, on this rank."""
         counts, self._counts = self._counts, {}
         return counts
 
@@ -125,7 +125,7 @@ _CHUNK_WORDS = 1024
 
 @torch.no_grad()
 def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
-    """Fingerprint what this rank holds of each tensor.
+    """Fingerprint this rank's shard of each tensor.
 
     The bytes are added up as 64-bit integers, exactly, so any change of one word changes the sum. A 4-bit Mixtral-8x7B
     is 24 GB: some 10 ms on a GPU, a few seconds on a CPU.
@@ -146,7 +146,7 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
 
 def _fingerprint(tensor: Tensor) -> Tensor:
     bytes_N = tensor.contiguous().view(-1).view(torch.uint8)
-    if bytes_N.storage_offset() % _WORD_BYTES:  # no words lie there
+    if bytes_N.storage_offset() % _WORD_BYTES:  # not aligned to words
         return bytes_N.sum(dtype=torch.int64)
     words = bytes_N.numel() // _WORD_BYTES
     body_N, rest_N = bytes_N[: words * _WORD_BYTES].view(torch.int64), bytes_N[words * _WORD_BYTES :]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mixcn.model.lora.layer import adapter_rank
+from lightning_mixcn.model.lora.attach import adapter_rank
 from lightning_mixcn.model.mixtral import base_of
 
 from .checkpointing import layer_modes

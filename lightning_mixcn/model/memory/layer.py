@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_mixcn.model.experts.loop import padded_rows, row_step
 from lightning_mixcn.model.head import chunk_positions
-from lightning_mixcn.model.lora.layer import adapter_rank
+from lightning_mixcn.model.lora.attach import adapter_rank
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight

@@ -1,4 +1,4 @@
-"""The two layouts in which stock PEFT reads the adapters of a Mixtral: one pair of factors an expert, or fused stacks.
+"""Write a PEFT adapter folder in a layout that stock PEFT reads: a pair of factors an expert, or fused stacks.
 
 Per expert (transformers 4, vLLM, llama.cpp; PEFT converts it for transformers 5) it reads right only with w1, w2 and w3
 all present, equal ranks and plain α/R, so that is what is written. The fused layout is PEFT's own for transformers 5
@@ -10,6 +10,7 @@ Legend: E = experts, R = rank, H = hidden, I = intermediate.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,44 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import MixtralConfig
 
-from .adapter_file import PREFIX, StoredFactors
+from lightning_mixcn.files.safetensors import write_safetensors
+
+from .adapter_file import PREFIX, WEIGHTS_NAME, StoredFactors
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PARAMETERS = {"gate": "mlp.gate.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, StoredFactors],
+    saved: Mapping[str, Tensor],
+    config: MixtralConfig,
+    base: str | None,
+    *,
+    fused: bool = False,
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32).
+
+    Args:
+        folder: An existing folder.
+        factors: Name of a matrix → its factors, of any ranks and scalings.
+        saved: Name of an embedding that was trained as a whole → its values.
+        config: The base's configuration.
+        base: Value of ``base_model_name_or_path``.
+        fused: Write the fused layout instead of a pair of factors an expert.
+    """
+    adapter = _normalise(factors, saved, config)
+    layout = _fused_layout if fused else _per_expert_layout
+    tensors, lora = layout(adapter, _config(adapter, base), config.num_hidden_layers)
+    # safetensors' own `save_file` gives the file mode 600, whatever the umask: nobody else could read it.
+    (folder / WEIGHTS_NAME).unlink(missing_ok=True)
+    write_safetensors(folder / WEIGHTS_NAME, tensors)
+    lora.save_pretrained(str(folder))
+
+
 @dataclass
-class NormalisedAdapter:
+class _NormalisedAdapter:
     """Factors of one rank and one scaling, with w1, w2 and w3 of every expert of a layer in which any is adapted.
 
     Attributes:
@@ -40,20 +71,14 @@ class NormalisedAdapter:
     alpha: int
 
     def layers(self, names: Iterable[str]) -> set[int]:
-        """Layers that matrices of these names lie in."""
+        """Return the layers of the matrices of these names."""
         return {int(match[1]) for name in names if (match := _LAYER.match(name))}
 
 
-def normalise(
+def _normalise(
     factors: Mapping[str, StoredFactors], saved: Mapping[str, Tensor], config: MixtralConfig
-) -> NormalisedAdapter:
-    """Pad to the largest rank, fold scalings into B where they differ, and complete the experts with zeros.
-
-    Args:
-        factors: Name of a matrix → its factors, of any ranks and scalings.
-        saved: Embeddings that were trained as a whole.
-        config: The base's.
-    """
+) -> _NormalisedAdapter:
+    """Pad to the largest rank, fold scalings into B where they differ, and complete the experts with zeros."""
     rank = max(len(stored.a) for stored in factors.values())
     alphas = {stored.scaling * rank for stored in factors.values()}
     uniform = len(alphas) == 1 and min(alphas).is_integer()
@@ -65,7 +90,7 @@ def normalise(
             F.pad(a.float(), (0, 0, 0, extra)).contiguous(),
             F.pad(b.float(), (0, extra)).mul(scaling * rank / alpha).contiguous(),
         )
-    adapter = NormalisedAdapter(pairs, dict(saved), rank, alpha)
+    adapter = _NormalisedAdapter(pairs, dict(saved), rank, alpha)
     hidden, intermediate = config.hidden_size, config.intermediate_size
     for layer in sorted(adapter.layers(name for name in factors if ".experts." in name)):
         for expert in range(config.num_local_experts):
@@ -76,18 +101,13 @@ def normalise(
     return adapter
 
 
-def per_expert(adapter: NormalisedAdapter, base: str | None, num_layers: int) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Tensors under PEFT's names, and the configuration that goes with them, in the per-expert layout.
-
-    Args:
-        adapter: The adapter.
-        base: What ``base_model_name_or_path`` says.
-        num_layers: Layers of the base.
-    """
+def _per_expert_layout(
+    adapter: _NormalisedAdapter, config: LoraConfig, num_layers: int
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return tensors under PEFT's names, and the configuration with its targets."""
     tensors = _saved(adapter)
     for name, (a, b) in adapter.factors.items():
         tensors |= _pair(name, a, b)
-    config = _config(adapter, base)
     by_target: dict[str, list[str]] = {}
     for name in adapter.factors:
         by_target.setdefault(name.rpartition(".")[2], []).append(name)
@@ -100,8 +120,10 @@ def per_expert(adapter: NormalisedAdapter, base: str | None, num_layers: int) ->
     return tensors, config
 
 
-def fused(adapter: NormalisedAdapter, base: str | None, num_layers: int) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The same in the fused layout; arguments as `per_expert`.
+def _fused_layout(
+    adapter: _NormalisedAdapter, config: LoraConfig, num_layers: int
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return the same in the fused layout.
 
     gate_up_proj has the factors of w1 and of w3 side by side (rank 2R). A's rows are expert-major, B's columns
     rank-major (``k·E + e``), as `peft.tuners.lora.layer.ParamWrapper` reads them.
@@ -120,10 +142,9 @@ def fused(adapter: NormalisedAdapter, base: str | None, num_layers: int) -> tupl
             experts = name.removesuffix(".0.w1")
             prefix = f"model.layers.{layer}.mlp.experts"
             tensors |= _pair(f"{prefix}.base_layer", *_fused_gate_up(adapter, experts))
-            tensors |= _pair(prefix, *_fused_down(adapter, experts))
+            tensors |= _pair(prefix, *_flat(*_stack(adapter, experts, "w2")))
             for part in ("gate_up", "down"):
                 targets.setdefault(_PARAMETERS[part], set()).add(layer)
-    config = _config(adapter, base)
     names = {target: _full_names(target, layers, num_layers) for target, layers in targets.items()}
     config.target_modules = sorted(name for target, found in names.items() if "." not in target for name in found)
     config.target_parameters = sorted(name for target, found in names.items() if "." in target for name in found)
@@ -133,39 +154,34 @@ def fused(adapter: NormalisedAdapter, base: str | None, num_layers: int) -> tupl
     return tensors, config
 
 
-def _fused_gate_up(adapter: NormalisedAdapter, experts: str) -> tuple[Tensor, Tensor]:
-    """``A [E·2R, H]``, ``B [2I, 2R·E]``: ranks 0…R−1 are gate's (w1) and give rows 0…I−1, the others up's (w3)."""
+def _fused_gate_up(adapter: _NormalisedAdapter, experts: str) -> tuple[Tensor, Tensor]:
+    """Return ``A [E·2R, H]``, ``B [2I, 2R·E]``: ranks 0…R−1 are w1's and give rows 0…I−1, the others w3's."""
     gate, up = (_stack(adapter, experts, leaf) for leaf in ("w1", "w3"))
     a_ERH = torch.cat([gate[0], up[0]], dim=1)
     b_EIR = torch.cat([F.pad(gate[1], (0, adapter.rank)), F.pad(up[1], (adapter.rank, 0))], dim=1)
     return _flat(a_ERH, b_EIR)
 
 
-def _fused_down(adapter: NormalisedAdapter, experts: str) -> tuple[Tensor, Tensor]:
-    """``A [E·R, I]``, ``B [H, R·E]``."""
-    return _flat(*_stack(adapter, experts, "w2"))
-
-
-def _stack(adapter: NormalisedAdapter, experts: str, leaf: str) -> tuple[Tensor, Tensor]:
-    """``[E, R, in]`` and ``[E, out, R]`` of a projection."""
+def _stack(adapter: _NormalisedAdapter, experts: str, leaf: str) -> tuple[Tensor, Tensor]:
+    """Return ``[E, R, in]`` and ``[E, out, R]`` of a projection."""
     count = sum(name.startswith(f"{experts}.") and name.endswith(f".{leaf}") for name in adapter.factors)
     pairs = [adapter.factors[f"{experts}.{expert}.{leaf}"] for expert in range(count)]
     return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
 def _flat(a_ERI: Tensor, b_EOR: Tensor) -> tuple[Tensor, Tensor]:
-    """``[E·R, in]`` and ``[out, R·E]``."""
+    """Return ``[E·R, in]`` and ``[out, R·E]``."""
     return a_ERI.flatten(0, 1), b_EOR.permute(1, 2, 0).flatten(1, 2).contiguous()
 
 
 def _split(name: str) -> tuple[int, str, str]:
-    """Layer, block and last part of a matrix's name."""
+    """Split a matrix's name into layer, block and last part."""
     parts = name.split(".")
     return int(parts[2]), parts[3], parts[-1]
 
 
 def _full_names(target: str, layers: set[int], num_layers: int) -> list[str]:
-    """A target as it matches these layers and no other."""
+    """Return the names of a target that match these layers and no other."""
     if len(layers) == num_layers:
         return [target]
     block = "" if "." in target else "self_attn."
@@ -176,11 +192,11 @@ def _pair(name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
 
 
-def _saved(adapter: NormalisedAdapter) -> dict[str, Tensor]:
+def _saved(adapter: _NormalisedAdapter) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}.weight": values for name, values in adapter.saved.items()}
 
 
-def _config(adapter: NormalisedAdapter, base: str | None) -> LoraConfig:
+def _config(adapter: _NormalisedAdapter, base: str | None) -> LoraConfig:
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
