@@ -1,4 +1,4 @@
-"""How a mixture of experts is used: tokens of each expert, and what they say.
+"""Load of a mixture of experts: tokens of each expert, and numbers made of them.
 
 Legend: T tokens, E experts, K experts a token, L layers, G groups of tokens (such as sources), N tables to compare.
 """
@@ -36,12 +36,7 @@ class LoadSums(NamedTuple):
 
     def numbers(self) -> dict[str, Tensor]:
         """Return the imbalance of the experts and the routers' confidence in numbers, ``[...]`` each, by name."""
-        return {
-            "imbalance_max_over_mean": imbalance_max_over_mean(self.counts),
-            "coefficient_of_variation": coefficient_of_variation(self.counts),
-            "dead_expert_fraction": dead_expert_fraction(self.counts),
-            "effective_experts": effective_experts(self.counts),
-            "smallest_share": shares(self.counts).amin(-1),
+        return load_numbers(self.counts) | {
             "router_entropy_nats": self.entropy_nats / self.tokens,
             "router_confidence": self.confidence / self.tokens,
         }
@@ -87,10 +82,10 @@ class ExpertLoad(Metric):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, layer: int, logits: Tensor, experts: Tensor, groups: Tensor) -> None:
-        """Add what one layer did with a batch.
+        """Add one layer's choices for a batch.
 
         Args:
-            layer: Its number.
+            layer: Number of the layer.
             logits: ``[T, E]``, router logits, any float dtype.
             experts: ``[T, K]`` int64, the chosen experts.
             groups: ``[T]`` integers, the group of each token; −1 for one that does not count, such as padding.
@@ -111,12 +106,12 @@ class ExpertLoad(Metric):
         self.confidence[:, layer] += sums[:, self.num_experts + 2]
 
     def compute(self) -> LoadSums:
-        """Sums over all ranks, ``[G, L]``."""
+        """Return the sums over all ranks, ``[G, L]``."""
         return LoadSums(self.counts, self.tokens, self.entropy_nats, self.confidence)
 
 
 def shares(counts: Tensor) -> Tensor:
-    """Share of each expert in its layer's choices.
+    """Return the share of each expert in its layer's choices.
 
     Args:
         counts: int64 ``[..., E]``.
@@ -127,32 +122,34 @@ def shares(counts: Tensor) -> Tensor:
     return counts.double() / counts.sum(-1, keepdim=True)
 
 
-def imbalance_max_over_mean(counts: Tensor) -> Tensor:
-    """Load of the busiest expert over the mean load, ``[..., E]`` → ``[...]``: 1 if even, E / K if always the same.
+def load_numbers(counts: Tensor) -> dict[str, Tensor]:
+    """Return the numbers that tell how even loads are, each ``[..., E]`` → ``[...]``; NaN where nothing was counted.
 
-    >>> round(float(imbalance_max_over_mean(torch.tensor([40, 40, 20, 20]))), 2)
+    Args:
+        counts: int64 ``[..., E]``.
+
+    Returns:
+        * ``imbalance_max_over_mean``: load of the busiest expert over the mean; 1 if even, E / K if always the same.
+        * ``coefficient_of_variation``: standard deviation of the loads over their mean; 0 if even.
+        * ``dead_expert_fraction``: fraction of experts that no token chose.
+        * ``effective_experts``: exponential of the entropy of the shares: as many even experts have this entropy.
+        * ``smallest_share``: share of the expert with the least load.
+
+    >>> round(float(load_numbers(torch.tensor([40, 40, 20, 20]))["imbalance_max_over_mean"]), 2)
     1.33
     """
-    return shares(counts).amax(-1) * counts.shape[-1]
-
-
-def coefficient_of_variation(counts: Tensor) -> Tensor:
-    """Standard deviation of the experts' loads over their mean, ``[..., E]`` → ``[...]``; 0 if even."""
-    return shares(counts).std(-1, correction=0) * counts.shape[-1]
-
-
-def dead_expert_fraction(counts: Tensor) -> Tensor:
-    """Fraction of experts that no token chose, ``[..., E]`` → ``[...]``; NaN where nothing was counted."""
-    return torch.where(counts.sum(-1) > 0, (counts == 0).double().mean(-1), math.nan)
-
-
-def effective_experts(counts: Tensor) -> Tensor:
-    """Exponential of the entropy of the shares, ``[..., E]`` → ``[...]``: as many even experts have this entropy."""
-    return _entropy(shares(counts)).exp()
+    experts, parts = counts.shape[-1], shares(counts)
+    return {
+        "imbalance_max_over_mean": parts.amax(-1) * experts,
+        "coefficient_of_variation": parts.std(-1, correction=0) * experts,
+        "dead_expert_fraction": torch.where(counts.sum(-1) > 0, (counts == 0).double().mean(-1), math.nan),
+        "effective_experts": _entropy(parts).exp(),
+        "smallest_share": parts.amin(-1),
+    }
 
 
 def jensen_shannon_bits(share_tables: Tensor) -> Tensor:
-    """Jensen-Shannon divergence between distributions over experts, all of the same weight.
+    """Compute the Jensen-Shannon divergence between distributions over experts, all of the same weight.
 
     Lin, Divergence measures based on the Shannon entropy, 1991, section IV.
 

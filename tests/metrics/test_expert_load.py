@@ -12,11 +12,8 @@ from torch import Tensor
 
 from lightning_mixcn.metrics.expert_load import (
     ExpertLoad,
-    coefficient_of_variation,
-    dead_expert_fraction,
-    effective_experts,
-    imbalance_max_over_mean,
     jensen_shannon_bits,
+    load_numbers,
     shares,
 )
 
@@ -114,20 +111,19 @@ EVEN, ONE, SKEWED = [25, 25, 25, 25], [100, 0, 0, 0], [50, 50, 0, 0]
 def test_numbers_worked_out_by_hand(
     counts: list[int], imbalance: float, variation: float, dead: float, effective: float
 ) -> None:
-    table = torch.tensor([counts, EVEN])
-    for number, value, even in (
-        (imbalance_max_over_mean, imbalance, 1.0),
-        (coefficient_of_variation, variation, 0.0),
-        (dead_expert_fraction, dead, 0.0),
-        (effective_experts, effective, 4.0),
+    numbers = load_numbers(torch.tensor([counts, EVEN]))
+    for name, value, even in (
+        ("imbalance_max_over_mean", imbalance, 1.0),
+        ("coefficient_of_variation", variation, 0.0),
+        ("dead_expert_fraction", dead, 0.0),
+        ("effective_experts", effective, 4.0),
+        ("smallest_share", min(counts) / sum(counts), 0.25),
     ):
-        assert number(table).tolist() == pytest.approx([value, even], abs=1e-12), number.__name__
+        assert numbers[name].tolist() == pytest.approx([value, even], abs=1e-12), name
 
 
 def test_nothing_counted_is_no_number() -> None:
-    nothing = torch.zeros(4, dtype=torch.int64)
-    for number in (imbalance_max_over_mean, coefficient_of_variation, dead_expert_fraction, effective_experts):
-        assert number(nothing).isnan()
+    assert all(number.isnan() for number in load_numbers(torch.zeros(4, dtype=torch.int64)).values())
 
 
 def test_divergence() -> None:
@@ -147,7 +143,7 @@ def test_divergence() -> None:
 PROGRAM = """
 import sys
 import torch
-from lightning_mixcn.metrics.expert_load import ExpertLoad, imbalance_max_over_mean
+from lightning_mixcn.metrics.expert_load import ExpertLoad, load_numbers
 out, rank = sys.argv[1], int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
 load = ExpertLoad(1, 1, 4)
@@ -156,7 +152,7 @@ load.update(0, torch.zeros(60, 4), (experts ^ rank)[:, None], torch.zeros(60, dt
 sums = load.compute()
 assert sums.tokens.item() == 120
 print(sums.counts.flatten().tolist())
-print(float(imbalance_max_over_mean(sums.counts)))
+print(float(load_numbers(sums.counts)["imbalance_max_over_mean"]))
 torch.distributed.destroy_process_group()
 """
 

@@ -13,13 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_mixcn.metrics.expert_load import (
-    dead_expert_fraction,
-    effective_experts,
-    imbalance_max_over_mean,
-    jensen_shannon_bits,
-    shares,
-)
+from lightning_mixcn.metrics.expert_load import jensen_shannon_bits, load_numbers, shares
 from lightning_mixcn.studies.tables import aligned, write_csv
 
 from .disabling import MODES
@@ -211,12 +205,11 @@ def _routing_layer_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
     apart_L = (
         jensen_shannon_bits(shares(counts_GLE)) if len(results.names) > 1 else torch.full(tokens_GL.shape[1:], math.nan)
     )
+    numbers = load_numbers(counts_GLE)
     columns = {
         "router_entropy_nats": torch.from_numpy(results.loads["load_entropy_nats"]) / tokens_GL,
         "router_confidence": torch.from_numpy(results.loads["load_confidence"]) / tokens_GL,
-        "imbalance_max_over_mean": imbalance_max_over_mean(counts_GLE),
-        "effective_experts": effective_experts(counts_GLE),
-        "dead_expert_fraction": dead_expert_fraction(counts_GLE),
+        **{name: numbers[name] for name in ("imbalance_max_over_mean", "effective_experts", "dead_expert_fraction")},
         "divergence_of_sources_bits": apart_L.expand_as(tokens_GL),
     }
     for (source, layer), tokens in np.ndenumerate(tokens_GL.numpy()):
