@@ -7,11 +7,11 @@ _GRAM_TOKENS = 4
 
 
 class AnswerFigures(TypedDict):
-    """What `answer_figures` counts.
+    """Figures of `answer_figures`.
 
     Args:
         eos_rate: Share of answers that the model ended itself.
-        repetition_rate: Share of the 4-grams of tokens, of all answers together, that stood in the same answer before
+        repetition_rate: Share of the 4-grams of tokens, of all answers together, that were in the same answer before
             (as in Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", seq-rep-4).
         length_tokens: Mean number of tokens, the one that ends an answer not counted.
     """
@@ -22,7 +22,7 @@ class AnswerFigures(TypedDict):
 
 
 def answer_figures(answers: Sequence[Sequence[int]], stop_ids: Collection[int]) -> AnswerFigures:
-    """Count what shows that a model does not know how to end.
+    """Compute the figures that show if a model knows how to end.
 
     Args:
         answers: Token ids of each, at least one answer; one that ended has the token that ended it.

@@ -1,4 +1,4 @@
-"""How many floating point operations a second a device can do at most."""
+"""Peak rates of a device: floating point operations and copied bytes a second."""
 
 import re
 from functools import cache
@@ -39,7 +39,7 @@ class PeakRate(NamedTuple):
 
     Args:
         flops_per_second: Floating point operations a second.
-        measured: Whether it is what large products reached here, and not what the maker states.
+        measured: True for the rate of large products on this device, false for the maker's figure.
     """
 
     flops_per_second: float
@@ -47,11 +47,11 @@ class PeakRate(NamedTuple):
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> PeakRate:
-    """Look a device's peak up, or measure it, once in a process and for half a second, where it is not known.
+    """Look up a device's peak, or measure it for half a second, once in a process, where it is not known.
 
     Args:
         device: Any; a GPU's name is looked up for 16-bit types. float32 is measured, as `torch` is set to compute it.
-        dtype: Of the products' factors.
+        dtype: Type of the products' factors.
 
     >>> peak_rate(torch.device("cpu"), torch.float32).measured
     True
@@ -64,7 +64,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> PeakRate:
 
 
 def stated_peak(name: str) -> float | None:
-    """Floating point operations a second in 16 bits that the maker states, or ``None`` for a device not known here.
+    """Return the maker's floating point operations a second in 16 bits; ``None`` for a device not known here.
 
     >>> stated_peak("NVIDIA H100 80GB HBM3")
     989400000000000.0
@@ -76,7 +76,7 @@ def stated_peak(name: str) -> float | None:
 
 @cache
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of several square products; other work on the device lowers it."""
+    """Return the best rate of several square products; other work on the device lowers it."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     result, best = torch.empty_like(a), float("inf")
@@ -98,7 +98,7 @@ _COPY_SECONDS, _COPY_AT_LEAST, _COPY_AT_MOST = 0.2, 3, 200
 
 @cache
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a copy that no cache holds: the best of several, once in a process.
+    """Return the bytes a second that a copy outside the caches reads and writes: the best of several, measured once.
 
     Args:
         device: Any; other work on it lowers the result.

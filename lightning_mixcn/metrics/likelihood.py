@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 class Likelihood(TypedDict):
-    """What is reported of one source."""
+    """Figures of one source."""
 
     nll_nats_per_token: float
     bits_per_byte: float
@@ -25,7 +25,7 @@ class Likelihood(TypedDict):
 
 
 def scored_positions(labels_BS: Tensor) -> Tensor:
-    """Where a token is predicted: it has a label, and a row before it.
+    """Tell where a token is predicted: it has a label, and a row before it.
 
     Args:
         labels_BS: ``[B, S]`` int64, aligned with the input ids, −100 ignored.
@@ -39,7 +39,7 @@ def scored_positions(labels_BS: Tensor) -> Tensor:
 
 
 def per_position(source_ids: Tensor, like_BS: Tensor) -> Tensor:
-    """Source of each position ``[B, S]``, from ``[B]`` (one a row) or ``[B, S]``."""
+    """Return the source of each position ``[B, S]``, from ``[B]`` (one a row) or ``[B, S]``."""
     return source_ids if source_ids.ndim == 2 else source_ids[:, None].expand_as(like_BS)
 
 
@@ -103,7 +103,7 @@ class SourceLikelihood(Metric):
             self.text_bytes[source] += torch.where(text_BS, label_bytes, 0).sum(dtype=torch.int64)
 
     def compute(self) -> dict[int, Likelihood]:
-        """Results of every source that had tokens, by its number.
+        """Return the results of every source that had tokens, by its number.
 
         Returns:
             ``nll_nats_per_token`` over all labels, ends of documents included; ``bits_per_byte`` over text alone (NaN
@@ -127,8 +127,8 @@ class DocumentScores(NamedTuple):
     """Sums over the pieces of documents in a batch, all ``[P]`` and on the CPU; pieces of one document add up.
 
     Args:
-        source: int64, which source.
-        document: int64, which document of the evaluation set.
+        source: int64, number of the source.
+        document: int64, number of the document in the evaluation set.
         nats: float64, over all labels, the end of the document included.
         text_nats: float64, over text alone.
         tokens: int64, number of labels.

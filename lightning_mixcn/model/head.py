@@ -18,7 +18,7 @@ _CHUNK_LOGITS = {"cpu": 7 * 2**20, "cuda": 2**26}
 
 
 def chunk_positions(device_type: str, vocabulary: int) -> int:
-    """Positions whose logits are held at a time."""
+    """Return the number of positions whose logits are held at a time."""
     return max(64, _CHUNK_LOGITS.get(device_type, 2**24) // vocabulary // 64 * 64)
 
 
@@ -72,7 +72,7 @@ class _Chunks:
 
     def __init__(self, hidden_NH: Tensor, master_VH: Tensor, labels_N: Tensor) -> None:
         self.hidden_NH, self.weight_VH = hidden_NH, master_VH.to(hidden_NH.dtype)
-        self.target_N1 = labels_N[:, None].clamp_min(0)  # what is ignored is masked later
+        self.target_N1 = labels_N[:, None].clamp_min(0)  # ignored positions are masked later
         positions, vocabulary = len(hidden_NH), len(master_VH)
         size = chunk_positions(hidden_NH.device.type, vocabulary)
         self.rows = [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
@@ -81,7 +81,7 @@ class _Chunks:
         self.logits_CV = self.product_CV if in_float32 else torch.empty_like(self.product_CV, dtype=torch.float32)
 
     def evaluate(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """float32 negative log-likelihoods ``[C]``, and the sums ``[C, 1]`` of the exponentials left in the buffer."""
+        """Return float32 negative log-likelihoods ``[C]``, and sums ``[C, 1]`` of the exponentials in the buffer."""
         product_CV, logits_CV = self._buffers(rows)
         torch.mm(self.hidden_NH[rows], self.weight_VH.t(), out=product_CV)
         logits_CV.copy_(product_CV)
@@ -91,7 +91,7 @@ class _Chunks:
         return (sum_C1.log() - target_C1).squeeze(1), sum_C1
 
     def dlogits(self, rows: slice, sum_C1: Tensor, grad_C1: Tensor | None = None) -> Tensor:
-        """After `evaluate`: softmax minus one-hot, times ``grad_C1``; ``[C, V]`` in the compute dtype."""
+        """Return, after `evaluate`, softmax minus one-hot, times ``grad_C1``; ``[C, V]`` in the compute dtype."""
         product_CV, exponentials_CV = self._buffers(rows)
         probabilities_CV = exponentials_CV.div_(sum_C1)
         probabilities_CV.scatter_add_(1, self.target_N1[rows], torch.full_like(sum_C1, -1.0))
@@ -110,7 +110,7 @@ class Embedding(nn.Embedding):
     output_dtype: torch.dtype = torch.float32
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[...]`` int64 to ``[..., H]`` in ``output_dtype``."""
+        """Look up ``[...]`` int64 to ``[..., H]`` in ``output_dtype``."""
         return super().forward(input).to(self.output_dtype)
 
 
@@ -118,7 +118,7 @@ class Head(nn.Linear):
     """The output head; computes in the dtype of its input, whatever the dtype of its weight."""
 
     def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits, or each position's loss.
+        """Return logits, or each position's loss.
 
         Args:
             input: ``[B, S, H]``.

@@ -35,7 +35,7 @@ class FusedRMSNorm(MixtralRMSNorm):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., H]`` to the same; the mean square is taken in float32 either way."""
+        """Normalise ``[..., H]``; the mean square is taken in float32 either way."""
         if hidden_states.is_cuda and torch.version.cuda is not None:
             # Fused only if the weight has the same dtype, which a frozen one has.
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
@@ -69,7 +69,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits, or with ``labels`` the loss of every token without ever holding the logits of all of them.
+        """Return logits, or with ``labels`` the loss of every token, without all logits in memory at once.
 
         Args:
             input_ids: ``[B, S]`` int64.
@@ -77,7 +77,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
             document_ids: ``[B, S]`` int32, −1 in padding, which the auxiliary loss leaves out.
             output_router_logits: Also give router logits and the auxiliary load-balancing loss; with labels, the loss
                 includes it times ``config.router_aux_loss_coef``.
-            kwargs: As transformers: ``position_ids [B, S]`` (restarted at each document to isolate it), the cache …
+            kwargs: transformers' arguments: ``position_ids [B, S]`` (from 0 in each document to isolate it), cache …
 
         Returns:
             transformers' output; with labels a `CausalLMOutput` whose ``logits`` is ``None``.
@@ -111,7 +111,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         return some * load_balancing_loss_func(router_logits, experts, top_k, mask | ~some)
 
     def _document_attention(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
-        """Where documents lie instead of a mask, if there is attention for that."""
+        """Return the places of documents instead of a mask, if there is attention for that."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         dtype = self.model.embed_tokens.output_dtype
@@ -121,7 +121,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         return {"documents": documents, "attention_mask": attention.no_mask(input_ids.device)}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: these weights are not in transformers' layout."""
+        """Refuse to save: these weights are not in transformers' layout."""
         raise UserError(
             "`save_pretrained` of the frozen base would write a folder that transformers cannot read. "
             "The adapter is saved by the PeftModel around it; write a 4-bit folder with `mixcn quantize`"
@@ -129,12 +129,12 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
 
 
 def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> MixtralForCausalLM:
-    """The module tree on the meta device: no memory, every parameter frozen.
+    """Make the module tree on the meta device: no memory, every parameter frozen.
 
     Args:
         config: Sizes.
         quantization: ``nf4`` (attention and experts; embedding, head, norms and router stay dense) or ``none``.
-        dtype: Type of what is not quantised, and of the computation.
+        dtype: Type of the weights that are not quantised, and of the computation.
     """
     if quantization not in ("nf4", "none"):
         raise UserError(f"`quantization={quantization!r}` is not known. Expected 'nf4' or 'none'")
@@ -178,7 +178,7 @@ def move_to_device(model: MixtralForCausalLM, device: torch.device) -> None:
 
 
 def base_of(model: nn.Module) -> MixtralForCausalLM:
-    """The Mixtral inside a PeftModel, or the model itself."""
+    """Return the Mixtral inside a PeftModel, or the model itself."""
     return cast(MixtralForCausalLM, model.get_base_model() if isinstance(model, PeftModelForCausalLM) else model)
 
 
@@ -186,7 +186,7 @@ _SUPERBLOCK_BYTES = 8192 + 256 + 4 + 4
 
 
 def bytes_in_memory(model: nn.Module) -> dict[str, int]:
-    """Bytes of parameters: ``quantised`` (codes and scales), ``trainable`` and ``dense`` (the frozen rest)."""
+    """Return the bytes of parameters: ``quantised`` (codes and scales), ``trainable``, ``dense`` (the frozen rest)."""
     packed = {id(parameter) for parameter in _packed(model)}
     sizes = {"quantised": 0, "trainable": 0, "dense": 0}
     for parameter in model.parameters():
@@ -196,7 +196,7 @@ def bytes_in_memory(model: nn.Module) -> dict[str, int]:
 
 
 def planned_quantised_bytes(config: MixtralConfig) -> int:
-    """Bytes of codes and scales when attention projections and experts are in NF4, from the sizes alone."""
+    """Return the bytes of codes and scales when attention projections and experts are in NF4, from the sizes."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
     attention = [config.hidden_size * width for width in (query, key_value, key_value, query)]

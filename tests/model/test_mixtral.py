@@ -15,7 +15,7 @@ from lightning_mixcn.model import load_mixtral
 
 @pytest.fixture
 def stock(base: Path) -> Any:
-    """The same folder, loaded by transformers."""
+    """Load the same folder by transformers."""
     return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 

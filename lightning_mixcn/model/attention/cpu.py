@@ -20,12 +20,12 @@ _SCORES = 2**20
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention of each position to itself and those before it.
+    """Attend from each position to itself and those before it.
 
     Args:
         query: ``[B, J·G, S, D]`` bfloat16 on the CPU.
         key: ``[B, J, S, D]``.
-        value: As ``key``.
+        value: Shape of ``key``.
         scale: Factor of the products, usually ``D ** -0.5``.
 
     Returns:
@@ -40,7 +40,7 @@ class _Block(NamedTuple):
 
     Args:
         queries: Index of them in ``[N, G, S, D]``.
-        keys: Index of what they attend to in ``[N, S, D]``.
+        keys: Index in ``[N, S, D]`` of the keys that they attend to.
         size: C, G and the number of positions.
     """
 
@@ -64,7 +64,7 @@ class _Heads(NamedTuple):
         return cls(q, k, v, k.float().mul_(scale))
 
     def blocks(self) -> Iterator[_Block]:
-        """All of them, the shortest first within their heads."""
+        """Yield all blocks, the shortest first within their heads."""
         count, group, length, _ = self.q.shape
         at_once = max(1, _SCORES // (group * min(length, _POSITIONS) * length))
         for head in range(0, count, at_once):
@@ -75,11 +75,11 @@ class _Heads(NamedTuple):
                 yield _Block((heads, slice(None), slice(start, stop)), (heads, slice(stop)), size)
 
     def queries(self, block: _Block, states_NGSD: Tensor) -> Tensor:
-        """The block's part of something shaped as the queries, ``[C, Q, D]``."""
+        """Return the block's part of a tensor shaped as the queries, ``[C, Q, D]``."""
         return states_NGSD[block.queries].flatten(1, 2)
 
     def probabilities(self, block: _Block) -> Tensor:
-        """float32 ``[C, Q, L]``."""
+        """Compute the probabilities, float32 ``[C, Q, L]``."""
         scores_CQL = torch.bmm(self.queries(block, self.q).float(), self.scaled[block.keys].mT)
         width = block.size[2]
         future = torch.full((width, width), float("-inf")).triu_(1)

@@ -2,7 +2,7 @@
 
 transformers isolates the documents of a row with a dense mask; that costs the products of the whole square, and on the
 CPU torch's slow masked path. Here every document is one causal call, so work and memory follow its own length; where
-torch has one call for all documents of a batch, that one, see `packed_attention`.
+torch has one call for all documents of a batch, that is used, see `packed_attention`.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ Documents = PackedDocuments | Spans
 
 
 def locate_documents(position_ids: Tensor, config: MixtralConfig, dtype: torch.dtype) -> Documents | None:
-    """Where the documents of a batch lie, for the ``documents`` of every layer; waits for the device once.
+    """Locate the documents of a batch for the ``documents`` of every layer; waits for the device once.
 
     Args:
         position_ids: ``[B, S]`` int64.
@@ -41,8 +41,8 @@ def locate_documents(position_ids: Tensor, config: MixtralConfig, dtype: torch.d
         dtype: Compute dtype.
 
     Returns:
-        What suits the device; ``None`` where only transformers' masks do: a sliding window that is shorter than a row
-        is left to them on the CPU.
+        The form for the device; ``None`` where transformers' masks are needed: on the CPU, for a sliding window that is
+        shorter than a row.
     """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if serves(position_ids.device, dtype, size) and not config.attention_dropout:
@@ -53,7 +53,7 @@ def locate_documents(position_ids: Tensor, config: MixtralConfig, dtype: torch.d
 
 
 def document_spans(position_ids: Tensor) -> Spans:
-    """Where the documents of a batch lie: a document begins wherever positions do not go on by one.
+    """Return the spans of a batch's documents: a document begins wherever positions do not go on by one.
 
     Args:
         position_ids: ``[B, S]`` int64; read on the host, once a forward pass.
@@ -83,18 +83,18 @@ def document_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls.
+    """Attend within documents; transformers calls this function.
 
     Args:
         module: Mixtral's attention.
         query: ``[B, heads, S, head size]``.
         key: ``[B, key-value heads, S, head size]``.
-        value: As ``key``.
+        value: Shape of ``key``.
         attention_mask: Used only without ``documents``.
         documents: From `locate_documents`; ``None`` (generation, say) is transformers' own SDPA.
         scaling: Factor of the products.
         dropout: Probability.
-        kwargs: What else transformers passes.
+        kwargs: Further arguments of transformers.
 
     Returns:
         ``[B, S, heads, head size]``, and no weights.
@@ -131,7 +131,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dr
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """What tells transformers not to build a mask: it takes any 4-D tensor for one that is ready."""
+    """Return a mask that keeps transformers from building one: it takes any 4-D tensor for one that is ready."""
     return torch.empty(0, 0, 0, 0, device=device)
 
 

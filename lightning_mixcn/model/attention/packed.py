@@ -1,6 +1,6 @@
 """Attention within documents as one call for a whole batch: torch's flash attention of sequences of any length.
 
-The tokens of all rows stand behind one another, and offsets say where each document begins. No mask is made, keys are
+The tokens of all rows follow one another, and offsets say where each document begins. No mask is made, keys are
 not repeated for grouped queries, and work and memory follow the documents' own lengths
 (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691).
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# torch 2.11 takes fewer key heads than query heads without being told, later releases ask for the flag.
+# torch 2.11 takes fewer key heads than query heads without a flag, later releases need it.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class PackedDocuments(NamedTuple):
-    """Where the documents of a batch lie among its tokens, row behind row.
+    """Places of a batch's documents among its tokens, row after row.
 
     Args:
         offsets: ``[D + 1]`` int32 on the batch's device: each document's first token, and N.
@@ -32,10 +32,10 @@ class PackedDocuments(NamedTuple):
 
 
 def serves(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `packed_attention` can be used: torch's flash attention wants an Ampere or newer, and 16 bits.
+    """Tell if `packed_attention` can be used: torch's flash attention needs an Ampere or newer, and 16 bits.
 
     Args:
-        device: Of the batch.
+        device: Device of the batch.
         dtype: Compute dtype.
         head_size: Width of a head.
     """
@@ -51,12 +51,12 @@ def serves(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
 
 
 def document_starts(position_ids: Tensor) -> Tensor:
-    """Where documents begin: at the front of a row, and wherever positions do not go on by one; bool ``[B, S]``."""
+    """Mark where documents begin: at the front of a row, and where positions do not go on by one; bool ``[B, S]``."""
     return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
 
 
 def pack_documents(position_ids: Tensor) -> PackedDocuments:
-    """Offsets of a batch's documents, for all layers; waits for the device once.
+    """Compute the offsets of a batch's documents, for all layers; waits for the device once.
 
     Args:
         position_ids: ``[B, S]`` int64.
@@ -75,12 +75,12 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Causal attention of each document to itself.
+    """Attend causally within each document.
 
     Args:
         query: ``[B, heads, S, head size]``, float16 or bfloat16.
         key: ``[B, key-value heads, S, head size]``.
-        value: As ``key``.
+        value: Shape of ``key``.
         documents: From `pack_documents`.
         scaling: Factor of the products; ``None`` is 1/√head size.
         sliding_window: Tokens that one attends to, itself among them; ``None`` for all before it.

@@ -120,7 +120,7 @@ class Experts(nn.Module):
         config: Sizes.
         quantization: ``nf4`` or ``none``.
         dtype: Storage type where not quantised.
-        device: Where the (uninitialised) weights are made.
+        device: Device of the (uninitialised) weights.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Watching the routers of a model: which experts each token goes to.
+"""Observe the routers of a model: the experts of each token.
 
 Legend: T tokens, E experts, K experts a token.
 """
@@ -19,16 +19,16 @@ Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 def is_recomputing() -> bool:
-    """Whether this forward is activation checkpointing's second one, inside a backward pass.
+    """Tell if this forward is activation checkpointing's second one, inside a backward pass.
 
-    torch has no public way to ask. The engine numbers each backward pass while it runs it, and gives -1 else; that is
-    so for reentrant checkpoints and for the others.
+    torch has no public way to ask. The engine numbers each backward pass while it runs, and gives -1 otherwise; this
+    holds for reentrant checkpoints and for the others.
     """
     return torch._C._current_graph_task_id() != -1
 
 
 def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
-    """Tell an observer of every routing decision, once each: recomputation in backward is not told.
+    """Call an observer with every routing decision, once each: not for recomputation in backward.
 
     Args:
         model: A Mixtral of `load_mixtral`, as it is or inside a PeftModel or a LightningModule, sharded or not.

@@ -15,7 +15,7 @@ from lightning_mixcn.model.nf4 import codec as nf4
 
 from .nf4_decode import block_maxima, element_values
 
-_TILE = nf4.BLOCK  # of W, both ways: a row of a tile then lies in one block where `in` is a multiple of 64
+_TILE = nf4.BLOCK  # of W, both ways: a row of a tile is then in one block where `in` is a multiple of 64
 
 
 def nf4_product(

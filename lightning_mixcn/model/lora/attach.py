@@ -240,7 +240,7 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
     others = {name for name, _ in model.named_modules()} - groups.keys()
     chosen = adapted_modules(lora, groups, others)
     config = copy.deepcopy(lora)
-    # PEFT is told the modules one by one: by itself it knows neither the paper's names nor that a key means a stack.
+    # PEFT gets the modules' names one by one: it knows neither the paper's names nor that a key means a stack.
     config.target_modules = sorted(chosen)
     config.rank_pattern = {re.escape(name): rank for name, (rank, _) in chosen.items() if rank != config.r}
     config.alpha_pattern = {re.escape(name): alpha for name, (_, alpha) in chosen.items() if alpha != config.lora_alpha}
@@ -255,7 +255,7 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
     for parameter in trained:  # PEFT froze the trained embeddings with the rest
         parameter.requires_grad_(True)
     adapted = {name: (layer.r["default"], layer.lora_alpha["default"]) for name, layer in lora_layers(wrapped)}
-    assert adapted == chosen, "PEFT adapted other modules than it was told"
+    assert adapted == chosen, "PEFT adapted other modules than those of its configuration"
     return wrapped
 
 

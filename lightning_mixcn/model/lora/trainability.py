@@ -131,7 +131,7 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
     is 24 GB: some 10 ms on a GPU, a few seconds on a CPU.
 
     Args:
-        tensors: Of any dtypes, on one device or several; sharded ones are not gathered.
+        tensors: Tensors of any dtypes, on one device or several; sharded ones are not gathered.
 
     Returns:
         ``[N]`` int64 on the CPU, read in one transfer a device.

@@ -22,7 +22,7 @@ class NF4Weight(nn.Module):
 
     Args:
         shape: ``(G, out, in)``: G matrices (the experts of a layer, or 1).
-        device: Where the (uninitialised) tensors are made; ``meta`` works.
+        device: Device of the (uninitialised) tensors; ``meta`` works.
     """
 
     codes: Tensor
@@ -95,7 +95,7 @@ class DenseWeight(nn.Module):
     Args:
         shape: ``(G, out, in)``.
         dtype: Floating point type of the parameter ``values``.
-        device: Where the (uninitialised) tensor is made; ``meta`` works.
+        device: Device of the (uninitialised) tensor; ``meta`` works.
     """
 
     gemv: None = None

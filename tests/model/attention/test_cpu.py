@@ -10,7 +10,7 @@ from lightning_mixcn.model.attention.cpu import causal_attention
 
 
 def states(length: int, heads: tuple[int, int], size: int) -> list[Tensor]:
-    """Queries, keys, values and the gradient of a projection's result, strided as the model's are; bfloat16."""
+    """Make queries, keys, values and the gradient of a projection's result, strided as the model's are; bfloat16."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(2, length, count, size, generator=generator) for count in (heads[0], *2 * heads[1:], heads[0])]
     return [tensor.bfloat16().transpose(1, 2) for tensor in made]
@@ -21,7 +21,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def results(attention: object, tensors: list[Tensor]) -> list[Tensor]:
-    """Result and the gradients of queries, keys and values, in float64."""
+    """Return the result and the gradients of queries, keys and values, in float64."""
     assert callable(attention)
     *inputs, grad = tensors
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]

@@ -23,7 +23,7 @@ OFFSETS = [0, 17, 18, 40, 57, 80]
 
 
 def dense_varlen(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *given: Any, **options: Any) -> Tensor:
-    """What torch's `varlen_attn` computes, by a mask over all tokens; takes exactly what that takes."""
+    """Compute `varlen_attn` by a mask over all tokens; the arguments are the same."""
     bound = inspect.signature(varlen_attn).bind(query, key, value, cu_seq_q, *given, **options)
     cu_seq_k, longest, window = (bound.arguments[name] for name in ("cu_seq_k", "max_q", "window_size"))
     assert cu_seq_q.dtype == torch.int32

@@ -185,7 +185,7 @@ def test_an_input_that_needs_no_gradient(path: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable is unset, whatever whoever runs the tests has set."""
+    """Unset the variable, which the environment of the tests may have set."""
     monkeypatch.delenv("MIXCN_EXPERT_PATH", raising=False)
 
 

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def device() -> str:
-    """The device; skips where there is no Triton."""
+    """Return the device; skips where there is no Triton."""
     pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
     if torch.cuda.is_available():
         return "cuda"
