@@ -219,7 +219,7 @@ class MixtralPeftModel(PeftModelForCausalLM):
         if not kwargs.get("is_main_process", True):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        base = self.get_base_model()
+        base = cast(MixtralForCausalLM, self.get_base_model())
         write_adapter(folder, factors, saved, base.config, _lora_config(self).base_model_name_or_path)
         if self.base_identity is not None:
             write_identity(folder, self.base_identity)
