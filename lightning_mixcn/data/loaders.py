@@ -1,46 +1,59 @@
-"""Training batches: the rows of the run in their order, shared out over ranks and loader workers.
+"""Training batches: the rows of the run in their order, divided among ranks and loader workers.
 
-Batch i of a rank holds rows ``first + (i * ranks + rank) * micro_batch_size`` and the following. Each worker owns some
-of the rank's streams and sends, for each batch, the rows of its streams; the rank's own process lays them out. So
-no worker computes another's rows. A rank does compute and drop another rank's rows if they share a stream, which
-happens only if ``ranks * micro_batch_size`` does not divide ``num_streams``.
+Batch i of a rank holds rows ``first_row + (i * ranks + rank) * micro_batch_size`` and the following. Each worker owns
+some of the rank's streams and sends, for each batch, the rows of its streams; the rank's own process lays them out. So
+no worker computes another's rows. A rank computes and drops rows of another rank if they share a stream, which happens
+only if ``ranks * micro_batch_size`` does not divide ``num_streams``.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import (
-    Callable,
-    Generator,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from dataclasses import dataclass, field, replace
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import count, islice
+from multiprocessing import active_children
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from numpy.typing import NDArray
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
-    DocumentEncoder,
-    DocumentOrigin,
-    DocumentSet,
+    EvaluationSet,
     Row,
     RowStream,
     RowTable,
-    ScoredRow,
     StreamPlan,
     StreamState,
     collate_evaluation_rows,
     collate_table,
-    evaluation_rows,
 )
 
-from .workers import worker_messages
+from .progress import RunProgress
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from numpy.typing import NDArray
+
+# Several batches in a chunk cost less; the first chunks have few, so that training begins soon.
+_DOUBLINGS = 3  # to 8 batches a chunk
+# Chunks a worker may be ahead: texts differ in length, and with two a worker often waited for another one's.
+_PREFETCHED = 8
+# Python 3.14 would import everything again in each worker, which takes ten seconds.
+_FASTEST_START = "fork" if sys.platform == "linux" else None
+# Interval at which a worker checks that the training process is alive.
+_CHECK_SECONDS = 1.0
 
 
 def batch_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
@@ -61,154 +74,165 @@ def batch_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     return tensors
 
 
-# Behind a batch: the state of each stream that a worker has rows of, and whether all its streams are at their end.
-Behind = tuple[dict[int, StreamState], bool]
-# A worker's part of some consecutive batches: its rows, numbered through all of them, and what is behind each batch.
-Message = tuple[RowTable, list[Behind]]
-# Several batches at once cost less; a message is of few at first, for training to begin soon.
-_DOUBLINGS = 3  # to 8 batches a message
-
-
 @dataclass(frozen=True)
-class Schedule:
-    """Which rows of the run are a rank's.
+class RankShard:
+    """Rows of the run that one rank trains on.
 
     Args:
         micro_batch_size: Rows of a batch on one rank.
         num_ranks: Number of ranks that read different rows.
-        rank: This rank among them.
+        rank: Index of this rank among them.
         first_row: Row of the run at which batch 0 of rank 0 begins.
-        states: Where streams stand, at that row or before; a stream without is at its beginning.
     """
 
     micro_batch_size: int
-    num_ranks: int
-    rank: int
-    first_row: int
-    states: Mapping[int, StreamState] = field(default_factory=dict, compare=False)
+    num_ranks: int = 1
+    rank: int = 0
+    first_row: int = 0
+
+    @property
+    def rows_a_batch(self) -> int:
+        """Rows of a batch of all ranks together."""
+        return self.micro_batch_size * self.num_ranks
 
     def rows(self, batch: int) -> range:
-        """Rows of the run in batch `batch` of this rank."""
-        start = self.first_row + (batch * self.num_ranks + self.rank) * self.micro_batch_size
+        """Return the rows of the run in batch `batch` of this rank."""
+        start = self.first_row + batch * self.rows_a_batch + self.rank * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
 
-    def behind(self, batches: int) -> Schedule:
-        """Get the schedule that goes on after so many batches."""
-        return replace(self, first_row=self.first_row + batches * self.num_ranks * self.micro_batch_size)
-
     def streams(self, num_streams: int) -> list[int]:
-        """Streams of which this rank ever reads rows."""
+        """List the streams of which this rank ever reads rows."""
         return sorted({row % num_streams for batch in range(num_streams) for row in self.rows(batch)})
 
 
 class TrainLoader:
     """Endless (or, if every source has `max_epochs`, long) iterable of training batches for one rank.
 
-    Each ``iter()`` continues behind the rows already consumed. `batches_given` counts the batches handed out.
+    Each ``iter()`` continues after the rows that were consumed: those that the trainer has trained on while it fits,
+    else those that were given.
 
     Args:
-        plan: What decides the order of rows.
-        make_schedule: Called at each ``iter()``: where to go on.
+        plan: Settings that decide the order of rows.
+        progress: Place to go on from; it is told where the streams are after each batch that is given.
+        shard: Rank's share of the rows; its first row is the progress's.
         num_workers: Processes that tokenize; 0 tokenizes in the training process.
-        all_ranks_agree: Whether all ranks pass True; called once a batch if the sources end.
-        on_batch: Called with the states of the streams behind each batch that is handed out.
-        on_end: Called when the sources have ended.
-        start_method: How worker processes start: `fork`, `spawn`, `forkserver`, or None for the platform's default.
+        trainer: Trainer whose ranks decide together when the sources have ended, and which is stopped then.
+        start_method: Start of worker processes: `fork`, `spawn`, `forkserver`, or None for the fastest.
     """
 
     def __init__(
         self,
         plan: StreamPlan,
-        make_schedule: Callable[[], Schedule],
+        progress: RunProgress,
+        shard: RankShard,
         num_workers: int,
+        trainer: Trainer | None = None,
         *,
-        all_ranks_agree: Callable[[bool], bool] = bool,
-        on_batch: Callable[[dict[int, StreamState]], None] = lambda states: None,
-        on_end: Callable[[], None] = lambda: None,
         start_method: str | None = None,
     ) -> None:
         """Keep the arguments; nothing starts before ``iter()``."""
         self._plan = plan
-        self._make_schedule = make_schedule
+        self._progress = progress
+        self._shard = shard
         self._num_workers = num_workers
-        self._all_ranks_agree = all_ranks_agree
-        self._on_batch = on_batch
-        self._on_end = on_end
+        self._trainer = trainer
         self._start_method = start_method
-        self._ends = all(documents.corpus.source.max_epochs is not None for documents in plan.documents)
-        self.batches_given = 0
+        self._batches_given = 0
         self._running: Generator[dict[str, Tensor]] | None = None
-        self._running_next: Schedule | None = None
+        self._next_row = -1  # first row after the batches that `_running` gave
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Give batches from the first row that was not consumed.
 
-        Workers that stand there already, as at the end of an epoch by `limit_train_batches`, simply go on.
+        Workers that are there already, as at the end of an epoch by `limit_train_batches`, simply go on.
         """
-        schedule = self._make_schedule()
-        if self._running is None or schedule != self._running_next:
+        state = self._trainer.state if self._trainer is not None else None
+        if state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING:
+            # Lightning fetches a batch ahead: only what it has processed is consumed.
+            self._progress.begin(self._batches_trained, self._shard.rows_a_batch)
+        else:
+            self._progress.begin(lambda: self._batches_given, self._shard.rows_a_batch)
+        if self._running is None or self._progress.rows != self._next_row:
             self.close()
-            self._running, self._running_next = self._batches(schedule), schedule
+            self._next_row = self._progress.rows
+            self._running = self._batches(replace(self._shard, first_row=self._next_row))
         return self._running
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module's state has it all. To Lightning a loader without a state is one that repeats."""
+        """Return nothing: the data module has the state. To Lightning a loader without one is one that repeats."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Load what `state_dict` returned: nothing."""
 
     def close(self) -> None:
         """Stop the workers now: left to the garbage collector, they would outlive the loader."""
         if self._running is not None:
             self._running.close()
-        self._running = self._running_next = None
+        self._running = None
 
-    def _batches(self, schedule: Schedule) -> Generator[dict[str, Tensor]]:
-        for number, (batch, behind) in enumerate(self._laid_out(schedule), start=1):
-            if self._ends and self._all_ranks_agree(all(ended for _, ended in behind)):
-                self._on_end()
-                return
-            self.batches_given += 1
-            self._on_batch({stream: state for states, _ in behind for stream, state in states.items()})
-            self._running_next = schedule.behind(number)
-            yield batch
+    def _batches_trained(self) -> int:
+        assert self._trainer is not None
+        return batches_trained(self._trainer)
 
-    def _laid_out(self, schedule: Schedule) -> Iterator[tuple[dict[str, Tensor], tuple[Behind, ...]]]:
-        """Batches, with what each worker says is behind them."""
-        messages, rows = self._messages(schedule), schedule.micro_batch_size
+    def _batches(self, shard: RankShard) -> Generator[dict[str, Tensor]]:
+        plan, size = self._plan, shard.micro_batch_size
+        may_end = all(documents.corpus.source.max_epochs is not None for documents in plan.documents)
+        dataset = _ChunkDataset(plan, shard, dict(self._progress.streams))
+        chunks = worker_chunks(dataset, self._num_workers, self._start_method)
         while True:
-            tables, behinds = zip(*(next(messages) for _ in range(max(1, self._num_workers))), strict=True)
-            isolated = self._plan.packing != "concatenate"
-            arrays = collate_table(RowTable.joined(tables), self._plan.sequence_length, isolated=isolated)
-            for batch, behind in enumerate(zip(*behinds, strict=True)):
-                part = slice(batch * rows, (batch + 1) * rows)
-                yield batch_tensors({name: array[part] for name, array in arrays.items()}), behind
+            parts = [next(chunks) for _ in range(max(1, self._num_workers))]
+            table = RowTable.joined([part.table for part in parts])
+            arrays = collate_table(table, plan.sequence_length, isolated=plan.packing != "concatenate")
+            for batch, ends in enumerate(zip(*(part.ends for part in parts), strict=True)):
+                if may_end and self._all_ranks_ended(all(end.exhausted for end in ends)):
+                    return
+                rows = slice(batch * size, (batch + 1) * size)
+                self._batches_given += 1
+                self._next_row += shard.rows_a_batch
+                self._progress.hand_out({stream: state for end in ends for stream, state in end.states.items()})
+                yield batch_tensors({name: array[rows] for name, array in arrays.items()})
 
-    def _messages(self, schedule: Schedule) -> Iterator[Message]:
-        """One message of each worker in turn."""
-        return worker_messages(_Messages(self._plan, schedule), self._num_workers, self._start_method)
+    def _all_ranks_ended(self, this_one: bool) -> bool:
+        """Decide together whether training ends, and stop the trainer then."""
+        trainer = self._trainer
+        if trainer is None:
+            return this_one
+        ended = trainer.strategy.reduce_boolean_decision(this_one, all=True)
+        if ended and not overfit_batches(trainer):
+            rank_zero_info("The sources have been read `max_epochs` times: training ends.")
+            trainer.should_stop = True
+        return ended
+
+
+def batches_trained(trainer: Trainer) -> int:
+    """Count the batches of this rank that were trained on, in a resumed run all of them."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress  # Lightning types `total` too narrowly
+    return int(batches.total.processed)
+
+
+def overfit_batches(trainer: Any) -> int:
+    """Read the trainer's setting, which Lightning sets outside of the class; 0 without a trainer."""
+    return int(trainer.overfit_batches) if trainer is not None else 0
 
 
 class RepeatedBatches:
     """The next batches of a run again and again, for `trainer.overfit_batches`; the run itself stays where it is.
 
     Args:
-        loader: Gives the batches, once; they are kept in memory.
-        count: Number of batches, or fewer where the sources end before.
-        batches_trained: Counts the batches of this rank that were trained on, of a resumed run all of them.
+        loader: Loader of the batches, read once; they are kept in memory.
+        trainer: Trainer with the number of batches; there are fewer where the sources end before.
     """
 
-    def __init__(self, loader: TrainLoader, count: int, batches_trained: Callable[[], int]) -> None:
+    def __init__(self, loader: TrainLoader, trainer: Trainer) -> None:
         """Keep the arguments."""
         self._loader = loader
-        self._count = count
-        self._batches_trained = batches_trained
+        self._trainer = trainer
 
     @cached_property
     def _batches(self) -> list[dict[str, Tensor]]:
         try:
-            return list(itertools.islice(self._loader, self._count))
+            return list(islice(self._loader, overfit_batches(self._trainer)))
         finally:
             self._loader.close()
 
@@ -218,98 +242,154 @@ class RepeatedBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Give them from the first one on, or where a resumed run stopped between them."""
-        return iter(self._batches[self._batches_trained() % len(self) :])
-
-    def close(self) -> None:
-        """Stop the workers; they live only while the batches are read."""
-        self._loader.close()
+        return iter(self._batches[batches_trained(self._trainer) % len(self) :])
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, as `TrainLoader.state_dict`."""
+        """Return nothing, as `TrainLoader.state_dict`."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Load what `state_dict` returned: nothing."""
 
 
-class _Messages(IterableDataset[Message]):
-    """What one worker sends."""
+class BatchEnd(NamedTuple):
+    """State of each stream that a worker read for a batch, after it; and whether all its streams had ended before."""
 
-    def __init__(self, plan: StreamPlan, schedule: Schedule) -> None:
-        self._plan = plan
-        self._schedule = schedule
-
-    def __iter__(self) -> Iterator[Message]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        num_streams = self._plan.num_streams
-        streams = self._plan.open(self._schedule.streams(num_streams)[number::count], self._schedule.states)
-        first = 0
-        for message in itertools.count():
-            batches = 1 << min(message, _DOUBLINGS) if worker else 1
-            yield self._message(streams, range(first, first + batches))
-            first += batches
-
-    def _message(self, streams: dict[int, RowStream], batches: range) -> Message:
-        rows, behind = list[tuple[int, Row]](), list[Behind]()
-        num_streams = self._plan.num_streams
-        for batch in batches:
-            ended = all(stream.exhausted for stream in streams.values())
-            states = {}
-            first_place = (batch - batches.start) * self._schedule.micro_batch_size
-            for place, row in enumerate(self._schedule.rows(batch), start=first_place):
-                index = row % num_streams
-                if index in streams:
-                    rows.append((place, _row_at(streams[index], row // num_streams)))
-                    states[index] = streams[index].state()
-            behind.append((states, ended))
-        return RowTable.of(rows, self._plan.sequence_length, self._plan.encoder.padding_id), behind
+    states: dict[int, StreamState]
+    exhausted: bool
 
 
-def _row_at(stream: RowStream, position: int) -> Row:
-    """Row `position` of a stream that stands at it or before; the rows between are other ranks', or were consumed."""
-    while stream.position < position:
-        stream.next_row()
-    return stream.next_row()
+class WorkerChunk(NamedTuple):
+    """A worker's rows of some consecutive batches, numbered through all of them, and its state after each batch."""
+
+    table: RowTable
+    ends: list[BatchEnd]
 
 
-class EvaluationSet:
-    """Documents of several sources as rows, tokenized once and held in memory.
+class _ChunkDataset(IterableDataset[WorkerChunk | Exception]):
+    """Chunks of the worker that iterates: the rows of some of the rank's streams, from `states` on.
 
-    Args:
-        documents: The documents of each source.
-        encoder: What makes tokens of them.
-        sequence_length: Tokens of a row.
-        max_rows: Rows kept of each source; None keeps all. The last document of a capped source may be cut.
+    A stream without a state is at its beginning. The user's errors are given instead of a chunk: torch would hand over
+    their text alone.
     """
 
-    def __init__(
-        self, documents: Sequence[DocumentSet], encoder: DocumentEncoder, sequence_length: int, max_rows: int | None
-    ) -> None:
-        """Tokenize the documents."""
-        self.sequence_length = sequence_length
-        self.padding_id = encoder.padding_id
-        self._documents = documents
-        self._firsts = [0, *itertools.accumulate(len(part) for part in documents)]
-        self.rows: list[ScoredRow] = []
-        for source, part in enumerate(documents):
-            rows = evaluation_rows(part, encoder, sequence_length, source=source, first_document=self._firsts[source])
-            self.rows += itertools.islice(rows, max_rows)
+    def __init__(self, plan: StreamPlan, shard: RankShard, states: Mapping[int, StreamState]) -> None:
+        self._plan = plan
+        self._shard = shard
+        self._states = states
 
-    def __len__(self) -> int:
-        """Count the documents, before any cap."""
-        return self._firsts[-1]
+    def __iter__(self) -> Iterator[WorkerChunk | Exception]:
+        worker = get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        try:
+            own = self._shard.streams(self._plan.num_streams)[number::num_workers]
+            streams = self._plan.open(own, self._states)
+            first = 0
+            for chunk in count():
+                batches = range(first, first + (1 << min(chunk, _DOUBLINGS) if worker else 1))
+                yield self._chunk(streams, batches)
+                first = batches.stop
+        except (UserError, OSError) as error:
+            error.add_note(traceback.format_exc())  # it is lost between processes
+            yield error
 
-    def origin(self, index: int) -> DocumentOrigin:
-        """Tell where the document that batches call `index` was read.
+    def _chunk(self, streams: dict[int, RowStream], batches: range) -> WorkerChunk:
+        rows, ends = list[tuple[int, Row]](), list[BatchEnd]()
+        num_streams, size = self._plan.num_streams, self._shard.micro_batch_size
+        for batch in batches:
+            exhausted = all(stream.exhausted for stream in streams.values())
+            states = {}
+            for place, number in enumerate(self._shard.rows(batch), start=(batch - batches.start) * size):
+                position, index = divmod(number, num_streams)
+                if (stream := streams.get(index)) is not None:
+                    while stream.position < position:  # rows of other ranks, or consumed before
+                        stream.next_row()
+                    rows.append((place, stream.next_row()))
+                    states[index] = stream.state()
+            ends.append(BatchEnd(states, exhausted))
+        return WorkerChunk(RowTable.of(rows, self._plan.sequence_length, self._plan.encoder.padding_id), ends)
 
-        Raises:
-            IndexError: There is no such document.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"`index={index}`: the evaluation set has documents 0 to {len(self) - 1}")
-        source = next(source for source, first in enumerate(self._firsts[1:]) if index < first)
-        return self._documents[source].origin(index - self._firsts[source])
+
+def worker_chunks(
+    dataset: IterableDataset[WorkerChunk | Exception], num_workers: int, start_method: str | None = None
+) -> Iterator[WorkerChunk]:
+    """Iterate over the chunks of each worker in turn; no worker outlives the iterator.
+
+    Args:
+        dataset: Dataset that asks `get_worker_info` which worker it is in.
+        num_workers: Processes; 0 iterates in this one.
+        start_method: Start of the processes: `fork`, `spawn`, `forkserver`, or None for the fastest.
+
+    Yields:
+        Chunks.
+
+    Raises:
+        UserError, OSError: Raised by a worker, with its traceback as a note.
+        Exception: Another error of a worker, as torch hands it over.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=_identity,
+        worker_init_fn=_live_as_long_as_the_run,
+        num_workers=num_workers,
+        prefetch_factor=_PREFETCHED if num_workers else None,
+        multiprocessing_context=(start_method or _FASTEST_START) if num_workers else None,
+    )
+    others = set(active_children())
+    chunks: Any = None
+    try:
+        with _one_thread_in_workers():
+            chunks = iter(loader)
+        for chunk in chunks:
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+    finally:
+        # Left to the garbage collector, workers live as long as an error's traceback; and a process that exits sends
+        # them SIGTERM, which they ignore, and waits for them without end.
+        if num_workers:
+            if chunks is not None:
+                chunks._shutdown_workers()  # torch has no public way
+            for worker in set(active_children()) - others:
+                worker.kill()
+                worker.join()
+
+
+def _identity(chunk: Any) -> Any:
+    return chunk
+
+
+def _live_as_long_as_the_run(worker: int) -> None:
+    # SLURM signals every process of a job: workers have to live until the run has ended its step and saved.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process once its parent is gone, killed perhaps.
+
+    torch's workers notice that, too, but then wait until what they have sent is read, which nobody does any more.
+    """
+    while os.getppid() == parent:
+        time.sleep(_CHECK_SECONDS)
+    os._exit(1)
+
+
+@contextmanager
+def _one_thread_in_workers() -> Iterator[None]:
+    """Keep forked tokenizers from using the threads of their parent; set in the environment, it gives no warning."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class EvaluationLoader:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     BadRecordPolicy,
     DocumentEncoder,
     DocumentOrigin,
+    EvaluationSet,
     Row,
     RowStream,
     StreamPlan,
@@ -25,7 +25,7 @@ from lightning_mixcn.text import (
     load_tokenizer,
 )
 
-from .loaders import EvaluationLoader, EvaluationSet, RepeatedBatches, Schedule, TrainLoader
+from .loaders import EvaluationLoader, RankShard, RepeatedBatches, TrainLoader, overfit_batches
 from .progress import Order, RunProgress, order_of
 from .sets import DocumentSets
 
@@ -153,18 +153,13 @@ class StreamDataModule(LightningDataModule):
         """
         assert self._plan is not None, "Lightning calls setup('fit') first"
         self.teardown("fit")  # the loader before, under `reload_dataloaders_every_n_epochs`
-        overfit = _overfit_batches(self.trainer)
-        self._train_loader = TrainLoader(
-            self._plan,
-            self._begin,
-            self.num_workers,
-            all_ranks_agree=self._all_ranks_agree,
-            on_batch=_ignore if overfit else self._progress.hand_out,
-            on_end=_ignore if overfit else self._on_end,
-        )
-        if overfit:
-            return RepeatedBatches(self._train_loader, overfit, self._batches_trained)
-        return self._train_loader
+        trainer, progress = self.trainer, self._progress
+        if is_overfit := overfit_batches(trainer) > 0:
+            progress.begin(int, 0)  # the run stays where it is, and the loader reads from a copy
+            progress = progress.copy()
+        loader = TrainLoader(self._plan, progress, self._shard(), self.num_workers, trainer)
+        self._train_loader = loader
+        return RepeatedBatches(loader, trainer) if is_overfit and trainer is not None else loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Make the loader of validation batches; an empty list if there is no validation set."""
@@ -268,7 +263,7 @@ class StreamDataModule(LightningDataModule):
     @property
     def rows_a_batch(self) -> int:
         """Rows of a batch of all ranks together."""
-        return self.micro_batch_size * self._ranks()[0]
+        return self._shard().rows_a_batch
 
     def epochs(self) -> dict[str, float]:
         """How often each training source was read, such as ``{"zh": 0.25}``, by the streams that this rank reads."""
@@ -344,43 +339,14 @@ class StreamDataModule(LightningDataModule):
         return self._evaluation_sets[stage]
 
     def _evaluation_loader(self, stage: str) -> EvaluationLoader:
-        return EvaluationLoader(self._evaluation_set(stage), self.micro_batch_size, *self._ranks())
+        shard = self._shard()
+        return EvaluationLoader(self._evaluation_set(stage), shard.micro_batch_size, shard.num_ranks, shard.rank)
 
-    def _ranks(self) -> tuple[int, int]:
-        """Number of ranks that read different rows, and this one's place; under tensor parallelism fewer than all."""
+    def _shard(self) -> RankShard:
+        """Make this rank's share of the rows; under tensor parallelism fewer ranks than all read different ones."""
         shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
-
-    def _begin(self) -> Schedule:
-        """Find where the training rows go on, and count from there."""
-        num_ranks, rank = self._ranks()
-        trainer, loader = self.trainer, self._train_loader
-        assert loader is not None
-        if _overfit_batches(trainer):
-            self._progress.begin(lambda: 0, 0)
-        elif (
-            trainer is not None
-            and trainer.state.fn == TrainerFn.FITTING
-            and trainer.state.status == TrainerStatus.RUNNING
-        ):
-            # Lightning fetches a batch ahead: only what it has processed is consumed.
-            self._progress.begin(self._batches_trained, self.micro_batch_size * num_ranks)
-        else:
-            self._progress.begin(lambda: loader.batches_given, self.micro_batch_size * num_ranks)
-        return Schedule(self.micro_batch_size, num_ranks, rank, self._progress.rows, dict(self._progress.streams))
-
-    def _batches_trained(self) -> int:
-        assert self.trainer is not None
-        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning types `total` too narrowly
-        return int(batches.total.processed)
-
-    def _all_ranks_agree(self, decision: bool) -> bool:
-        return decision if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(decision, all=True)
-
-    def _on_end(self) -> None:
-        rank_zero_info("The sources have been read `max_epochs` times: training ends.")
-        if self.trainer is not None:
-            self.trainer.should_stop = True
+        num_ranks, rank = (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
+        return RankShard(self.micro_batch_size, num_ranks, rank)
 
 
 def _of_all_ranks(mine: Any) -> list[Any]:
@@ -389,15 +355,6 @@ def _of_all_ranks(mine: Any) -> list[Any]:
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
-
-
-def _overfit_batches(trainer: Any) -> int:
-    """Read the trainer's setting, which Lightning sets outside of the class; 0 without a trainer."""
-    return int(trainer.overfit_batches) if trainer is not None else 0
-
-
-def _ignore(*_: Any) -> None:
-    """Take the place of a callback that is not wanted."""
 
 
 def _check_endless(trainer: Any) -> None:

@@ -51,6 +51,12 @@ class RunProgress:
         self._stand_at(self.rows, self.streams)
         self._count_batches, self._batches_before, self._rows_a_batch = count_batches, count_batches(), rows_a_batch
 
+    def copy(self) -> RunProgress:
+        """Make another count that begins at the same row."""
+        made = RunProgress()
+        made._stand_at(self.rows, self.streams)
+        return made
+
     def hand_out(self, states: dict[int, StreamState]) -> None:
         """Note where streams stand behind the next batch of this rank."""
         self._handed_out += 1

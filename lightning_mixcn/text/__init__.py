@@ -25,19 +25,17 @@ from .corpus.sources import (
 from .corpus.store import BadRecordPolicy
 from .rows.batches import (
     IGNORED_LABEL,
+    Row,
     RowTable,
+    ScoredRow,
     collate_evaluation_rows,
     collate_rows,
     collate_table,
 )
 from .rows.encoders import Answers, Conversations, DocumentEncoder, PlainText, TooLongPolicy
-from .rows.packing import (
-    PACKINGS,
-    Row,
-    ScoredRow,
-    evaluation_rows,
-)
+from .rows.evaluation import EvaluationSet, evaluation_rows
 from .rows.streams import (
+    PACKINGS,
     RowStream,
     StreamPlan,
     StreamState,
@@ -57,6 +55,7 @@ __all__ = [
     "DocumentEncoder",
     "DocumentOrigin",
     "DocumentSet",
+    "EvaluationSet",
     "PlainText",
     "RecordFormat",
     "Row",

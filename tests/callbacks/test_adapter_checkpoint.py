@@ -29,7 +29,7 @@ from lightning_mixcn.text import (
     Turn,
     load_tokenizer,
 )
-from lightning_mixcn.text.chat.turns import Segment
+from lightning_mixcn.text.chat.turns import TurnTokens
 
 Make = Callable[..., Any]
 
@@ -166,10 +166,10 @@ def test_a_base_that_other_tools_cannot_find_is_said_at_the_start(
 class Shouting:
     """A chat template that no Jinja text stands for."""
 
-    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         texts = tokenizer.encode_batch([turn.content.upper()[::-1] for turn in turns])
         return [
-            Segment([*ids, tokenizer.eos_id], turn.role == "assistant", number)
+            TurnTokens([*ids, tokenizer.eos_id], turn.role == "assistant", number)
             for number, (turn, ids) in enumerate(zip(turns, texts, strict=True))
         ]
 

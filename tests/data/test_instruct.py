@@ -68,10 +68,10 @@ def test_conversations_stay_whole_and_only_answers_have_labels(make: Make, packi
                 ids, labels = batch["input_ids"][row][inside], batch["labels"][row][inside]
                 assert ids[[0, -1]].tolist() == [BOS, EOS]
                 assert batch["position_ids"][row][inside].tolist() == list(range(len(ids)))
-                learnt = labels >= 0
-                assert torch.equal(ids[learnt], labels[learnt])
+                learned = labels >= 0
+                assert torch.equal(ids[learned], labels[learned])
                 answers = [turn.split("[/INST]")[1] for turn in text(ids).split("[INST]")[1:]]
-                assert text(ids[learnt]) == "".join(answers)
+                assert text(ids[learned]) == "".join(answers)
                 assert int((labels == EOS).sum()) == len(answers)
                 documents += 1
     assert documents > 40

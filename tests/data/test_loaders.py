@@ -1,20 +1,24 @@
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
-from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet, Schedule, TrainLoader, batch_tensors
+from lightning_mixcn.data.loaders import EvaluationLoader, RankShard, TrainLoader, batch_tensors
+from lightning_mixcn.data.progress import RunProgress
 from lightning_mixcn.text import (
     DocumentSet,
+    EvaluationSet,
     PlainText,
     Source,
     StreamPlan,
@@ -49,8 +53,25 @@ def rows(plan: StreamPlan) -> list[dict[str, Any]]:
     return [collate_rows([row], plan.sequence_length, plan.encoder.padding_id) for row in made]
 
 
-def batches(plan: StreamPlan, schedule: Schedule, workers: int, count: int, **options: Any) -> list[dict[str, Tensor]]:
-    loader = TrainLoader(plan, lambda: schedule, workers, **options)
+def training(agree: Callable[[bool], bool] = bool) -> Any:
+    """Make what a loader looks at of a trainer that fits; `processed` counts the batches trained on."""
+    trainer = SimpleNamespace(overfit_batches=0, should_stop=False, processed=0)
+    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.RUNNING)
+    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: agree(decision))
+    trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=trainer)))
+    return trainer
+
+
+def progress_at(row: int, streams: dict[int, StreamState] | None = None) -> RunProgress:
+    progress = RunProgress()
+    progress.load_state_dict({"rows": row, "streams": streams or {}, "order": {}})
+    return progress
+
+
+def batches(
+    plan: StreamPlan, shard: RankShard, workers: int, count: int, progress: RunProgress | None = None, **options: Any
+) -> list[dict[str, Tensor]]:
+    loader = TrainLoader(plan, progress or RunProgress(), shard, workers, **options)
     try:
         return list(islice(loader, count))
     finally:
@@ -69,7 +90,8 @@ def test_rows_are_the_contract_s(
     ranks: int, workers: int, micro_batch_size: int, first_row: int, plan: StreamPlan, rows: list[dict[str, Any]]
 ) -> None:
     count = 100 // (ranks * micro_batch_size)
-    found = [batches(plan, Schedule(micro_batch_size, ranks, rank, first_row), workers, count) for rank in range(ranks)]
+    shards = [RankShard(micro_batch_size, ranks, rank) for rank in range(ranks)]
+    found = [batches(plan, shard, workers, count, progress_at(first_row)) for shard in shards]
     expected = rows[first_row : first_row + count * ranks * micro_batch_size]
     for name in ("input_ids", "labels", "document_ids", "position_ids", "source_ids"):
         ours = global_order(found, name)
@@ -80,9 +102,8 @@ def test_rows_are_the_contract_s(
 
 def test_spawned_workers_give_the_same(plan: StreamPlan) -> None:
     """A spawned worker gets pickles, as every worker does where there is no fork."""
-    schedule = Schedule(4, 1, 0, 0)
-    spawned = batches(plan, schedule, 1, 6, start_method="spawn")
-    for ours, theirs in zip(spawned, batches(plan, schedule, 0, 6), strict=True):
+    spawned = batches(plan, RankShard(4), 1, 6, start_method="spawn")
+    for ours, theirs in zip(spawned, batches(plan, RankShard(4), 0, 6), strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
 
 
@@ -97,13 +118,13 @@ def test_an_error_of_a_worker_leaves_no_process(
     plan = StreamPlan(documents, PlainText(load_tokenizer(tokenizer_folder)), sequence_length=32, num_streams=2, seed=0)
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match=r"^The unpacked texts in .* are gone"):
-        batches(plan, Schedule(2, 1, 0, 0), workers, 10, start_method=start_method)
+        batches(plan, RankShard(2), workers, 10, start_method=start_method)
     assert not active_children()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_leaves_no_process(workers: int, plan: StreamPlan) -> None:
-    loader = TrainLoader(plan, lambda: Schedule(2, 1, 0, 0), workers)
+    loader = TrainLoader(plan, RunProgress(), RankShard(2), workers)
     next(iter(loader))
     assert len(active_children()) == workers
     with pytest.raises(KeyboardInterrupt):
@@ -112,31 +133,26 @@ def test_an_interrupt_leaves_no_process(workers: int, plan: StreamPlan) -> None:
 
 
 def test_a_worker_makes_its_own_streams_only(plan: StreamPlan) -> None:
-    assert Schedule(1, 2, 0, 0).streams(6) == [0, 2, 4]
-    assert Schedule(2, 3, 1, 0).streams(6) == [2, 3]
-    assert Schedule(2, 3, 1, 5).streams(6) == [1, 2]
-    assert Schedule(4, 1, 0, 0).streams(6) == [0, 1, 2, 3, 4, 5]
+    assert RankShard(1, 2, 0, 0).streams(6) == [0, 2, 4]
+    assert RankShard(2, 3, 1, 0).streams(6) == [2, 3]
+    assert RankShard(2, 3, 1, 5).streams(6) == [1, 2]
+    assert RankShard(4, 1, 0, 0).streams(6) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_second_iter_goes_on_without_starting_again(workers: int, plan: StreamPlan) -> None:
-    given = 0
-
-    def schedule() -> Schedule:
-        return Schedule(2, 1, 0, given * 2)
-
-    loader = TrainLoader(plan, schedule, workers)
+    trainer = training()
+    loader = TrainLoader(plan, RunProgress(), RankShard(2), workers, trainer)
     first = iter(loader)
-    expected = batches(plan, Schedule(2, 1, 0, 0), 0, 9)
+    expected = batches(plan, RankShard(2), 0, 9)
     seen = list(islice(first, 4))
-    given = 4
-    assert iter(loader) is first  # the workers stand there
+    trainer.processed = 4
+    assert iter(loader) is first  # the workers are there already
     seen += islice(loader, 3)
-    given = 6  # the last one was fetched ahead and not used
+    trainer.processed = 6  # the last one was fetched ahead and not used
     assert iter(loader) is not first
     seen[6:] = islice(loader, 3)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(seen, expected, strict=True))
-    assert loader.batches_given == 10
     loader.close()
 
 
@@ -149,12 +165,10 @@ def test_sources_that_end(workers: int, ranks: int, sources: list[Source], token
     expected = []
     while not all(stream.exhausted for stream in streams.values()):
         expected += [stream.next_row() for stream in streams.values()]
-    ended: list[int] = []
     found = []
     for rank in range(ranks):
-        end = partial(ended.append, rank)
-        found.append(batches(plan, Schedule(2, ranks, rank, 0), workers, 1000, on_end=end))
-    assert ended == list(range(ranks))
+        found.append(batches(plan, RankShard(2, ranks, rank), workers, 1000, trainer=(trainer := training())))
+        assert trainer.should_stop
     # Each rank stops by itself here: without a common decision some stop a batch early, with only padding left.
     longest = max(map(len, found))
     for of_rank in found:
@@ -175,7 +189,7 @@ def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], token
         asked.append(decision)
         return len(asked) == 6
 
-    found = batches(plan, Schedule(2, 1, 0, 0), 0, 10, all_ranks_agree=agree)
+    found = batches(plan, RankShard(2), 0, 10, trainer=training(agree))
     assert asked == [False, True, True, True, True, True]
     assert len(found) == 5
     assert all((batch["labels"] == -100).all() for batch in found[1:])
@@ -185,18 +199,18 @@ def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], token
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_states_stand_behind_each_batch(workers: int, ranks: int, plan: StreamPlan, rows: list[dict[str, Any]]) -> None:
     """Whoever goes on from them makes the next rows, and reads nothing before."""
-    of_ranks: list[dict[int, StreamState]] = [{} for _ in range(ranks)]
-    for rank, of_rank in enumerate(of_ranks):
-        batches(plan, Schedule(4, ranks, rank, 0), workers, 6 // ranks, on_batch=of_rank.update)
-    every = [item for of_rank in of_ranks for item in of_rank.items()]
+    of_ranks = [RunProgress() for _ in range(ranks)]
+    for rank, progress in enumerate(of_ranks):
+        batches(plan, RankShard(4, ranks, rank), workers, 6 // ranks, progress)
+    every = [item for progress in of_ranks for item in progress.streams.items()]
     states = dict(sorted(every, key=lambda item: int(item[1]["position"])))
-    (batch, *_) = batches(plan, Schedule(12, 1, 0, 24, states), 1, 1)
+    (batch, *_) = batches(plan, RankShard(12), 1, 1, progress_at(24, states))
     assert np.array_equal(batch["input_ids"], np.concatenate([row["input_ids"] for row in rows[24:36]]))
     assert {stream: state["position"] for stream, state in states.items()} == dict.fromkeys(range(6), 4)
 
 
 def test_lightning_takes_the_loader_for_resumable(plan: StreamPlan) -> None:
-    loader = TrainLoader(plan, lambda: Schedule(1, 1, 0, 0), 0)
+    loader = TrainLoader(plan, RunProgress(), RankShard(1), 0)
     assert isinstance(loader, _Stateful)  # what its CombinedLoader asks before it saves a loader's state
 
 

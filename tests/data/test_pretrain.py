@@ -32,11 +32,10 @@ def on_rank(module: PretrainDataModule, ranks: int, rank: int) -> PretrainDataMo
 
 
 def input_ids(module: PretrainDataModule, count: int) -> list[torch.Tensor]:
-    loader = module.train_dataloader()
     try:
-        return [batch["input_ids"] for batch in islice(loader, count)]
+        return [batch["input_ids"] for batch in islice(module.train_dataloader(), count)]
     finally:
-        loader.close()
+        module.teardown("fit")
 
 
 def test_training_batch(module: PretrainDataModule) -> None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.data.loaders import EvaluationLoader
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.processes import is_first
 from lightning_mixcn.studies.significance import paired_test
 from lightning_mixcn.studies.tables import aligned
 from lightning_mixcn.text import (
     DocumentSet,
+    EvaluationSet,
     PlainText,
     Source,
     TextTokenizer,

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.data.loaders import EvaluationLoader
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
@@ -27,7 +27,7 @@ from lightning_mixcn.studies.tasks import (
     split_names,
 )
 from lightning_mixcn.studies.texts import StudyText
-from lightning_mixcn.text import PlainText, load_tokenizer
+from lightning_mixcn.text import EvaluationSet, PlainText, load_tokenizer
 
 from .accuracy import (
     ExpertTasks,

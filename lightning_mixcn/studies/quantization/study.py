@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.data.loaders import EvaluationLoader
 from lightning_mixcn.errors import NonFiniteError, UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.metrics import score_documents
@@ -20,7 +20,7 @@ from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.options import chosen_device
 from lightning_mixcn.studies.parts import StudyParts, finished_before
 from lightning_mixcn.studies.texts import StudyText
-from lightning_mixcn.text import PlainText, load_tokenizer
+from lightning_mixcn.text import EvaluationSet, PlainText, load_tokenizer
 
 from .gguf import GGUFFile
 from .report import REPORT, TABLE, FormatResult, SourceSums, write_formats

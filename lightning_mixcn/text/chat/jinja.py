@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from lightning_mixcn.errors import UserError, one_line
 
 from .turns import (
-    Segment,
     Turn,
+    TurnTokens,
     check_prompt,
     check_turns,
 )
@@ -41,14 +41,14 @@ class JinjaTemplate:
     source: str
     name: str = field(default="template", repr=False, compare=False)
 
-    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         """Encode a whole conversation."""
         check_turns(turns)
         controls = _control_tokens(tokenizer)
         pieces = self._pieces(turns, tokenizer, controls, prompt=False)
         owners = [(index, *_owner([pieces[place] for place in places])) for index, places in controls.encode(pieces)]
         return [
-            Segment([index for index, _, _ in tokens], answer, turn)
+            TurnTokens([index for index, _, _ in tokens], answer, turn)
             for (turn, answer), tokens in groupby(owners, key=lambda token: token[1:])
         ]
 
@@ -274,7 +274,7 @@ def _control_tokens(tokenizer: TextTokenizer) -> _ControlTokens:
 _EXCHANGE: tuple[Turn, ...] = (Turn("user", "?"), Turn("assistant", "!"))
 
 
-def _probe(template: JinjaTemplate, tokenizer: TextTokenizer) -> list[tuple[tuple[Turn, ...], list[Segment]]]:
+def _probe(template: JinjaTemplate, tokenizer: TextTokenizer) -> list[tuple[tuple[Turn, ...], list[TurnTokens]]]:
     """Encode conversations of one exchange and of two, if the template takes two."""
     probes = [(_EXCHANGE, template.encode(_EXCHANGE, tokenizer))]
     with suppress(ValueError):  # a longer conversation is then a bad record

@@ -16,7 +16,7 @@ from lightning_mixcn.errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
-from .turns import ChatTemplate, Segment, Turn, check_prompt, check_turns
+from .turns import ChatTemplate, Turn, TurnTokens, check_prompt, check_turns
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MixtralTemplate:
     control tokens in Mixtral's vocabulary but letters, for everybody; the only control tokens are BOS and EOS.
     """
 
-    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         """Encode a whole conversation: BOS, questions, and answers with EOS."""
         check_turns(turns)
         blank = "" if _begins_with_blank(tokenizer) else " "
@@ -40,11 +40,11 @@ class MixtralTemplate:
                 texts.append(f"[INST] {content} [/INST]")
             else:
                 texts.append(blank + content if content else "")
-        segments: list[Segment] = []
+        segments: list[TurnTokens] = []
         for (number, turn), ids in zip(spoken, tokenizer.encode_batch(texts), strict=True):
             answer = turn.role == "assistant"
             begin = [] if segments else [tokenizer.bos_id]
-            segments.append(Segment([*begin, *ids, *([tokenizer.eos_id] if answer else [])], answer, number))
+            segments.append(TurnTokens([*begin, *ids, *([tokenizer.eos_id] if answer else [])], answer, number))
         return segments
 
     def encode_prompt(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[int]:
@@ -69,7 +69,7 @@ class MixtralControlTemplate(MixtralTemplate):
     question, two newlines between, and blanks at the end of an answer are left out.
     """
 
-    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         """Encode a whole conversation: BOS, questions between tags, and answers with EOS."""
         check_turns(turns)
         begin, end = (tokenizer.added_tokens[tag][0] for tag in _TAGS)
@@ -82,11 +82,11 @@ class MixtralControlTemplate(MixtralTemplate):
             else (f"{system}\n\n{turn.content}" if system and number == last_question else turn.content)
             for number, turn in spoken
         ]
-        segments: list[Segment] = []
+        segments: list[TurnTokens] = []
         for (number, turn), ids in zip(spoken, tokenizer.encode_batch(texts), strict=True):
             answer = turn.role == "assistant"
             written = [*ids, tokenizer.eos_id] if answer else [begin, *ids, end]
-            segments.append(Segment(written if segments else [tokenizer.bos_id, *written], answer, number))
+            segments.append(TurnTokens(written if segments else [tokenizer.bos_id, *written], answer, number))
         return segments
 
 

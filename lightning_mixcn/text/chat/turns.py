@@ -31,8 +31,8 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive tokens of one turn, all learnt from or none.
+class TurnTokens:
+    """Consecutive tokens of one turn, all learned from or none.
 
     Args:
         text_ids: Token ids, control tokens included.
@@ -49,7 +49,7 @@ class Segment:
 class ChatTemplate(Protocol):
     """How a model's conversations are written. Contents are text: a control token spelt in one stays letters."""
 
-    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[Segment]:
+    def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         """Encode a whole conversation.
 
         Args:

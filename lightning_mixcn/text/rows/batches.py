@@ -1,21 +1,74 @@
-"""Rows laid out as the arrays of a batch."""
+"""Rows of documents' segments, laid out as the arrays of a batch."""
 
-# B = rows of a batch, R = rows of a table, S = sequence length, n = segments
+# B = rows of a batch, R = rows of a table, S = sequence length, n = tokens of a segment or segments of a table
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from .packing import Row, ScoredRow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IGNORED_LABEL = -100
 _SEGMENT_DTYPES = (np.int64, np.int32, np.int16, np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSegment:
+    """Consecutive tokens of one document inside one row.
+
+    Args:
+        tokens: Token ids ``[n]``, int32.
+        source: Index of the document's source.
+        document: Number of the document: in training counted through all epochs of its source, in evaluation its index
+            in the evaluation set.
+        offset: Tokens of the document before this segment; not 0 in a continuation.
+        learned: Mask of the tokens that may be labels ``[n]``, bool; None means all.
+    """
+
+    tokens: NDArray[np.int32]
+    source: int
+    document: int
+    offset: int
+    learned: NDArray[np.bool_] | None = field(default=None, kw_only=True)
+
+    def part(self, start: int, stop: int) -> RowSegment:
+        """Cut out tokens ``[start, stop)``."""
+        learned = None if self.learned is None else self.learned[start:stop]
+        return replace(self, tokens=self.tokens[start:stop], offset=self.offset + start, learned=learned)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSegment(RowSegment):
+    """Segment of a row for evaluation.
+
+    Args:
+        label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
+        is_text: Mask of the tokens that are text, neither BOS nor EOS ``[n]``, bool.
+    """
+
+    label_bytes: NDArray[np.int32]
+    is_text: NDArray[np.bool_]
+
+    def part(self, start: int, stop: int) -> ScoredSegment:
+        """Cut out tokens ``[start, stop)``."""
+        cut = slice(start, stop)
+        return replace(
+            self,
+            tokens=self.tokens[cut],
+            offset=self.offset + start,
+            learned=None if self.learned is None else self.learned[cut],
+            label_bytes=self.label_bytes[cut],
+            is_text=self.is_text[cut],
+        )
+
+
+Row = tuple[RowSegment, ...]
+ScoredRow = tuple[ScoredSegment, ...]
 
 
 class RowTable(NamedTuple):
@@ -28,7 +81,7 @@ class RowTable(NamedTuple):
         numbers: Number of each segment in its row ``[n]``, int32, and -1 for padding.
         sources: Source of each segment ``[n]``, int16, and -1 for padding.
         continued: Whether each segment's document began in an earlier row ``[n]``, bool.
-        learnt: Whether each token may be a label, padding included, ``[R * S]``, bool.
+        learned: Whether each token may be a label, padding included, ``[R * S]``, bool.
     """
 
     places: NDArray[np.int64]
@@ -37,7 +90,7 @@ class RowTable(NamedTuple):
     numbers: NDArray[np.int32]
     sources: NDArray[np.int16]
     continued: NDArray[np.bool_]
-    learnt: NDArray[np.bool_]
+    learned: NDArray[np.bool_]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, Row]], sequence_length: int, padding_id: int) -> RowTable:
@@ -48,15 +101,15 @@ class RowTable(NamedTuple):
             sequence_length: S.
             padding_id: Token id under the padding.
         """
-        tokens, learnt = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
+        tokens, learned = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
         segments: list[tuple[int, int, int, bool]] = []  # length, number, source, continued
         for _, row in rows:
             tokens += [part.tokens for part in row]
-            learnt += [np.ones(len(part.tokens), np.bool_) if part.learnt is None else part.learnt for part in row]
+            learned += [np.ones(len(part.tokens), np.bool_) if part.learned is None else part.learned for part in row]
             segments += [(len(part.tokens), number, part.source, part.offset > 0) for number, part in enumerate(row)]
             if space := sequence_length - sum(len(part.tokens) for part in row):
                 tokens.append(np.full(space, padding_id, dtype=np.int32))
-                learnt.append(np.zeros(space, dtype=np.bool_))
+                learned.append(np.zeros(space, dtype=np.bool_))
                 segments.append((space, -1, -1, False))
         columns = zip(*segments, strict=True) if segments else ((), (), (), ())
         arrays: list[NDArray[Any]] = [
@@ -64,7 +117,7 @@ class RowTable(NamedTuple):
         ]
         lengths, numbers, sources, continued = arrays
         places = np.array([place for place, _ in rows], dtype=np.int64)
-        return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, np.concatenate(learnt))
+        return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, np.concatenate(learned))
 
     @classmethod
     def joined(cls, tables: Sequence[RowTable]) -> RowTable:
@@ -78,7 +131,7 @@ def collate_rows(
     """Lay rows out as the arrays of a batch.
 
     The label of the first token of a segment is ignored, since nothing in the row predicts it, and so are those of
-    tokens that are not learnt from. Padding has label -100 and -1 in `document_ids` and `source_ids`; its positions
+    tokens that are not learned from. Padding has label -100 and -1 in `document_ids` and `source_ids`; its positions
     begin at 0 again, so that it attends to no document.
 
     Args:
@@ -98,12 +151,12 @@ def collate_rows(
 
 def collate_table(table: RowTable, sequence_length: int, *, isolated: bool = True) -> dict[str, NDArray[Any]]:
     """Do what `collate_rows` does, with the table of a batch's rows."""
-    places, tokens, lengths, numbers, sources, continued, learnt = table
+    places, tokens, lengths, numbers, sources, continued, learned = table
     begins = np.cumsum(lengths) - lengths
     positions_restart = isolated | (numbers < 0) | (begins % sequence_length == 0)
     origins = np.maximum.accumulate(np.where(positions_restart, begins, 0))  # where position 0 of a segment is
     input_ids = tokens.astype(np.int64)
-    labels = np.where(learnt, input_ids, IGNORED_LABEL)
+    labels = np.where(learned, input_ids, IGNORED_LABEL)
     labels[origins] = IGNORED_LABEL
 
     def in_order(values: NDArray[Any]) -> NDArray[Any]:

@@ -1,18 +1,15 @@
-"""How a document becomes tokens, and which of them are learnt from: the seam between streams and kinds of text."""
+"""How a document becomes tokens, and which of them are learned from: the seam between streams and kinds of text."""
+
+# n = tokens of a document
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import (
-    TYPE_CHECKING,
-    Literal,
-    NamedTuple,
-    Protocol,
-)
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-# n = tokens of a document
 import numpy as np
 
 from lightning_mixcn.text.chat.records import load_conversation
@@ -20,17 +17,7 @@ from lightning_mixcn.text.chat.records import load_conversation
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
-
-# n = tokens of a conversation
-
-
-import hashlib
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from lightning_mixcn.text.chat.turns import ChatTemplate, Segment, Turn
+    from lightning_mixcn.text.chat.turns import ChatTemplate, Turn, TurnTokens
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
 
 
@@ -40,13 +27,13 @@ class EncodedDocument:
 
     Args:
         tokens: Token ids ``[n]``, int32; none if the document was dropped.
-        learnt: Whether each token is learnt from ``[n]``, bool; None learns from all.
+        learned: Whether each token is learned from ``[n]``, bool; None learns from all.
         too_long: What was done to a document that is longer than a row, if anything was.
         refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
     """
 
     tokens: NDArray[np.int32]
-    learnt: NDArray[np.bool_] | None = None
+    learned: NDArray[np.bool_] | None = None
     too_long: Literal["dropped", "shortened"] | None = None
     refused: str | None = None
 
@@ -59,14 +46,14 @@ class ScoredDocument:
         tokens: Token ids ``[n]``, int32; none if the document was dropped.
         label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
         is_text: Whether each token is text, and no control token, ``[n]``, bool.
-        learnt: Whether each token is scored ``[n]``, bool; None scores all.
+        learned: Whether each token is scored ``[n]``, bool; None scores all.
         refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
     """
 
     tokens: NDArray[np.int32]
     label_bytes: NDArray[np.int32]
     is_text: NDArray[np.bool_]
-    learnt: NDArray[np.bool_] | None = None
+    learned: NDArray[np.bool_] | None = None
     refused: str | None = None
 
 
@@ -94,7 +81,7 @@ class DocumentEncoder(Protocol):
 
 @dataclass(frozen=True)
 class PlainText:
-    """Documents that are learnt from whole, as ``BOS text EOS``.
+    """Documents that are learned from whole, as ``BOS text EOS``.
 
     Args:
         tokenizer: The tokenizer.
@@ -176,7 +163,7 @@ class Conversations:
             laid_out = self._lay_out(load_conversation(text))
         except ValueError as error:
             return EncodedDocument(np.zeros(0, np.int32), np.zeros(0, np.bool_), refused=str(error))
-        return EncodedDocument(laid_out.tokens, laid_out.learnt, laid_out.too_long)
+        return EncodedDocument(laid_out.tokens, laid_out.learned, laid_out.too_long)
 
     def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
         """Encode conversations; the bytes of an answer that is scored are credited to its first token."""
@@ -196,16 +183,16 @@ class Conversations:
         except ValueError as error:
             none = np.zeros(0, np.bool_)
             return ScoredDocument(np.zeros(0, np.int32), np.zeros(0, np.int32), none, none, refused=str(error))
-        is_text = laid_out.learnt.copy()
+        is_text = laid_out.learned.copy()
         label_bytes = np.zeros(len(laid_out.tokens), dtype=np.int32)
         for segment, begin, end in zip(laid_out.segments, *_bounds(laid_out.segments), strict=True):
-            if laid_out.learnt[begin:end].any():
+            if laid_out.learned[begin:end].any():
                 content = turns[segment.turn].content
                 ended = segment.text_ids[-1] in self.template.stop_ids(self.tokenizer)
                 is_text[end - 1] = not ended
                 kept = content if ended else self.tokenizer.decode(segment.text_ids)
                 label_bytes[begin] = len(kept.encode())
-        return ScoredDocument(laid_out.tokens, label_bytes, is_text, laid_out.learnt)
+        return ScoredDocument(laid_out.tokens, label_bytes, is_text, laid_out.learned)
 
     def _lay_out(self, turns: list[Turn]) -> _LaidOut:
         segments = self.template.encode(turns, self.tokenizer)
@@ -217,14 +204,14 @@ class Conversations:
             return _LaidOut([], np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_), "dropped")
         # Where a template ends an answer in several segments, they are of one turn.
         last = segments[answers[-1]].turn
-        learnt = [place for place in answers if self.answers == "all" or segments[place].turn == last]
+        learned = [place for place in answers if self.answers == "all" or segments[place].turn == last]
         lengths = [len(segment.text_ids) for segment in segments]
         tokens = np.fromiter(chain.from_iterable(segment.text_ids for segment in segments), np.int32)
         return _LaidOut(
-            segments, tokens, np.repeat([place in learnt for place in range(len(segments))], lengths), too_long
+            segments, tokens, np.repeat([place in learned for place in range(len(segments))], lengths), too_long
         )
 
-    def _shortened(self, segments: list[Segment], turns: list[Turn]) -> list[Segment]:
+    def _shortened(self, segments: list[TurnTokens], turns: list[Turn]) -> list[TurnTokens]:
         if self.on_too_long == "drop":
             return []
         begins, ends = _bounds(segments)
@@ -247,17 +234,17 @@ class Conversations:
 class _LaidOut(NamedTuple):
     """A conversation as it fits: segments, tokens ``[n]``, whether each is learned ``[n]``, and what was done to it."""
 
-    segments: list[Segment]
+    segments: list[TurnTokens]
     tokens: NDArray[np.int32]
-    learnt: NDArray[np.bool_]
+    learned: NDArray[np.bool_]
     too_long: Literal["dropped", "shortened"] | None
 
 
-def _length(segments: Sequence[Segment]) -> int:
+def _length(segments: Sequence[TurnTokens]) -> int:
     return sum(len(segment.text_ids) for segment in segments)
 
 
-def _bounds(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+def _bounds(segments: Sequence[TurnTokens]) -> tuple[list[int], list[int]]:
     """Return the places where each segment begins and ends."""
     edges = list(accumulate((len(segment.text_ids) for segment in segments), initial=0))
     return edges[:-1], edges[1:]

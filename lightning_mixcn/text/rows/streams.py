@@ -8,6 +8,15 @@ Each stream has one open document a source: a document that does not fit is cut 
 
 A stream's state is a few numbers: the document and the token at which each source continues, and what each was owed.
 No text is in it, and resuming reads no document but those.
+
+Three packings, none of which loses a token; EOS comes at a document's true end only:
+
+* ``documents``: rows are filled to the last token; a document that does not fit is cut at the end of the row and goes
+  on in a later one. Documents do not see each other.
+* ``best_fit``: only documents longer than a row are cut; the pieces are put where they fit best, and what stays free is
+  padded (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830).
+* ``concatenate``: rows as in ``documents``, but documents see the text before them in the row, as in most
+  pre-training before isolation became cheap.
 """
 
 from __future__ import annotations
@@ -28,14 +37,15 @@ import numpy as np
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.text.corpus.store import NAMED_PLACES
 
+from .batches import Row, RowSegment
 from .mixing import SourceSample, row_shares, sample_source
-from .packing import Row, Segment, fill_row
 
 if TYPE_CHECKING:
     from lightning_mixcn.text.corpus.corpus import TrainingDocuments
 
     from .encoders import DocumentEncoder, EncodedDocument
 
+PACKINGS = ("documents", "best_fit", "concatenate")
 
 _ROUNDS = 8
 _MASK = 2**64 - 1
@@ -221,11 +231,15 @@ class RowStream:
         """
         self._plan_row()
         take = self._next_piece if self._plan.packing == "best_fit" else self._next_segment
-        row = fill_row(take, self._plan.sequence_length)
-        for segment in row:
-            self._served[segment.source] += len(segment.tokens)
+        row, space = list[RowSegment](), self._plan.sequence_length
+        while space > 0 and (segment := take(space)) is not None:
+            row.append(segment)
+            tokens = len(segment.tokens)
+            space -= tokens
+            self._served[segment.source] += tokens
+            self._owed[segment.source] = self._owed_to(segment.source) - tokens
         self.position += 1
-        return row
+        return tuple(row)
 
     def _live(self) -> list[int]:
         """Sources that still have something to give."""
@@ -285,7 +299,7 @@ class RowStream:
         first = self._first if self._first in live else next(iter(live), None)
         return owed if first is None or first in owed else [*owed, first]
 
-    def _next_segment(self, space: int) -> Segment | None:
+    def _next_segment(self, space: int) -> RowSegment | None:
         """Give the next tokens of the source that is owed most."""
         keeps_whole = self._plan.encoder.keeps_whole
         while candidates := self._candidates():
@@ -294,10 +308,10 @@ class RowStream:
                 return None
             segment = reader.take(space if keeps_whole else self._limit(candidates[0], space))
             if len(segment.tokens):  # else the document was dropped
-                return self._charge(segment)
+                return segment
         return None
 
-    def _next_piece(self, space: int) -> Segment | None:
+    def _next_piece(self, space: int) -> RowSegment | None:
         """Give a document of the source that is owed most and has one that fits: the longest, in a new row the oldest.
 
         A document that is longer than a row is cut where its source has none that fits.
@@ -311,12 +325,12 @@ class RowStream:
                 if place is None and limit >= self._plan.sequence_length * _LEAST_PART:
                     place = next((place for place, waiting in enumerate(pool) if waiting.divisible), None)
                 if place is not None:
-                    return self._charge(self._take_waiting(source, place, limit))
+                    return self._take_waiting(source, place, limit)
             if self._candidates() == candidates:  # else a source has ended, and another takes its place
                 break
         return None
 
-    def _take_waiting(self, source: int, place: int, limit: int) -> Segment:
+    def _take_waiting(self, source: int, place: int, limit: int) -> RowSegment:
         """Take a document out of the pool; what a long one has beyond the limit stays there."""
         pool, reader = self._pools[source], self._readers[source]
         waiting = pool.pop(place)
@@ -337,10 +351,6 @@ class RowStream:
                 pool.append(_Waiting(segment.document, 0, len(segment.tokens), divisible, segment))
         return pool
 
-    def _charge(self, segment: Segment) -> Segment:
-        self._owed[segment.source] = self._owed.get(segment.source, 0.0) - len(segment.tokens)
-        return segment
-
 
 class _Waiting(NamedTuple):
     """The rest of a document that waits for a row; `segment` is None after a resume, until it is needed."""
@@ -349,7 +359,7 @@ class _Waiting(NamedTuple):
     offset: int
     length: int
     divisible: bool  # the document is longer than a row
-    segment: Segment | None
+    segment: RowSegment | None
 
 
 def _longest_fitting(pool: Sequence[_Waiting], space: int) -> int | None:
@@ -394,7 +404,7 @@ class _Reader:
         """Tokens of the document that were not taken yet."""
         return len(self._current.tokens) - self.offset
 
-    def take(self, space: int) -> Segment:
+    def take(self, space: int) -> RowSegment:
         """The next tokens of the document, at most `space`; call only where not `exhausted`."""
         document = self._current
         if self.offset == 0:
@@ -407,7 +417,7 @@ class _Reader:
             self._index = self._document = None
         return segment
 
-    def segment(self, number: int, offset: int, length: int) -> Segment:
+    def segment(self, number: int, offset: int, length: int) -> RowSegment:
         """A segment that was taken before."""
         return self._cut(self._encode(self._index_of(number)), number, offset, length)
 
@@ -425,10 +435,10 @@ class _Reader:
             assert self._index is not None, "exhausted"
             self.read[1] += self._documents.corpus.num_bytes_of(self._index) * tokens / of_document
 
-    def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> Segment:
+    def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> RowSegment:
         part = slice(offset, offset + space)
-        learnt = None if document.learnt is None else document.learnt[part]
-        return Segment(document.tokens[part], self._source, number, offset, learnt=learnt)
+        learned = None if document.learned is None else document.learned[part]
+        return RowSegment(document.tokens[part], self._source, number, offset, learned=learned)
 
     def _count_too_long(self, document: EncodedDocument) -> None:
         self.too_long[0] += document.too_long == "dropped"

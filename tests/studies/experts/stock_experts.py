@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from lightning_mixcn.data.loaders import EvaluationLoader, EvaluationSet
+from lightning_mixcn.data.loaders import EvaluationLoader
 from lightning_mixcn.text import (
+    EvaluationSet,
     PlainText,
     Source,
     all_documents,

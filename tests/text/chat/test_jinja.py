@@ -16,7 +16,7 @@ from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
 from lightning_mixcn.text.chat.jinja import JinjaTemplate
 from lightning_mixcn.text.chat.templates import load_template
-from lightning_mixcn.text.chat.turns import Segment, Turn
+from lightning_mixcn.text.chat.turns import Turn, TurnTokens
 
 CHATML = """{%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
@@ -60,11 +60,11 @@ def by_transformers(turns: list[Turn], tokenizer: TextTokenizer, template: str, 
     return list(ids)
 
 
-def flat(segments: list[Segment]) -> list[int]:
+def flat(segments: list[TurnTokens]) -> list[int]:
     return [index for segment in segments for index in segment.text_ids]
 
 
-def learnt_text(segments: list[Segment], tokenizer: TextTokenizer) -> list[str]:
+def learned_text(segments: list[TurnTokens], tokenizer: TextTokenizer) -> list[str]:
     return [
         tokenizer.decode(segment.text_ids, skip_special_tokens=False).strip(" ")
         for segment in segments
@@ -86,12 +86,12 @@ def test_ids_equal_transformers(template: str, chat_tokenizer: TextTokenizer, co
 
 
 @pytest.mark.parametrize(
-    ("template", "learnt"),
+    ("template", "learned"),
     [("chatml", ["和 to a<|im_end|>", "is<|im_end|>"]), ("mistral", ["和 to a </s>", "is </s>"])],
 )
-def test_answers_and_their_ends_are_learnt(template: str, learnt: list[str], chat_tokenizer: TextTokenizer) -> None:
+def test_answers_and_their_ends_are_learned(template: str, learned: list[str], chat_tokenizer: TextTokenizer) -> None:
     segments = JinjaTemplate(TEMPLATES[template]).encode(CONVERSATION, chat_tokenizer)
-    assert learnt_text(segments, chat_tokenizer) == learnt
+    assert learned_text(segments, chat_tokenizer) == learned
     assert {segment.turn for segment in segments if segment.answer} == {1, 3}
     assert [segment.turn for segment in segments] == sorted(segment.turn for segment in segments)
 
@@ -99,8 +99,8 @@ def test_answers_and_their_ends_are_learnt(template: str, learnt: list[str], cha
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_an_empty_answer_is_its_end(template: str, chat_tokenizer: TextTokenizer) -> None:
     segments = JinjaTemplate(TEMPLATES[template]).encode([Turn("user", "a"), Turn("assistant", "")], chat_tokenizer)
-    (learnt,) = (segment for segment in segments if segment.answer)
-    assert learnt.text_ids[-1] in JinjaTemplate(TEMPLATES[template]).stop_ids(chat_tokenizer)
+    (learned,) = (segment for segment in segments if segment.answer)
+    assert learned.text_ids[-1] in JinjaTemplate(TEMPLATES[template]).stop_ids(chat_tokenizer)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -126,7 +126,7 @@ def test_stop_tokens(chat_tokenizer: TextTokenizer) -> None:
     assert JinjaTemplate(MISTRAL).stop_ids(chat_tokenizer) == {chat_tokenizer.eos_id}
     endless = JinjaTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert endless.stop_ids(chat_tokenizer) == {chat_tokenizer.eos_id}
-    assert learnt_text(endless.encode(CONVERSATION, chat_tokenizer), chat_tokenizer) == ["和 to a", "is"]
+    assert learned_text(endless.encode(CONVERSATION, chat_tokenizer), chat_tokenizer) == ["和 to a", "is"]
 
 
 def test_the_tokenizers_own_template(chat_tokenizer: TextTokenizer, tmp_path: Path) -> None:

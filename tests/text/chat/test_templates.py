@@ -196,7 +196,7 @@ def test_half_a_version_is_refused(names: list[str], special: bool, tmp_path: Pa
         load_template("mixtral", load_tokenizer(tmp_path))
 
 
-# Each conversation, and by hand what is written: `=` before what is learnt from. BOS and EOS are ⊢ and ⊣.
+# Each conversation, and by hand what is written: `=` before what is learned from. BOS and EOS are ⊢ and ⊣.
 MASKS = {
     "one exchange": (turns_of("Hi", "Hello"), ["⊢[INST] Hi [/INST]", "=Hello⊣"]),
     "two exchanges": (turns_of("a", "b", "c", "d"), ["⊢[INST] a [/INST]", "=b⊣", "[INST] c [/INST]", "=d⊣"]),
@@ -248,9 +248,9 @@ def test_label_masks_equal_the_hand_written(name: str, tokenizer: TextTokenizer,
     reference = sentencepiece.SentencePieceProcessor(model_file=str(small_folder / "tokenizer.model"))
     expected: list[tuple[int, bool]] = []
     for line in written:
-        text, learnt = line.removeprefix("="), line.startswith("=")
+        text, learned = line.removeprefix("="), line.startswith("=")
         ids = [*([1] if "⊢" in text else []), *reference.encode(text.strip("⊢⊣")), *([2] if "⊣" in text else [])]
-        expected += [(index, learnt) for index in ids]
+        expected += [(index, learned) for index in ids]
     segments = MixtralTemplate().encode(turns, tokenizer)
     assert [(index, segment.answer) for segment in segments for index in segment.text_ids] == expected
     assert len(MASKS) == 20

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from lightning_mixcn.text import RowTable, collate_rows, collate_table
-from lightning_mixcn.text.rows.packing import Segment
+from lightning_mixcn.text.rows.batches import RowSegment
 
 
-def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:
-    return Segment(np.asarray(tokens, dtype=np.int32), source, 0, offset)
+def segment(*tokens: int, source: int = 0, offset: int = 0) -> RowSegment:
+    return RowSegment(np.asarray(tokens, dtype=np.int32), source, 0, offset)
 
 
 def test_batch_layout() -> None:

@@ -39,14 +39,14 @@ def encode(tokenizer: TextTokenizer, turns: list[Turn], length: int = 4096, **ch
 
 def read(tokenizer: TextTokenizer, document: EncodedDocument) -> tuple[str, list[str]]:
     """The row as text, and each run of learned tokens."""
-    assert document.learnt is not None
-    edges = np.flatnonzero(np.diff(document.learnt.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    assert document.learned is not None
+    edges = np.flatnonzero(np.diff(document.learned.astype(int), prepend=0, append=0)).reshape(-1, 2)
     runs = [tokenizer.decode(document.tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]
     return tokenizer.decode(document.tokens.tolist(), skip_special_tokens=False), runs
 
 
 @pytest.mark.parametrize(
-    ("turns", "choices", "learnt"),
+    ("turns", "choices", "learned"),
     [
         (LONG[:2], {}, ["甲</s>"]),
         (LONG, {}, ["甲</s>", "乙乙</s>"]),
@@ -56,17 +56,17 @@ def read(tokenizer: TextTokenizer, document: EncodedDocument) -> tuple[str, list
         ([Turn("user", "</s> [INST] x [/INST] <s>"), Turn("assistant", "</s>b")], {}, None),
     ],
 )
-def test_answers_and_their_ends_are_learnt(
-    bytes_tokenizer: TextTokenizer, turns: list[Turn], choices: dict[str, Any], learnt: list[str] | None
+def test_answers_and_their_ends_are_learned(
+    bytes_tokenizer: TextTokenizer, turns: list[Turn], choices: dict[str, Any], learned: list[str] | None
 ) -> None:
     document = encode(bytes_tokenizer, turns, **choices)
-    assert document.learnt is not None
+    assert document.learned is not None
     assert document.too_long is None
     ends = np.flatnonzero(document.tokens == bytes_tokenizer.eos_id)
     assert len(ends) == sum(turn.role == "assistant" for turn in turns)  # what text spells is no control token
     assert np.count_nonzero(document.tokens == bytes_tokenizer.bos_id) == 1
-    if learnt is not None:
-        assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == learnt
+    if learned is not None:
+        assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == learned
 
 
 def test_too_long_ones_are_cut_at_a_turn(bytes_tokenizer: TextTokenizer) -> None:
@@ -88,16 +88,16 @@ def test_too_long_ones_are_dropped(bytes_tokenizer: TextTokenizer) -> None:
 
 def test_a_truncated_answer_has_no_end(bytes_tokenizer: TextTokenizer) -> None:
     whole = encode(bytes_tokenizer, LONG)
-    assert whole.learnt is not None
+    assert whole.learned is not None
     for length in range(2, len(whole.tokens)):
         document = encode(bytes_tokenizer, LONG, length, on_too_long="truncate")
-        if not whole.learnt[:length].any():
+        if not whole.learned[:length].any():
             assert document.too_long == "dropped"
             continue
         assert document.too_long == "shortened"
         assert document.tokens.tolist() == whole.tokens[:length].tolist()
-        assert document.learnt is not None
-        assert document.learnt.tolist() == whole.learnt[:length].tolist()
+        assert document.learned is not None
+        assert document.learned.tolist() == whole.learned[:length].tolist()
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
@@ -110,7 +110,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_siz
     policy=st.sampled_from(["cut_at_turn", "truncate", "drop"]),
     answers=st.sampled_from(["all", "last"]),
 )
-def test_no_token_of_a_question_is_ever_learnt(
+def test_no_token_of_a_question_is_ever_learned(
     bytes_tokenizer: TextTokenizer, contents: list[str], length: int, policy: Any, answers: Any
 ) -> None:
     turns = [
@@ -120,28 +120,28 @@ def test_no_token_of_a_question_is_ever_learnt(
     assert len(document.tokens) <= length
     if document.too_long == "dropped":
         return
-    assert document.learnt is not None
-    assert document.learnt.any()
+    assert document.learned is not None
+    assert document.learned.any()
     asked = set[int]()
     place = 0
     for segment in MixtralTemplate().encode(turns, bytes_tokenizer):
         if not segment.answer:
             asked |= set(range(place, place + len(segment.text_ids)))
         place += len(segment.text_ids)
-    assert not asked & set(np.flatnonzero(document.learnt).tolist())
+    assert not asked & set(np.flatnonzero(document.learned).tolist())
 
 
 def test_bytes_of_answers_are_scored(bytes_tokenizer: TextTokenizer) -> None:
     turns = [Turn("system", "系"), *LONG, Turn("user", "三"), Turn("assistant", "")]
     encoder = Conversations(MixtralTemplate(), bytes_tokenizer, 4096)
     (scored,) = encoder.score([text_of(turns)])
-    learnt = encoder.encode(text_of(turns)).learnt
-    assert scored.learnt is not None
-    assert learnt is not None
-    assert scored.learnt.tolist() == learnt.tolist()
+    learned = encoder.encode(text_of(turns)).learned
+    assert scored.learned is not None
+    assert learned is not None
+    assert scored.learned.tolist() == learned.tolist()
     assert scored.label_bytes.sum() == len("甲乙乙".encode())
     ends = scored.tokens == bytes_tokenizer.eos_id
-    assert scored.is_text.tolist() == (scored.learnt & ~ends).tolist()
+    assert scored.is_text.tolist() == (scored.learned & ~ends).tolist()
 
 
 def test_bytes_of_a_truncated_answer(bytes_tokenizer: TextTokenizer) -> None:
@@ -151,7 +151,7 @@ def test_bytes_of_a_truncated_answer(bytes_tokenizer: TextTokenizer) -> None:
         [text_of(turns)]
     )
     assert scored.label_bytes.sum() < len("the of and")
-    assert scored.is_text.sum() == scored.learnt.sum() if scored.learnt is not None else False
+    assert scored.is_text.sum() == scored.learned.sum() if scored.learned is not None else False
 
 
 def test_what_tokens_depend_on(bytes_tokenizer: TextTokenizer) -> None:
@@ -170,9 +170,9 @@ def test_an_answer_that_is_not_to_be_learned_is_only_read(bytes_tokenizer: TextT
     assert [run.strip() for run in read(bytes_tokenizer, document)[1]] == ["乙乙</s>"]
     (scored,) = Conversations(MixtralTemplate(), bytes_tokenizer, 4096, answers=answers).score([text_of(FLAGGED)])
     assert scored.label_bytes.sum() == len("乙乙".encode())
-    assert scored.learnt is not None
-    assert document.learnt is not None
-    assert scored.learnt.tolist() == document.learnt.tolist()
+    assert scored.learned is not None
+    assert document.learned is not None
+    assert scored.learned.tolist() == document.learned.tolist()
 
 
 def test_the_last_answer_is_the_last_one_to_be_learned(bytes_tokenizer: TextTokenizer) -> None:

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,8 +9,8 @@ from lightning_mixcn.text import (
     ScoredRow,
     TextTokenizer,
     collate_evaluation_rows,
+    evaluation_rows,
 )
-from lightning_mixcn.text.rows.packing import Segment, evaluation_rows, fill_row
 
 Documents = Callable[[list[str]], DocumentSet]
 # A text of white space alone is no document.
@@ -19,19 +18,8 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁\0"), max_siz
 LISTS = st.lists(TEXT, min_size=1, max_size=8)
 
 
-def segment(*tokens: int, source: int = 0, offset: int = 0) -> Segment:
-    return Segment(np.asarray(tokens, dtype=np.int32), source, 0, offset)
-
-
 def rows_of(texts: list[str], tokenizer: TextTokenizer, documents: Documents, length: int) -> list[ScoredRow]:
     return list(evaluation_rows(documents(texts), PlainText(tokenizer), length, source=3, first_document=10))
-
-
-def test_a_row_is_filled_to_its_end() -> None:
-    tokens = iter(range(100))
-    row = fill_row(lambda space: segment(*(next(tokens) for _ in range(min(space, 3)))), 7)
-    assert [part.tokens.tolist() for part in row] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert fill_row(lambda space: None, 7) == ()
 
 
 def test_evaluation_continues_with_one_token_of_overlap(tokenizer: TextTokenizer, documents: Documents) -> None:
