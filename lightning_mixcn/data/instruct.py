@@ -13,6 +13,7 @@ from lightning_mixcn.text import (
     Conversations,
     ConversationSource,
     Corpus,
+    StageDocuments,
     TooLongPolicy,
     Turn,
     load_conversation,
@@ -20,7 +21,6 @@ from lightning_mixcn.text import (
 )
 
 from .module import StreamDataModule
-from .sets import DocumentSets
 
 _TRIED_CONVERSATIONS = 4096  # about a second and a half
 
@@ -90,7 +90,7 @@ class InstructDataModule(StreamDataModule):
                 raise UserError(f"`{name}={value!r}`: expected one of {', '.join(known)}")
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
         super().__init__(
-            DocumentSets(ConversationSource, sources, held_out, predict_sources, on_bad_record),
+            StageDocuments(ConversationSource, sources, held_out, predict_sources, on_bad_record),
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,
@@ -117,7 +117,7 @@ class InstructDataModule(StreamDataModule):
         super().setup(stage)
         if self._plan is not None and is_first:
             encoder, sets = self.make_encoder(), self._documents.read("val", required=False)
-            corpora = [part.corpus for part in self._documents.read_training()]
+            corpora = [part.corpus for part in self._documents.training]
             for corpus in [*corpora, *(part.corpus for part in sets if part.corpus not in corpora)]:
                 _try_template(corpus, encoder)
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +37,7 @@ from lightning_mixcn.text import (
     collate_evaluation_rows,
     collate_table,
 )
+from lightning_mixcn.text.corpus.unpack import end_with_parent
 
 from .progress import RunProgress
 
@@ -52,8 +51,6 @@ _DOUBLINGS = 3  # to 8 batches a chunk
 _PREFETCHED = 8
 # Python 3.14 would import everything again in each worker, which takes ten seconds.
 _FASTEST_START = "fork" if sys.platform == "linux" else None
-# Interval at which a worker checks that the training process is alive.
-_CHECK_SECONDS = 1.0
 
 
 def batch_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
@@ -364,17 +361,8 @@ def _live_as_long_as_the_run(worker: int) -> None:
     # SLURM signals every process of a job: workers have to live until the run has ended its step and saved.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_after(parent: int) -> None:
-    """End this process once its parent is gone, killed perhaps.
-
-    torch's workers notice that, too, but then wait until what they have sent is read, which nobody does any more.
-    """
-    while os.getppid() == parent:
-        time.sleep(_CHECK_SECONDS)
-    os._exit(1)
+    # torch's workers notice a killed parent, too, but then wait until what they have sent is read: for ever.
+    end_with_parent()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
@@ -19,6 +18,7 @@ from lightning_mixcn.text import (
     EvaluationSet,
     Row,
     RowStream,
+    StageDocuments,
     StreamPlan,
     TextTokenizer,
     WeightUnit,
@@ -27,9 +27,6 @@ from lightning_mixcn.text import (
 
 from .loaders import EvaluationLoader, RankShard, RepeatedBatches, TrainLoader, overfit_batches
 from .progress import Order, RunProgress, order_of
-from .sets import DocumentSets
-
-_SET_OF_STAGE = {"validate": "val", "test": "test", "predict": "predict"}
 
 
 class StreamDataModule(LightningDataModule):
@@ -52,7 +49,7 @@ class StreamDataModule(LightningDataModule):
 
     def __init__(
         self,
-        documents: DocumentSets,
+        documents: StageDocuments,
         *,
         sequence_length: int,
         micro_batch_size: int,
@@ -100,20 +97,13 @@ class StreamDataModule(LightningDataModule):
         The other processes wait meanwhile for the next collective, so an error of this one is kept for `setup`, where
         each meets it.
         """
+        stage = self.trainer.state.fn if self.trainer is not None else None
         try:
-            self._unpack()
+            self._documents.prepare(stage.value if stage is not None else "fit")
         except (ValueError, OSError) as error:
             if self.trainer is None or self.trainer.world_size == 1:
                 raise
             self._unprepared = error
-
-    def _unpack(self) -> None:
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage in (None, TrainerFn.FITTING):
-            self._documents.read_training()
-            self._documents.read("val", required=False)
-        else:
-            self._documents.read(_SET_OF_STAGE[stage.value])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the tokenizer, read the sources that the stage needs, and hold out documents.
@@ -132,15 +122,14 @@ class StreamDataModule(LightningDataModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_path)
         if stage not in ("fit", None):
-            self._documents.read(_SET_OF_STAGE[stage])
+            self._documents.prepare(stage)
         elif self._plan is None:
             if self.trainer is not None:
                 _check_endless(self.trainer)
-            documents = self._documents.read_training()
-            self._documents.read("val", required=False)
+            self._documents.prepare("fit")
             self._plan = StreamPlan(
-                documents, self.make_encoder(), self.sequence_length, self.num_streams, self.seed, self.packing,
-                self.weight_unit,
+                self._documents.training, self.make_encoder(), self.sequence_length, self.num_streams, self.seed,
+                self.packing, self.weight_unit,
             )  # fmt: skip
             self._progress.set_order(order_of(self._plan))
 

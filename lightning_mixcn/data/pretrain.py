@@ -12,11 +12,11 @@ from lightning_mixcn.text import (
     DocumentSet,
     PlainText,
     Source,
+    StageDocuments,
     WeightUnit,
 )
 
 from .module import StreamDataModule
-from .sets import DocumentSets
 
 Value = TypeVar("Value", bound=str)
 
@@ -71,7 +71,7 @@ class PretrainDataModule(StreamDataModule):
         """Check the arguments; files are read in `setup`."""
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
         super().__init__(
-            DocumentSets(Source, sources, held_out, predict_sources, on_bad_record),
+            StageDocuments(Source, sources, held_out, predict_sources, on_bad_record),
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,

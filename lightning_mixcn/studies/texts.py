@@ -93,7 +93,7 @@ def read_documents(
         FileNotFoundError: a path matches no file.
     """
     from lightning_mixcn.text import Source, all_documents, parse_sources, read_corpus
-    from lightning_mixcn.text.corpus.sources import list_files
+    from lightning_mixcn.text.corpus.listings import list_files
 
     if not text:
         raise UserError("`text` is empty. Give at least one source as name=PATH, e.g. zh=data/zh.jsonl")

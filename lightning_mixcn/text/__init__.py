@@ -6,13 +6,11 @@ from .chat.portable import portable_source, template_of_model
 from .chat.records import RecordFormat, load_conversation
 from .chat.templates import load_template
 from .chat.turns import ChatTemplate, Turn
-from .corpus.corpus import (
-    Corpus,
-    DocumentOrigin,
+from .corpus.documents import (
     DocumentSet,
+    StageDocuments,
     TrainingDocuments,
     all_documents,
-    read_corpus,
     split_by_hash,
 )
 from .corpus.sources import (
@@ -22,7 +20,8 @@ from .corpus.sources import (
     SourceKind,
     parse_sources,
 )
-from .corpus.store import BadRecordPolicy
+from .corpus.store import BadRecordPolicy, Corpus, DocumentOrigin
+from .corpus.unpack import read_corpus
 from .rows.batches import (
     IGNORED_LABEL,
     Row,
@@ -64,6 +63,7 @@ __all__ = [
     "ScoredRow",
     "Source",
     "SourceKind",
+    "StageDocuments",
     "StreamPlan",
     "StreamState",
     "TextTokenizer",

@@ -1,4 +1,4 @@
-"""The files that go with a checkpoint's weights, copied as they are: transformers would write some of them anew."""
+"""The files that go with a checkpoint's weights, copied as they are: transformers would change some of them."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ GENERATION_FILE = "generation_config.json"
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Those of the tokenizer, its chat template among them, that a folder has."""
+    """List the tokenizer's files that a folder has, its chat template among them."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def generation_files(*folders: Path) -> list[Path]:
-    """The generation config of the first folder that has one: none or one file."""
+    """Find the generation config of the first folder that has one: none or one file."""
     return [folder / GENERATION_FILE for folder in folders if (folder / GENERATION_FILE).is_file()][:1]
 
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from lightning_mixcn.errors import MissingFileError, UserError
 
-BLANK = "▁"  # SentencePiece's visible blank, U+2581
+from .sentencepiece import BLANK, processor_of, read_proto
+
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class TokenizerPieces:
     """Pieces by id, read from ``tokenizer.json`` or, where there is none, ``tokenizer.model``.
 
-    Text never comes in: a piece is split as it stands, without the blank that some tokenizers put in front of a text.
+    A piece is split as it is, without the blank that some tokenizers put in front of a text.
 
     Args:
         folder: Folder with one of the two files.
@@ -25,8 +26,8 @@ class TokenizerPieces:
         pieces: The piece of each id; ``None`` where an id has none.
 
     Raises:
-        FileNotFoundError: it has neither file.
-        ValueError: the file is no tokenizer.
+        FileNotFoundError: The folder has neither file.
+        ValueError: The file is no tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,15 +44,15 @@ class TokenizerPieces:
             self.pieces[index] = piece
 
     def __len__(self) -> int:
-        """Number of ids, the highest one and those without a piece included."""
+        """Count the ids, the highest one and those without a piece included."""
         return len(self.pieces)
 
     def split(self, piece: str) -> list[int]:
-        """Ids of the pieces that the tokenizer's merges make of a string; single bytes where it has no better."""
+        """Split a string as the tokenizer's merges do, into ids; single bytes where it has no better."""
         return self._split(piece)
 
     def num_bytes(self, index: int) -> int:
-        """UTF-8 bytes of text that a piece stands for: one for the piece of a byte, one for a visible blank."""
+        """Count the UTF-8 bytes of text that a piece is written for: one for a byte's piece, one for a visible blank."""
         piece = self.pieces[index] or ""
         if piece in self._byte_pieces:
             return 1
@@ -64,7 +65,7 @@ class TokenizerPieces:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer that `TokenizerPieces` reads."""
+    """Tell whether a folder has a tokenizer that `TokenizerPieces` reads."""
     return any((folder / name).is_file() for name in FILES)
 
 
@@ -88,16 +89,7 @@ def _of_tokenizers(file: Path) -> Vocabulary:
 
 
 def _of_sentencepiece(file: Path) -> Vocabulary:
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        proto.ParseFromString(file.read_bytes())
-        proto.normalizer_spec.add_dummy_prefix = False
-        proto.normalizer_spec.remove_extra_whitespaces = False
-        processor.LoadFromSerializedProto(proto.SerializeToString())
-    except Exception as error:  # protobuf has its own, sentencepiece a RuntimeError
-        raise UserError(f"{str(file)!r} is not a SentencePiece model ({error}). Copy it again") from error
-    return {piece.piece: index for index, piece in enumerate(proto.pieces)}, processor.encode, False
+    proto = read_proto(file)
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return {piece.piece: index for index, piece in enumerate(proto.pieces)}, processor_of(proto).encode, False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 BLANK = "▁"  # SentencePiece's visible blank, U+2581
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto, Type
+NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto, Type
 _BPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
 
 PROBES: tuple[str, ...] = (
@@ -65,7 +65,7 @@ def build_fast_tokenizer(model_file: Path) -> tokenizers.Tokenizer:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    proto = _read_model(model_file)
+    proto = read_proto(model_file)
     _require_plain_bpe(model_file, proto)
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
@@ -92,7 +92,7 @@ def special_pieces(model_file: Path) -> dict[str, str]:
     Returns:
         ``bos_token``, ``eos_token`` and ``unk_token``, each where the model has one.
     """
-    proto = _read_model(model_file)
+    proto = read_proto(model_file)
     spec = proto.trainer_spec
     indices = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
     return {name: proto.pieces[index].piece for name, index in indices.items() if 0 <= index < len(proto.pieces)}
@@ -109,9 +109,9 @@ def check_against_sentencepiece(encode: Callable[[list[str]], list[list[int]]], 
     Raises:
         ValueError: A probe differs; the message shows it with both results.
     """
-    processor = _processor(model_file)
-    probes = list(PROBES) + _vocabulary_probes(model_file)
-    for probe, ours, theirs in zip(probes, encode(probes), processor.encode(probes), strict=True):
+    proto = read_proto(model_file)
+    probes = [*PROBES, *_vocabulary_probes(proto)]
+    for probe, ours, theirs in zip(probes, encode(probes), processor_of(proto).encode(probes), strict=True):
         if ours != theirs:
             raise UserError(
                 f"The tokenizer of `{model_file.parent}` differs from SentencePiece's {model_file.name} on {probe!r}: "
@@ -119,34 +119,11 @@ def check_against_sentencepiece(encode: Callable[[list[str]], list[list[int]]], 
             )
 
 
-def _vocabulary_probes(model_file: Path) -> list[str]:
-    """Every ordinary piece as text, and seeded concatenations of eight: they reach merges no fixed text would."""
-    pieces = [piece.piece.replace(BLANK, " ") for piece in _read_model(model_file).pieces if piece.type == _NORMAL]
+def _vocabulary_probes(proto: Any) -> list[str]:
+    """List every ordinary piece as text, and seeded concatenations of eight: they reach merges no fixed text would."""
+    pieces = [piece.piece.replace(BLANK, " ") for piece in proto.pieces if piece.type == NORMAL]
     draw = random.Random(0)
     return pieces + ["".join(draw.choices(pieces, k=8)) for _ in range(4096)]
-
-
-def _read_model(model_file: Path) -> Any:
-    """Parse the protobuf of a SentencePiece model."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    _processor(model_file)  # refuses a file that is no model
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
-    proto.ParseFromString(model_file.read_bytes())
-    return proto
-
-
-def _processor(model_file: Path) -> Any:
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        loaded = processor.LoadFromSerializedProto(model_file.read_bytes())
-    except RuntimeError as error:
-        raise UserError(f"`{model_file}` is not a SentencePiece model ({error}). Download it again.") from error
-    if not loaded:
-        raise UserError(f"`{model_file}` is not a SentencePiece model. Download it again.")
-    return processor
 
 
 def _require_plain_bpe(model_file: Path, proto: Any) -> None:
@@ -170,12 +147,12 @@ def _require_plain_bpe(model_file: Path, proto: Any) -> None:
 
 
 def _ranked_merges(model_file: Path, proto: Any) -> list[tuple[str, str]]:
-    """All binary splits of all pieces, in the order in which SentencePiece prefers them.
+    """List all binary splits of all pieces, in the order in which SentencePiece prefers them.
 
     Pieces with equal score are merged leftmost first by SentencePiece, which ranks cannot say, except for runs of
     blanks: these only ever grow from the left, so the longest left part comes first.
     """
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     merged = [piece for piece in scores if len(piece) > 1 and _splits(piece, scores)]
     _refuse_equal_scores(model_file, merged, scores)
     splits = ((left, right) for piece in merged for left, right in _splits(piece, scores))
@@ -201,45 +178,49 @@ def _refuse_equal_scores(model_file: Path, pieces: Sequence[str], scores: dict[s
             )
 
 
-NORMAL = 1  # sentencepiece_model.proto, Type
-
-
-def read_proto(file: Path, argument: str) -> Any:
+def read_proto(file: Path, argument: str | None = None) -> Any:
     """Read the protobuf of a SentencePiece model.
 
     Args:
         file: ``tokenizer.model`` or the like.
-        argument: What the person gave it as, for errors.
+        argument: Argument that named the file, for errors; None for a file of a folder.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is something else.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is something else.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
+    name = f"`{argument}={str(file)!r}`" if argument else f"`{file}`"
     if not file.is_file():
-        raise MissingFileError(
-            f"`{argument}={str(file)!r}` is not there. Give a SentencePiece model, e.g. pieces.model"
-        )
+        raise MissingFileError(f"{name} is not there. Give a SentencePiece model, e.g. pieces.model")
     content = file.read_bytes()
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
     try:
+        # The processor refuses more than the parser: an empty file is a protobuf, too.
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(content)
         proto.ParseFromString(content)
     except Exception as error:  # protobuf has an exception of its own
         raise UserError(
-            f"`{argument}={str(file)!r}` is not a SentencePiece model. Give one that `mixcn vocab train` wrote, or the "
-            "tokenizer.model of a checkpoint"
+            f"{name} is not a SentencePiece model. Give one that `mixcn vocab train` wrote, or the tokenizer.model of "
+            "a checkpoint; if it was one, get it again"
         ) from error
     return proto
 
 
+def processor_of(proto: Any) -> Any:
+    """Make SentencePiece's own tokenizer of the protobuf of a model."""
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
 def read_pieces(path: str) -> list[str]:
-    """The ordinary pieces of a SentencePiece model, in its order: neither special ones nor single bytes.
+    """Read the ordinary pieces of a SentencePiece model, in its order: neither special ones nor single bytes.
 
     Args:
-        path: The model, or a folder with ``tokenizer.model``.
+        path: Model, or folder with ``tokenizer.model``.
     """
     place = Path(path).expanduser()
     proto = read_proto(place / "tokenizer.model" if place.is_dir() else place, "pieces")

@@ -2,7 +2,7 @@
 
 transformers 5 tokenizes Mixtral wrongly when it has only ``tokenizer.model``, and wrongly on leading and double blanks
 when ``tokenizer_class`` says Llama although ``tokenizer.json`` is right; and it turns a literal ``<s>`` in a text into
-the special token. Hence ``tokenizer.json`` is used as it stands, compared with SentencePiece where the checkpoint has
+the special token. Hence ``tokenizer.json`` is used as it is, compared with SentencePiece where the checkpoint has
 its model, and special tokens are never read out of text.
 """
 
@@ -128,7 +128,7 @@ class TextTokenizer:
         return str(self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens))
 
     def num_bytes(self, ids: Sequence[int]) -> int:
-        """UTF-8 bytes of the text of some tokens, without BOS and EOS.
+        """Count the UTF-8 bytes of the text of some tokens, without BOS and EOS.
 
         A character of which only a part is there counts as a byte for each replacement character that it decodes to:
         one byte less than there are, at most, where a row cuts a character of three bytes.
@@ -251,7 +251,7 @@ def _read_fast_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_settings(folder: Path, model_file: Path) -> dict[str, Any]:
-    """Special tokens and chat template; tokenizer_config.json comes before special_tokens_map.json and the model."""
+    """Read special tokens and chat template; tokenizer_config.json overrides special_tokens_map.json and the model."""
     settings: dict[str, Any] = special_pieces(model_file) if model_file.is_file() else {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -269,7 +269,7 @@ def _read_settings(folder: Path, model_file: Path) -> dict[str, Any]:
 
 
 def _credit_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
-    """Bytes of each token, from the characters ``[start, stop)`` it covers; what no token reaches goes to the last."""
+    """Count the bytes of each token by its characters ``[start, stop)``; the last one has what no token reaches."""
     if not offsets:
         return np.zeros(0, dtype=np.int32)
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

@@ -129,7 +129,7 @@ def test_the_class_is_found_here() -> None:
 def test_what_the_package_logs_is_shown() -> None:
     program = (
         "import logging, sys; from lightning_mixcn import cli; cli._show_log(); cli._show_log(); "
-        "logging.getLogger('lightning_mixcn.text.corpus.corpus').info('2 files read'); "
+        "logging.getLogger('lightning_mixcn.text.corpus.unpack').info('2 files read'); "
         "logging.getLogger('other').info('x')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

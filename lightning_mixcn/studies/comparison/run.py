@@ -14,9 +14,8 @@ import yaml
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.text import ConversationSource, Source, parse_sources
-from lightning_mixcn.text.corpus.listings import LeftOut, walk_files
+from lightning_mixcn.text.corpus.listings import LeftOut, list_files, walk_files
 from lightning_mixcn.text.corpus.reading import is_url
-from lightning_mixcn.text.corpus.sources import list_files
 
 # Of a configuration of `mixcn fit`, what `mixcn validate` takes, too.
 _SHARED_KEYS = ("seed_everything", "trainer", "model", "data")

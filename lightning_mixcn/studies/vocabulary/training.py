@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import Source, parse_sources
 from lightning_mixcn.text.corpus.formats import iterate_documents
-from lightning_mixcn.text.corpus.listings import LeftOut
-from lightning_mixcn.text.corpus.sources import DocumentUnit, SourceFile, list_files
+from lightning_mixcn.text.corpus.listings import LeftOut, list_files
+from lightning_mixcn.text.corpus.sources import DocumentUnit, SourceFile
 
 ModelType = Literal["bpe", "unigram"]
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import zipfile
 import zlib
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from lightning_mixcn.errors import UserError, one_line
 from lightning_mixcn.text.chat.records import (
@@ -22,26 +19,9 @@ from lightning_mixcn.text.chat.records import (
     read_training_conversation,
 )
 
-from .reading import (
-    DamagedFileError,
-    OnRead,
-    ignore_progress,
-    open_file,
-    read_chunks,
-    split_lines,
-)
+from .reading import DamagedFileError, OnRead, ignore_progress, open_file, read_chunks, split_lines
 from .sources import SourceFile
-
-if TYPE_CHECKING:
-    from .sources import SourceFile
-
-
-import json
-import re
-
-if TYPE_CHECKING:
-    from .sources import SourceFile
-
+from .store import TABLES, RecordTally
 
 # Few, because a row may have megabytes.
 _BATCH_ROWS = 64
@@ -229,21 +209,6 @@ LINE_SPACE = _JSON_SPACE + MARK
 JSON_DECODER = json.JSONDecoder()
 
 
-@dataclass
-class RecordTally:
-    """Counts and names of what a file has beside the records that become documents.
-
-    Args:
-        empty: Records without text, or with an answer without any: nothing to learn from, and no fault of the file.
-        columns: Keys or columns named by the source's `columns` that some record has.
-        keys: Keys of the first record, or all columns of a table.
-    """
-
-    empty: int = 0
-    columns: set[str] = field(default_factory=set)
-    keys: tuple[str, ...] = ()
-
-
 def is_blank(text: str) -> bool:
     """Tell whether a text is nothing but white space and characters of no width."""
     return all(character.isspace() or character in _INVISIBLE for character in text)
@@ -267,21 +232,21 @@ def iterate_conversations(
         DamagedFileError: The file cannot be read any further.
     """
     form = None if file.records == "any" else file.records
-    unit = "row" if file.format in ("parquet", "arrow") else "line"
+    unit = "row" if file.format in TABLES else "line"
     for number, record in _conversation_records(file, on_bad_record, on_read, tally):
         try:
             if not isinstance(record, Mapping):
                 raise UserError(f"expected an object, got a {type(record).__name__}")
             turns = read_training_conversation(_renamed(record, file.columns, tally), form, dict(file.roles))
         except EmptyTurnError:
-            tally.empty += 1
+            tally.empty_records += 1
         except ValueError as error:
             told = _with_own_columns(str(error), record, file, tally) if isinstance(record, Mapping) else str(error)
             on_bad_record(UserError(f"`{file.path}` {unit} {number}: {told}"))
         else:
             turns = [replace(turn, content=turn.content.lstrip(MARK)) for turn in turns]
             if any(turn.role != "system" and is_blank(turn.content) for turn in turns):
-                tally.empty += 1
+                tally.empty_records += 1
             else:
                 yield number, dump_conversation(turns)
 
@@ -307,7 +272,7 @@ def _with_own_columns(message: str, record: Mapping[str, Any], file: SourceFile,
         told = told.replace(renamed, ", ".join(repr(key) for key, value in record.items() if value is not None))
     for key, name in file.columns:
         if name not in record and re.search(rf"[`']{re.escape(key)}[`'.=\[]", subject):
-            keys = tally.keys if file.format in ("parquet", "arrow") else record
+            keys = tally.keys if file.format in TABLES else record
             return f"{told}. `columns.{key}` names {name!r}, but its keys are {', '.join(map(repr, keys)) or 'none'}"
     return told
 
@@ -315,7 +280,7 @@ def _with_own_columns(message: str, record: Mapping[str, Any], file: SourceFile,
 def _conversation_records(
     file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, Any]]:
-    if file.format in ("parquet", "arrow"):
+    if file.format in TABLES:
         return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
     if file.format == "json":
@@ -427,7 +392,7 @@ def iterate_documents(
     """
     tally = RecordTally() if tally is None else tally
     records = _records(file, on_bad_record, on_read, tally)
-    unit = "row" if file.format in ("parquet", "arrow") else "line"
+    unit = "row" if file.format in TABLES else "line"
     try:
         for record, marked in records:
             encoded = marked
@@ -436,7 +401,7 @@ def iterate_documents(
             if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
                 on_bad_record(UserError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
             elif _is_blank_utf8(encoded):
-                tally.empty += 1
+                tally.empty_records += 1
             else:
                 yield record, encoded
     except DamagedFileError as error:
@@ -454,7 +419,7 @@ def _records(
 ) -> Iterator[tuple[int, bytes]]:
     if file.records:
         return iterate_conversations(file, on_bad_record, on_read, tally)
-    if file.format in ("parquet", "arrow"):
+    if file.format in TABLES:
         return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
     if file.format == "jsonl":

@@ -9,17 +9,27 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from lightning_mixcn.errors import MissingFileError, UserError
 
 from .reading import (
     LOCAL,
+    check_members,
+    file_name,
     identify,
     is_url,
+    list_zip,
+    match_urls,
+    open_file,
+    read_chunks,
     zip_member,
 )
+from .sources import DEFAULT_KEY, AnySource, RecordFileFormat, Source, SourceFile, TextFormat
 
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+ARCHIVE = ".zip"
 # What `datasets` writes beside the data; read as data only where it is an array of records.
 _DATASETS_METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 GLOBBED_FOLDER = "matched as a folder, in which a glob does not look; write **"
@@ -67,6 +77,212 @@ class LeftOut:
             shown = first.encode(errors="backslashreplace").decode()
             parts.append(f"{count} {reason} (`{shown}`{', …' if count > 1 else ''})")
         return f"{len(self)} left out" + (f": {', '.join(parts)}" if parts else "")
+
+
+def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut | None = None) -> list[SourceFile]:
+    """List the files of a source: each pattern's matches sorted by path, each real file once.
+
+    Args:
+        source: The source.
+        place: How the configuration names it, for errors.
+        left_out: Counts what was found and is not read, by reason.
+
+    Returns:
+        At least one file.
+
+    Raises:
+        FileNotFoundError: A path matches no file.
+        ValueError: An URL or archive cannot be listed, a folder holds several splits, or a file's format is neither
+            given nor told by its suffix.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    found, seen = list[Path | str](), set[object]()
+    for pattern in [source.path] if isinstance(source.path, str) else source.path:
+        matches = _match(pattern, source, place, left_out)
+        if not matches:
+            told = f" to be read, {left_out}" if len(left_out) else ""
+            instead = "Give a file, a folder or a glob, e.g. data/zh/*.jsonl.gz"
+            raise MissingFileError(f"`{place}.path={pattern!r}` matches no file{told}. {instead}")
+        found += _once(matches, seen, left_out)
+    found = _without_packed(found, left_out)
+    columns, roles = source.columns or {}, tuple(sorted((source.roles or {}).items()))
+    is_text = isinstance(source, Source)
+    files = [
+        SourceFile(
+            path,
+            source.format or _format_of(path, source, place),
+            columns.get(DEFAULT_KEY, source.text_key) if is_text else source.text_key,
+            source.document_unit,
+            None if is_text else source.records or "any",
+            roles,
+            () if is_text else tuple(columns.items()),
+        )
+        for path in found
+    ]
+    if source.document_unit != "file" and not any(file.format == "text" for file in files):
+        raise UserError(
+            f"`{place}.document_unit={source.document_unit!r}` says what a document is in a text file, but no file of "
+            "this source is text. Remove it, or set `format: text`"
+        )
+    return files
+
+
+def _match(pattern: str, source: AnySource, place: str, left_out: LeftOut) -> list[Path | str]:
+    """List the files of one pattern, members of archives among them."""
+    local = pattern.removeprefix(LOCAL)
+    if (inside := zip_member(pattern)) is not None:
+        members = list_zip(inside[0], place)
+        named = [name for name in sorted(members) if fits(name.split("/"), inside[1].split("/"))]
+        check_members(inside[0], named, place)
+        return [members[name] for name in named]
+    if not is_url(local):
+        matches = _match_local(local, pattern, source, place, left_out)
+        found: list[Path | str] = [*matches] if local == pattern else [f"{LOCAL}{path}" for path in matches]
+    else:
+        choose = partial(_choose, source=source, place=place, left_out=left_out)
+        found = [*match_urls(pattern, place, choose, partial(left_out.add, GLOBBED_FOLDER))]
+        if glob.has_magic(pattern):
+            found = _without_cache(found, pattern, place, left_out)
+    return [member for path in found for member in _unpacked(path, source, place, left_out)]
+
+
+def _match_local(path: str, pattern: str, source: AnySource, place: str, left_out: LeftOut) -> Sequence[Path | str]:
+    expanded = Path(os.path.expanduser(path))
+    if expanded.is_file():
+        return [expanded]
+    if not expanded.is_dir():
+        return _without_cache(match_glob(str(expanded), left_out), pattern, place, left_out)
+    inside = {str(file.relative_to(expanded)): file for file in walk_files(expanded, left_out)}
+    files = []
+    for file in sorted(inside[name] for name in _choose(list(inside), str(expanded), source, place, left_out)):
+        if file.is_file():
+            files.append(file)
+        else:
+            left_out.add("that links to nothing", file)
+    if not files:
+        raise MissingFileError(
+            f"`{place}.path={pattern!r}` is a folder without any {' '.join(source.suffixes)} file "
+            f"(nor one with {' '.join(COMPRESSIONS)} after it), {left_out}. Give a glob and `format` for other suffixes"
+        )
+    return files
+
+
+def _without_cache(matches: Sequence[Path | str], pattern: str, place: str, left_out: LeftOut) -> list[Path | str]:
+    """Leave out of what a glob matches all that `datasets` keeps beside its data."""
+    datasets = DatasetFolders(_read_if_there, place, pattern)
+    kept = []
+    for match in matches:
+        if reason := datasets.reason_against(str(match)):
+            left_out.add(reason, match)
+        else:
+            kept.append(match)
+    return kept
+
+
+def _choose(
+    names: list[str],
+    folder: str,
+    source: AnySource,
+    place: str,
+    left_out: LeftOut,
+    locate: Callable[[str], str] | None = None,
+) -> list[str]:
+    """Choose the files of a folder that are the source's: known suffix, the source's format, nothing hidden.
+
+    Args:
+        names: Paths of all files inside of the folder.
+        folder: Path of the folder itself.
+        source: Source of the folder.
+        place: Name of the source in the configuration, for errors.
+        left_out: Count of the files that are not chosen.
+        locate: Gives the path under which a file is opened; None puts the folder before its name.
+    """
+    within, there = f"{folder}/", set(names)
+
+    def path_of(name: str) -> str:
+        return locate(name) if locate else within + name
+
+    datasets = DatasetFolders(lambda name: _read_if_there(path_of(name)) if name in there else None, place, folder)
+    datasets.check_whole(names, folder)
+    chosen = []
+    for name in names:
+        format_ = source.suffixes.get(_data_suffix(name))
+        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+            left_out.add("hidden", within + name)
+        elif format_ is None and Path(name).suffix.lower() != ARCHIVE:
+            left_out.add("with another suffix", within + name)
+        elif format_ is not None and source.format not in (None, format_):
+            left_out.add(f"that is not {source.format}", within + name)
+        elif reason := datasets.reason_against(name):
+            left_out.add(reason, within + name)
+        else:
+            chosen.append(name)
+    objects = {name for name in chosen if _data_suffix(name) == ".json" and _is_json_object(path_of(name))}
+    if len(objects) == len(chosen):
+        return chosen  # reading says what is wrong with them
+    for name in sorted(objects):
+        left_out.add("JSON that is no array", within + name)
+    return [name for name in chosen if name not in objects]
+
+
+def _unpacked(path: Path | str, source: AnySource, place: str, left_out: LeftOut) -> list[Path | str]:
+    """List the file itself, or the members of an archive that are the source's, sorted."""
+    if file_name(path).suffix.lower() != ARCHIVE:
+        return [path]
+    members = list_zip(path, place)
+
+    def locate(name: str) -> str:
+        check_members(path, [name], place)
+        return members[name]
+
+    chosen = _choose(sorted(members), str(path), source, place, left_out, locate)
+    for name in chosen:
+        if Path(name).suffix.lower() == ARCHIVE:
+            raise UserError(f"`{place}.path`: `{name}` in `{path}` is an archive in an archive. Unpack the outer one")
+    check_members(path, chosen, place)
+    return [members[name] for name in chosen]
+
+
+def _read_if_there(path: str) -> bytes | None:
+    try:
+        with open_file(path if is_url(path) else Path(path)) as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def _is_json_object(path: str) -> bool:
+    """Tell whether a file is one JSON object, such as a model's configuration, and not one record a line."""
+    if is_url(path.removeprefix(LOCAL)) and zip_member(path) is None:
+        return False  # a request for each file of a large folder
+    try:
+        start = next(read_chunks(path if is_url(path) else Path(path)), b"").lstrip()
+    except (OSError, ValueError):
+        return False  # reading says what is wrong with it
+    if not start.startswith(b"{"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text := start.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return not text[end:].strip()
+
+
+def _format_of(file: Path | str, source: AnySource, place: str) -> TextFormat | RecordFileFormat:
+    told = source.suffixes.get(_data_suffix(file))
+    if told is None:
+        raise UserError(
+            f"The format of `{file}` cannot be told from its suffix. Set `{place}.format` to one of "
+            f"{', '.join(dict.fromkeys(source.suffixes.values()))}"
+        )
+    return told
+
+
+def _data_suffix(file: Path | str) -> str:
+    suffixes = [suffix.lower() for suffix in file_name(file).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def walk_files(folder: Path, left_out: LeftOut, *, hidden: bool = False) -> Iterator[Path]:
@@ -165,46 +381,35 @@ def fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
     return fnmatchcase(names[0], wanted[0]) and fits(names[1:], wanted[1:])
 
 
-class ReadOnce:
-    """Tells whether a file was listed before, by this path or by another one that leads to it."""
-
-    def __init__(self, left_out: LeftOut) -> None:
-        """Start with no file."""
-        self._seen, self._left_out = set[object](), left_out
-
-    def keep(self, paths: Iterable[Path | str]) -> list[Path | str]:
-        """Leave out what was listed before.
-
-        Args:
-            paths: Files or URLs in their order.
-
-        Returns:
-            Those that are new, in their order; of several paths of one file, one that is no link, else the shortest.
-        """
-        paths = list(dict.fromkeys(paths))
-        groups = dict[object, list[Path | str]]()
-        for path in paths:
-            groups.setdefault(_identity(path), []).append(path)
-        kept = {identity: min(group, key=_preference) if len(group) > 1 else group[0]
-                for identity, group in groups.items() if identity not in self._seen}  # fmt: skip
-        self._seen |= set(groups)
-        chosen = set(kept.values())
-        for path in paths:
-            if path not in chosen:
-                self._left_out.add("already listed by another path or pattern", path)
-        return [path for path in paths if path in chosen]
-
-
-def leave_out_packed(files: Sequence[Path | str], left_out: LeftOut) -> list[Path | str]:
-    """Leave out members of zip archives that are listed unpacked, too: beside the archive or in a folder of its name.
+def _once(paths: list[Path | str], seen: set[object], left_out: LeftOut) -> list[Path | str]:
+    """Leave out files that were listed before, by this path or by another one that leads to it.
 
     Args:
-        files: Files, URLs and members of archives.
-        left_out: Counts members of which a file has the name and the size.
+        paths: Files or URLs in their order.
+        seen: Identities of the files listed before; those of `paths` are added.
+        left_out: Count of what is left out.
 
     Returns:
-        The others, in their order.
+        The new ones, in their order; of several paths of one file, one that is no link, else the shortest.
     """
+    paths = list(dict.fromkeys(paths))
+    groups = dict[object, list[Path | str]]()
+    for path in paths:
+        groups.setdefault(_identity(path), []).append(path)
+    chosen = {
+        min(group, key=_preference) if len(group) > 1 else group[0]
+        for identity, group in groups.items()
+        if identity not in seen
+    }
+    seen.update(groups)
+    for path in paths:
+        if path not in chosen:
+            left_out.add("already listed by another path or pattern", path)
+    return [path for path in paths if path in chosen]
+
+
+def _without_packed(files: Sequence[Path | str], left_out: LeftOut) -> list[Path | str]:
+    """Leave out members of zip archives that are unpacked beside it or in a folder of its name, with the same size."""
     unpacked = {_absolute(file): file for file in files if not isinstance(file, str) or zip_member(file) is None}
     kept = []
     for file in files:
@@ -247,12 +452,13 @@ class DatasetFolders:
 
     Args:
         read: Reads a file by its path, None if there is none.
-        place: How the configuration names the path, for errors.
+        place: Name of the source in the configuration, for errors.
+        path: Path in the source, for errors.
     """
 
-    def __init__(self, read: Callable[[str], bytes | None], place: str) -> None:
+    def __init__(self, read: Callable[[str], bytes | None], place: str, path: str) -> None:
         """Read nothing yet."""
-        self._read, self._place = read, place
+        self._read, self._place = read, f"{place}.path={path!r}"
         self._objects = dict[str, dict[str, object] | None]()
 
     def reason_against(self, path: str) -> str | None:

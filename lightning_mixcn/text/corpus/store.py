@@ -1,6 +1,7 @@
-"""The documents of one file, unpacked once into a folder of the cache and read from there at any place.
+"""Documents of files, each unpacked once into a folder of the cache and read from there at any place.
 
-A store is a folder with these files; integers are little-endian:
+A process holds some hundred bytes a file and nothing a document: the system caches what is read of the files as long as
+there is room, once for all processes. A store is a folder with these files; integers are little-endian:
 
 * `texts.bin`: UTF-8 of all documents, one after the other;
 * `offsets.bin`: int64 ``[documents + 1]``, where each document begins in `texts.bin`, and where the last one ends;
@@ -11,13 +12,16 @@ A store is a folder with these files; integers are little-endian:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +29,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from lightning_mixcn.errors import MissingFileError
+from lightning_mixcn.errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .sources import AnySource
+
+_logger = logging.getLogger(__name__)
 BadRecordPolicy: TypeAlias = Literal["error", "skip"]
 
 # 2: without byte order marks and documents of white space alone; flags of turns are obeyed.
@@ -43,6 +50,9 @@ FILES = ("texts", "offsets", "digests", "records")
 # Stores a process keeps open, each with four file descriptors; usual limits are 1,024 of these.
 _MAX_OPEN_STORES = 100
 _HASH = hashlib.blake2b(digest_size=_ITEM_BYTES, person=b"mixcn-split")
+_BLOCK_DOCUMENTS = 1 << 20
+# Formats whose records are rows, counted from 0; those of the others are lines, counted from 1.
+TABLES = ("parquet", "arrow")
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,11 @@ class StoreCounts:
 
 
 @dataclass
-class Losses:
-    """Losses of a file: all that does not become documents; fields as in `StoreCounts`."""
+class RecordTally:
+    """Counts and names of all that a file has beside its documents; fields as in `StoreCounts`.
+
+    `keys` are those of the first record, or all columns of a table.
+    """
 
     bad_records: int = 0
     bad_places: list[str] = field(default_factory=list)
@@ -86,7 +99,7 @@ class Losses:
     damaged: bool = False
     unread_bytes: int = 0
     file_bytes: int = 0
-    columns: tuple[str, ...] = ()
+    columns: set[str] = field(default_factory=set)
     keys: tuple[str, ...] = ()
 
     def add(self, error: ValueError) -> None:
@@ -209,6 +222,174 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
     return (made_from, counts) if sizes == right else None
 
 
+@dataclass(frozen=True)
+class DocumentOrigin:
+    """Where a document was read.
+
+    Args:
+        source: Name of its source.
+        file: Its file; a string if it is an URL.
+        record: Line where it begins, counted from 1; for parquet and Arrow the row, counted from 0.
+    """
+
+    source: str
+    file: Path | str
+    record: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one source, in the order of its files.
+
+    Pickled, it is no more than its arguments: another process maps the same stores when it reads them.
+
+    Args:
+        source: The source.
+        stores: Unpacked documents of each file.
+        on_bad_record: `error` or `skip`, for a document that turns out to be bad when it is encoded.
+    """
+
+    source: AnySource
+    stores: tuple[TextStore, ...]
+    on_bad_record: BadRecordPolicy = "error"
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Index of the first document of each store, and the number of all documents ``[stores + 1]``."""
+        return list(accumulate(map(len, self.stores), initial=0))
+
+    def __len__(self) -> int:
+        """Count the documents."""
+        return self._starts[-1]
+
+    def text(self, index: int) -> str:
+        """Get the text of document `index`."""
+        store, row = self._locate(index)
+        return store.open().text(row)
+
+    def num_bytes_of(self, index: int) -> int:
+        """Get the UTF-8 bytes of document `index`."""
+        store, row = self._locate(index)
+        begin, end = store.open().span(row)
+        return end - begin
+
+    def digest(self, index: int) -> int:
+        """Get the hash of the text of document `index`, of 64 bits."""
+        store, row = self._locate(index)
+        return int(store.open().digests(row, 1)[0])
+
+    def digest_blocks(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """Read the hashes of all texts.
+
+        Yields:
+            Index of the first document of a block, and the hashes ``[block]``, uint64, of at most a million documents.
+        """
+        for start, store in zip(self._starts, self.stores, strict=False):
+            for row in range(0, len(store), _BLOCK_DOCUMENTS):
+                yield start + row, store.open().digests(row, min(_BLOCK_DOCUMENTS, len(store) - row))
+
+    def origin(self, index: int) -> DocumentOrigin:
+        """Tell where document `index` was read."""
+        store, row = self._locate(index)
+        return DocumentOrigin(self.source.name, store.file, store.open().record(row))
+
+    def place(self, index: int) -> str:
+        """Name the file and the line or row of document `index`, as errors do."""
+        store, row = self._locate(index)
+        read = read_store(Path(store.folder))
+        unit = "row" if read is not None and read[0]["format"] in TABLES else "line"
+        return f"`{store.file}` {unit} {store.open().record(row)}"
+
+    def refuse(self, index: int, reason: str) -> None:
+        """Do what `on_bad_record` says with a document that cannot be encoded.
+
+        Args:
+            index: The document.
+            reason: Why it cannot be.
+
+        Raises:
+            ValueError: `on_bad_record` is `error`; the message names file and line or row. Else a warning does.
+        """
+        flaw = f"{self.place(index)}: {reason}"
+        if self.on_bad_record == "error":
+            raise UserError(f"{flaw}. Mend the record, or leave such records out with `on_bad_record: skip`")
+        _logger.warning("%s. It is left out", flaw)
+
+    @property
+    def total_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return sum(store.counts.num_bytes for store in self.stores)
+
+    @property
+    def bad_records(self) -> int:
+        """Records that were left out because they were bad."""
+        return sum(store.counts.bad_records for store in self.stores)
+
+    @property
+    def empty_records(self) -> int:
+        """Records that were left out because they have nothing but white space to learn from."""
+        return sum(store.counts.empty_records for store in self.stores)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the texts in their order, file by file."""
+        parts = "".join(store.counts.fingerprint for store in self.stores if len(store))
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+    def _locate(self, index: int) -> tuple[TextStore, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"`index={index}`: source {self.source.name!r} has {len(self)} documents, counted from 0")
+        position = bisect_right(self._starts, index) - 1
+        return self.stores[position], int(index) - self._starts[position]
+
+
+def write_store(
+    folder: Path, documents: Iterable[tuple[int, bytes]], made_from: Mapping[str, Any], tally: RecordTally
+) -> StoreCounts:
+    """Write a store.
+
+    Args:
+        folder: New folder.
+        documents: Record and UTF-8 of each document.
+        made_from: File and settings that the store is made from.
+        tally: Counts of all that is left out, complete once the documents have been read.
+
+    Returns:
+        Counts of the store.
+
+    Raises:
+        OSError: The folder cannot be written; or raised by `documents`.
+    """
+    with naming_cache(folder):
+        folder.mkdir()
+        writer = StoreWriter(folder)
+    # A full disk shows when a file is closed, too.
+    with naming_cache(folder, only_space=True), writer:
+        for record, encoded in documents:
+            writer.append(record, encoded)
+            if writer.is_full:
+                with naming_cache(folder):
+                    writer.flush()
+        with naming_cache(folder):
+            return writer.finish(made_from, tally)
+
+
+@contextmanager
+def naming_cache(folder: Path, *, only_space: bool = False) -> Iterator[None]:
+    """Say of an error that it is the cache folder's, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        named = "MIXCN_CACHE" in str(error)
+        if named or (only_space and error.errno not in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise OSError(
+            error.errno,
+            f"The cache folder `{folder.parent}` of unpacked texts cannot be written: {error.strerror or error}. "
+            "Set the environment variable MIXCN_CACHE to a folder that can, with room for all texts unpacked",
+        ) from error
+
+
 class StoreWriter:
     """Writes a store, a megabyte at a time; it is complete once `finish` has returned.
 
@@ -220,8 +401,7 @@ class StoreWriter:
         """Open the files."""
         self._folder = folder
         with ExitStack() as opened:
-            names = ("texts", "offsets", "digests", "records")
-            self._files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in names}
+            self._files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in FILES}
             self._opened = opened.pop_all()
         self._files["offsets"].write(bytes(_ITEM_BYTES))
         self._texts, self._records, self._digests = list[bytes](), list[int](), list[bytes]()
@@ -270,23 +450,28 @@ class StoreWriter:
         self.num_bytes = ends[-1]
         self._texts, self._records, self._digests, self._buffered_bytes = [], [], [], 0
 
-    def finish(self, made_from: Mapping[str, Any], losses: Losses) -> StoreCounts:
+    def finish(self, made_from: Mapping[str, Any], tally: RecordTally) -> StoreCounts:
         """Write the rest and `store.json`.
 
         Args:
             made_from: File and settings that the store was made from.
-            losses: Counts of all that was left out.
+            tally: Counts of all that was left out.
 
         Returns:
-            What the store holds.
+            Counts of the store.
         """
         self.flush()
         self._opened.close()
+        left_out = asdict(tally) | {
+            "bad_places": tuple(tally.bad_places),
+            "columns": tuple(sorted(tally.columns)),
+            "keys": tally.keys if made_from.get("columns") else (),
+        }
         counts = StoreCounts(
             documents=self.documents,
             num_bytes=self.num_bytes,
             fingerprint=self._fingerprint.hexdigest(),
-            **{**asdict(losses), "bad_places": tuple(losses.bad_places)},
+            **left_out,
         )
         content = json.dumps({**made_from, "counts": asdict(counts)}, ensure_ascii=False, indent=1)
         (self._folder / "store.json").write_text(content + "\n", encoding="utf-8")

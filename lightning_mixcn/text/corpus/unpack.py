@@ -1,57 +1,236 @@
-"""Stores of files: found in the cache folder, or made there so that a store is whole or not there at all."""
+"""Corpora of sources: their files are found in the cache folder, or unpacked there, whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
+import logging
+import multiprocessing
 import os
-import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from ctypes import c_int64
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, get_args
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import UserError
 
-from .formats import RecordTally, iterate_documents, refuse
-from .reading import (
-    DamagedFileError,
-    OnRead,
-    identify,
-    ignore_progress,
-)
-from .sources import SourceFile
+from .formats import iterate_documents, refuse
+from .listings import LeftOut, list_files
+from .reading import DamagedFileError, OnRead, identify, ignore_progress
+from .sources import AnySource, Source, SourceFile
 from .store import (
     VERSION,
     BadRecordPolicy,
-    Losses,
-    StoreWriter,
+    Corpus,
+    RecordTally,
+    StoreCounts,
     TextStore,
+    naming_cache,
     read_store,
+    write_store,
 )
 
+_logger = logging.getLogger(__name__)
 # Longer than a file system's clock takes to tick: a file changed twice within a tick has one time.
 _CLOCK_TICK_NS = 20_000_000
+MAX_PROCESSES = 4
+# One process reads this much while others start.
+MIN_PARALLEL_BYTES = 8 << 20
+# Spawned processes run a script again that has no `if __name__ == "__main__"`.
+_START_METHOD = "fork" if sys.platform == "linux" else None
+_CHECK_SECONDS = 1.0  # interval at which a process checks that the one that started it is alive
+_BAR_SECONDS = 0.2
 
 
-def cache_folder() -> Path:
-    """Get the folder of unpacked texts: in `$MIXCN_CACHE`, `$XDG_CACHE_HOME/lightning_mixcn` or below `~/.cache`."""
-    if own := os.environ.get("MIXCN_CACHE"):
-        return Path(os.path.expanduser(own)).absolute() / "text"
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches).absolute() / "lightning_mixcn" / "text"
+def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: BadRecordPolicy = "error") -> Corpus:
+    """Open the documents of a source; files that are not in the cache folder yet are unpacked there.
+
+    The cache folder is `$MIXCN_CACHE`, or `lightning_mixcn` in `$XDG_CACHE_HOME` or `~/.cache`, and takes the size of
+    the texts unpacked. Memory stays small, whatever the size of the files: only one record is held at a time. One line
+    of the log says how many files were read, and what was left out and why.
+
+    Args:
+        source: The source.
+        place: How the configuration names it, for errors.
+        on_bad_record: `error` to stop at a record that is malformed, or has no valid text; `skip` to leave it out, and
+            the rest of a damaged file too, with a warning.
+
+    Returns:
+        The documents.
+
+    Raises:
+        FileNotFoundError: A path matches no file.
+        OSError: A file cannot be read, or the cache folder cannot be written.
+        ValueError: A file is damaged, the files have no document at all, or no record has a key that the source's
+            `columns` names.
+    """
+    if on_bad_record not in get_args(BadRecordPolicy):
+        raise UserError(f"`on_bad_record={on_bad_record!r}`: expected one of {', '.join(get_args(BadRecordPolicy))}")
+    left_out = LeftOut()
+    stores = unpack_all(list_files(source, place, left_out), on_bad_record, source.name)
+    corpus = Corpus(source, tuple(stores), on_bad_record)
+    _check_columns(corpus, place)
+    if not len(corpus):
+        places = [place for store in stores for place in store.counts.bad_places]
+        bad = f"{corpus.bad_records} bad records, the first: {places[0]}" if places else ""
+        blank = f"{corpus.empty_records} records without text" if corpus.empty_records else ""
+        but = f" but {' and '.join(filter(None, (blank, bad)))}" if bad or blank else ". Give files with text"
+        raise UserError(f"`{place}.path={source.path!r}`: the {len(stores)} files have no document{but}")
+    if is_first_rank():
+        empty = corpus.empty_records
+        without = f", {empty} records without text left out, too" if empty else ""
+        left_out.tell(_logger, source.name, len(stores), f"; {len(corpus)} documents{without}", warn=empty > 0)
+        _warn_of_bad_records(corpus)
+    return corpus
+
+
+def _check_columns(corpus: Corpus, place: str) -> None:
+    """Refuse a column that no record has; that of a text is `text_key`, which every record must have."""
+    if isinstance(corpus.source, Source):
+        return
+    first = next((store for store in corpus.stores if store.counts.keys), None)
+    seen = {name for store in corpus.stores for name in store.counts.columns}
+    for key, name in (corpus.source.columns or {}).items():
+        if first is not None and name not in seen:
+            raise UserError(
+                f"`{place}.columns.{key}={name!r}`: no record has that key. Give one of those that the first record of "
+                f"`{first.file}` has: {', '.join(map(repr, first.counts.keys))}"
+            )
+
+
+def _warn_of_bad_records(corpus: Corpus) -> None:
+    for store in corpus.stores:
+        counts = store.counts
+        if counts.bad_records:
+            _logger.warning(
+                "`%s`: %d bad records were left out, %d documents are kept.%s The first: %s",
+                store.file, counts.bad_records, len(store), _unread(counts), counts.bad_places[0],
+            )  # fmt: skip
+
+
+def _unread(counts: StoreCounts) -> str:
+    """Say how much of a damaged file is lost: it is one bad record, however many were in the rest."""
+    if not counts.damaged:
+        return ""
+    told = " The rest of the file was not read"
+    if counts.unread_bytes:
+        share = 100 * counts.unread_bytes / counts.file_bytes
+        return f"{told}: {counts.unread_bytes:,} of {counts.file_bytes:,} bytes, {share:.3g} %."
+    return f"{told}: it is cut off." if counts.file_bytes else f"{told}."
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process is the one that reports, among those that a launcher started."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def unpack_all(files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, name: str) -> list[TextStore]:
+    """Get the stores of files, and make those that are missing, with a bar of progress on a terminal.
+
+    Args:
+        files: Files of one source.
+        on_bad_record: `error` to raise at a bad record, `skip` to leave it out and count it.
+        name: Name of the source, for the bar.
+
+    Returns:
+        One store a file.
+
+    Raises:
+        ValueError: A file is damaged.
+        OSError: A file cannot be read, or the cache folder cannot be written.
+    """
+    stores = {file: find_store(file, on_bad_record) for file in files}
+    missing = [file for file, store in stores.items() if store is None]
+    if missing:
+        size = sum(int(identify(file.path)["size"]) for file in missing)
+        hidden = None if is_first_rank() else True
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"unpacking {name}", leave=False, disable=hidden) as bar:
+            # The files of `memory://` are in this process alone.
+            here = any("memory:" in str(file.path) for file in missing)
+            processes = min(MAX_PROCESSES, os.cpu_count() or 1, len(missing))
+            if here or processes < 2 or size < MIN_PARALLEL_BYTES:
+                made = [unpack(file, on_bad_record, bar.update) for file in missing]
+            else:
+                made = _unpack_in_processes(missing, on_bad_record, bar, processes)
+        stores |= zip(missing, made, strict=True)
+    return [store for store in stores.values() if store is not None]
+
+
+def _unpack_in_processes(
+    files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, bar: tqdm[None], processes: int
+) -> list[TextStore]:
+    context = multiprocessing.get_context(_START_METHOD)
+    read = context.Value(c_int64, 0)
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(processes, context, _start_process, (read,)) as pool:
+        futures = [pool.submit(_unpack_in_process, file, on_bad_record) for file in files]
+        try:
+            unfinished = set(futures)
+            while unfinished:
+                done, unfinished = wait(unfinished, _BAR_SECONDS, FIRST_EXCEPTION)
+                bar.update(read.get_obj().value - bar.n)  # without the lock: a killed process may hold it
+                for future in done:
+                    future.result()
+        except BaseException as error:
+            lost = [f"`{file.path}`" for file, future in zip(files, futures, strict=True) if future in unfinished]
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()  # in the middle of a file, too: a store that is not complete is no store
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    f"A process that unpacked {' or '.join(lost[:processes])} was killed. The memory may be too small, "
+                    "or the file damaged: unpack it alone to see, or get it again"
+                ) from error
+            raise
+    return [future.result() for future in futures]
+
+
+_bytes_read: Any = None  # shared with the process that started this one
+
+
+def _start_process(bytes_read: Any) -> None:
+    global _bytes_read
+    _bytes_read = bytes_read
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits ends this process
+    end_with_parent()
+
+
+def _unpack_in_process(file: SourceFile, on_bad_record: BadRecordPolicy) -> TextStore:
+    def advance(num_bytes: int) -> None:
+        with _bytes_read.get_lock():
+            _bytes_read.value += num_bytes
+
+    try:
+        return unpack(file, on_bad_record, advance)
+    except (ValueError, OSError) as error:
+        # A driver's own exceptions may not survive being pickled.
+        if type(error).__module__.split(".")[0] in ("builtins", "lightning_mixcn"):
+            raise
+        raise UserError(str(error)) from None
+
+
+def end_with_parent() -> None:
+    """End this process once the one that started it is gone, killed perhaps; nothing else would end a waiting one."""
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_CHECK_SECONDS)
+    os._exit(1)
 
 
 def find_store(file: SourceFile, on_bad_record: BadRecordPolicy) -> TextStore | None:
@@ -74,7 +253,7 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
     elsewhere each does, and the first to end wins.
 
     Args:
-        file: The file.
+        file: File to unpack.
         on_bad_record: `error` to raise at a bad record, `skip` to leave it out and count it.
         on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
 
@@ -96,23 +275,20 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
                 shutil.rmtree(left, ignore_errors=True)
         scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
         try:
-            _write(scratch, file, on_bad_record, made_from, on_read)
+            counts = _write(scratch, file, on_bad_record, made_from, on_read)
             if _made_from(file, on_bad_record) != made_from:
                 raise UserError(f"`{file.path}` was changed while it was read. Start again once it is complete")
-            with _naming_cache(folder):
+            with naming_cache(folder):
                 _publish(scratch, folder, made_from)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    store = _find(folder, file, made_from)
-    if store is None:
-        raise MissingFileError(f"The unpacked texts of `{file.path}` in `{folder}` were removed at once. Start again")
-    return store
+    return TextStore(str(folder), file.path, counts)
 
 
 def _write(
     scratch: Path, file: SourceFile, on_bad_record: BadRecordPolicy, made_from: dict[str, Any], on_read: OnRead
-) -> None:
-    losses, tally, read = Losses(file_bytes=int(made_from["identity"]["size"])), RecordTally(), 0
+) -> StoreCounts:
+    tally, read = RecordTally(file_bytes=int(made_from["identity"]["size"])), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal read
@@ -120,27 +296,14 @@ def _write(
         on_read(num_bytes)
 
     def count(error: ValueError) -> None:
-        losses.add(error)
+        tally.add(error)
         if isinstance(error, DamagedFileError):
             share = error.unread_share
-            rest = losses.file_bytes - read if share is None else round(share * losses.file_bytes)
-            losses.damaged, losses.unread_bytes = True, max(rest, 0)
+            rest = tally.file_bytes - read if share is None else round(share * tally.file_bytes)
+            tally.damaged, tally.unread_bytes = True, max(rest, 0)
 
-    with _naming_cache(scratch):
-        scratch.mkdir()
-        writer = StoreWriter(scratch)
-    # A full disk shows when a file is closed, too.
-    with _naming_cache(scratch, only_space=True), writer:
-        on_bad = refuse if on_bad_record == "error" else count
-        for record, encoded in iterate_documents(file, on_bad, advance, tally):
-            writer.append(record, encoded)
-            if writer.is_full:
-                with _naming_cache(scratch):
-                    writer.flush()
-        with _naming_cache(scratch):
-            losses.empty_records, losses.columns = tally.empty, tuple(sorted(tally.columns))
-            losses.keys = tally.keys if file.columns else ()
-            writer.finish(made_from, losses)
+    documents = iterate_documents(file, refuse if on_bad_record == "error" else count, advance, tally)
+    return write_store(scratch, documents, made_from, tally)
 
 
 def _publish(scratch: Path, folder: Path, made_from: dict[str, Any]) -> None:
@@ -203,180 +366,21 @@ def _folder_of(file: SourceFile, on_bad_record: BadRecordPolicy) -> Path:
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Hold the right to make a store; False where the file system has no locks. It ends with the process."""
-    with _naming_cache(folder):
+    with naming_cache(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_suffix(".lock").open("wb")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            is_locked = True
-        except OSError:
-            is_locked = False
-        yield is_locked
-
-
-@contextmanager
-def _naming_cache(folder: Path, *, only_space: bool = False) -> Iterator[None]:
-    """Say of an error that it is the cache folder's, and what to do."""
+    # A soft lock, which is a file, would stay when its process is killed.
+    lock = FileLock(folder.with_suffix(".lock"), fallback_to_soft=False)
+    with suppress(OSError):
+        lock.acquire()
     try:
-        yield
-    except OSError as error:
-        named = "MIXCN_CACHE" in str(error)
-        if named or (only_space and error.errno not in (errno.ENOSPC, errno.EDQUOT)):
-            raise
-        raise OSError(
-            error.errno,
-            f"The cache folder `{folder.parent}` of unpacked texts cannot be written: {error.strerror or error}. "
-            "Set the environment variable MIXCN_CACHE to a folder that can, with room for all texts unpacked",
-        ) from error
-
-
-MAX_PROCESSES = 4
-# A process takes some tenths of a second to start; meanwhile one reads this much.
-MIN_PARALLEL_BYTES = 8 << 20
-_PROGRAM = "from lightning_mixcn.text.corpus.unpack import serve; serve()"
-
-
-def unpack_all(files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, name: str) -> list[TextStore]:
-    """Get the stores of files, and make those that are missing, with a bar of progress on a terminal.
-
-    Args:
-        files: The files.
-        on_bad_record: Whether a bad record is an error, or left out and counted.
-        name: Name of their source, for the bar.
-
-    Returns:
-        One store a file.
-
-    Raises:
-        ValueError: A file is damaged.
-        OSError: A file cannot be read, or the cache folder cannot be written.
-    """
-    stores = [find_store(file, on_bad_record) for file in files]
-    missing = [index for index, store in enumerate(stores) if store is None]
-    if missing:
-        sizes = [int(identify(files[index].path)["size"]) for index in missing]
-        hidden = None if is_first_rank() else True
-        with tqdm(
-            total=sum(sizes), unit="B", unit_scale=True, desc=f"unpacking {name}", leave=False, disable=hidden
-        ) as bar:
-            todo = [files[index] for index in missing]
-            made = _unpack_missing(todo, sizes, on_bad_record, bar)
-        for index, store in zip(missing, made, strict=True):
-            stores[index] = store
-    return [store for store in stores if store is not None]
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that talks, among those that a launcher started."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def _unpack_missing(
-    files: list[SourceFile], sizes: list[int], on_bad_record: BadRecordPolicy, bar: tqdm[None]
-) -> list[TextStore]:
-    lock = threading.Lock()
-
-    def advance(num_bytes: int) -> None:
-        with lock:
-            bar.update(num_bytes)
-
-    # The files of `memory://` are in this process alone.
-    here = any("memory:" in str(file.path) for file in files)
-    processes = min(MAX_PROCESSES, os.cpu_count() or 1, len(files))
-    if here or processes < 2 or sum(sizes) < MIN_PARALLEL_BYTES:
-        return [unpack(file, on_bad_record, advance) for file in files]
-    idle = list[_Process]()
-
-    def work(file: SourceFile) -> TextStore:
-        with lock:
-            process = idle.pop() if idle else None
-        process = process or _Process()
-        started.append(process)
-        store = process.unpack(file, on_bad_record, advance)
-        with lock:
-            idle.append(process)
-        return store
-
-    started = list[_Process]()
-    with _ending(started), ThreadPoolExecutor(processes) as threads:
-        futures = [threads.submit(work, file) for file in files]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for process in started:
-                process.end()
-            raise
-
-
-@contextmanager
-def _ending(processes: list[_Process]) -> Iterator[None]:
-    try:
-        yield
+        yield lock.is_locked
     finally:
-        for process in processes:
-            process.end()
+        lock.release()
 
 
-class _Process:
-    """A process that unpacks one file after another."""
-
-    def __init__(self) -> None:
-        path = os.pathsep.join(part for part in sys.path if part)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-
-    def unpack(self, file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead) -> TextStore:
-        """Have a file unpacked; errors are raised here."""
-        requests, answers = self._process.stdin, self._process.stdout
-        assert requests is not None
-        assert answers is not None
-        try:
-            pickle.dump((file, on_bad_record), requests)
-            requests.flush()
-            while isinstance(answer := pickle.load(answers), int):
-                on_read(answer)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"The process that unpacked `{file.path}` ended with {self._process.wait()}. The file may be damaged, "
-                "or the memory too small: unpack it alone to see, or get it again"
-            ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        assert isinstance(answer, TextStore)
-        return answer
-
-    def end(self) -> None:
-        """End the process, also in the middle of a file: a store that is not complete is no store."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None and not pipe.closed:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-
-def serve() -> None:
-    """Unpack the files that come on standard input until it ends; answers go to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits ends this process
-    answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints does not come between the answers
-
-    def answer(content: int | Exception | TextStore) -> None:
-        pickle.dump(content, answers)
-        answers.flush()
-
-    while True:
-        try:
-            file, on_bad_record = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer(unpack(file, on_bad_record, answer))
-        except (ValueError, OSError) as error:
-            # A driver's own exceptions may not survive being pickled.
-            is_known = type(error).__module__.split(".")[0] in ("builtins", "lightning_mixcn")
-            answer(error if is_known else UserError(str(error)))
+def cache_folder() -> Path:
+    """Get the folder of unpacked texts: in `$MIXCN_CACHE`, `$XDG_CACHE_HOME/lightning_mixcn` or below `~/.cache`."""
+    if own := os.environ.get("MIXCN_CACHE"):
+        return Path(os.path.expanduser(own)).absolute() / "text"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches).absolute() / "lightning_mixcn" / "text"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightning_mixcn.text.chat.turns import ChatTemplate, Turn, TurnTokens
+    from lightning_mixcn.text.corpus.documents import TrainingDocuments
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
 
 
@@ -248,3 +249,64 @@ def _bounds(segments: Sequence[TurnTokens]) -> tuple[list[int], list[int]]:
     """Return the places where each segment begins and ends."""
     edges = list(accumulate((len(segment.text_ids) for segment in segments), initial=0))
     return edges[:-1], edges[1:]
+
+
+# A source is sampled by documents spread evenly over it, until they are enough.
+_SAMPLED_DOCUMENTS = 32
+_SAMPLED_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """First estimates of a source from some of its documents; streams correct them as they read.
+
+    Args:
+        tokens_per_byte: Tokens divided by bytes of text.
+        fill: Share of a row that is no padding, where rows hold whole documents of this source alone; else 1.
+    """
+
+    tokens_per_byte: float
+    fill: float
+
+
+def sample_source(
+    documents: TrainingDocuments, encoder: DocumentEncoder, sequence_length: int, *, any_order: bool = False
+) -> SourceSample:
+    """Encode some training documents, spread evenly over a source.
+
+    Args:
+        documents: Training documents of the source.
+        encoder: Encoder of the documents.
+        sequence_length: Tokens of a row.
+        any_order: Rows take the documents that fit best, not the next ones.
+    """
+    size = len(documents.corpus)
+    num_bytes, lengths = 0, list[int]()
+    for place in range(min(size, _SAMPLED_DOCUMENTS)):
+        index = place * size // min(size, _SAMPLED_DOCUMENTS)
+        tokens = len(encoder.encode(documents.corpus.text(index)).tokens) if index in documents else 0
+        if tokens:
+            lengths.append(tokens)
+            num_bytes += documents.corpus.num_bytes_of(index)
+        if num_bytes >= _SAMPLED_BYTES:
+            break
+    if not lengths or not num_bytes:  # every sampled document was held out or dropped
+        return SourceSample(1.0, 1.0)
+    if any_order:  # first fit, the longest first
+        lengths.sort(reverse=True)
+    fill = _fill(lengths, sequence_length, any_order=any_order) if encoder.keeps_whole else 1.0
+    return SourceSample(sum(lengths) / num_bytes, fill)
+
+
+def _fill(lengths: Sequence[int], sequence_length: int, *, any_order: bool) -> float:
+    """Put whole documents into rows, and give the share of the finished rows that is no padding."""
+    filled = [0]
+    for length in lengths:
+        begun = range(len(filled)) if any_order else range(len(filled) - 1, len(filled))
+        row = next((row for row in begun if filled[row] + length <= sequence_length), None)
+        if row is None:
+            filled.append(length)
+        else:
+            filled[row] += length
+    finished = filled[:-1]
+    return sum(finished) / (len(finished) * sequence_length) if finished else 1.0

@@ -11,7 +11,8 @@ from lightning_mixcn.text.corpus.store import NAMED_PLACES
 from .batches import ScoredRow, ScoredSegment
 
 if TYPE_CHECKING:
-    from lightning_mixcn.text.corpus.corpus import DocumentOrigin, DocumentSet
+    from lightning_mixcn.text.corpus.documents import DocumentSet
+    from lightning_mixcn.text.corpus.store import DocumentOrigin
 
     from .encoders import DocumentEncoder
 

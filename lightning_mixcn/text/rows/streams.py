@@ -3,7 +3,7 @@
 Row k of a run is row ``k // num_streams`` of stream ``k % num_streams``; it depends on the sources, the seed, the
 number of streams, the sequence length and the packing, and not on ranks, loader workers or batch sizes. Each epoch of a
 source is a seeded permutation of its documents, dealt to the streams like cards. Which source a row is of follows from
-the row's number (`mixing.py`), and what padding or whole documents leave over is made up for in the stream's next rows.
+the row's number (`row_shares`); what padding or whole documents leave over is made up for in the stream's next rows.
 Each stream has one open document a source: a document that does not fit is cut and goes on in the source's next row.
 
 A stream's state is a few numbers: the document and the token at which each source continues, and what each was owed.
@@ -21,7 +21,7 @@ Three packings, none of which loses a token; EOS comes at a document's true end 
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -38,63 +38,19 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.text.corpus.store import NAMED_PLACES
 
 from .batches import Row, RowSegment
-from .mixing import SourceSample, row_shares, sample_source
+from .encoders import SourceSample, sample_source
 
 if TYPE_CHECKING:
-    from lightning_mixcn.text.corpus.corpus import TrainingDocuments
+    from lightning_mixcn.text.corpus.documents import TrainingDocuments
 
     from .encoders import DocumentEncoder, EncodedDocument
 
 PACKINGS = ("documents", "best_fit", "concatenate")
 
-_ROUNDS = 8
-_MASK = 2**64 - 1
-
-
-class Permutation:
-    """A permutation of ``0 … size - 1`` that is computed place by place.
-
-    An alternating Feistel network over the next power of two, at least 16, walked until it lands inside (Black and
-    Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): fewer than two steps on average for more than 16 places.
-    Shuffling a hundred million documents thus takes no table of a hundred million places, in no process.
-
-    Args:
-        size: How many places, at least 1.
-        key: What the permutation is derived from.
-    """
-
-    def __init__(self, size: int, key: str) -> None:
-        """Derive the rounds' keys."""
-        digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
-        self._keys = [int.from_bytes(digest[start : start + 8], "little") for start in range(0, len(digest), 8)]
-        self._size = size
-        bits = max(4, (size - 1).bit_length())
-        self._low_bits = bits // 2
-        self._low, self._high = (1 << self._low_bits) - 1, (1 << (bits - self._low_bits)) - 1
-
-    def __getitem__(self, place: int) -> int:
-        """Index at `place`, which is at least 0 and less than the size."""
-        index = self._step(place)
-        while index >= self._size:
-            index = self._step(index)
-        return index
-
-    def _step(self, value: int) -> int:
-        high, low = value >> self._low_bits, value & self._low
-        for number, key in enumerate(self._keys):
-            if number % 2:
-                high ^= _mix(low + key) & self._high
-            else:
-                low ^= _mix(high + key) & self._low
-        return high << self._low_bits | low
-
-
-def _mix(value: int) -> int:
-    """SplitMix64's output function (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
-    return value ^ (value >> 31)
-
+# With fewer streams a round of `row_shares` goes over several rows of each: of one row alone, every source would want a
+# part.
+_LEAST_CELLS = 8
+_GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 
 # Documents that `best_fit` chooses from, in each stream: with 64, less than 1 % of a row of 20 documents stays free.
 # Each source has its share of them, and no fewer than the second number.
@@ -162,6 +118,44 @@ class StreamPlan:
             The streams by their number.
         """
         return {index: RowStream(self, index, (states or {}).get(index)) for index in indices}
+
+
+def row_shares(row: int, num_streams: int, shares: Sequence[float]) -> list[float]:
+    """Divide a row among sources, so that every window of rows holds the sources' weights.
+
+    The rows of a *round*, one of each stream, are the cells of a circle on which each source owns an arc as long as its
+    share. A row belongs to the source whose arc covers its cell; a cell with an arc's end in it is divided, which
+    happens to at most one row a source and round. So a round is exact, whole rows stay with one source, and long
+    documents are seldom cut. Consecutive rows take cells a golden section apart, which keeps shorter windows even
+    (https://en.wikipedia.org/wiki/Low-discrepancy_sequence#Additive_recurrence), and each round goes one step back: a
+    window of a round's length that begins anywhere then misses one cell at most, and every stream comes by every arc.
+
+    Args:
+        row: Number of the row in the run.
+        num_streams: Number of streams; the sums are exact over each `num_streams` rows (over 8 to 14 if there are fewer
+            streams).
+        shares: Share of each source in the run ``[sources]``; they sum to 1.
+
+    Returns:
+        Share of each source in the row ``[sources]``; they sum to 1, and most rows have one that is 1.
+    """
+    cells = num_streams * math.ceil(_LEAST_CELLS / num_streams)
+    round_number, place = divmod(row, cells)
+    cell = _step(cells) * (place - round_number) % cells
+    parts, begin = [], 0.0
+    for share in shares:
+        end = begin + share * cells
+        parts.append(max(0.0, min(end, cell + 1) - max(begin, cell)))
+        begin = end
+    total = sum(parts)  # 1, but for rounding
+    return [part / total for part in parts]
+
+
+@lru_cache(maxsize=16)
+def _step(cells: int) -> int:
+    """Give the number nearest to a golden section of the circle that visits all its cells."""
+    aim = cells * _GOLDEN_SECTION
+    return min((step for step in range(1, cells) if math.gcd(step, cells) == 1), key=lambda step: abs(step - aim))
 
 
 class RowStream:
@@ -460,11 +454,5 @@ class _Reader:
         return self._plan.encoder.encode(self._documents.corpus.text(index))
 
     def _index_of(self, number: int) -> int:
-        size = len(self._documents.corpus)
-        epoch, place = divmod(number, size)
-        return _permutation(size, f"{self._plan.seed}/{self._documents.name}/{epoch}")[place]
-
-
-@lru_cache(maxsize=64)
-def _permutation(size: int, key: str) -> Permutation:
-    return Permutation(size, key)
+        epoch, place = divmod(number, len(self._documents.corpus))
+        return self._documents.order(self._plan.seed, epoch)[place]

@@ -20,9 +20,8 @@ from lightning_mixcn.text import (
     Source,
     read_corpus,
 )
-from lightning_mixcn.text.corpus.listings import LeftOut
+from lightning_mixcn.text.corpus.listings import LeftOut, list_files
 from lightning_mixcn.text.corpus.reading import identify, open_file
-from lightning_mixcn.text.corpus.sources import list_files
 
 
 def texts_of(corpus: Corpus) -> list[str]:

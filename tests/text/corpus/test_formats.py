@@ -12,8 +12,9 @@ import pytest
 import zstandard
 from pyarrow import feather, parquet
 
-from lightning_mixcn.text.corpus.formats import RecordTally, iterate_documents
+from lightning_mixcn.text.corpus.formats import iterate_documents
 from lightning_mixcn.text.corpus.sources import DocumentUnit, SourceFile, TextFormat
+from lightning_mixcn.text.corpus.store import RecordTally
 
 TEXTS = ["first", "zweitens: ünïcode 中文 😀", "", "line\nbreak\r\n\u2028 and \x00 NUL"]
 # Without text there is nothing to learn from: such a record is counted, and left out.
@@ -291,7 +292,7 @@ def test_white_space_alone_is_counted_and_left_out(format_: TextFormat, tmp_path
         for _, encoded in iterate_documents(SourceFile(file, format_, "text", "file"), tally=tally)
     ]
     assert kept == [text for text in texts if text in NOT_BLANK]
-    assert tally.empty == len(texts) - len(kept)
+    assert tally.empty_records == len(texts) - len(kept)
 
 
 def test_a_json_array_of_records_and_texts(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from lightning_mixcn.text import (
     Source,
     read_corpus,
 )
-from lightning_mixcn.text.corpus.listings import LeftOut, match_glob
-from lightning_mixcn.text.corpus.sources import list_files
+from lightning_mixcn.text.corpus.listings import LeftOut, list_files, match_glob
 
 
 def line(text: str) -> str:

@@ -12,7 +12,7 @@ from lightning_mixcn.text import (
     parse_sources,
     read_corpus,
 )
-from lightning_mixcn.text.corpus.sources import list_files
+from lightning_mixcn.text.corpus.listings import list_files
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_mixcn.text.corpus.store import (
     VERSION,
-    Losses,
     OpenStore,
+    RecordTally,
     StoreCounts,
     StoreWriter,
     read_store,
@@ -26,7 +26,7 @@ def write(folder: Path, texts: list[str], flush_every: int = 3) -> StoreCounts:
             writer.append(record * 10, text.encode())
             if record % flush_every == 0:
                 writer.flush()
-        return writer.finish(MADE_FROM, Losses(2, ["first", "second"], empty_records=3, columns=("a",)))
+        return writer.finish(MADE_FROM, RecordTally(2, ["first", "second"], empty_records=3, columns={"a"}))
 
 
 @given(texts=st.lists(st.text(st.characters(codec="utf-8"))), flush_every=st.integers(1, 5))

@@ -4,14 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 
 from lightning_mixcn.text import Source, read_corpus
 from lightning_mixcn.text.corpus import unpack as unpacking
-from lightning_mixcn.text.corpus import unpack as unpacking_processes
 from lightning_mixcn.text.corpus.sources import SourceFile
 from lightning_mixcn.text.corpus.store import StoreWriter, TextStore
 from lightning_mixcn.text.corpus.unpack import cache_folder, find_store, is_first_rank, unpack, unpack_all
@@ -192,14 +193,14 @@ def test_full_disk(method: str, file: SourceFile, cache: Path, monkeypatch: pyte
 
 
 TWICE = """
-import sys
+import fcntl, sys
 from pathlib import Path
 from lightning_mixcn.text.corpus import unpack as unpacking
 from lightning_mixcn.text.corpus.sources import SourceFile
 if sys.argv[3] == "without locks":
     def flock(*arguments):
         raise OSError
-    unpacking.fcntl.flock = flock
+    fcntl.flock = flock
 read = unpacking.iterate_documents
 def count(*arguments):
     print("reads")
@@ -263,7 +264,7 @@ def test_memory_is_bounded(file: SourceFile, tmp_path: Path) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SourceFile]:
-    monkeypatch.setattr(unpacking_processes, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(unpacking, "MIN_PARALLEL_BYTES", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for number in range(5):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps({"text": f"text {number}"}) + "\n")
@@ -274,7 +275,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SourceFile]:
 def test_processes_give_the_same_stores(files: list[SourceFile], monkeypatch: pytest.MonkeyPatch) -> None:
     made = unpack_all(files, "error", "zh")
     assert [store.open().text(0) for store in made] == [f"text {number}" for number in range(5)]
-    monkeypatch.setattr(unpacking_processes, "_unpack_missing", lambda *arguments: pytest.fail("made again"))
+    monkeypatch.setattr(unpacking, "unpack", lambda *arguments: pytest.fail("made again"))
     assert unpack_all(files, "error", "zh") == made
 
 
@@ -292,17 +293,52 @@ def test_errors_come_from_processes(files: list[SourceFile], tmp_path: Path, mon
 
 @pytest.mark.multiprocess
 def test_process_that_dies(files: list[SourceFile], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking_processes, "_PROGRAM", "import os; os._exit(7)")
-    with pytest.raises(ValueError, match=r"The process that unpacked `.*\.jsonl` ended with 7. The file may"):
+    monkeypatch.setattr(unpacking, "unpack", lambda *arguments: os._exit(7))
+    message = r"^A process that unpacked `.*0\.jsonl` or `.*1\.jsonl` was killed\. The memory may be too small.*again$"
+    with pytest.raises(ValueError, match=message):
         unpack_all(files, "error", "zh")
+    assert not active_children()
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from lightning_mixcn.text.corpus import unpack as unpacking
+from lightning_mixcn.text.corpus.sources import SourceFile
+unpacking.MIN_PARALLEL_BYTES = 0
+os.cpu_count = lambda: 2
+def sleep(*arguments):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+unpacking.unpack = sleep
+unpacking.unpack_all([SourceFile(Path(path), "jsonl", "text", "file") for path in sys.argv[1:]], "error", "zh")
+"""
+
+
+def lives(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and ") Z " not in status.read_text()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed there on Linux only")
+def test_processes_end_with_a_killed_parent(files: list[SourceFile]) -> None:
+    command = [sys.executable, "-c", ORPHANS, *(str(file.path) for file in files)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        children = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
+        deadline = time.monotonic() + 30
+        while any(map(lives, children)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 SCRIPT = """
 import os, sys
 print("script")
 from lightning_mixcn.text import Source, read_corpus
-from lightning_mixcn.text.corpus import unpack as unpacking_processes
-unpacking_processes.MIN_PARALLEL_BYTES = 0
+unpacking.MIN_PARALLEL_BYTES = 0
 os.cpu_count = lambda: 2
 print(len(read_corpus(Source("zh", sys.argv[1]))))
 """
@@ -322,7 +358,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_on_the_first_rank_alone(files: list[SourceFile], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking_processes, "MIN_PARALLEL_BYTES", 1 << 40)
+    monkeypatch.setattr(unpacking, "MIN_PARALLEL_BYTES", 1 << 40)
     for rank, shown in (("1", False), ("0", True)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert is_first_rank() == shown

@@ -22,8 +22,8 @@ from lightning_mixcn.text import (
     read_corpus,
     split_by_hash,
 )
-from lightning_mixcn.text.rows.encoders import EncodedDocument
-from lightning_mixcn.text.rows.mixing import row_shares, sample_source
+from lightning_mixcn.text.rows.encoders import EncodedDocument, sample_source
+from lightning_mixcn.text.rows.streams import row_shares
 
 WEIGHTS = [(0.5, 0.5), (0.55, 0.45), (0.9, 0.1), (0.7, 0.2, 0.1)]
 Documents = Callable[..., TrainingDocuments]

@@ -24,7 +24,7 @@ from lightning_mixcn.text import (
     read_corpus,
     split_by_hash,
 )
-from lightning_mixcn.text.rows.streams import Permutation
+from lightning_mixcn.text.corpus.documents import Permutation
 
 Documents = Callable[..., TrainingDocuments]
 # A record of nothing but NUL bytes is refused as a broken file.
