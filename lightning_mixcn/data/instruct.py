@@ -32,11 +32,11 @@ class InstructDataModule(StreamDataModule):
     PretrainDataModule: unpacked once, the same rows a step for any number of ranks and loader workers, resumed exactly.
 
     Args:
-        sources: Where the training conversations are, and with which weights.
+        sources: Training conversations, with weights.
         val_sources: Validation conversations; empty holds out `val_fraction` of each of `sources`.
         test_sources: Test conversations; empty holds out `test_fraction` of each of `sources`.
         predict_sources: Conversations for `predict`; each is given once.
-        template: How conversations are written: `mixtral` (`<s>[INST] … [/INST] …</s>`), `tokenizer` for the chat
+        template: Chat template: `mixtral` (`<s>[INST] … [/INST] …</s>`), `tokenizer` for the chat
             template in the tokenizer's folder, or a Jinja file.
         answers: Answers that are learned, each with its end token: `all` of a conversation, or the `last` one.
         on_too_long: Treatment of a conversation longer than a row: `cut_at_turn` keeps the exchanges from its
@@ -44,15 +44,15 @@ class InstructDataModule(StreamDataModule):
             They are counted in `data/<source>/shortened` and `data/<source>/dropped`.
         sequence_length: Tokens of a row.
         micro_batch_size: Rows of a batch on one rank.
-        num_streams: Parallel streams the conversations are dealt to; the order of rows depends on it. Each holds up to
-            64 conversations to choose from, so take few streams for a small set.
-        num_workers: Processes a rank that tokenize; 0 tokenizes in the training process.
-        packing: How conversations share rows. `best_fit` pads little, `documents` takes them in their order and begins
-            a row where one does not fit; neither cuts one.
+        num_streams: Number of parallel streams that conversations are dealt to; the order of rows depends on it. Each
+            holds up to 64 conversations to choose from, so take few streams for a small set.
+        num_workers: Processes of each rank that tokenize; 0 tokenizes in the training process.
+        packing: Layout of conversations in rows. `best_fit` pads little, `documents` takes them in their order and
+            begins a row where one does not fit; neither cuts one.
         seed: Seed of the order of conversations; the held-out sets do not depend on it.
         val_fraction: Share of the conversations held out for validation, chosen by a hash of their text.
         test_fraction: Share of the conversations held out for testing, chosen likewise.
-        max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
+        max_eval_rows: Most rows of each source that validation and test use, always the same; null uses all.
         on_bad_record: Treatment of a record that is no conversation, that is flagged as not to be learned, or that
             the template refuses: `error` names file and line, `skip` leaves it out and counts it in `data/bad_records`,
             or, if the template refuses it, in `data/<source>/refused`. One with an empty turn is always left out.
@@ -123,7 +123,7 @@ class InstructDataModule(StreamDataModule):
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template; it is there after `setup`."""
+        """Chat template, known after `setup`."""
         return load_template(self.template_name, self.tokenizer)
 
     def make_encoder(self) -> Conversations:

@@ -54,13 +54,13 @@ _FASTEST_START = "fork" if sys.platform == "linux" else None
 
 
 def batch_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """Give a batch's arrays as tensors, page-locked where this process uses CUDA.
+    """Make tensors of a batch's arrays, page-locked where this process uses CUDA.
 
-    Lightning copies a batch without waiting. That is so from page-locked memory only: from any other, CUDA lets the
-    host wait until the device has done all that it was told before.
+    Lightning copies a batch without waiting. That works from page-locked memory only: from any other, CUDA makes the
+    host wait until the device has finished all earlier work.
 
     Args:
-        arrays: ``[B, S]`` each.
+        arrays: Arrays ``[B, S]`` by name.
 
     Returns:
         The same, which share the arrays' memory where CUDA is not in use.
@@ -110,7 +110,7 @@ class TrainLoader:
 
     Args:
         plan: Settings that decide the order of rows.
-        progress: Place to go on from; it is told where the streams are after each batch that is given.
+        progress: Place to continue from; it gets the streams' states after each batch that is given.
         shard: Rank's share of the rows; its first row is the progress's.
         num_workers: Processes that tokenize; 0 tokenizes in the training process.
         trainer: Trainer whose ranks decide together when the sources have ended, and which is stopped then.
@@ -381,16 +381,16 @@ def _one_thread_in_workers() -> Iterator[None]:
 
 
 class EvaluationLoader:
-    """The batches of one rank.
+    """Evaluation batches of one rank.
 
     Batch i of all ranks together is the next ``num_ranks * micro_batch_size`` rows, rank-major; empty rows, all
     padding, fill the last one.
 
     Args:
-        evaluation_set: The rows.
+        evaluation_set: Rows of all ranks.
         micro_batch_size: Rows of a batch on one rank.
         num_ranks: Number of ranks that read different rows.
-        rank: This rank among them.
+        rank: Index of this rank among them.
     """
 
     def __init__(self, evaluation_set: EvaluationSet, micro_batch_size: int, num_ranks: int, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""What every LightningDataModule of streams does, whatever is in them: rows in their order, and exact resume."""
+"""The LightningDataModule of streams of documents, of any kind: rows in their order, and exact resume."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from .progress import Order, RunProgress, order_of
 class StreamDataModule(LightningDataModule):
     """Packed rows of weighted sources, the same rows a step for any number of ranks and loader workers.
 
-    A subclass says in `make_encoder` how a document becomes tokens.
+    A subclass makes the encoder of its documents in `make_encoder`.
 
     Args:
-        documents: The documents of each stage.
+        documents: Documents of each stage.
         sequence_length: Tokens of a row.
         micro_batch_size: Rows of a batch on one rank.
-        num_streams: Parallel streams the documents are dealt to.
-        num_workers: Processes a rank that tokenize.
+        num_streams: Number of parallel streams that the documents are dealt to.
+        num_workers: Processes of each rank that tokenize.
         packing: One of `PACKINGS`.
         seed: Seed of the order of documents.
         max_eval_rows: Rows of each source that validation and test use at most; None uses all.
         tokenizer: Folder of the tokenizer.
-        weight_unit: What weights are shares of.
+        weight_unit: Unit of the sources' weights.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StreamDataModule(LightningDataModule):
         self._unprepared: Exception | None = None
 
     def make_encoder(self) -> DocumentEncoder:
-        """Make what turns documents into tokens; `tokenizer` is there."""
+        """Make the encoder of the documents; `tokenizer` is there."""
         raise NotImplementedError
 
     @property
@@ -134,7 +134,7 @@ class StreamDataModule(LightningDataModule):
             self._progress.set_order(order_of(self._plan))
 
     def train_dataloader(self) -> TrainLoader | RepeatedBatches:
-        """Make the loader of training batches, which goes on behind the rows already trained on.
+        """Make the loader of training batches, which continues after the rows already trained on.
 
         Returns:
             Batches of `collate_rows`, as tensors ``[micro_batch_size, sequence_length]``; under
@@ -186,7 +186,7 @@ class StreamDataModule(LightningDataModule):
         """Tell where a document of an evaluation set was read.
 
         Args:
-            index: What batches have in ``document_index``.
+            index: Index of the document in the set, ``document_index`` of a batch.
             stage: `val`, `test` or `predict`.
 
         Returns:
@@ -235,7 +235,7 @@ class StreamDataModule(LightningDataModule):
         return last + 1
 
     def order(self) -> Order:
-        """Give what the sequence of training rows depends on."""
+        """Return what the sequence of training rows depends on."""
         assert self._plan is not None, "Lightning calls setup('fit') first"
         return order_of(self._plan)
 
@@ -246,7 +246,7 @@ class StreamDataModule(LightningDataModule):
 
     @property
     def on_bad_record(self) -> BadRecordPolicy:
-        """What to do with a bad record, `error` or `skip`."""
+        """Policy for a bad record, `error` or `skip`."""
         return self._documents.on_bad_record
 
     @property
@@ -255,7 +255,7 @@ class StreamDataModule(LightningDataModule):
         return self._shard().rows_a_batch
 
     def epochs(self) -> dict[str, float]:
-        """How often each training source was read, such as ``{"zh": 0.25}``, by the streams that this rank reads."""
+        """Count the epochs of each training source, such as ``{"zh": 0.25}``, in the streams that this rank reads."""
         assert self._plan is not None, "Lightning calls setup('fit') first"
         streams = self._progress.streams.values()
         newest = max((state["position"] for state in streams), default=0)
@@ -266,7 +266,7 @@ class StreamDataModule(LightningDataModule):
         }
 
     def token_shares(self) -> dict[str, float]:
-        """Give the share of tokens that the weights ask of each training source, such as ``{"zh": 0.55}``.
+        """Return the share of tokens that the weights ask of each training source, such as ``{"zh": 0.55}``.
 
         Weights in bytes are turned into tokens by what the streams of this rank have read.
         """
@@ -285,7 +285,7 @@ class StreamDataModule(LightningDataModule):
         return list(self._plan.open(sorted(states) or [0], states).values())
 
     def too_long(self) -> dict[str, tuple[int, int]]:
-        """Documents of each training source that were dropped and shortened, in the streams that this rank reads."""
+        """Count dropped and shortened documents of each training source, in the streams that this rank reads."""
         assert self._plan is not None, "Lightning calls setup('fit') first"
         counts = [state["too_long"] for state in self._progress.streams.values()]
         return {
@@ -304,17 +304,17 @@ class StreamDataModule(LightningDataModule):
         return sum(documents.corpus.bad_records for documents in self._documents.read_training())
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the rows trained on by all ranks together, where the streams stand, and what their order depends on.
+        """Return the rows trained on by all ranks together, the streams' states, and what their order depends on.
 
         Under several processes all must call it: each knows its own streams only.
         """
         return self._progress.state_dict(_of_all_ranks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the rows of a checkpoint, on any number of ranks and workers.
+        """Continue after the rows of a checkpoint, on any number of ranks and workers.
 
         Args:
-            state_dict: What `state_dict` gave.
+            state_dict: State that `state_dict` returned.
 
         Raises:
             ValueError: The order of rows would be another; the message names what changed.

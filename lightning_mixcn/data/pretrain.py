@@ -25,28 +25,28 @@ class PretrainDataModule(StreamDataModule):
     """Packed rows of weighted text sources, the same rows a step for any number of ranks and loader workers.
 
     Each file is unpacked once into a cache folder (``MIXCN_CACHE``, else the user's), as plain text with an index; rows
-    are tokenized while training goes on. A checkpoint holds where every stream stands, so resuming costs no replay.
+    are tokenized while training goes on. A checkpoint holds the state of every stream, so resuming costs no replay.
 
     Args:
-        sources: Where the training text is, and with which weights.
+        sources: Training text, with weights.
         val_sources: Validation text; empty holds out `val_fraction` of the documents of each of `sources`.
         test_sources: Test text; empty holds out `test_fraction` of the documents of each of `sources`.
         predict_sources: Text for `predict`; each document is given once.
         sequence_length: Tokens of a row.
         micro_batch_size: Rows of a batch on one rank.
-        num_streams: Parallel streams the documents are dealt to; the order of rows depends on it. At best a multiple
-            of ranks times `micro_batch_size`, so that no rank tokenizes for another.
-        num_workers: Processes a rank that tokenize; 0 tokenizes in the training process.
-        packing: How documents share rows. `documents` cuts at the end of a row and isolates documents from each other,
-            `best_fit` cuts only documents longer than a row and pads a little, `concatenate` isolates nothing.
+        num_streams: Number of parallel streams that documents are dealt to; the order of rows depends on it. At best a
+            multiple of ranks times `micro_batch_size`, so that no rank tokenizes for another.
+        num_workers: Processes of each rank that tokenize; 0 tokenizes in the training process.
+        packing: Layout of documents in rows. `documents` cuts at the end of a row and isolates documents from each
+            other, `best_fit` cuts only documents longer than a row and pads a little, `concatenate` isolates nothing.
         seed: Seed of the order of documents; the held-out sets do not depend on it.
         val_fraction: Share of the documents held out for validation, chosen by a hash of their text; 0 holds out none.
         test_fraction: Share of the documents held out for testing, chosen likewise.
-        max_eval_rows: Rows of each source that validation and test use at most, always the same; null uses all.
-        on_bad_record: What to do with a record that is no text: `error` names file and line, `skip` counts and goes on.
+        max_eval_rows: Most rows of each source that validation and test use, always the same; null uses all.
+        on_bad_record: Treatment of a record that is no text: `error` names file and line, `skip` counts it and goes on.
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
-        weight_unit: What the sources' weights are shares of: `tokens`, or `bytes` of text, which mix the sources alike
-            whatever the tokenizer.
+        weight_unit: Unit of the sources' weights: `tokens`, or `bytes` of text, which mix the sources alike with every
+            tokenizer.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How far a run has come in its sequence of rows, and what that sequence depends on: the state of a checkpoint."""
+"""Progress of a run in its sequence of rows, and what that sequence depends on: the state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIXING = "by row number"
 
 
 class RunProgress:
-    """The rows that all ranks together have trained on, and where the streams stand behind them, for checkpoints.
+    """Rows that all ranks together have trained on, and the streams' states after them, for checkpoints.
 
     Rows that loaders or Lightning have fetched ahead are not counted: batches are counted where they are consumed.
     """
@@ -24,10 +24,10 @@ class RunProgress:
     _count_batches: Callable[[], int]
 
     def __init__(self) -> None:
-        """Stand before the first row of a sequence that is not known yet."""
+        """Begin at the first row of a sequence that is not known yet."""
         self._order: Order | None = None
         self._saved_order: Mapping[str, Any] | None = None
-        self._stand_at(0, {})
+        self._go_to(0, {})
 
     @property
     def rows(self) -> int:
@@ -36,7 +36,7 @@ class RunProgress:
 
     @property
     def streams(self) -> dict[int, StreamState]:
-        """Where the streams that this rank reads stand behind the rows consumed; others are where they were loaded."""
+        """States of the streams that this rank reads after the rows consumed; others are as they were loaded."""
         while self._ahead and self._ahead[0][0] <= self._batches():
             self._streams |= self._ahead.popleft()[1]
         return self._streams
@@ -45,25 +45,25 @@ class RunProgress:
         """Count from now on in batches; what was handed out and not consumed will be made again.
 
         Args:
-            count_batches: Gives the number of batches consumed, from any beginning; it only grows.
+            count_batches: Function that counts the batches consumed, from any beginning; it only grows.
             rows_a_batch: Rows in the batches of all ranks together.
         """
-        self._stand_at(self.rows, self.streams)
+        self._go_to(self.rows, self.streams)
         self._count_batches, self._batches_before, self._rows_a_batch = count_batches, count_batches(), rows_a_batch
 
     def copy(self) -> RunProgress:
         """Make another count that begins at the same row."""
         made = RunProgress()
-        made._stand_at(self.rows, self.streams)
+        made._go_to(self.rows, self.streams)
         return made
 
     def hand_out(self, states: dict[int, StreamState]) -> None:
-        """Note where streams stand behind the next batch of this rank."""
+        """Note the streams' states after the next batch of this rank."""
         self._handed_out += 1
         self._ahead.append((self._handed_out, states))
 
     def set_order(self, order: Order) -> None:
-        """Say what the sequence of rows depends on.
+        """Set what the sequence of rows depends on.
 
         Raises:
             ValueError: A state was loaded, of a run with another sequence.
@@ -72,10 +72,10 @@ class RunProgress:
         self._require_saved_order()
 
     def state_dict(self, of_all_ranks: Callable[[Any], Sequence[Any]] = lambda mine: [mine]) -> dict[str, Any]:
-        """Give rows, streams and order, in plain values; nothing before `set_order`.
+        """Return rows, streams and order, in plain values; nothing before `set_order`.
 
         Args:
-            of_all_ranks: Gathers an object of every rank.
+            of_all_ranks: Function that gathers an object of every rank.
         """
         if self._order is None:
             return {}
@@ -87,16 +87,16 @@ class RunProgress:
         return {"rows": self.rows, "streams": dict(sorted(streams.items())), "order": dict(self._order)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand behind the rows of a saved state.
+        """Continue after the rows of a saved state.
 
         Raises:
             ValueError: The sequence of rows is another; the message names what changed.
         """
         self._saved_order = state["order"]
-        self._stand_at(state["rows"], state["streams"])
+        self._go_to(state["rows"], state["streams"])
         self._require_saved_order()
 
-    def _stand_at(self, rows: int, streams: Mapping[int, StreamState]) -> None:
+    def _go_to(self, rows: int, streams: Mapping[int, StreamState]) -> None:
         self._rows_before, self._rows_a_batch, self._batches_before = rows, 0, 0
         self._streams, self._ahead, self._handed_out = dict(streams), deque[tuple[int, dict[int, StreamState]]](), 0
         self._count_batches = int
@@ -111,10 +111,10 @@ class RunProgress:
 
 
 def order_of(plan: StreamPlan) -> Order:
-    """Write down what the sequence of rows depends on, in plain values.
+    """Collect what the sequence of rows depends on, in plain values.
 
     Args:
-        plan: Sources, tokenizer and settings.
+        plan: Sources, encoder and settings.
 
     Returns:
         Values by name. Texts and tokenizer are given as digests, so that a moved file changes nothing.
@@ -142,8 +142,8 @@ def require_same_order(saved: Mapping[str, Any], current: Order) -> None:
     """Raise unless a run can go on where another one stopped.
 
     Args:
-        saved: The order in the checkpoint.
-        current: The order of this run.
+        saved: Order in the checkpoint.
+        current: Order of this run.
 
     Raises:
         ValueError: They differ; the message names each difference.

@@ -52,7 +52,7 @@ class TokenizerPieces:
         return self._split(piece)
 
     def num_bytes(self, index: int) -> int:
-        """Count the UTF-8 bytes of text that a piece is written for: one for a byte's piece, one for a visible blank."""
+        """Count the UTF-8 bytes of text that a piece is written for: one for a byte's piece or a visible blank."""
         piece = self.pieces[index] or ""
         if piece in self._byte_pieces:
             return 1

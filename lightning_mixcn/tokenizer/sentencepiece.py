@@ -104,7 +104,7 @@ def check_against_sentencepiece(encode: Callable[[list[str]], list[list[int]]], 
     Args:
         encode: Texts to ids, without special tokens.
         model_file: SentencePiece's ``tokenizer.model``, the reference.
-        remedy: What to do if they differ, for the error.
+        remedy: Advice for the error, if they differ.
 
     Raises:
         ValueError: A probe differs; the message shows it with both results.

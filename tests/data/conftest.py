@@ -14,7 +14,7 @@ from lightning_mixcn.text import Source
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Every byte is a token; the id of byte b is 3 + b."""
+    """Save a tokenizer of bytes; the id of byte b is 3 + b."""
     specials = ["<unk>", "<s>", "</s>"]
     vocab = {token: index for index, token in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
@@ -28,7 +28,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
-    """200 Chinese and 100 English documents, of which 9 to 1 is to be read."""
+    """Write 200 Chinese and 100 English documents, to be read 9 to 1."""
     folder: Path = tmp_path_factory.mktemp("corpora")
     draw = random.Random(0)
     made = []
@@ -42,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
 
 @pytest.fixture(scope="session")
 def arguments(sources: list[Source], tokenizer_folder: str) -> Callable[..., dict[str, Any]]:
-    """Arguments of a small data module, some changed."""
+    """Give arguments of a small data module, some changed."""
 
     def make(**changes: Any) -> dict[str, Any]:
         defaults = {

@@ -45,7 +45,7 @@ class Part:
 
 
 def draw_parts(draw: random.Random, count: int, every_n_steps: int) -> list[Part]:
-    """Parts, each on another number of ranks and workers than the one before."""
+    """Draw parts, each on another number of ranks and workers than the one before."""
     parts: list[Part] = []
     for _ in range(count):
         ranks = draw.choice([number for number in (1, 2, 4) if not parts or number != parts[-1].ranks])
@@ -183,13 +183,13 @@ class Run:
 
 
 def positions(checkpoint: Path) -> dict[int, int]:
-    """Rows made of each stream, as a checkpoint has it."""
+    """Read the rows made of each stream, as a checkpoint has it."""
     streams = torch.load(checkpoint, weights_only=True)["PretrainDataModule"]["streams"]
     return {stream: state["position"] for stream, state in streams.items()}
 
 
 def records(file: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Steps ``[batches]`` and rows ``[batches, rows, fields, sequence_length]`` that one rank has written in full."""
+    """Read the steps ``[batches]`` and rows ``[batches, rows, fields, sequence_length]`` that one rank has written."""
     content = file.read_bytes() if file.exists() else b""
     numbers = np.frombuffer(content[: len(content) // 8 * 8], dtype=np.int64)
     if len(numbers) < 4:

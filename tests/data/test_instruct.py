@@ -205,7 +205,7 @@ STRICT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ 
 
 @pytest.fixture
 def strict(make: Make, records: list[dict[str, Any]], tmp_path: Path) -> Make:
-    """A template without a system turn, and 120 conversations of which lines 17 and 90 have one."""
+    """Write a template without a system turn, and 120 conversations of which lines 17 and 90 have one."""
     (tmp_path / "strict.jinja").write_text(STRICT)
     for line in (17, 90):
         records = [*records[: line - 1], {**records[line - 1], "system": "S"}, *records[line:]]

@@ -47,7 +47,7 @@ def plan(sources: list[Source], tokenizer_folder: str) -> StreamPlan:
 
 @pytest.fixture(scope="module")
 def rows(plan: StreamPlan) -> list[dict[str, Any]]:
-    """The first rows of the run, straight from the contract: row k is row k // N of stream k % N."""
+    """Make the first rows of the run, straight from the contract: row k is row k // N of stream k % N."""
     streams = plan.open(range(plan.num_streams))
     made = [streams[row % plan.num_streams].next_row() for row in range(160)]
     return [collate_rows([row], plan.sequence_length, plan.encoder.padding_id) for row in made]
@@ -79,7 +79,7 @@ def batches(
 
 
 def global_order(of_ranks: list[list[dict[str, Tensor]]], name: str) -> Tensor:
-    """Rows of all ranks: micro-batch by micro-batch, rank-major within each."""
+    """Join the rows of all ranks: micro-batch by micro-batch, rank-major within each."""
     return torch.cat([batch[name] for step in zip(*of_ranks, strict=True) for batch in step])
 
 

@@ -70,7 +70,7 @@ def trainer(folder: Path, steps: int, **options: Any) -> Trainer:
 
 @pytest.fixture(scope="module")
 def uninterrupted(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    """Rows of 40 steps of two rows."""
+    """Record the rows of 40 steps of two rows."""
     module = PretrainDataModule(**arguments())
     module.setup("fit")
     batches = iter(module.train_dataloader())

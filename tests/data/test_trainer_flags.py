@@ -61,7 +61,7 @@ def fit(folder: Path, arguments: dict[str, Any], ckpt_path: str | None = None, *
 
 @pytest.fixture(scope="module")
 def contract(arguments: Make) -> list[list[list[int]]]:
-    """The first 30 micro-batches of the run."""
+    """Make the first 30 micro-batches of the run."""
     data = PretrainDataModule(**arguments())
     data.setup("fit")
     return [batch["input_ids"].tolist() for batch in islice(data.train_dataloader(), 30)]

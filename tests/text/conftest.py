@@ -20,7 +20,7 @@ from lightning_mixcn.text import (
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Corpus]:
-    """Makes the corpus of some texts."""
+    """Make the corpus of some texts."""
     folder, numbers = tmp_path_factory.mktemp("documents"), itertools.count()
 
     def make(texts: list[str], name: str = "zh", **fields: Any) -> Corpus:
@@ -33,11 +33,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Corpus]:
 
 @pytest.fixture(scope="session")
 def documents(corpus: Callable[..., Corpus]) -> Callable[..., DocumentSet]:
-    """Makes the set of some texts, to evaluate."""
+    """Make the set of some texts, to evaluate."""
     return lambda texts, **fields: all_documents(corpus(texts, **fields))
 
 
 @pytest.fixture(scope="session")
 def training(corpus: Callable[..., Corpus]) -> Callable[..., TrainingDocuments]:
-    """Makes the training documents of some texts; nothing is held out."""
+    """Make the training documents of some texts; nothing is held out."""
     return lambda texts, **fields: split_by_hash(corpus(texts, **fields), [])[1]

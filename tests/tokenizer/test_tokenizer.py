@@ -21,7 +21,7 @@ SPECIALS = "a<s>b</s> <unk> </s>"
 
 @pytest.fixture
 def folder(tokenizer: TextTokenizer, small_folder: Path, tmp_path: Path) -> Path:
-    """A folder with both files, to be damaged."""
+    """Make a folder with both files, to be damaged."""
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(small_folder / name, tmp_path)
     tokenizer.hf.save_pretrained(tmp_path)
@@ -35,7 +35,7 @@ def edit(file: Path, change: Callable[[Any], object]) -> None:
 
 
 def real_lines(shared: Path) -> list[str]:
-    """A fixed few thousand lines and some whole documents, of every corpus."""
+    """Read a fixed few thousand lines and some whole documents, of every corpus."""
     texts: list[str] = []
     for file in sorted(shared.glob("corpora/*/*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:

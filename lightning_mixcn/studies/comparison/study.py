@@ -210,6 +210,9 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
 def _alone(folder: Path) -> Iterator[int]:
     """Wait until no other process works on the study; a command that outlived its study counts.
 
+    flock itself and not `filelock`, which unlocks on release: then a command that inherited the descriptor, such as a
+    run that still saves after Ctrl-C, would hold nothing any more.
+
     Yields:
         Descriptor of the lock, for commands to inherit.
     """

@@ -1,8 +1,8 @@
 """Chat templates written in Jinja, as tokenizers on the hub carry them, without their injection points.
 
 transformers writes contents into the template and then reads special tokens out of the whole text, so a user can forge
-them. Here the template is rendered with placeholders nobody can guess, and special tokens are read only out of what
-the template itself wrote. For contents that spell none, the ids are those of ``apply_chat_template``.
+them. Here the template is rendered with placeholders that nobody can guess, and special tokens are read only out of the
+text that the template itself wrote. For contents that spell none, the ids are those of ``apply_chat_template``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class JinjaTemplate:
         return [index for index, _ in controls.encode(self._pieces(turns, tokenizer, controls, prompt=True))]
 
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """EOS, and the special tokens that the template writes after an answer."""
+        """Return EOS, and the special tokens that the template writes after an answer."""
         return _stop_ids(self, tokenizer)
 
     def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
@@ -88,8 +88,8 @@ class JinjaTemplate:
         """Say what is written after an answer, and what to do."""
         pieces = self._pieces(turns, tokenizer, _control_tokens(tokenizer), prompt=False)
         place = next(place for place, piece in enumerate(pieces) if piece.answer and piece.turn == turn)
-        behind = pieces[place + 1].text[:20]
-        end = f"ends an answer with {behind!r}, which begins with no special token" if behind else "ends no answer"
+        after = pieces[place + 1].text[:20]
+        end = f"ends an answer with {after!r}, which begins with no special token" if after else "ends no answer"
         eos = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
         return (
             f"`{self.name}` {end} of the tokenizer of `{tokenizer.path}`: no end would be learned, and chat would "
@@ -158,7 +158,7 @@ class _Piece:
 
 
 def _stripped(content: str) -> tuple[str, str, str]:
-    """Blanks, text, blanks."""
+    """Split a content into its leading blanks, the text, and its trailing blanks."""
     rest = content.lstrip()
     core = rest.rstrip()
     return content[: len(content) - len(rest)], core, rest[len(core) :]
@@ -238,7 +238,7 @@ class _ControlTokens:
         self._end = re.compile(rf"\s*(?:{self._pattern.pattern})")
 
     def match_end(self, text: str) -> str:
-        """The special token at the beginning of ``text``, blanks before it included; empty if there is none."""
+        """Find the special token at the beginning of ``text``, blanks before it included; empty if there is none."""
         found = self._end.match(text)
         return found[0] if found else ""
 

@@ -68,8 +68,8 @@ def portable_source(template: ChatTemplate, tokenizer: TextTokenizer) -> str | N
     Contents that spell a control token are the exception: here they stay letters, in transformers they do not.
 
     Args:
-        template: The template.
-        tokenizer: The tokenizer that it is used with.
+        template: Chat template.
+        tokenizer: Tokenizer that it is used with.
 
     Returns:
         Jinja text; ``None`` if there is none that gives the same ids, as for a template of a subclass's own making.
@@ -91,11 +91,11 @@ def template_of_model(template: str | None, tokenizer: TextTokenizer) -> ChatTem
     Args:
         template: As in `load_template`; ``None`` is the one in the tokenizer's folder, which a run's adapter and its
             exports carry, and `mixtral` where there is none.
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        ValueError: the template cannot be used.
-        FileNotFoundError: no such file.
+        ValueError: The template cannot be used.
+        FileNotFoundError: There is no such file.
     """
     if template is None:
         template = "tokenizer" if tokenizer.hf.chat_template else "mixtral"

@@ -5,7 +5,7 @@
 * ``messages``: ``messages``, a list of ``role`` and ``content``, as in OpenAI's interface, and perhaps ``system``.
 
 Either list may have turns of ``from`` and ``value``, of ``role`` and ``content``, or pairs such as ``human`` and
-``assistant``. Other keys: see `record_fields`.
+``assistant``. Other keys: see `fields.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The same template serves training and chat. Mixtral's, ``<s>[INST] question [/INST] answer</s>``, gives the ids of
 mistral_common's tokenizer for the vocabulary's version (Mixtral-8x7B has V1, Mixtral-8x22B-Instruct V3); others are
-written in Jinja (`jinja_template`).
+written in Jinja (`jinja.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MixtralTemplate:
         return [index for segment in self.encode(turns, tokenizer) for index in segment.text_ids]
 
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """EOS."""
+        """Return EOS alone."""
         return frozenset([tokenizer.eos_id])
 
     def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
@@ -96,12 +96,12 @@ def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplat
     Args:
         template: ``mixtral``, which ``None`` is too; ``tokenizer``: the one in the tokenizer's folder
             (``tokenizer_config.json`` or ``chat_template.jinja``); or a Jinja file.
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        ValueError: the tokenizer has no template, or the template cannot be used: nothing that is learned would end an
+        ValueError: The tokenizer has no template, or the template cannot be used: nothing that is learned would end an
             answer, or Mistral's format of this vocabulary is not known.
-        FileNotFoundError: no such file.
+        FileNotFoundError: There is no such file.
     """
     if template is None or template == "mixtral":
         return _mixtral_template(tokenizer)
@@ -146,6 +146,6 @@ def _mixtral_template(tokenizer: TextTokenizer) -> ChatTemplate:
 
 
 def _begins_with_blank(tokenizer: TextTokenizer) -> bool:
-    """Whether it puts a blank before every text, as SentencePiece's dummy prefix does, so that `▁Well` follows."""
+    """Tell whether a blank comes before every text, as of SentencePiece's dummy prefix, so that `▁Well` follows."""
     (ids,) = tokenizer.encode_batch(["a"])
     return tokenizer.decode([*ids, *ids]) == "a a"

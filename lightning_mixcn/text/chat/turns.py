@@ -17,12 +17,12 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one party of a conversation says.
+    """Words of one party of a conversation.
 
     Args:
         role: ``system``, ``user`` or ``assistant``.
-        content: The text; may be empty.
-        learned: Whether it is learned from if it is an answer.
+        content: Text; may be empty.
+        learned: True if it is learned from in case it is an answer.
     """
 
     role: str
@@ -32,12 +32,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TurnTokens:
-    """Consecutive tokens of one turn, all learned from or none.
+    """Consecutive tokens of one turn, all labels or none.
 
     Args:
         text_ids: Token ids, control tokens included.
-        answer: Whether they are the assistant's, its end token included: what the loss is taken over, unless the turn
-            is not learned.
+        answer: True for the assistant's tokens, the end token included: the loss is over them, unless the turn is not
+            learned.
         turn: Index of the turn; where a template joins two turns, of the later one.
     """
 
@@ -47,14 +47,14 @@ class TurnTokens:
 
 
 class ChatTemplate(Protocol):
-    """How a model's conversations are written. Contents are text: a control token spelt in one stays letters."""
+    """How a model's conversations are written. Contents are text: a control token spelled in one stays letters."""
 
     def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         """Encode a whole conversation.
 
         Args:
             turns: See `check_turns`.
-            tokenizer: The model's.
+            tokenizer: Tokenizer of the model.
 
         Returns:
             Segments, in the order of the row; the answers end as the model is to end them.
@@ -65,11 +65,11 @@ class ChatTemplate(Protocol):
 
         Args:
             turns: See `check_turns`; the last one is the user's.
-            tokenizer: The model's.
+            tokenizer: Tokenizer of the model.
         """
 
     def stop_ids(self, tokenizer: TextTokenizer) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Return the tokens that end an answer."""
 
     def check_conversation(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> None:
         """Raise the ValueError that `encode` would raise, without encoding."""
@@ -79,10 +79,10 @@ def check_turns(turns: Sequence[Turn]) -> None:
     """Raise unless it is a conversation: perhaps a system turn, then user and assistant by turns.
 
     Args:
-        turns: The conversation.
+        turns: Turns to check.
 
     Raises:
-        ValueError: what is wrong with it, and which turn.
+        ValueError: The turns are none; the message says which turn is wrong, and how.
     """
     for number, turn in enumerate(turns):
         if turn.role not in ROLES:
@@ -104,10 +104,10 @@ def check_prompt(turns: Sequence[Turn]) -> None:
     """Raise unless the conversation waits for an answer.
 
     Args:
-        turns: The conversation.
+        turns: Turns to check.
 
     Raises:
-        ValueError: it is no conversation, or its last turn is the assistant's.
+        ValueError: The turns are no conversation, or the last turn is the assistant's.
     """
     check_turns(turns)
     if turns[-1].role != "user":

@@ -27,7 +27,7 @@ _MASK = 2**64 - 1
 
 
 class StageDocuments:
-    """The documents of each stage, one set a source.
+    """Documents of each stage, one set a source.
 
     Validation and test documents are held out of the training sources by a hash of their text, unless sources of
     their own are given.
@@ -121,7 +121,7 @@ class StageDocuments:
 
         Args:
             stage: `val`, `test` or `predict`.
-            required: Whether it is an error to have no such set (by no sources and a share of 0).
+            required: True if it is an error to have no such set (no sources and a share of 0).
 
         Returns:
             One set a source, each with at least one document; empty if there is no set and none is required.
@@ -174,10 +174,10 @@ class StageDocuments:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """Some documents of a corpus, in a fixed order: what is evaluated.
+    """Some documents of a corpus, in a fixed order, for evaluation.
 
     Args:
-        corpus: All documents of the source.
+        corpus: Corpus of the source.
         indices: Positions in the corpus.
     """
 
@@ -211,12 +211,12 @@ class DocumentSet:
 
 @dataclass(frozen=True)
 class TrainingDocuments:
-    """The documents of a corpus that are not held out; told by their hash, so that no list of them is kept.
+    """Documents of a corpus that are not held out; known by their hash, so that no list of them is kept.
 
     Args:
-        corpus: All documents of the source.
+        corpus: Corpus of the source.
         held_out: Documents of the corpus that are not for training.
-        share: Hashes below this share of their range are held out.
+        share: Share of the range of hashes below which documents are held out.
     """
 
     corpus: Corpus
@@ -233,7 +233,7 @@ class TrainingDocuments:
         return len(self.corpus) - len(self.held_out)
 
     def __contains__(self, index: int) -> bool:
-        """Whether document `index` of the corpus is for training."""
+        """Tell whether document `index` of the corpus is for training."""
         return not self.share or self.corpus.digest(index) / _DIGESTS >= self.share
 
     @property
@@ -255,10 +255,10 @@ def split_by_hash(corpus: Corpus, fractions: Sequence[float]) -> tuple[list[Docu
     """Divide documents into held-out sets and the rest by a hash of their text.
 
     The division depends on the texts alone: not on seeds, files or their order. Equal texts, even of different
-    sources, come to the same side, as long as the fractions are the same.
+    sources, come to the same side as long as the fractions are the same.
 
     Args:
-        corpus: The documents.
+        corpus: Corpus to divide.
         fractions: Expected share of each held-out set; they sum to less than 1.
 
     Returns:
@@ -274,7 +274,7 @@ def split_by_hash(corpus: Corpus, fractions: Sequence[float]) -> tuple[list[Docu
 
 
 def _below(corpus: Corpus, share: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Documents with a hash below `share` of its range, ordered by hash, and their shares."""
+    """Find the documents with a hash below `share` of its range, ordered by hash, and their shares of it."""
     found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64))]
     if share > 0:
         for first, digests in corpus.digest_blocks():
@@ -298,8 +298,8 @@ class Permutation:
     Shuffling a hundred million documents thus takes no table of a hundred million places, in no process.
 
     Args:
-        size: How many places, at least 1.
-        key: What the permutation is derived from.
+        size: Number of places, at least 1.
+        key: Seed of the permutation.
     """
 
     def __init__(self, size: int, key: str) -> None:
@@ -312,7 +312,7 @@ class Permutation:
         self._low, self._high = (1 << self._low_bits) - 1, (1 << (bits - self._low_bits)) - 1
 
     def __getitem__(self, place: int) -> int:
-        """Index at `place`, which is at least 0 and less than the size."""
+        """Return the index at `place`, which is at least 0 and less than the size."""
         index = self._step(place)
         while index >= self._size:
             index = self._step(index)
@@ -329,7 +329,7 @@ class Permutation:
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's output function (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
+    """Mix bits as SplitMix64 (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
     return value ^ (value >> 31)

@@ -1,203 +1,24 @@
-"""Documents of one file: JSON, text, parquet or Arrow, compressed or not; damage is named, never repaired."""
+"""Read the documents of one file: JSON, text, parquet or Arrow, compressed or not; damage is named, never repaired."""
 
 from __future__ import annotations
 
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning_mixcn.errors import UserError, one_line
 from lightning_mixcn.text.chat.records import (
-    RECORD_KEYS,
     EmptyTurnError,
     dump_conversation,
     read_training_conversation,
 )
 
-from .reading import DamagedFileError, OnRead, ignore_progress, open_file, read_chunks, split_lines
+from .reading import DamagedFileError, OnRead, ignore_progress, read_chunks, split_lines
 from .sources import SourceFile
 from .store import TABLES, RecordTally
-
-# Few, because a row may have megabytes.
-_BATCH_ROWS = 64
-_ARROW_MAGIC = b"ARROW1"
-
-
-class MissingColumnError(UserError):
-    """A table has no such column: a wrong setting rather than damage."""
-
-
-def iterate_rows(
-    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
-) -> Iterator[tuple[int, Any]]:
-    """Read the texts or the records of a parquet or Arrow file.
-
-    Args:
-        file: The file, and the column of the text or that it has records.
-        on_bad_record: Called with the error of a row without valid text; if it returns, the row is left out.
-        on_read: Called with about how many bytes of the file were read since the last call.
-        tally: Is given the names of all columns as the records' keys.
-
-    Yields:
-        Row, counted from 0, and UTF-8 of its text; or the row as a dictionary.
-
-    Raises:
-        DamagedFileError: The file cannot be read any further.
-        MissingColumnError: The file has no such column.
-    """
-    columns = _parquet_columns(file, tally) if file.format == "parquet" else _arrow_columns(file, tally)
-    row = 0
-    while True:
-        try:
-            read = next(columns, None)
-        except MissingColumnError:
-            raise
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-            raise DamagedFileError(
-                f"`{file.path}` is not a readable {file.format} file (row {row}): {one_line(error)}. Get it again"
-            ) from error
-        if read is None:
-            return
-        values, are_texts, num_bytes = read
-        on_read(num_bytes)
-        for value in values:
-            place = f"`{file.path}` row {row}"
-            flaw = None if file.records else _flaw(value, are_texts, place, file.text_key)
-            if flaw is None:
-                yield row, value
-            else:
-                on_bad_record(flaw)
-            row += 1
-
-
-def _is_damage(error: Exception) -> bool:
-    """Tell whether an error is about the file's contents rather than of the file system or a lost connection."""
-    import pyarrow
-
-    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):  # of a table in an archive
-        return True
-    if isinstance(error, OSError) and not isinstance(error, pyarrow.ArrowException):
-        return type(error) is OSError and error.errno is None
-    return isinstance(error, (pyarrow.ArrowException, ValueError, OverflowError, MemoryError, KeyError, IndexError))
-
-
-def _flaw(value: Any, are_texts: bool, place: str, text_key: str) -> ValueError | None:
-    if not are_texts or value is None:
-        return UserError(
-            f"{place}: expected a string in column {text_key!r}, got {type(value).__name__}. Mend or remove the row"
-        )
-    try:
-        value.decode()
-    except UnicodeDecodeError as error:
-        return UserError(f"{place} is not UTF-8: {error.reason} at {error.start}. Convert the file to UTF-8")
-    return None
-
-
-def _parquet_columns(file: SourceFile, tally: RecordTally) -> Iterator[tuple[list[Any], bool, int]]:
-    """Values of the column by batches, whether they are the bytes of texts, and the bytes of the file read."""
-    from pyarrow import parquet
-
-    with open_file(file.path) as raw:
-        # Without `pre_buffer` a column is streamed; with it, all of a row group is in memory.
-        table = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-        names, num_rows, size = table.schema_arrow.names, table.metadata.num_rows, _size(raw)
-        tally.keys, wanted = tuple(names), _wanted_columns(file, names)
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-            column = batch.to_struct_array() if file.records else batch.column(0)
-            yield *_values(column), size * len(column) // max(num_rows, 1)
-
-
-def _arrow_columns(file: SourceFile, tally: RecordTally) -> Iterator[tuple[list[Any], bool, int]]:
-    """The same of an Arrow IPC file or stream; every batch is checked, or its offsets could lead outside of it."""
-    import pyarrow
-
-    with open_file(file.path) as raw:
-        is_stream = raw.read(len(_ARROW_MAGIC)) != _ARROW_MAGIC
-        size = _size(raw)
-        raw.seek(0)
-        # Mapped, a batch as large as the file takes no memory.
-        source = pyarrow.memory_map(str(file.path)) if isinstance(file.path, Path) else pyarrow.PythonFile(raw, "r")
-        with source:
-            names = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).schema.names
-            tally.keys, wanted = tuple(names), [names.index(name) for name in _wanted_columns(file, names)]
-            source.seek(0)
-            options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
-            read = 0
-            for share, batch in _batches(source, is_stream, options, size):
-                column = batch.to_struct_array() if file.records else batch.column(0)
-                column.validate(full=not _is_text(column.type))
-                if _is_text(column.type):
-                    _as_bytes(column).validate(full=True)
-                yield [], True, int(share * size) - read
-                read = int(share * size)
-                for start in range(0, len(column), _BATCH_ROWS):
-                    yield *_values(column.slice(start, _BATCH_ROWS)), 0
-
-
-def _batches(source: Any, is_stream: bool, options: Any, size: int) -> Iterator[tuple[float, Any]]:
-    """Record batches of an Arrow file, and which share of the file is read with each."""
-    import pyarrow
-
-    if is_stream:
-        for batch in pyarrow.ipc.open_stream(source, options=options):
-            yield source.tell() / max(size, 1), batch
-    else:
-        reader = pyarrow.ipc.open_file(source, options=options)
-        for index in range(reader.num_record_batches):
-            yield (index + 1) / reader.num_record_batches, reader.get_batch(index)
-
-
-def _values(column: Any) -> tuple[list[Any], bool]:
-    """Values of a column, those of texts as bytes, which need not be UTF-8; and whether they are texts."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not _is_text(column.type):
-        return column.to_pylist(), False
-    return _as_bytes(column).to_pylist(), True
-
-
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
-
-
-def _as_bytes(column: Any) -> Any:
-    import pyarrow
-
-    if pyarrow.types.is_string_view(column.type):
-        return column.view(pyarrow.binary_view())
-    return column.view(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary())
-
-
-def _wanted_columns(file: SourceFile, names: list[str]) -> list[str]:
-    """The column of the text, or those of records; a table may have others, of any type and size."""
-    if file.records:
-        renamed = {name for _, name in file.columns}
-        return [name for name in names if name in RECORD_KEYS or name in renamed]
-    if file.text_key not in names:
-        raise MissingColumnError(
-            f"`{file.path}` has no column {file.text_key!r}. Set the source's `columns.text` or `text_key` to one of "
-            f"its columns: {', '.join(map(repr, names))}"
-        )
-    return [file.text_key]
-
-
-def _size(raw: IO[bytes]) -> int:
-    position = raw.tell()
-    size = raw.seek(0, 2)
-    raw.seek(position)
-    return size
-
+from .tables import iterate_rows
 
 # A byte order mark at the beginning of a text is left of the file that it was read from; inside of one it is text.
 MARK = "\ufeff"
@@ -220,7 +41,7 @@ def iterate_conversations(
     """Read the conversations of a file in their order.
 
     Args:
-        file: The file, its format, the form of its records and their names of the form's keys.
+        file: File, its format, the form of its records and their names of the form's keys.
         on_bad_record: Called with the error of a record that is no conversation; if it returns, the record is left out.
         on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
         tally: Counts conversations with an answer of white space alone, which are left out.
@@ -303,8 +124,8 @@ def iterate_elements(data: bytes, file: SourceFile) -> Iterator[tuple[int, Any]]
     """Read the elements of a JSON array.
 
     Args:
-        data: The whole file, decompressed.
-        file: The file, for errors.
+        data: Contents of the whole file, decompressed.
+        file: File of the data, for errors.
 
     Yields:
         Line in which the element begins, counted from 1, and the element.
@@ -376,7 +197,7 @@ def iterate_documents(
     joined files have it, is dropped.
 
     Args:
-        file: The file, its format and where the text is in it.
+        file: File, its format and where the text is in it.
         on_bad_record: Called with the error of a record that is malformed or has no text, and of a damaged file; if
             it returns, the record, or the rest of the file, is left out.
         on_read: Called with how many bytes of the file, as it is stored, were read since the last call.
@@ -439,7 +260,7 @@ def _json_lines(
     text_key = file.text_key
     for number, line in lines:
         try:
-            # What json.loads does, in half the time; of bytes it would let surrogates pass.
+            # As json.loads, in half the time; of bytes it would let surrogates pass.
             line_text = line.decode().strip(LINE_SPACE)
             record, end = JSON_DECODER.raw_decode(line_text)
             encoded: bytes | None = record[text_key].encode() if end == len(line_text) else None
@@ -467,7 +288,7 @@ def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
 
 
 def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
-    """Texts of an array, whose elements are texts or objects with one."""
+    """Read the texts of an array, whose elements are texts or objects with one."""
     for number, element in iterate_elements(b"".join(chunks), file):
         record = {file.text_key: element} if isinstance(element, str) else element
         encoded = _text_of(record, file.text_key, f"`{file.path}` line {number}")
@@ -478,7 +299,7 @@ def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadR
 
 
 def _text_of(record: Any, text_key: str, place: str) -> bytes | ValueError:
-    """UTF-8 of a record's text, or why it has none."""
+    """Return the UTF-8 of a record's text, or the reason why it has none."""
     if not isinstance(record, dict):
         return UserError(
             f'{place}: expected a JSON object such as {{"{text_key}": "…"}}, got a {type(record).__name__}'
@@ -512,7 +333,7 @@ def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord
 def _text_lines(
     lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, without their line ends."""
+    """Read the lines that are not blank, without their line ends."""
     for number, line in lines:
         text = _decode(line, f"`{file.path}` line {number}")
         if isinstance(text, ValueError):
@@ -524,7 +345,7 @@ def _text_lines(
 def _blocks(
     lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[int, bytes]]:
-    """Runs of lines between blank lines, joined by newlines; a run with a bad line is one bad record."""
+    """Read runs of lines between blank lines, joined by newlines; a run with a bad line is one bad record."""
     begin, block, is_bad = 0, list[bytes](), False
     for number, line in lines:
         text = _decode(line, f"`{file.path}` line {number}")

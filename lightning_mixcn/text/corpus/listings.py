@@ -1,4 +1,4 @@
-"""Which files a folder or a glob names: links are followed, a real file is listed once, what is left out is counted."""
+"""The files of a source: links are followed, a real file is listed once, what is left out is counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .sources import DEFAULT_KEY, AnySource, RecordFileFormat, Source, SourceFil
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 ARCHIVE = ".zip"
-# What `datasets` writes beside the data; read as data only where it is an array of records.
+# Files that `datasets` writes beside the data; read as data only where it is an array of records.
 _DATASETS_METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 GLOBBED_FOLDER = "matched as a folder, in which a glob does not look; write **"
 _DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{8,}(_\d+_of_\d+)?\.arrow")
@@ -47,8 +47,8 @@ class LeftOut:
         """Count something that is left out.
 
         Args:
-            reason: Completes "1 …", such as "hidden".
-            name: Path of it; the first of a reason is named.
+            reason: Reason that completes "1 …", such as "hidden".
+            name: Path of the file; the first one of a reason is named.
         """
         count, first = self._reasons.get(reason, (0, str(name)))
         self._reasons[reason] = (count + 1, first)
@@ -57,7 +57,7 @@ class LeftOut:
         """Log one line that says what was read of a source, and what was not.
 
         Args:
-            logger: Where to; as a warning if anything is left out.
+            logger: Logger of the line, which is a warning if anything is left out.
             name: Name of the source.
             num_files: Files that are read.
             more: Further text of the line.
@@ -83,9 +83,9 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
     """List the files of a source: each pattern's matches sorted by path, each real file once.
 
     Args:
-        source: The source.
-        place: How the configuration names it, for errors.
-        left_out: Counts what was found and is not read, by reason.
+        source: Source of the files.
+        place: Name of the source in the configuration, for errors.
+        left_out: Count of what was found and is not read, by reason.
 
     Returns:
         At least one file.
@@ -93,7 +93,7 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
     Raises:
         FileNotFoundError: A path matches no file.
         ValueError: An URL or archive cannot be listed, a folder holds several splits, or a file's format is neither
-            given nor told by its suffix.
+            given nor known by its suffix.
     """
     left_out = LeftOut() if left_out is None else left_out
     found, seen = list[Path | str](), set[object]()
@@ -269,13 +269,13 @@ def _is_json_object(path: str) -> bool:
 
 
 def _format_of(file: Path | str, source: AnySource, place: str) -> TextFormat | RecordFileFormat:
-    told = source.suffixes.get(_data_suffix(file))
-    if told is None:
+    known = source.suffixes.get(_data_suffix(file))
+    if known is None:
         raise UserError(
             f"The format of `{file}` cannot be told from its suffix. Set `{place}.format` to one of "
             f"{', '.join(dict.fromkeys(source.suffixes.values()))}"
         )
-    return told
+    return known
 
 
 def _data_suffix(file: Path | str) -> str:
@@ -289,8 +289,8 @@ def walk_files(folder: Path, left_out: LeftOut, *, hidden: bool = False) -> Iter
     """Walk a folder and its sub-folders, linked ones too, as `**` of a glob does, but no circle of links.
 
     Args:
-        folder: The folder.
-        left_out: Counts what is hidden, cannot be opened, or has a name that is not UTF-8.
+        folder: Folder to walk.
+        left_out: Count of what is hidden, cannot be opened, or has a name that is not UTF-8.
         hidden: True to list names that begin with a dot, too.
 
     Yields:
@@ -335,7 +335,7 @@ def match_glob(pattern: str, left_out: LeftOut) -> list[Path]:
 
     Args:
         pattern: Glob with `*`, `?`, `[…]` and `**`.
-        left_out: Counts matches that are no files; those of `**` are looked into.
+        left_out: Count of matches that are no files; those of `**` are looked into.
 
     Returns:
         Files, sorted by path; none if there are none.
@@ -484,7 +484,7 @@ class DatasetFolders:
 
         Args:
             paths: Paths of all files, from the folder on.
-            root: The folder, for errors.
+            root: Path of the folder, for errors.
 
         Raises:
             FileNotFoundError: A file that a state.json lists is missing.
@@ -510,7 +510,7 @@ class DatasetFolders:
                 )
 
     def _listed(self, folder: str) -> set[str] | None:
-        """Names of the data files in a folder of one dataset, None for another folder."""
+        """List the data files in a folder of one dataset, None for another folder."""
         state = self._object(f"{folder}state.json") or {}
         files = state.get("_data_files")
         if not isinstance(files, list):

@@ -1,4 +1,4 @@
-"""Decompressed bytes of a file by pieces, and its lines; damage is told, never taken for the end of the file."""
+"""Decompressed bytes of a file by pieces, and its lines; damage is an error, never taken for the end of the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from lightning_mixcn.errors import MissingFileError, UserError, one_line
 
-# What the fsspec drivers call the size, the time of the last change and the hash of a file's contents.
+# Names that fsspec drivers have for the size, the time of the last change and the hash of a file's contents.
 _IDENTITY_KEYS = (
     "size",
     "mtime",
@@ -40,7 +40,7 @@ _IDENTITY_KEYS = (
 )
 LOCAL = "file://"
 _ZIP = "zip://"
-# What Python's zipfile reads; newer archivers also write 9 (deflate64) and 99 (encrypted by AES).
+# Methods that Python's zipfile reads; newer archivers also write 9 (deflate64) and 99 (encrypted by AES).
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _OPEN_DIRECTORIES = 16
 
@@ -67,9 +67,8 @@ def match_urls(
 
     Args:
         pattern: URL of a file, a folder or a glob.
-        place: How the configuration names the source, for errors.
-        choose: Chooses the files of a folder, by their paths inside, that are the source's; given the paths and the
-            folder's URL.
+        place: Name of the source in the configuration, for errors.
+        choose: Function that chooses the source's files of a folder, given their paths inside and the folder's URL.
         on_folder: Called with each folder that a glob without `**` matches: it is not looked into.
 
     Returns:
@@ -105,7 +104,7 @@ def match_urls(
             f"`{place}.path={pattern!r}` matches no file with a known suffix, or cannot be reached. "
             "Give the URL of a file, a folder or a glob"
         )
-    # A driver's paths lack the protocol, and with some the host: both stand before the path in the pattern.
+    # A driver's paths lack the protocol, and with some the host: both come before the path in the pattern.
     bare = pattern.rstrip("/")
     prefix = bare.removesuffix(path.rstrip("/"))
     return [prefix + name if prefix != bare else str(system.unstrip_protocol(name)) for name in names]
@@ -127,7 +126,7 @@ def open_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def identify(path: str | Path) -> dict[str, int | str]:
-    """Tell what changes when a file does.
+    """Read what changes when a file does: size, times and hashes.
 
     Args:
         path: Local file, URL or member of a zip archive.
@@ -156,7 +155,7 @@ def list_zip(archive: str | Path, place: str) -> dict[str, str]:
 
     Args:
         archive: Local file or URL.
-        place: How the configuration names the source, for errors.
+        place: Name of the source in the configuration, for errors.
 
     Returns:
         Name of each member, and its path for `open_file` and `identify`.
@@ -182,7 +181,7 @@ def check_members(archive: str | Path, names: Iterable[str], place: str) -> None
     Args:
         archive: Local file or URL.
         names: Names of the members.
-        place: How the configuration names the source, for errors.
+        place: Name of the source in the configuration, for errors.
 
     Raises:
         ValueError: A member is encrypted, there twice, or made by a method that Python does not read.
@@ -280,9 +279,9 @@ class DamagedFileError(UserError):
     """A file is damaged or cut off: what was read before is all there is.
 
     Args:
-        message: The message.
-        unread_share: Share of the file that was not taken over, between 0 and 1; None if it is what comes after the
-            bytes that `on_read` was told.
+        message: Message of the error.
+        unread_share: Share of the file that was not read, between 0 and 1; None if it is all after the bytes that
+            `on_read` counted.
     """
 
     def __init__(self, message: str, unread_share: float | None = None) -> None:

@@ -43,8 +43,8 @@ class Source:
             `json` is one array of records or of texts, which is held in memory while it is unpacked.
         text_key: JSON key, or parquet or Arrow column, that holds a document's text.
         document_unit: Unit of a text file that is one document: the whole file, a line, or a block between blank lines.
-        max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
-        columns: The records' name of `text`, such as `{text: content}`: the same as `text_key`, so give one of them.
+        max_epochs: Times that the training set of this source is read before it stops; null repeats it for ever.
+        columns: Name that the records have for `text`, such as `{text: content}`: the same as `text_key`, so give one.
     """
 
     name: str
@@ -78,9 +78,9 @@ class ConversationSource:
         roles: Meanings of the records' roles, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
             chatgpt, assistant, system), such as `{tool: user, developer: system}`; a role without a meaning is a bad
             record.
-        max_epochs: How often the training set of this source is read before it stops; null repeats it for ever.
-        columns: The records' names of keys that `records` expects, such as `{instruction: input, output: target}`
-            for records that have a question in `input` and its answer in `target`.
+        max_epochs: Times that the training set of this source is read before it stops; null repeats it for ever.
+        columns: Names that the records have for keys of their form, such as `{instruction: input, output: target}` for
+            records that have a question in `input` and its answer in `target`.
     """
 
     name: str
@@ -106,11 +106,11 @@ class SourceFile:
     """One file of a source.
 
     Args:
-        path: The file; a string if it is an URL or in a zip archive.
-        format: Its format, given or told from the suffix.
+        path: File; a string if it is an URL or in a zip archive.
+        format: Format of the file, given or known by its suffix.
         text_key: JSON key, or parquet or Arrow column, of the text.
         document_unit: Unit of a text file that is one document.
-        records: Form of the records if they are conversations, `any` tells it from each record; None if they are text.
+        records: Form of the records if they are conversations, `any` to read each as what it is; None if they are text.
         roles: Pairs of a role of the records and what it means.
         columns: For conversations, pairs of a key that their form expects and the records' name of it.
     """

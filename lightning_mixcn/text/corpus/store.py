@@ -111,12 +111,12 @@ class RecordTally:
 
 @dataclass(frozen=True)
 class TextStore:
-    """A finished store: its place and counts; its files are opened when they are first read.
+    """Finished store: its place and counts; its files are opened when they are first read.
 
     Args:
-        folder: Its folder.
-        file: The file, or URL, that was unpacked.
-        counts: What it holds.
+        folder: Folder of the store.
+        file: File or URL that was unpacked.
+        counts: Counts of its contents.
     """
 
     folder: str
@@ -138,7 +138,7 @@ class OpenStore:
     Reads, and no mapped memory: what a process has read of a mapping stays in its memory, with time the whole corpus.
 
     Args:
-        folder: The store.
+        folder: Folder of the store.
         counts: Expected contents.
 
     Raises:
@@ -164,7 +164,7 @@ class OpenStore:
             os.close(file)
 
     def span(self, index: int) -> tuple[int, int]:
-        """Where the text of a document begins and ends, in bytes."""
+        """Return where the text of a document begins and ends, in bytes."""
         begin, end = self._integers("offsets", index, 2, "<i8").tolist()
         return begin, end
 
@@ -203,7 +203,7 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
     """Read what a store was made from and what it holds.
 
     Args:
-        folder: Where it would be.
+        folder: Folder of the store, if there is one.
 
     Returns:
         Both, or None where there is no store, or one that is damaged, as its files' sizes tell.
@@ -224,11 +224,11 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
 
 @dataclass(frozen=True)
 class DocumentOrigin:
-    """Where a document was read.
+    """Place where a document was read.
 
     Args:
-        source: Name of its source.
-        file: Its file; a string if it is an URL.
+        source: Name of the document's source.
+        file: File of the document; a string if it is an URL.
         record: Line where it begins, counted from 1; for parquet and Arrow the row, counted from 0.
     """
 
@@ -239,12 +239,12 @@ class DocumentOrigin:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source, in the order of its files.
+    """Documents of one source, in the order of its files.
 
     Pickled, it is no more than its arguments: another process maps the same stores when it reads them.
 
     Args:
-        source: The source.
+        source: Source of the documents.
         stores: Unpacked documents of each file.
         on_bad_record: `error` or `skip`, for a document that turns out to be bad when it is encoded.
     """
@@ -263,7 +263,7 @@ class Corpus:
         return self._starts[-1]
 
     def text(self, index: int) -> str:
-        """Get the text of document `index`."""
+        """Return the text of document `index`."""
         store, row = self._locate(index)
         return store.open().text(row)
 
@@ -304,8 +304,8 @@ class Corpus:
         """Do what `on_bad_record` says with a document that cannot be encoded.
 
         Args:
-            index: The document.
-            reason: Why it cannot be.
+            index: Index of the document.
+            reason: Reason why it cannot be.
 
         Raises:
             ValueError: `on_bad_record` is `error`; the message names file and line or row. Else a warning does.
@@ -422,7 +422,7 @@ class StoreWriter:
         """Append a document.
 
         Args:
-            record: Its line or row.
+            record: Line or row of the document.
             encoded: UTF-8 of its text.
         """
         digest = _HASH.copy()

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from ctypes import c_int64
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,8 +62,8 @@ def read_corpus(source: AnySource, place: str = "sources[0]", *, on_bad_record: 
     of the log says how many files were read, and what was left out and why.
 
     Args:
-        source: The source.
-        place: How the configuration names it, for errors.
+        source: Source of the files.
+        place: Name of the source in the configuration, for errors.
         on_bad_record: `error` to stop at a record that is malformed, or has no valid text; `skip` to leave it out, and
             the rest of a damaged file too, with a warning.
 
@@ -173,7 +172,7 @@ def _unpack_in_processes(
     files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, bar: tqdm[None], processes: int
 ) -> list[TextStore]:
     context = multiprocessing.get_context(_START_METHOD)
-    read = context.Value(c_int64, 0)
+    read = context.Value("q", 0)
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, _start_process, (read,)) as pool:
         futures = [pool.submit(_unpack_in_process, file, on_bad_record) for file in files]
@@ -185,11 +184,12 @@ def _unpack_in_processes(
                 for future in done:
                     future.result()
         except BaseException as error:
-            lost = [f"`{file.path}`" for file, future in zip(files, futures, strict=True) if future in unfinished]
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()  # in the middle of a file, too: a store that is not complete is no store
             if isinstance(error, BrokenProcessPool):
+                ended = [future.done() and future.exception() is None for future in futures]
+                lost = [f"`{file.path}`" for file, whole in zip(files, ended, strict=True) if not whole]
                 raise UserError(
                     f"A process that unpacked {' or '.join(lost[:processes])} was killed. The memory may be too small, "
                     "or the file damaged: unpack it alone to see, or get it again"
@@ -237,7 +237,7 @@ def find_store(file: SourceFile, on_bad_record: BadRecordPolicy) -> TextStore | 
     """Find the store of a file in the cache folder.
 
     Args:
-        file: The file.
+        file: File of a source.
         on_bad_record: Policy for bad records: the store depends on it.
 
     Returns:
@@ -334,7 +334,7 @@ def _made_from(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, An
 
 
 def _settled(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
-    """The same, once any further change of the file shows in its time."""
+    """Return the same, once any further change of the file shows in its time."""
     made_from = _made_from(file, on_bad_record)
     changed = made_from["identity"].get("mtime_ns", 0)
     if 0 <= time.time_ns() - changed < _CLOCK_TICK_NS:

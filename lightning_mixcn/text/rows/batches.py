@@ -80,8 +80,8 @@ class RowTable(NamedTuple):
         lengths: Tokens of each segment ``[n]``, int64; padding is a segment, too.
         numbers: Number of each segment in its row ``[n]``, int32, and -1 for padding.
         sources: Source of each segment ``[n]``, int16, and -1 for padding.
-        continued: Whether each segment's document began in an earlier row ``[n]``, bool.
-        learned: Whether each token may be a label, padding included, ``[R * S]``, bool.
+        continued: Mask of the segments whose document began in an earlier row ``[n]``, bool.
+        learned: Mask of the tokens that may be labels ``[R * S]``, bool; False on padding.
     """
 
     places: NDArray[np.int64]
@@ -138,7 +138,7 @@ def collate_rows(
         rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
         sequence_length: S.
         padding_id: Token id under the padding.
-        isolated: Whether positions begin at 0 with each segment, which isolates it; else they run through the row, and
+        isolated: True to begin positions at 0 with each segment, which isolates it; else they run through the row, and
             only the row's first label is ignored.
 
     Returns:

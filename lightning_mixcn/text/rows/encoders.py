@@ -1,4 +1,4 @@
-"""How a document becomes tokens, and which of them are learned from: the seam between streams and kinds of text."""
+"""Documents to tokens, and which of them are labels: the seam between streams and kinds of text."""
 
 # n = tokens of a document
 
@@ -28,9 +28,9 @@ class EncodedDocument:
 
     Args:
         tokens: Token ids ``[n]``, int32; none if the document was dropped.
-        learned: Whether each token is learned from ``[n]``, bool; None learns from all.
-        too_long: What was done to a document that is longer than a row, if anything was.
-        refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
+        learned: Mask of the tokens that are labels ``[n]``, bool; None means all.
+        too_long: Treatment of a document that was longer than a row; None if it was not.
+        refused: Reason why the document cannot be encoded; it has no tokens then.
     """
 
     tokens: NDArray[np.int32]
@@ -41,14 +41,14 @@ class EncodedDocument:
 
 @dataclass(frozen=True, slots=True)
 class ScoredDocument:
-    """A document as tokens, and what its likelihood is counted in.
+    """A document as tokens, with the bytes that its likelihood is divided by.
 
     Args:
         tokens: Token ids ``[n]``, int32; none if the document was dropped.
         label_bytes: UTF-8 bytes credited to each token ``[n]``, int32.
-        is_text: Whether each token is text, and no control token, ``[n]``, bool.
-        learned: Whether each token is scored ``[n]``, bool; None scores all.
-        refused: Why the document cannot be encoded, if it cannot; it has no tokens then.
+        is_text: Mask of the tokens that are text, and no control tokens ``[n]``, bool.
+        learned: Mask of the tokens that are scored ``[n]``, bool; None means all.
+        refused: Reason why the document cannot be encoded; it has no tokens then.
     """
 
     tokens: NDArray[np.int32]
@@ -59,11 +59,11 @@ class ScoredDocument:
 
 
 class DocumentEncoder(Protocol):
-    """What makes tokens of the documents of a run."""
+    """Encoder of the documents of a run."""
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Names and values of all that the tokens depend on; a run goes on only if they are the same."""
+        """Names and values of all that the tokens depend on; a run is resumed only if they are the same."""
 
     @property
     def padding_id(self) -> int:
@@ -71,7 +71,7 @@ class DocumentEncoder(Protocol):
 
     @property
     def keeps_whole(self) -> bool:
-        """Whether rows must not cut a document; no document is longer than a row then."""
+        """True if rows must not cut a document; no document is longer than a row then."""
 
     def encode(self, text: str) -> EncodedDocument:
         """Encode a document of a corpus."""
@@ -82,10 +82,10 @@ class DocumentEncoder(Protocol):
 
 @dataclass(frozen=True)
 class PlainText:
-    """Documents that are learned from whole, as ``BOS text EOS``.
+    """Encoder of plain text as ``BOS text EOS``, all of it labels.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Tokenizer of the model.
     """
 
     tokenizer: TextTokenizer
@@ -93,7 +93,7 @@ class PlainText:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """The tokenizer's."""
+        """Digest of the tokenizer."""
         return {"tokenizer": self.tokenizer.fingerprint}
 
     @property
@@ -109,7 +109,7 @@ class PlainText:
         return EncodedDocument(tokens)
 
     def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
-        """Encode texts; a text's bytes are shared out over its tokens, and EOS stands for none."""
+        """Encode texts; a text's bytes are credited to its tokens, and none to EOS."""
         scored = []
         for ids, widths in self.tokenizer.encode_batch_with_bytes(texts):
             tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]]).astype(np.int32)
@@ -125,13 +125,13 @@ Answers = Literal["all", "last"]
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations laid out by a chat template; answers, and the token that ends each, are learned.
+    """Encoder of conversations by a chat template; answers, and the token that ends each, are labels.
 
     Answers whose turn is not `learned` are there to be answered to, and have no labels.
 
     Args:
-        template: The chat template.
-        tokenizer: The tokenizer.
+        template: Chat template of the conversations.
+        tokenizer: Tokenizer of the model.
         sequence_length: Tokens of a row, which no conversation exceeds.
         on_too_long: Treatment of a longer one: `cut_at_turn` keeps the exchanges from the beginning that fit whole,
             `truncate` keeps as many tokens as fit, so that the last answer has no end and none is learned, `drop` drops
@@ -251,7 +251,7 @@ def _bounds(segments: Sequence[TurnTokens]) -> tuple[list[int], list[int]]:
     return edges[:-1], edges[1:]
 
 
-# A source is sampled by documents spread evenly over it, until they are enough.
+# A source is sampled by documents spread evenly over it, until there are this many documents or bytes.
 _SAMPLED_DOCUMENTS = 32
 _SAMPLED_BYTES = 1 << 18
 

@@ -62,7 +62,7 @@ _LEAST_PART = 1 / 16
 # Dropped one after the other, so many mean that a source has none that fits: else a stream would seek for ever.
 _HOPELESS_DOCUMENTS = 1000
 
-# What sources' weights are shares of.
+# Unit of the sources' weights.
 WeightUnit = Literal["tokens", "bytes"]
 
 # Plain values, see `RowStream.state`.
@@ -71,16 +71,16 @@ StreamState = dict[str, Any]
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """All that decides the order of rows.
+    """Settings that decide the order of rows.
 
     Args:
         documents: Training documents of each source, at least one document each.
-        encoder: What makes tokens of them.
+        encoder: Encoder of the documents.
         sequence_length: Tokens of a row.
         num_streams: Number of streams.
         seed: Seed of the permutations.
         packing: One of `PACKINGS`.
-        weight_unit: What the sources' weights are shares of; bytes of text are the same for every tokenizer.
+        weight_unit: Unit of the sources' weights; bytes of text are the same for every tokenizer.
     """
 
     documents: Sequence[TrainingDocuments]
@@ -100,7 +100,7 @@ class StreamPlan:
 
     @cached_property
     def samples(self) -> list[SourceSample]:
-        """What a few documents tell of each source ``[sources]``."""
+        """First estimates of each source ``[sources]``, from a few documents."""
         any_order = self.packing == "best_fit"
         return [
             sample_source(documents, self.encoder, self.sequence_length, any_order=any_order)
@@ -162,7 +162,7 @@ class RowStream:
     """One stream of rows.
 
     Args:
-        plan: What decides the order of rows.
+        plan: Settings that decide the order of rows.
         index: Number of the stream.
         state: State to continue from; None is before the first row.
     """
@@ -214,7 +214,7 @@ class RowStream:
 
     @property
     def exhausted(self) -> bool:
-        """Whether every source has been read `max_epochs` times."""
+        """True once every source has been read `max_epochs` times."""
         return not self._live()
 
     def next_row(self) -> Row:
@@ -236,7 +236,7 @@ class RowStream:
         return tuple(row)
 
     def _live(self) -> list[int]:
-        """Sources that still have something to give."""
+        """List the sources that still have documents."""
         return [source for source, reader in enumerate(self._readers) if self._pools[source] or not reader.exhausted]
 
     def _plan_row(self) -> None:
@@ -384,7 +384,7 @@ class _Reader:
 
     @property
     def exhausted(self) -> bool:
-        """Moves to the next document that is for training, if there is one."""
+        """True if the source has ended; else the next document for training is current."""
         while self._index is None and (self._end is None or self.number < self._end):
             index = self._index_of(self.number)
             if index in self._documents:
@@ -399,7 +399,7 @@ class _Reader:
         return len(self._current.tokens) - self.offset
 
     def take(self, space: int) -> RowSegment:
-        """The next tokens of the document, at most `space`; call only where not `exhausted`."""
+        """Take the next tokens of the document, at most `space`; call only where not `exhausted`."""
         document = self._current
         if self.offset == 0:
             self._count_too_long(document)
@@ -412,7 +412,7 @@ class _Reader:
         return segment
 
     def segment(self, number: int, offset: int, length: int) -> RowSegment:
-        """A segment that was taken before."""
+        """Cut out a segment that was taken before."""
         return self._cut(self._encode(self._index_of(number)), number, offset, length)
 
     @property

@@ -120,7 +120,7 @@ def test_any_conversation_equals_mistral_common(
 def later_version(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TextTokenizer, Encode]:
-    """A tokenizer in which [INST] is a control token, and how mistral_common encodes a conversation with it."""
+    """Save a tokenizer in which [INST] is a control token, and how mistral_common encodes a conversation with it."""
     file = bundled_model(f"mistral_instruct_tokenizer_{request.param}")
     return load_tokenizer(tokenizer_json(file, tmp_path_factory.mktemp("later"))), mistral_common_of(file)
 

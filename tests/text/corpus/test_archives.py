@@ -30,7 +30,7 @@ def texts_of(corpus: Corpus) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a file of each format."""
+    """Fill a folder with a file of each format."""
     (tmp_path / "in/deep").mkdir(parents=True)
     (tmp_path / "in/a.jsonl").write_text('{"text": "one"}\n{"text": "两"}\n')
     (tmp_path / "in/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n'))

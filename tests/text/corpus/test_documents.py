@@ -79,7 +79,7 @@ def test_fingerprint_sees_any_change(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[Source]:
-    """200 Chinese and 100 English documents."""
+    """Write 200 Chinese and 100 English documents."""
     draw, made = random.Random(0), []
     for name, alphabet, count in (("zh", "中文大小人天", 200), ("en", "abcdefg ", 100)):
         texts = ["".join(draw.choices(alphabet, k=draw.randint(0, 60))) + f"#{number}" for number in range(count)]

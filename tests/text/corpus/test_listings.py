@@ -37,7 +37,7 @@ def listed(path: Path | str | list[str], left_out: LeftOut | None = None) -> lis
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """A folder with a linked sub-folder, a linked file, and a file of another disk."""
+    """Make a folder with a linked sub-folder, a linked file, and a file of another disk."""
     for name in ("data/real/a.jsonl", "disk2/deep/b.jsonl", "disk3/c.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(line(name))
@@ -172,7 +172,7 @@ def test_home_is_expanded(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
-    """Saves texts with `datasets`, in some shards."""
+    """Save texts with `datasets`, in some shards."""
     datasets.disable_progress_bars()
 
     def save(name: str, texts: list[str], **options: int) -> Path:

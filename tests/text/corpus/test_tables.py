@@ -16,7 +16,7 @@ def read(path: Path, format_: TextFormat = "parquet", text_key: str = "text") ->
 
 
 def kept(texts: list[str]) -> list[tuple[int, str]]:
-    """Rows with text: others are counted, and left out."""
+    """List the rows with text: others are counted, and left out."""
     return [(row, text) for row, text in enumerate(texts) if text]
 
 

@@ -17,6 +17,9 @@ from lightning_mixcn.text.corpus.sources import SourceFile
 from lightning_mixcn.text.corpus.store import StoreWriter, TextStore
 from lightning_mixcn.text.corpus.unpack import cache_folder, find_store, is_first_rank, unpack, unpack_all
 
+# From Python 3.12 on, of any fork beside a thread; the pool forks on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 LINES = "".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(50))
 TEXTS = [f"document {number}" for number in range(50)]
 

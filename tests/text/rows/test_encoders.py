@@ -38,7 +38,7 @@ def encode(tokenizer: TextTokenizer, turns: list[Turn], length: int = 4096, **ch
 
 
 def read(tokenizer: TextTokenizer, document: EncodedDocument) -> tuple[str, list[str]]:
-    """The row as text, and each run of learned tokens."""
+    """Decode the row, and each run of learned tokens."""
     assert document.learned is not None
     edges = np.flatnonzero(np.diff(document.learned.astype(int), prepend=0, append=0)).reshape(-1, 2)
     runs = [tokenizer.decode(document.tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]

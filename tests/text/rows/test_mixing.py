@@ -83,7 +83,7 @@ def plan_of(texts: list[list[str]], weights: tuple[float, ...], tokenizer: TextT
 
 @pytest.fixture(scope="module")
 def texts() -> list[list[str]]:
-    """Short paragraphs, documents of about a row, and a few that are as long as hundreds of rows."""
+    """Make short paragraphs, documents of about a row, and a few that are as long as hundreds of rows."""
     draw = random.Random(0)
     words = ["the", "of", "中", "大", "that"]
     lengths = [[draw.randint(3, 20) for _ in range(900)], [3_000 + draw.randint(0, 9_000) for _ in range(5)],

@@ -38,7 +38,7 @@ def plan_of(documents: list[TrainingDocuments], tokenizer: TextTokenizer, **chan
 
 
 def all_rows(plan: StreamPlan) -> list[list[Row]]:
-    """Every row of every stream, up to the end."""
+    """Make every row of every stream, up to the end."""
     rows: list[list[Row]] = []
     for stream in plan.open(range(plan.num_streams)).values():
         rows.append([])
@@ -49,7 +49,7 @@ def all_rows(plan: StreamPlan) -> list[list[Row]]:
 
 
 def decoded(plan: StreamPlan) -> list[Counter[str]]:
-    """The documents found in all rows, by source, put together from their segments."""
+    """Put together the documents found in all rows, by source, put together from their segments."""
     found: list[Counter[str]] = [Counter() for _ in plan.documents]
     for rows in all_rows(plan):
         if plan.packing != "best_fit":
