@@ -10,7 +10,7 @@ from lightning_mixcn.errors import MissingFileError, UserError
 
 from .sentencepiece import BLANK, processor_of, read_proto
 
-FILES = ("tokenizer.json", "tokenizer.model")
+_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class TokenizerPieces:
@@ -34,11 +34,11 @@ class TokenizerPieces:
         """Read the vocabulary."""
         self.folder = folder
         if not has_tokenizer(folder):
-            raise MissingFileError(f"{str(folder)!r} has neither {' nor '.join(FILES)}. Copy one there")
-        if (folder / FILES[0]).is_file():
-            vocabulary, self._split, self.is_byte_level = _of_tokenizers(folder / FILES[0])
+            raise MissingFileError(f"{str(folder)!r} has neither {' nor '.join(_FILES)}. Copy one there")
+        if (folder / _FILES[0]).is_file():
+            vocabulary, self._split, self.is_byte_level = _of_tokenizers(folder / _FILES[0])
         else:
-            vocabulary, self._split, self.is_byte_level = _of_sentencepiece(folder / FILES[1])
+            vocabulary, self._split, self.is_byte_level = _of_sentencepiece(folder / _FILES[1])
         self.pieces: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
         for piece, index in vocabulary.items():
             self.pieces[index] = piece
@@ -66,7 +66,7 @@ class TokenizerPieces:
 
 def has_tokenizer(folder: Path) -> bool:
     """Tell whether a folder has a tokenizer that `TokenizerPieces` reads."""
-    return any((folder / name).is_file() for name in FILES)
+    return any((folder / name).is_file() for name in _FILES)
 
 
 Vocabulary = tuple[dict[str, int], Callable[[str], list[int]], bool]

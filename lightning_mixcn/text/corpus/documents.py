@@ -20,7 +20,7 @@ from .unpack import read_corpus
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-STAGES = ("train", "val", "test", "predict")
+_STAGES = ("train", "val", "test", "predict")
 _DIGESTS = 2.0**64
 _ROUNDS = 8
 _MASK = 2**64 - 1
@@ -74,8 +74,8 @@ class StageDocuments:
         Raises:
             ValueError: There is no such stage.
         """
-        if stage not in STAGES:
-            raise UserError(f"`stage={stage!r}`: expected one of {', '.join(STAGES)}")
+        if stage not in _STAGES:
+            raise UserError(f"`stage={stage!r}`: expected one of {', '.join(_STAGES)}")
         return [source.name for source in self._sources.get(f"{stage}_sources") or self._sources["sources"]]
 
     def describe(self) -> dict[str, int]:

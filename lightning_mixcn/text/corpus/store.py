@@ -46,7 +46,7 @@ NAMED_PLACES = 5
 _PLACE_CHARACTERS = 300
 _ITEM_BYTES = 8
 _BUFFER_BYTES, _BUFFER_DOCUMENTS = 1 << 20, 1 << 14
-FILES = ("texts", "offsets", "digests", "records")
+_FILES = ("texts", "offsets", "digests", "records")
 # Stores a process keeps open, each with four file descriptors; usual limits are 1,024 of these.
 _MAX_OPEN_STORES = 100
 _HASH = hashlib.blake2b(digest_size=_ITEM_BYTES, person=b"mixcn-split")
@@ -155,7 +155,7 @@ class OpenStore:
                 "Start this process again: what is missing is unpacked again"
             )
         self._folder = folder
-        for name in FILES:
+        for name in _FILES:
             self._files[name] = os.open(os.path.join(folder, f"{name}.bin"), os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -214,7 +214,7 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
         counts = StoreCounts(**fields | {key: tuple(fields[key]) for key in ("bad_places", "columns", "keys")})
         if made_from["version"] != VERSION:
             return None
-        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in FILES}
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in _FILES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     items = counts.documents * _ITEM_BYTES
@@ -401,7 +401,7 @@ class StoreWriter:
         """Open the files."""
         self._folder = folder
         with ExitStack() as opened:
-            self._files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in FILES}
+            self._files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in _FILES}
             self._opened = opened.pop_all()
         self._files["offsets"].write(bytes(_ITEM_BYTES))
         self._texts, self._records, self._digests = list[bytes](), list[int](), list[bytes]()

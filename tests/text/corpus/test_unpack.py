@@ -106,7 +106,7 @@ def test_store_that_was_replaced_is_told(file: SourceFile, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["texts.bin", "offsets.bin", "digests.bin", "records.bin", "store.json"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "longer"])
-def test_damaged_store_is_made_anew(name: str, damage: str, file: SourceFile, cache: Path) -> None:
+def test_damaged_store_is_made_again(name: str, damage: str, file: SourceFile, cache: Path) -> None:
     unpack(file, "error")
     (folder,) = folders(cache)
     data = (folder / name).read_bytes()
