@@ -35,7 +35,7 @@ from lightning_mixcn.text import (
     StreamPlan,
     StreamState,
     collate_evaluation_rows,
-    collate_table,
+    collate_tables,
 )
 from lightning_mixcn.text.corpus.unpack import end_with_parent
 
@@ -179,8 +179,8 @@ class TrainLoader:
         chunks = worker_chunks(dataset, self._num_workers, self._start_method)
         while True:
             parts = [next(chunks) for _ in range(max(1, self._num_workers))]
-            table = RowTable.joined([part.table for part in parts])
-            arrays = collate_table(table, plan.sequence_length, isolated=plan.packing != "concatenate")
+            tables = [part.table for part in parts]
+            arrays = collate_tables(tables, plan.sequence_length, isolated=plan.packing != "concatenate")
             for batch, ends in enumerate(zip(*(part.ends for part in parts), strict=True)):
                 if may_end and self._all_ranks_ended(all(end.exhausted for end in ends)):
                     return

@@ -29,7 +29,7 @@ from .rows.batches import (
     ScoredRow,
     collate_evaluation_rows,
     collate_rows,
-    collate_table,
+    collate_tables,
 )
 from .rows.encoders import Answers, Conversations, DocumentEncoder, PlainText, TooLongPolicy
 from .rows.evaluation import EvaluationSet, evaluation_rows
@@ -74,7 +74,7 @@ __all__ = [
     "all_documents",
     "collate_evaluation_rows",
     "collate_rows",
-    "collate_table",
+    "collate_tables",
     "evaluation_rows",
     "load_conversation",
     "load_template",

@@ -241,9 +241,15 @@ class TrainingDocuments:
         """UTF-8 bytes of the set's texts."""
         return self.corpus.total_bytes - self.held_out.num_bytes
 
-    def order(self, seed: int, epoch: int) -> Permutation:
-        """Return the order of the corpus's documents, held-out ones included, in an epoch."""
-        return _permutation(len(self.corpus), f"{seed}/{self.name}/{epoch}")
+    def index_of(self, number: int, seed: int) -> int:
+        """Return the index of a document in the corpus, held out or not.
+
+        Args:
+            number: Number of the document in the run, counted through all epochs.
+            seed: Seed of the order of documents, which is another in each epoch.
+        """
+        epoch, place = divmod(number, len(self.corpus))
+        return _permutation(len(self.corpus), f"{seed}/{self.name}/{epoch}")[place]
 
     @property
     def fingerprint(self) -> str:

@@ -119,11 +119,6 @@ class RowTable(NamedTuple):
         places = np.array([place for place, _ in rows], dtype=np.int64)
         return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, np.concatenate(learned))
 
-    @classmethod
-    def joined(cls, tables: Sequence[RowTable]) -> RowTable:
-        """Make one table of several with different rows."""
-        return tables[0] if len(tables) == 1 else cls(*map(np.concatenate, zip(*tables, strict=True)))
-
 
 def collate_rows(
     rows: Sequence[Row], sequence_length: int, padding_id: int, *, isolated: bool = True
@@ -146,11 +141,14 @@ def collate_rows(
         ``continuation_mask`` bool (the token's document began in an earlier row), ``[B, S]``.
     """
     table = RowTable.of(list(enumerate(rows)), sequence_length, padding_id)
-    return collate_table(table, sequence_length, isolated=isolated)
+    return collate_tables([table], sequence_length, isolated=isolated)
 
 
-def collate_table(table: RowTable, sequence_length: int, *, isolated: bool = True) -> dict[str, NDArray[Any]]:
-    """Do what `collate_rows` does, with the table of a batch's rows."""
+def collate_tables(
+    tables: Sequence[RowTable], sequence_length: int, *, isolated: bool = True
+) -> dict[str, NDArray[Any]]:
+    """Lay out the rows of a batch as `collate_rows` does, from tables that have some of them each."""
+    table = tables[0] if len(tables) == 1 else RowTable(*map(np.concatenate, zip(*tables, strict=True)))
     places, tokens, lengths, numbers, sources, continued, learned = table
     begins = np.cumsum(lengths) - lengths
     positions_restart = isolated | (numbers < 0) | (begins % sequence_length == 0)

@@ -386,7 +386,7 @@ class _Reader:
     def exhausted(self) -> bool:
         """True if the source has ended; else the next document for training is current."""
         while self._index is None and (self._end is None or self.number < self._end):
-            index = self._index_of(self.number)
+            index = self._documents.index_of(self.number, self._plan.seed)
             if index in self._documents:
                 self._index = index
             else:
@@ -413,7 +413,7 @@ class _Reader:
 
     def segment(self, number: int, offset: int, length: int) -> RowSegment:
         """Cut out a segment that was taken before."""
-        return self._cut(self._encode(self._index_of(number)), number, offset, length)
+        return self._cut(self._encode(self._documents.index_of(number, self._plan.seed)), number, offset, length)
 
     @property
     def _current(self) -> EncodedDocument:
@@ -452,7 +452,3 @@ class _Reader:
 
     def _encode(self, index: int) -> EncodedDocument:
         return self._plan.encoder.encode(self._documents.corpus.text(index))
-
-    def _index_of(self, number: int) -> int:
-        epoch, place = divmod(number, len(self._documents.corpus))
-        return self._documents.order(self._plan.seed, epoch)[place]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lightning_mixcn.text import RowTable, collate_rows, collate_table
+from lightning_mixcn.text import RowTable, collate_rows, collate_tables
 from lightning_mixcn.text.rows.batches import RowSegment
 
 
@@ -41,7 +41,7 @@ def test_parts_of_a_batch_are_laid_out_as_the_whole(isolated: bool) -> None:
     rows = [(segment(1, 7, 8, 2), segment(1, 9)), (), (segment(6, 2, offset=3),), (segment(1, 5, 5, 5, 5, 5, 2),)]
     numbered = list(enumerate(rows))
     parts = [RowTable.of(part, 7, 2) for part in (numbered[1::2], [], numbered[::2])]
-    found = collate_table(RowTable.joined(parts), 7, isolated=isolated)
+    found = collate_tables(parts, 7, isolated=isolated)
     for name, array in collate_rows(rows, 7, 2, isolated=isolated).items():
         assert found[name].dtype == array.dtype
         assert np.array_equal(found[name], array)
