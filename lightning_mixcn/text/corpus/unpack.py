@@ -184,9 +184,9 @@ def _unpack_in_processes(
                 for future in done:
                     future.result()
         except BaseException as error:
-            pool.shutdown(wait=False)
+            # In the middle of a file, too: a store that is not complete is no store. The pool then ends by itself.
             for process in set(multiprocessing.active_children()) - others:
-                process.kill()  # in the middle of a file, too: a store that is not complete is no store
+                process.kill()
             if isinstance(error, BrokenProcessPool):
                 ended = [future.done() and future.exception() is None for future in futures]
                 lost = [f"`{file.path}`" for file, whole in zip(files, ended, strict=True) if not whole]
