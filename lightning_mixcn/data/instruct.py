@@ -20,7 +20,7 @@ from lightning_mixcn.text import (
     load_template,
 )
 
-from .module import StreamDataModule
+from .module import StreamDataModule, one_of
 
 _TRIED_CONVERSATIONS = 4096  # about a second and a half
 
@@ -81,13 +81,6 @@ class InstructDataModule(StreamDataModule):
         tokenizer: str | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
-        for name, value, known in (
-            ("answers", answers, get_args(Answers)),
-            ("on_too_long", on_too_long, get_args(TooLongPolicy)),
-            ("packing", packing, ("best_fit", "documents")),
-        ):
-            if value not in known:
-                raise UserError(f"`{name}={value!r}`: expected one of {', '.join(known)}")
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
         super().__init__(
             StageDocuments(ConversationSource, sources, held_out, predict_sources, on_bad_record),
@@ -95,12 +88,14 @@ class InstructDataModule(StreamDataModule):
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,
             num_workers=num_workers,
-            packing=packing,
+            packing=one_of("packing", packing, ("best_fit", "documents")),
             seed=seed,
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
         )
-        self.template_name, self.answers, self.on_too_long = template, answers, on_too_long
+        self.template_name = template
+        self.answers = one_of("answers", answers, get_args(Answers))
+        self.on_too_long = one_of("on_too_long", on_too_long, get_args(TooLongPolicy))
 
     def setup(self, stage: str | None = None) -> None:
         """Do what every data module does, and try the template on conversations of each source before training.

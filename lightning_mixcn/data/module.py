@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -27,6 +27,8 @@ from lightning_mixcn.text import (
 
 from .loaders import EvaluationLoader, RankShard, RepeatedBatches, TrainLoader, overfit_batches
 from .progress import Order, RunProgress, order_of
+
+_Value = TypeVar("_Value", bound=str)
 
 
 class StreamDataModule(LightningDataModule):
@@ -366,6 +368,13 @@ def _check_endless(trainer: Any) -> None:
                 "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another "
                 "value to change it"
             )
+
+
+def one_of(name: str, value: _Value, choices: Sequence[str]) -> _Value:
+    """Return an argument's value, or raise a ValueError that names the choices."""
+    if value not in choices:
+        raise UserError(f"`{name}={value!r}`: expected one of {', '.join(choices)}")
+    return value
 
 
 def _at_least(name: str, value: int, least: int, why: str) -> int:

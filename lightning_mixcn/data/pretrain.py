@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import get_args
 
-from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     PACKINGS,
     BadRecordPolicy,
@@ -16,9 +15,7 @@ from lightning_mixcn.text import (
     WeightUnit,
 )
 
-from .module import StreamDataModule
-
-Value = TypeVar("Value", bound=str)
+from .module import StreamDataModule, one_of
 
 
 class PretrainDataModule(StreamDataModule):
@@ -76,11 +73,11 @@ class PretrainDataModule(StreamDataModule):
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,
             num_workers=num_workers,
-            packing=_known("packing", packing, PACKINGS),
+            packing=one_of("packing", packing, PACKINGS),
             seed=seed,
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
-            weight_unit=_known("weight_unit", weight_unit, get_args(WeightUnit)),
+            weight_unit=one_of("weight_unit", weight_unit, get_args(WeightUnit)),
         )
 
     def make_encoder(self) -> PlainText:
@@ -90,9 +87,3 @@ class PretrainDataModule(StreamDataModule):
     def evaluation_documents(self, stage: str) -> list[DocumentSet]:
         """Get the documents of the set `val`, `test` or `predict`, one part a source; none if there is no such set."""
         return self._documents.read(stage, required=False)
-
-
-def _known(name: str, value: Value, expected: Sequence[str]) -> Value:
-    if value not in expected:
-        raise UserError(f"`{name}={value!r}`: expected one of {', '.join(expected)}")
-    return value

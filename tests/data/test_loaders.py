@@ -197,7 +197,9 @@ def test_ranks_that_do_not_agree_go_on_with_padding(sources: list[Source], token
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_states_stand_behind_each_batch(workers: int, ranks: int, plan: StreamPlan, rows: list[dict[str, Any]]) -> None:
+def test_states_are_those_after_each_batch(
+    workers: int, ranks: int, plan: StreamPlan, rows: list[dict[str, Any]]
+) -> None:
     """Whoever goes on from them makes the next rows, and reads nothing before."""
     of_ranks = [RunProgress() for _ in range(ranks)]
     for rank, progress in enumerate(of_ranks):

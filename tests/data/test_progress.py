@@ -32,7 +32,7 @@ def test_a_loaded_state_goes_on() -> None:
     assert progress.rows == 108
 
 
-def test_streams_stand_behind_what_was_consumed() -> None:
+def test_streams_are_those_after_what_was_consumed() -> None:
     """Batches that were handed out ahead are not in the state."""
     progress = RunProgress()
     progress.set_order(dict(ORDER))
