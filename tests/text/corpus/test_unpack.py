@@ -341,6 +341,7 @@ SCRIPT = """
 import os, sys
 print("script")
 from lightning_mixcn.text import Source, read_corpus
+from lightning_mixcn.text.corpus import unpack as unpacking
 unpacking.MIN_PARALLEL_BYTES = 0
 os.cpu_count = lambda: 2
 print(len(read_corpus(Source("zh", sys.argv[1]))))
