@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_mixcn.cli.allocator import keep_freed_memory
 from lightning_mixcn.model import set_activation_checkpointing
 from lightning_mixcn.model.memory.layer import MicroBatch
-from lightning_mixcn.model.memory.optimizer import LiveBytes, optimizer_memory
+from lightning_mixcn.model.memory.optimizer import MemoryTracker, optimizer_memory
 from lightning_mixcn.model.memory.plan import MemoryPlan, Run, Sharing, plan_memory
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
@@ -31,7 +31,7 @@ class Meter:
     """Bytes in use and the most of them since `reset`, beside ``parameters``, on a CPU or a GPU."""
 
     def __init__(self, device: torch.device, parameters: int) -> None:
-        self.parameters, self.live = parameters, LiveBytes() if device.type == "cpu" else None
+        self.parameters, self.live = parameters, MemoryTracker() if device.type == "cpu" else None
         if self.live is not None:
             self.live.__enter__()
 

@@ -46,14 +46,14 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             folder.mkdir(parents=True)
             yield folder
             for path in folder.rglob("*"):
-                _flush_to_disk(path)
+                flush_to_disk(path)
             if replace:
                 move_into_place(folder, out)
             else:
-                _flush_to_disk(folder)
+                flush_to_disk(folder)
                 check_output(out)
                 folder.rename(out)  # onto an empty folder at most
-                _flush_to_disk(out.parent)
+                flush_to_disk(out.parent)
     finally:
         _delete(folder)
 
@@ -128,13 +128,13 @@ def move_into_place(unfinished: Path, path: Path) -> None:
         unfinished: Hidden file or folder; the files in a folder are flushed to the disk already.
         path: Its name beside it.
     """
-    _flush_to_disk(unfinished)
+    flush_to_disk(unfinished)
     outdated = _outdated_path(path)
     if path.is_dir() or (path.exists() and unfinished.is_dir()):
         _delete(outdated)  # of a killed process
         path.rename(outdated)
     unfinished.replace(path)
-    _flush_to_disk(path.parent)
+    flush_to_disk(path.parent)
     _delete(outdated)
 
 
@@ -170,7 +170,7 @@ def _outdated_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.outdated")
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What a person calls a model — a checkpoint, a 4-bit folder, a run, an adapter — as a base and its adapters."""
+"""Open what a user calls a model (a checkpoint, a 4-bit folder, a run, an adapter) as a base and its adapters."""
 
 import re
 from collections.abc import Callable
@@ -155,7 +155,7 @@ def lora_of(adapter: AdapterFile) -> LoraConfig:
     """Return the configuration with which `load_mixtral` makes room for an adapter, read off its tensors.
 
     Args:
-        adapter: Of equal rank for all experts of a projection; other ranks may differ.
+        adapter: Adapter with equal ranks for all experts of a projection; other ranks may differ.
 
     Raises:
         ValueError: it adapts what is no projection of a Mixtral, or some experts of a projection with other ranks.

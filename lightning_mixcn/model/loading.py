@@ -1,4 +1,4 @@
-"""Making a model: from a checkpoint folder, or with random weights.
+"""Make a model: from a checkpoint folder, or with random weights.
 
 A checkpoint is read and quantised piece by piece, so the host never holds more than the 4-bit model and one piece.
 """
@@ -23,7 +23,7 @@ from .checkpoints.identity import (
     base_identity,
     stock_base,
 )
-from .checkpoints.layout import Entry, entries, stored_entries
+from .checkpoints.layout import StoredWeight, entries, stored_entries
 from .checkpoints.reading import CHUNK, check_entry, fill, is_quantised, mixtral_config, torch_device, torch_dtype
 from .lora.adapter_file import AdapterFile
 from .lora.attach import (
@@ -64,16 +64,16 @@ def load_mixtral(
             and router stay in ``dtype``. ``none``: everything in ``dtype``.
         lora: PEFT's configuration, or ``None`` for the bare base.
         dtype: Compute dtype. LoRA masters and trained embeddings are float32 whatever it is.
-        device: Where to; ``None`` is the CPU.
+        device: Device of the model; ``None`` is the CPU.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
         seed: Seed of LoRA's random start.
         adapter: PEFT adapter folder to continue from, opened or not; needs ``lora`` with its rank and targets.
         tokenizer: Folder or hub id of a tokenizer that continues the base's. Embedding and head get rows for its
             further pieces, and must train; an adapter that was trained so brings them itself.
-        new_rows: How those rows start. ``mean``: of the rows of the old pieces that the base's tokenizer splits the
-            new piece into; ``byte_mean``: the same, weighted by the bytes of each; ``random``: normal with the
+        new_rows: Start of those rows. ``mean``: the mean of the rows of the old pieces that the base's tokenizer splits
+            the new piece into; ``byte_mean``: the same, weighted by the bytes of each; ``random``: normal with the
             config's ``initializer_range``; ``zeros``.
-        shard: Called with the model while it is on the meta device, to shard it (see `shard_model`): a rank then reads,
+        shard: Function that shards the model while it is on the meta device (see `shard_model`): a rank then reads,
             quantises and holds its share only, bit for bit that part of what one rank would hold.
 
     Returns:
@@ -133,16 +133,16 @@ def build_mixtral(
     train_embeddings: bool = False,
     seed: int = 0,
 ) -> MixtralForCausalLM | MixtralPeftModel:
-    """The same model with random weights, normal with ``config.initializer_range``; on ``meta`` without any.
+    """Make the same model with random weights, normal with ``config.initializer_range``; on ``meta`` without any.
 
     Args:
-        config: Sizes.
+        config: Configuration with the sizes.
         quantization: As in `load_mixtral`.
         lora: As in `load_mixtral`.
         dtype: As in `load_mixtral`.
         device: As in `load_mixtral`; ``meta`` allocates nothing.
         train_embeddings: As in `load_mixtral`.
-        seed: Of the random weights and of LoRA's start.
+        seed: Seed of the random weights and of LoRA's start.
     """
     model, device = meta_model(config, quantization, torch_dtype(dtype)), torch_device(device or "cpu")
     model.name_or_path = ""
@@ -170,13 +170,13 @@ def _complete(
 
 def open_entries(
     model: nn.Module, checkpoint: Checkpoint, config: MixtralConfig
-) -> tuple[list[Entry], BitsAndBytesSource | None]:
+) -> tuple[list[StoredWeight], BitsAndBytesSource | None]:
     """List everything that a model takes from a checkpoint.
 
     Args:
         model: On the meta device.
         checkpoint: High-precision, or in 4 bits.
-        config: Of `mixtral_config`.
+        config: Configuration of `mixtral_config`.
 
     Returns:
         The entries in the model's order, and bitsandbytes' 4-bit weights if that is what the checkpoint holds.

@@ -1,4 +1,4 @@
-"""More pieces than the base has rows: where the new rows of embedding and head come from.
+"""Give embedding and head new rows for the pieces that an extended tokenizer has beyond the base's.
 
 The mean of the rows of the old pieces that a new piece was written with before is the start that Hewitt (2021,
 https://nlp.stanford.edu/~johnhew/vocab-expansion.html) argues for, narrowed to those pieces, as in Chinese-LLaMA's
@@ -38,11 +38,11 @@ class VocabularyExtension:
 
     Args:
         checkpoint: The base.
-        rows: Of embedding and head, in all.
-        new_rows: How the new ones start.
+        rows: Rows of embedding and head, in all.
+        new_rows: Start of the new ones.
         old: The base's pieces; ``None`` where an adapter brings all rows.
         new: The extended tokenizer's.
-        seed: Of ``random``.
+        seed: Seed of ``random``.
     """
 
     checkpoint: Checkpoint
@@ -138,8 +138,8 @@ def find_extension(
         checkpoint: The base.
         config: Its configuration.
         tokenizer: Folder or hub id of the tokenizer; ``None`` for the base's.
-        new_rows: How new rows start.
-        train_embeddings: Whether they will train.
+        new_rows: Start of the new rows.
+        train_embeddings: The rows will train.
         adapter: Adapter to continue from, which may hold more rows than the base.
         seed: Seed of ``random``.
 

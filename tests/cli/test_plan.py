@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.plan import Ranks
-from lightning_mixcn.model.memory.optimizer import LiveBytes
+from lightning_mixcn.model.memory.optimizer import MemoryTracker
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_mixtral
 
@@ -97,7 +97,7 @@ class Watch(Callback):
     """Living bytes of a fit from its first batch on."""
 
     def __init__(self) -> None:
-        self.live = LiveBytes()
+        self.live = MemoryTracker()
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.live.__enter__()

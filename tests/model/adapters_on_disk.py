@@ -22,7 +22,7 @@ def save_adapter(
     scale: float = 0.1,
     **lora: Any,
 ) -> MixtralPeftModel:
-    """A run's adapter with random factors, and the model that it was saved from."""
+    """Return a run's adapter with random factors, and the model that it was saved from."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
     model = load_mixtral(
         base,
@@ -42,7 +42,7 @@ def save_adapter(
 
 
 def write_by_hand(base: Path, folder: Path, sizes: dict[str, int], rank: int = 3) -> dict[str, Tensor]:
-    """An adapter in the per-expert layout as PEFT on transformers 4 wrote them, bf16, without any of our code.
+    """Return an adapter in the per-expert layout as PEFT on transformers 4 wrote them, bf16, without any of our code.
 
     Args:
         base: What ``base_model_name_or_path`` says.

@@ -16,13 +16,13 @@ STORIES = Path(__file__).parents[2].parent / "shared/data/models/stories260K-mix
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Mixtral, written by stock transformers."""
+    """Return a random Mixtral, written by stock transformers."""
     return save_tiny_mixtral(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session", params=["tiny", "stories"])
 def base(request: pytest.FixtureRequest, tiny: Path) -> Path:
-    """The random model, and where it is at hand a real pretrained one of 757,000 parameters."""
+    """Return the random model, and where it is at hand a real pretrained one of 757,000 parameters."""
     if request.param == "tiny":
         return tiny
     if not STORIES.is_dir():

@@ -121,7 +121,7 @@ def test_identity_follows_the_content(tiny: Path, tmp_path: Path) -> None:
 
 
 def rewrite(source: Path, out: Path, **changes: Any) -> Path:
-    """A copy of a folder with some tensors changed; None removes one."""
+    """Return a copy of a folder with some tensors changed; None removes one."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     for name, tensor in changes.items():

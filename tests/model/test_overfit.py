@@ -18,7 +18,7 @@ TEXTS, TOKENS, ROWS, STEPS, RANK, LR = 64, 201, 32, 300, 64, 8e-3
 
 
 def rows_of_text() -> Tensor:
-    """The first 201 tokens of 64 topics of Python's own help."""
+    """Return the first 201 tokens of 64 topics of Python's own help."""
     tokenizer = load_tokenizer(STORIES)
     encoded = tokenizer.encode_batch(sorted(pydoc_data.topics.topics.values()))
     rows = [[tokenizer.bos_id, *ids[: TOKENS - 1]] for ids in encoded if len(ids) >= TOKENS - 1]

@@ -43,7 +43,7 @@ NAMES = ("model.embed_tokens", "lm_head")
 
 @pytest.fixture(scope="session")
 def extended(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base's tokenizer with 57 or so further pieces: Chinese ones of bytes, or English ones of characters."""
+    """Return the base's tokenizer with 57 or so new pieces: Chinese ones of bytes, or English ones of characters."""
     out = tmp_path_factory.mktemp("extended") / "tokenizer"
     if base.name.startswith("stories"):
         return extend(base, out, " ".join(TALES).split(), 260, script="Latin", between=" ")
@@ -68,7 +68,7 @@ def texts_of_new_pieces(base: Path, extended: Path) -> dict[int, str]:
 
 
 def expected_row(base: Path, text: str, rows: NDArray[np.float32], weighted: bool) -> NDArray[np.float64]:
-    """The mean of old rows in float64: ids by transformers, bytes by decoding each token."""
+    """Return the mean of old rows in float64: ids by transformers, bytes by decoding each token."""
     old: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
     body = text.lstrip(" ")
     # transformers' tokenizer puts a blank in front; another letter before takes its place, and is cut off again.
@@ -148,7 +148,7 @@ def test_random_and_zeros(tiny: Path, tmp_path: Path) -> None:
 
 
 def trained(base: Path, tokenizer: Path, folder: Path) -> MixtralPeftModel:
-    """An extended model with random factors and moved embeddings, saved as a run does."""
+    """Return an extended model with random factors and moved embeddings, saved as a run does."""
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
     model = load_mixtral(
         base, quantization="none", dtype="float32", lora=lora, train_embeddings=True, tokenizer=tokenizer

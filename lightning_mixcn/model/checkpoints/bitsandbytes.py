@@ -1,4 +1,4 @@
-"""A checkpoint that bitsandbytes quantised (transformers 4: one ``Linear4bit`` an expert), taken over bit for bit.
+"""Take over a checkpoint that bitsandbytes quantised (transformers 4: one ``Linear4bit`` an expert) bit for bit.
 
 Its format is ours but for one thing: the second level has one offset a tensor, where a superblock has its own here. So
 codes, scales and second-level scales are copied, and each superblock gets the tensor's offset. That needs every matrix
@@ -23,14 +23,14 @@ from lightning_mixcn.model.nf4.codec import (
 )
 
 from .folder import Checkpoint
-from .layout import Entry
+from .layout import StoredWeight
 
 _TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = "quant_state.bitsandbytes__nf4"
 
 
 def is_bitsandbytes(checkpoint: Checkpoint) -> bool:
-    """Whether bitsandbytes quantised it, in whatever format."""
+    """Tell whether bitsandbytes quantised a checkpoint, in whatever format."""
     return bool((checkpoint.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes")
 
 
@@ -38,7 +38,7 @@ class BitsAndBytesSource:
     """The 4-bit weights of such a checkpoint.
 
     Args:
-        checkpoint: Its folder.
+        checkpoint: Opened folder.
 
     Raises:
         ValueError: it is in 8 bits, FP4, or without double quantisation, which ours would have to round.
@@ -57,19 +57,19 @@ class BitsAndBytesSource:
                 )
 
     def __contains__(self, name: str) -> bool:
-        """Whether the weight of this name is in 4 bits; modules that were skipped are not."""
+        """Tell whether the weight of this name is in 4 bits; modules that were skipped are not."""
         return f"{name}.{_STATE}" in self._checkpoint
 
-    def holds(self, entry: Entry) -> bool:
-        """Whether an entry, or a part of one, is in 4 bits."""
+    def holds(self, entry: StoredWeight) -> bool:
+        """Tell whether a weight, or a part of one, is in 4 bits."""
         return any(segment.name in self for segment in entry.segments)
 
-    def names(self, entry: Entry) -> list[str]:
-        """Names of all tensors that an entry in 4 bits is stored in."""
+    def names(self, entry: StoredWeight) -> list[str]:
+        """Return the names of all tensors that a weight in 4 bits is stored in."""
         parts = [segment.name for segment in entry.segments]
         return [*parts, *(f"{name}.{key}" for name in parts for key in (*_TABLES, _STATE))]
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: StoredWeight) -> None:
         """Check that every part of an entry is there in 4 bits and fits. ValueError if not."""
         shape = tuple(entry.shape[-2:])
         for segment in entry.segments:
@@ -79,16 +79,16 @@ class BitsAndBytesSource:
                     "this model?"
                 )
 
-    def stack(self, entry: Entry) -> NF4Tensors:
-        """All matrices of an entry as they are stored, one after the other. See `packed`."""
+    def stack(self, entry: StoredWeight) -> NF4Tensors:
+        """Return all matrices of a weight as they are stored, one after the other. See `packed`."""
         return NF4Tensors(*map(torch.cat, zip(*(self.packed(part.name) for part in entry.segments), strict=True)))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the weight before it was quantised."""
+        """Return the shape of the weight before it was quantised."""
         return tuple(self._state(name)["shape"])
 
     def packed(self, name: str) -> NF4Tensors:
-        """The weight as it is stored, in our four tensors.
+        """Return the weight as it is stored, in our four tensors.
 
         Raises:
             ValueError: other blocks or tables than NF4's, or no whole number of superblocks.

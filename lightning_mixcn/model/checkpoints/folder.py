@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.files.safetensors import Entry, SafetensorsFile
+from lightning_mixcn.files.safetensors import SafetensorsFile, TensorHeader
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,7 +28,7 @@ _SAMPLE_EVERY_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Segment:
+class TensorSlice:
     """Part of a stored tensor: ``tensor[index][rows[0]:rows[1]]``, each of the two left out where ``None``.
 
     It is contiguous on disk whatever the shape. ``rows`` counts the first dimension left after ``index``.
@@ -72,23 +72,23 @@ class Checkpoint:
         self._file_of = _locate_tensors(self.path)
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return sorted(self._file_of)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of this name."""
+        """Tell whether there is a tensor of this name."""
         return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor ``name``. ValueError if there is none."""
+        """Return the shape of a tensor. ValueError if there is none."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of tensor ``name`` in the file. ValueError if there is none."""
+        """Return the dtype of a tensor in the file. ValueError if there is none."""
         return self._entry(name).dtype
 
     def nbytes(self, name: str) -> int:
-        """Size of tensor ``name`` in the file, in bytes. ValueError if there is none."""
+        """Return the size of a tensor in the file, in bytes. ValueError if there is none."""
         entry = self._entry(name)
         return entry.numel * entry.dtype.itemsize
 
@@ -112,20 +112,22 @@ class Checkpoint:
             ValueError: no such tensor, or rows outside it.
         """
         shape = self.shape(name)
-        first, last = self._span(Segment(name, rows=(start, stop)))
+        first, last = self._span(TensorSlice(name, rows=(start, stop)))
         return self._file_of[name].read(name, first, last).reshape(stop - start, *shape[1:])
 
-    def read_segments(self, segments: Sequence[Segment], start: int, stop: int, target: Tensor | None = None) -> Tensor:
+    def read_segments(
+        self, segments: Sequence[TensorSlice], start: int, stop: int, target: Tensor | None = None
+    ) -> Tensor:
         """Read a range of elements of several weights laid end to end.
 
         With experts as segments in order this gives each rank its own superblocks of a fused weight, in either naming,
         without reading anyone else's.
 
         Args:
-            segments: What is laid end to end, each flattened (row-major), all of one dtype.
+            segments: Parts that are laid end to end, each flattened (row-major), all of one dtype.
             start: First element of the concatenation.
             stop: Element after the last.
-            target: Where to read to, contiguous ``[stop - start]`` on the CPU in the file's dtype; ``None`` makes it.
+            target: Contiguous memory ``[stop - start]`` on the CPU in the file's dtype; ``None`` makes it.
 
         Returns:
             ``target``, or a private copy of that kind.
@@ -153,7 +155,7 @@ class Checkpoint:
         return target
 
     def ties_head(self) -> bool:
-        """Whether the head is the embedding: the config says so, and the files hold no other, as in transformers 5."""
+        """Tell whether the head is the embedding: the config says so, and the files hold no other (transformers 5)."""
         names = ("lm_head.weight", "model.embed_tokens.weight")
         if not self.config.get("tie_word_embeddings") or not all(name in self for name in names):
             return bool(self.config.get("tie_word_embeddings"))
@@ -187,7 +189,7 @@ class Checkpoint:
                 digest.update(self._file_of[name].read(name, first, last).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorHeader:
         if name not in self._file_of:
             raise UserError(
                 f"tensor {name!r} is missing in {str(self.path)!r}, which holds {len(self._file_of)} others. "
@@ -195,8 +197,8 @@ class Checkpoint:
             )
         return self._file_of[name].entries[name]
 
-    def _span(self, segment: Segment) -> tuple[int, int]:
-        """First element and the one after the last of a segment, counted in its flattened tensor."""
+    def _span(self, segment: TensorSlice) -> tuple[int, int]:
+        """Return the first element of a segment and the one after the last, counted in its flattened tensor."""
         shape = self.shape(segment.name)
         first = 0
         if segment.index is not None:
@@ -210,7 +212,7 @@ class Checkpoint:
         row = math.prod(shape[1:])
         return first + low * row, first + high * row
 
-    def _common_dtype(self, segments: Sequence[Segment]) -> torch.dtype:
+    def _common_dtype(self, segments: Sequence[TensorSlice]) -> torch.dtype:
         if not segments:
             raise UserError("`segments` is empty, expected at least one segment")
         expected = self.dtype(segments[0].name)
@@ -229,7 +231,7 @@ class Checkpoint:
         return expected
 
 
-def _sample_ranges(entry: Entry) -> list[tuple[int, int]]:
+def _sample_ranges(entry: TensorHeader) -> list[tuple[int, int]]:
     length = min(entry.numel, _SAMPLE_BYTES // entry.dtype.itemsize)
     gaps = 1 + entry.numel * entry.dtype.itemsize // _SAMPLE_EVERY_BYTES
     starts = sorted({(entry.numel - length) * i // gaps for i in range(gaps + 1)})
@@ -249,7 +251,7 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
 
 
 def _locate_tensors(folder: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name → header of its file; the single file goes before the index, as in transformers."""
+    """Map each tensor's name to its file; the single file goes before the index, as in transformers."""
     if (folder / SINGLE_FILE).is_file():
         file = SafetensorsFile(folder / SINGLE_FILE)
         located = dict.fromkeys(file.entries, file)

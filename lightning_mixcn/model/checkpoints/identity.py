@@ -1,4 +1,4 @@
-"""Which base something was made from, in a file beside it: PEFT's own configuration has a path, but no content."""
+"""Record in a file which base something was made from: PEFT's own configuration has a path, but no content."""
 
 import json
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def write_identity(folder: Path, identity: dict[str, str]) -> None:
     """Write ``base_identity.json``.
 
     Args:
-        folder: Of the adapter, or of the 4-bit model.
+        folder: Folder of the adapter, or of the 4-bit model.
         identity: ``path`` and ``sha256`` of the base, see `base_identity`.
     """
     write_json(folder / IDENTITY_FILE, identity)

@@ -10,12 +10,12 @@ from transformers import MixtralConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
-from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import (
     QUANTISED_MODEL_TYPE,
     is_own_format,
 )
-from lightning_mixcn.model.checkpoints.layout import Entry
+from lightning_mixcn.model.checkpoints.layout import StoredWeight
 from lightning_mixcn.model.nf4.codec import SUPERBLOCK, dequantize_nf4
 from lightning_mixcn.model.nf4.storage import NF4Weight
 from lightning_mixcn.model.sharding import (
@@ -33,7 +33,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
-    """The checkpoint's configuration, tied as its files are; refuses other architectures."""
+    """Return the checkpoint's configuration, tied as its files are; refuse other architectures."""
     settings = stock_settings(checkpoint.config)
     if (kind := settings.get("model_type")) != "mixtral":
         raise UserError(
@@ -44,7 +44,7 @@ def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
-    """Whether it is in 4 bits, by `mixcn quantize` or by bitsandbytes; refuses other quantised formats."""
+    """Tell whether a checkpoint is in 4 bits, by `mixcn quantize` or bitsandbytes; refuse other quantised formats."""
     if is_own_format(checkpoint.config) or is_bitsandbytes(checkpoint):
         return True
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
@@ -56,7 +56,7 @@ def is_quantised(checkpoint: Checkpoint) -> bool:
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """``bfloat16``, ``float16`` or ``float32`` as torch's."""
+    """Return torch's dtype of the name ``bfloat16``, ``float16`` or ``float32``."""
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise UserError(f"`dtype={dtype!r}` is not known. Expected one of {', '.join(_DTYPES)}")
@@ -64,14 +64,14 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def torch_device(device: str | torch.device) -> torch.device:
-    """``cpu``, ``cuda``, ``cuda:1`` … as torch's. Raises: ValueError."""
+    """Return torch's device of the name ``cpu``, ``cuda``, ``cuda:1`` …. Raises: ValueError."""
     try:
         return torch.device(device)
     except RuntimeError as error:
         raise UserError(f"`device={device!r}` is not known. Expected cpu, cuda, cuda:1 …") from error
 
 
-def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
+def check_entry(entry: StoredWeight, checkpoint: Checkpoint) -> None:
     """Check that every part is there and that its shape is what the module needs. ValueError if not."""
     for part in entry.segments:
         if part.name not in checkpoint:
@@ -86,12 +86,12 @@ def check_entry(entry: Entry, checkpoint: Checkpoint) -> None:
             )
 
 
-def fill(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None = None) -> None:
-    """Read what this rank holds of an entry, piece by piece, quantising where the module is quantised.
+def fill(entry: StoredWeight, checkpoint: Checkpoint, source: BitsAndBytesSource | None = None) -> None:
+    """Read what this rank holds of a weight, piece by piece, quantising where the module is quantised.
 
     Args:
-        entry: What is read.
-        checkpoint: Where from.
+        entry: Weight to fill.
+        checkpoint: Checkpoint to read.
         source: bitsandbytes' 4-bit weights, which are taken over as they are.
     """
     if source is not None and source.holds(entry):
@@ -108,8 +108,8 @@ def fill(entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None
             write_to_shard(entry.parameter, start, values)
 
 
-def _readable(entry: Entry, checkpoint: Checkpoint) -> Tensor | None:
-    """The parameter's memory, flat, where the file's bytes can go straight into it."""
+def _readable(entry: StoredWeight, checkpoint: Checkpoint) -> Tensor | None:
+    """Return the parameter's memory, flat, where the file's bytes can go straight into it."""
     if entry.attribute is None:
         return None
     rows, _ = local_shard(entry.parameter)
@@ -118,14 +118,14 @@ def _readable(entry: Entry, checkpoint: Checkpoint) -> Tensor | None:
 
 
 def pieces(
-    entry: Entry, checkpoint: Checkpoint, held: range | None = None, target: Tensor | None = None
+    entry: StoredWeight, checkpoint: Checkpoint, held: range | None = None, target: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """``(first element, flat values)`` of an entry, at most `CHUNK` elements each; refuses NaN and infinity.
+    """Yield ``(first element, flat values)`` of a weight, at most `CHUNK` elements each; refuse NaN and infinity.
 
     Args:
-        entry: What is read.
-        checkpoint: Where from.
-        held: The elements wanted; ``None`` for all.
+        entry: Weight to read.
+        checkpoint: Checkpoint to read.
+        held: Elements wanted; ``None`` for all.
         target: Flat memory that they are read into, the first of ``held`` at its beginning; ``None`` for new tensors.
     """
     wanted = range(prod(entry.shape)) if held is None else held
@@ -142,15 +142,15 @@ def pieces(
 
 
 def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a ``config.json`` as that of the unquantised model; of a 4-bit folder, its original's."""
+    """Return the content of a ``config.json`` as that of the unquantised model; of a 4-bit folder, its original's."""
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
     if settings.get("model_type") == QUANTISED_MODEL_TYPE:
         settings["model_type"] = "mixtral"
     return settings
 
 
-def _stored_shape(entry: Entry, part: Segment) -> tuple[int, ...]:
-    """Shape of the tensor that holds a part: a parameter as it is, one matrix, or a stack of all experts'."""
+def _stored_shape(entry: StoredWeight, part: TensorSlice) -> tuple[int, ...]:
+    """Return the shape of the tensor that holds a part: a parameter as it is, one matrix, or all experts' stack."""
     if entry.attribute:
         return tuple(entry.shape)
     groups, rows, columns = entry.shape
@@ -159,7 +159,7 @@ def _stored_shape(entry: Entry, part: Segment) -> tuple[int, ...]:
     return groups, rows * (1 if part.rows is None else 2), columns
 
 
-def _take_over(entry: Entry, source: BitsAndBytesSource) -> None:
+def _take_over(entry: StoredWeight, source: BitsAndBytesSource) -> None:
     packed, storage = source.stack(entry), entry.storage
     if isinstance(storage, NF4Weight):
         for name, tensor in packed._asdict().items():

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face checkpoint folder: streaming, sharded, all or nothing."""
+"""Write a Hugging Face checkpoint folder: streamed, sharded, all or nothing."""
 
 import errno
 import shutil
@@ -81,7 +81,7 @@ class ShardWriter:
         """Add one tensor; a copy is held until its shard is full.
 
         Args:
-            name: Its name in the checkpoint.
+            name: Name in the checkpoint.
             tensor: Any shape, on any device (moved to the CPU); its dtype is kept.
 
         Raises:
@@ -145,5 +145,5 @@ class ShardWriter:
 
 
 def _unnumbered(number: int) -> str:
-    """Name of a shard while the count of shards is not known."""
+    """Return the name of a shard while the count of shards is not known."""
     return f"shard-{number:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""A dense Llama- or Mistral-architecture model as the source of an upcycling: its config, tensors and tokenizer."""
+"""Read a dense Llama- or Mistral-architecture model for upcycling: its config, tensors and tokenizer."""
 
 import shutil
 from collections.abc import Callable
@@ -21,10 +21,10 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 @dataclass(frozen=True)
 class DenseSource:
-    """What an upcycling reads.
+    """A dense model to upcycle.
 
     Attributes:
-        name: What the person gave, for messages.
+        name: Name that the user gave, for messages.
         config: A LlamaConfig or MistralConfig.
         shapes: Name → shape of each tensor, in the order of the layers: exactly those of the architecture.
         dtype: The dtype of the feed-forward weights.
@@ -75,7 +75,7 @@ def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
     """Turn the content of a config.json into a LlamaConfig or MistralConfig, or refuse it.
 
     Args:
-        name: What the person gave, for messages.
+        name: Name that the user gave, for messages.
         raw: The content.
 
     Returns:
@@ -116,7 +116,7 @@ def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a dense Llama or Mistral, in the order of the layers."""
+    """Map the name of every tensor of a dense Llama or Mistral to its shape, in the order of the layers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -146,7 +146,7 @@ def check_tensors(
     """Compare the tensors found with those of the architecture, and return the latter.
 
     Args:
-        name: What the person gave, for messages.
+        name: Name that the user gave, for messages.
         config: The dense model's.
         found: Name → shape of what is there; old folders' ``rotary_emb.inv_freq`` is recomputed and so ignored.
 

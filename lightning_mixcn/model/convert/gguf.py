@@ -1,4 +1,4 @@
-"""A GGUF file of a dense Llama or Mistral as the source of an upcycling, read through transformers.
+"""Read a GGUF file of a dense Llama or Mistral for upcycling, through transformers.
 
 transformers ignores what it does not know in a GGUF — a Mixtral comes back as a re-initialised Llama, rope factors of
 Llama 3.1 are dropped — so everything in the file is checked against the architecture first.

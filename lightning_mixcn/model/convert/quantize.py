@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # their imports take seconds, for which `mixcn quantize --hel
 
     from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
     from lightning_mixcn.model.checkpoints.folder import Checkpoint
-    from lightning_mixcn.model.checkpoints.layout import Entry
+    from lightning_mixcn.model.checkpoints.layout import StoredWeight
 
 
 def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
@@ -64,7 +64,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
 
 
 def _tensors(
-    entry: Entry, checkpoint: Checkpoint, source: BitsAndBytesSource | None, dtype: torch.dtype
+    entry: StoredWeight, checkpoint: Checkpoint, source: BitsAndBytesSource | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """One weight as it is stored: four tensors where it is quantised, else one."""
     import torch

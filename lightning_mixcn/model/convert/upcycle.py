@@ -72,9 +72,9 @@ def upcycle(
         out: Folder to make; it must not exist, or be empty.
         num_experts: Number of experts in each layer.
         num_experts_per_tok: Number of experts that compute each token; at most num_experts.
-        noise: How far experts start apart: each expert's matrices get independent normal noise of this many standard
-            deviations of the matrix (a number without unit, e.g. 0.01). 0 gives identical experts and exactly the dense
-            model's logits.
+        noise: Distance of the experts at the start: each expert's matrices get independent normal noise of this many
+            standard deviations of the matrix (a number without unit, e.g. 0.01). 0 gives identical experts and exactly
+            the dense model's logits.
         dtype: Number format of the result: float32, float16 or bfloat16. Null keeps the source's (float32 for a GGUF).
         seed: Seed of the routers and the noise; the same seed gives the same bytes.
 
@@ -94,7 +94,7 @@ def upcycle(
     check_output(Path(out).expanduser())
     source = open_dense(src)
     target_dtype = getattr(torch, dtype) if dtype else None
-    config = mixtral_config(source, num_experts, num_experts_per_tok, target_dtype or source.dtype)
+    config = upcycled_config(source, num_experts, num_experts_per_tok, target_dtype or source.dtype)
     with new_checkpoint(out, config.to_diff_dict()) as writer:
         total_bytes = _expected_bytes(source, num_experts, target_dtype or source.dtype)
         writer.require_free_bytes(total_bytes)
@@ -105,7 +105,7 @@ def upcycle(
                 progress.update(tensor.nbytes)
 
 
-def mixtral_config(
+def upcycled_config(
     source: DenseSource, num_experts: int, num_experts_per_tok: int, dtype: torch.dtype
 ) -> MixtralConfig:
     """Write a dense model's config as a Mixtral's, with the auxiliary load-balancing loss weighted 0.02.
@@ -114,7 +114,7 @@ def mixtral_config(
         source: The dense model.
         num_experts: Number of experts in each layer.
         num_experts_per_tok: Number of experts that compute each token.
-        dtype: What `dtype` in the config says.
+        dtype: Value of `dtype` in the config.
     """
     from transformers import MixtralConfig
 
@@ -165,7 +165,7 @@ def _perturbed(weight_OI: Tensor, noise: float, generator: torch.Generator) -> T
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for each tensor, so that its numbers depend on nothing but the seed and its name."""
+    """Make a generator for one tensor, whose numbers depend on nothing but the seed and the tensor's name."""
     import torch
 
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -173,7 +173,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _expected_bytes(source: DenseSource, num_experts: int, dtype: torch.dtype) -> int:
-    """Bytes of the result's weights, by which the progress bar and the free disk space are measured."""
+    """Count the bytes of the result's weights, for the progress bar and the check of free disk space."""
     copies = {name: num_experts if ".mlp." in name else 1 for name in source.shapes}
     elements = sum(math.prod(shape) * copies[name] for name, shape in source.shapes.items())
     routers: int = source.config.num_hidden_layers * num_experts * source.config.hidden_size

@@ -1,4 +1,4 @@
-"""An adapter as a PEFT folder of its own, in the layout of one kind of reader."""
+"""Write an adapter as a PEFT folder, in the layout of one kind of reader."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""README of an adapter or an exported model: its origin, and the run's measurements."""
+"""Write the README of an adapter or an exported model: its origin, and the run's measurements."""
 
 import json
 import math
@@ -36,7 +36,7 @@ class Training:
         chat_template: Name of the template of the answers in the run's configuration; ``None`` after pre-training.
         chat_is_portable: The adapter's folder has that template.
         end_ids: Tokens that end an answer.
-        languages: Codes of the languages, where the person named them.
+        languages: Codes of the languages, where the user named them.
     """
 
     base: Checkpoint
@@ -64,8 +64,8 @@ def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) 
     """Write the card of an adapter that a run saves.
 
     Args:
-        folder: Where the adapter is.
-        training: What is known of the run.
+        folder: Folder of the adapter.
+        training: Facts of the run.
         measured: ``step`` and ``sources`` (by name: ``nll_nats_per_token``, ``bits_per_byte``, ``tokens``) of the run's
             last validation; empty if there was none.
     """
@@ -96,9 +96,9 @@ def model_card(
     """Write the card of an export. It has no date and no absolute path, so the same export gives the same bytes.
 
     Args:
-        found: What was exported.
-        src: What the person named; a run's ``validate.json`` is looked for there.
-        made: How it was made, as sentences.
+        found: Exported model.
+        src: Name that the user gave; a run's ``validate.json`` is looked for there.
+        made: Sentences about how it was made.
         library: ``transformers`` or ``peft``, for the hub's ``library_name``.
         onto: ``original`` or ``dequantised`` weights that adapters were merged onto; ``None`` for an adapter.
         languages: Codes for the header; ``None`` takes those of the adapters' cards.

@@ -1,4 +1,4 @@
-"""`mixcn export`: a trained model in the formats that other tools load."""
+"""`mixcn export`: write a trained model in the formats that other tools load."""
 
 from pathlib import Path
 from typing import Literal
@@ -34,10 +34,10 @@ def export(
         format: hf: adapters merged into one checkpoint. peft: the adapter in PEFT's fused layout for transformers 5.
             peft-per-expert: the adapter with one pair of factors an expert, which vLLM and llama.cpp read as well.
             gguf: merged, then through llama.cpp's converter.
-        base: What adapters are merged onto. original: the high-precision weights that 4 bits approximated in training;
+        base: Weights to merge onto. original: the high-precision weights that 4 bits approximated in training;
             every weight differs from the trained model's by what quantisation rounded off. dequantised: what the 4 bits
             hold, which gives the very model that was trained, in float32.
-        original: Folder or hub id of the high-precision base, where SRC stands on a 4-bit folder and that base moved.
+        original: Folder or hub id of the high-precision base, if SRC was trained on a 4-bit folder and that base moved.
         adapter: Further PEFT adapters, each trained on what those before it give, merged in this order on top of SRC.
         dtype: Number format of a merged model: float32, float16 or bfloat16. Null keeps the base's, but is float32 for
             base=dequantised and for a gguf of outtype f32 or f16. In bfloat16, dequantised weights are rounded a second

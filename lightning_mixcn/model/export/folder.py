@@ -1,4 +1,4 @@
-"""A merged model as a Hugging Face folder."""
+"""Write a merged model as a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,14 @@ _DROPPED = ("_name_or_path", "torch_dtype")
 
 
 def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The base's configuration as that of an unquantised Mixtral in `dtype`.
+    """Return the base's configuration as that of an unquantised Mixtral in `dtype`.
 
     transformers 5 writes ``dtype`` and ``rope_parameters``; transformers 4, vLLM and llama.cpp read ``torch_dtype``
     and ``rope_theta``, and would silently fall back to a default. Both are written.
 
     Args:
         config: Content of the base's ``config.json``.
-        dtype: Of the exported weights.
+        dtype: Dtype of the exported weights.
     """
     kept = {key: value for key, value in stock_settings(config).items() if key not in _DROPPED}
     name = str(dtype).removeprefix("torch.")

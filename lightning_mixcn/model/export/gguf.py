@@ -1,4 +1,4 @@
-"""GGUF through llama.cpp's own programs, which are called, not copied."""
+"""Write GGUF through llama.cpp's own programs, which are called, not copied."""
 
 import os
 import subprocess
@@ -100,7 +100,7 @@ def check_tokenizer(folder: Path) -> None:
     Byte-level pieces (GPT-2's kind) it takes from there.
 
     Args:
-        folder: Of the tokenizer.
+        folder: Folder of the tokenizer.
 
     Raises:
         ValueError: there is no ``tokenizer.model``, and the pieces are not byte-level.
@@ -113,7 +113,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _call(program: Path, arguments: list[str], output: Path) -> None:
-    """Run one program, with its messages on our stderr as they come; it must leave its output behind."""
+    """Run one program, with its messages on our stderr as they come; it must write its output."""
     command = [sys.executable] if program.suffix == ".py" else []
     code = subprocess.run([*command, str(program), *arguments], stdout=_STDERR).returncode
     if code != 0 or not output.is_file():

@@ -1,4 +1,4 @@
-"""A base and its adapters as one set of weights, ``W + Σ s·B·A``, one tensor after the other.
+"""Merge a base and its adapters, ``W + Σ s·B·A``, one tensor after the other.
 
 Legend: E = experts, H = hidden, I = intermediate.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
-from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import check_made_from, read_identity
-from lightning_mixcn.model.checkpoints.layout import Entry, disk_names
+from lightning_mixcn.model.checkpoints.layout import StoredWeight, disk_names
 from lightning_mixcn.model.checkpoints.reading import (
     is_quantised,
     mixtral_config,
@@ -31,7 +31,7 @@ from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
 class BaseWeights:
-    """Every weight of a Mixtral, read when it is asked for.
+    """The weights of a Mixtral, each read when it is asked for.
 
     Args:
         checkpoint: High-precision, or 4-bit folder.
@@ -54,21 +54,21 @@ class BaseWeights:
         self.config = mixtral_config(checkpoint)
         model = meta_model(self.config, "nf4" if dequantised else "none", torch.float32)
         todo, self._source = open_entries(model, checkpoint, self.config)
-        self._entries: dict[str, list[Entry]] = {}
+        self._entries: dict[str, list[StoredWeight]] = {}
         for entry in todo:
             self._entries.setdefault(entry.name.removesuffix(".storage"), []).append(entry)
         self._modules = {name: model.get_submodule(name) for name in self._entries}
         self.modules = {name: disk_names(name, self._groups(name)) for name in self._entries}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one matrix (or vector) of a module."""
+        """Return the shape of one matrix (or vector) of a module."""
         module = self._modules[name]
         if isinstance(module, FrozenLinear):
             return module.out_features, module.in_features
         return tuple(self._entries[name][0].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a module's weight in the checkpoint; of 4-bit weights, the one that the folder has beside them."""
+        """Return the type of a module's weight in the checkpoint; of 4-bit weights, that of the other weights."""
         segment = self._entries[name][0].segments[0].name
         if (self._stored and self._is_nf4(name)) or self._packed(name) is not None:
             settings = self._checkpoint.config  # transformers 4, which wrote bitsandbytes' folders, says torch_dtype
@@ -85,7 +85,7 @@ class BaseWeights:
         if (source := self._packed(name)) is not None:  # a router that bitsandbytes quantised
             yield dequantize_nf4(source.stack(entry), torch.float32)[: prod(entry.shape)].view(self.shape(name))
             return
-        segments: Sequence[Segment] = entry.segments
+        segments: Sequence[TensorSlice] = entry.segments
         numel = prod(self.shape(name))
         for group in range(self._groups(name)):
             # Experts that lie in one tensor each are read as such; a stored stack has them one after the other.
@@ -108,7 +108,7 @@ class BaseWeights:
         return self._source if self._source is not None and self._source.holds(self._entries[name][0]) else None
 
     def _nf4(self, name: str) -> NF4Weight:
-        """The module's stack of matrices in 4 bits: read, or quantised now."""
+        """Return the module's stack of matrices in 4 bits: read, or quantised now."""
         module = self._modules[name]
         assert isinstance(module, FrozenLinear)
         storage = NF4Weight(module.storage.shape)
@@ -128,7 +128,7 @@ Layout = Literal["per-expert", "fused"]
 
 
 class MergedWeights:
-    """What an exported checkpoint holds.
+    """The weights of an exported checkpoint.
 
     Sums are computed in float32 and rounded once. Nothing is read before `tensors` comes to it.
 
@@ -138,7 +138,7 @@ class MergedWeights:
             counts. One that was trained with an extended vocabulary has more rows than the base.
         layout: Names of the experts' weights: ``per-expert`` (``block_sparse_moe.experts.N.w1.weight``) or ``fused``
             (``mlp.experts.gate_up_proj [E, 2I, H]``).
-        dtype: Of the result; ``None`` keeps each tensor's.
+        dtype: Dtype of the result; ``None`` keeps each tensor's.
 
     Attributes:
         vocab_size: Rows of embedding and head.
@@ -161,7 +161,7 @@ class MergedWeights:
             _check_fit(adapter, self._shapes, tied=tied)
 
     def dtype(self, module: str) -> torch.dtype:
-        """Type of a module's weight in the result."""
+        """Return the type of a module's weight in the result."""
         return self._dtype or self._base.dtype(module)
 
     @property
@@ -174,7 +174,7 @@ class MergedWeights:
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name; at most one layer's projection is in memory."""
+        """Yield every tensor with its name; at most one layer's projection is in memory."""
         for module in self._base.modules:
             layer, experts, leaf = module.partition(".mlp.experts.")
             if not experts or self._layout == "per-expert":
@@ -200,7 +200,7 @@ class MergedWeights:
         return stack
 
     def _merged(self, module: str, name: str, matrix: Tensor) -> Tensor:
-        """One matrix with what the adapters make of it."""
+        """Return one matrix with the adapters merged into it."""
         for adapter in self._adapters:
             if name in adapter.saved:
                 matrix = adapter.read_saved(name)
@@ -216,7 +216,7 @@ class MergedWeights:
 
 
 def _check_fit(adapter: AdapterFile, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """Every factor and embedding has a matrix of its shape in the base."""
+    """Check that every factor and embedding has a matrix of its shape in the base."""
     path = str(adapter.folder)
     for name in [*adapter.names, *adapter.saved]:
         shape = adapter.shape(name)

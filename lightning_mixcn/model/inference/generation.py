@@ -59,7 +59,7 @@ class PrefixCache:
             ids: The row, at least one token.
 
         Returns:
-            float32 logits ``[V]`` of the token behind the row.
+            float32 logits ``[V]`` of the token after the row.
         """
         self._crop(ids)
         base: Any = base_of(model)
@@ -128,8 +128,8 @@ def stream_tokens(
     Args:
         model: A Mixtral of `load_mixtral`, or the PeftModel around it, in evaluation mode.
         ids: The prompt's tokens.
-        cache: Of this model and its present weights; what it holds of the prompt is not run again.
-        sampling: How tokens are chosen.
+        cache: Cache of this model and its present weights; what it holds of the prompt is not run again.
+        sampling: Choice of the tokens.
         stop_ids: Tokens that end the answer.
         generator: Source of the random numbers, on the model's device.
 

@@ -1,4 +1,4 @@
-"""Likelihood of rows of any length, a chunk at a time over a key-value cache that is filled in place.
+"""Compute the likelihood of rows of any length, a chunk at a time over a key-value cache that is filled in place.
 
 One forward pass of N tokens holds logits ``[N, V]``, and a cache that grows is copied whenever it does. Here memory is
 the cache, allocated once, and the logits of one chunk.
@@ -28,11 +28,11 @@ _SOFTMAX_ROWS = 128
 
 
 class ChunkScores(NamedTuple):
-    """What a chunk's logits say of the tokens that follow each of its positions.
+    """Scores of the tokens that follow each position of a chunk.
 
     Args:
         nats: float64 ``[C]``, negative log-likelihood of each following token.
-        is_argmax: bool ``[C]``, whether the following token is the most likely one, which greedy decoding takes.
+        is_argmax: bool ``[C]``, true where the following token is the most likely one, which greedy decoding takes.
     """
 
     nats: Tensor
@@ -81,11 +81,11 @@ class ChunkedPrefill:
             layer.length = 0
 
     def advance(self, ids_C: Tensor, next_C: Tensor) -> ChunkScores:
-        """Run one chunk of a row behind what the cache holds.
+        """Run one chunk of a row after what the cache holds.
 
         Args:
             ids_C: int64 ``[C]``, the chunk.
-            next_C: int64 ``[C]``, the token behind each position; one less where the row ends.
+            next_C: int64 ``[C]``, the token after each position; one less where the row ends.
 
         Returns:
             Scores of ``next_C``, on the model's device.

@@ -1,4 +1,4 @@
-"""How tokens of an answer are chosen. Imports no torch: it is part of the help of commands."""
+"""Settings for choosing the tokens of an answer. Imports no torch: it is part of the help of commands."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How much memory there is, and the least recomputation with which a run fits into it."""
+"""Find out how much memory there is, and the least recomputation with which a run fits into it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,11 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def usable_bytes(device: torch.device, processes: int = 1) -> int:
-    """Bytes that this process can have in all: what it has now, and what is free.
+    """Return the bytes that this process can have in all: those it has now, and those that are free.
 
     Args:
         device: A GPU, or the CPU for the host's memory.
-        processes: That share the host's memory.
+        processes: Number of processes that share the host's memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -78,5 +78,5 @@ def fitting_modes(model: nn.Module, run: Run, budget: int | Literal["auto"], usa
 
 
 def activation_bytes(plan: MemoryPlan) -> int:
-    """The most that activations and a moment's workspace take together."""
+    """Return the most bytes that activations and a moment's workspace take together."""
     return max(moment.activations + moment.workspace for moment in plan.moments if moment.name != "update")

@@ -1,4 +1,4 @@
-"""What is kept for the backward pass and what is computed again."""
+"""Choose what is kept for the backward pass and what is computed again."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +34,7 @@ class HostCopy:
         self._copied = stream.record_event()
 
     def fetch(self) -> Tensor:
-        """The tensor, on its device again.
+        """Return the tensor, on its device again.
 
         On the stream that needs it: in a row of 128 K tokens a layer of Mixtral-8x7B fetches 8 KB a token and computes
         7 GFLOP, so waiting takes one or two percent of the time.
@@ -44,7 +44,7 @@ class HostCopy:
 
 
 def kept_on_host() -> saved_tensors_hooks:
-    """Within it, what autograd saves goes to the host."""
+    """Return a context manager within which autograd saves to the host."""
     return saved_tensors_hooks(HostCopy, HostCopy.fetch)
 
 
@@ -81,7 +81,7 @@ def set_activation_checkpointing(model: nn.Module, mode: str | Sequence[str]) ->
 
 
 def layer_modes(mode: str | Sequence[str], layers: int) -> list[str]:
-    """One mode for each layer. Raises: ValueError as `set_activation_checkpointing`.
+    """Return one mode for each layer. Raises: ValueError as `set_activation_checkpointing`.
 
     >>> layer_modes("full", 2)
     ['full', 'full']

@@ -1,4 +1,4 @@
-"""What a model consists of: parameters and bytes by purpose, the plan, and the check that the plan was met."""
+"""Count a model's parameters, and the bytes that decoding its weights moves."""
 
 from collections.abc import Sequence
 from math import prod
@@ -11,7 +11,7 @@ from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Weights by kind: ``total`` (base and adapters, 4-bit ones by their elements), ``trainable``, ``quantised``."""
+    """Count weights: ``total`` (base and adapters, 4-bit ones by their elements), ``trainable``, ``quantised``."""
     quantised = sum(prod(module.shape) for module in model.modules() if isinstance(module, NF4Weight))
     packed = {id(parameter) for parameter in _packed(model)}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in packed]
@@ -23,7 +23,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def decoding_bytes(model: nn.Module, modes: Sequence[str]) -> int:
-    """Bytes read and written to decode the base in one micro-batch: forward, backward, and what is computed again.
+    """Count the bytes read and written to decode the base in one micro-batch: forward, backward, recomputation.
 
     What the products then read is counted as theirs.
 

@@ -1,4 +1,4 @@
-"""Floating point operations of a training step, counted from the model's modules.
+"""Count the floating point operations of a training step from the model's modules.
 
 A product of ``[n, i]`` and ``[i, o]`` counts 2·n·i·o; norms, activations, softmax and the decoding of weights count
 nothing. Frozen weights have a gradient of their input only; LoRA has those of both factors and of its input. A layer
@@ -25,12 +25,12 @@ from .checkpointing import layer_modes
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations, or how many there are for each of something.
+    """Floating point operations, in all or for each unit of something.
 
     Args:
-        forward: Of the forward pass.
-        backward: Of the backward pass, without what it computes again.
-        recompute: Of what backward computes again: activation checkpointing, and the logits of a trained head.
+        forward: Operations of the forward pass.
+        backward: Operations of the backward pass, without what it computes again.
+        recompute: Operations that backward computes again: activation checkpointing, and the logits of a trained head.
     """
 
     forward: int = 0
@@ -38,11 +38,11 @@ class Flops:
     recompute: int = 0
 
     def __add__(self, other: "Flops") -> "Flops":
-        """Both."""
+        """Add two counts."""
         return Flops(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
 
     def __mul__(self, count: int) -> "Flops":
-        """``count`` times."""
+        """Multiply a count."""
         return Flops(self.forward * count, self.backward * count, self.recompute * count)
 
     @property
@@ -58,18 +58,18 @@ class Flops:
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """What a training step costs, as a function of its tokens.
+    """Operations of a training step, as a function of its tokens.
 
     Args:
-        per_token: For each token that is not padding.
-        per_pair: For each pair of a token and one that it attends to (itself too), see `attended_pairs`.
+        per_token: Operations for each token that is not padding.
+        per_pair: Operations for each pair of a token and one that it attends to (itself too), see `attended_pairs`.
     """
 
     per_token: Flops
     per_pair: Flops
 
     def of(self, tokens: int, pairs: int) -> Flops:
-        """Of ``tokens`` that attend to ``pairs``."""
+        """Count the operations of ``tokens`` that attend to ``pairs``."""
         return self.per_token * tokens + self.per_pair * pairs
 
 
@@ -98,7 +98,7 @@ def count_training_flops(model: nn.Module, activation_checkpointing: str | Seque
 
 
 def attended_pairs(position_ids_BS: Tensor, document_ids_BS: Tensor, sliding_window: int | None = None) -> Tensor:
-    """Pairs of a token and one that it attends to: n(n + 1)/2 for a document, or a piece of one, of n tokens in a row.
+    """Count pairs of a token and one that it attends to: n(n + 1)/2 for n tokens of a document in a row.
 
     Args:
         position_ids_BS: ``[B, S]`` int64; a document begins wherever they do not go on by one.
@@ -123,22 +123,22 @@ def attended_pairs(position_ids_BS: Tensor, document_ids_BS: Tensor, sliding_win
 
 @dataclass
 class _Chain:
-    """Whether what flows on from here needs a gradient, which decides what backward has to do."""
+    """State of the pass from module to module: a gradient that is needed decides what backward has to do."""
 
     needs_gradient: bool
 
     def run(self, module: nn.Module) -> tuple[Flops, bool]:
-        """One projection: its cost a row, and whether it has an adapter."""
+        """Return the cost of one projection a row, and whether it has an adapter."""
         linear: Any = module
         inputs, outputs, rank = linear.in_features, linear.out_features, adapter_rank(module)
         product, a, b = 2 * inputs * outputs, 2 * rank * inputs, 2 * rank * outputs
-        # Of LoRA: dA and dB, the gradient that goes back through B, and on through A where the input needs it.
+        # LoRA: dB (b), the gradient through B (b), dA (a), and the gradient through A (a) where the input needs it.
         backward = (a + 2 * b) + (product + a if self.needs_gradient else 0)
         return Flops(product + a + b, backward), rank > 0
 
 
 def _attention(attention: Any, chain: _Chain, pair: int) -> tuple[Flops, Flops]:
-    """Cost a token and a pair; the chain goes on behind the residual connection."""
+    """Count attention's cost a token and a pair; the chain continues after the residual connection."""
     inputs = [chain.run(projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
     inner = _Chain(chain.needs_gradient or any(adapted for _, adapted in inputs))
     output, adapted = inner.run(attention.o_proj)
@@ -147,7 +147,7 @@ def _attention(attention: Any, chain: _Chain, pair: int) -> tuple[Flops, Flops]:
 
 
 def _experts(mlp: Any, chain: _Chain, top_k: int) -> Flops:
-    """Cost a token of the router and of the ``top_k`` experts that it chooses."""
+    """Count the cost a token of the router and of the ``top_k`` experts that it chooses."""
     router, router_adapted = chain.run(mlp.gate.linear)
     inputs = [chain.run(projection) for projection in (mlp.experts.gate_proj, mlp.experts.up_proj)]
     adapted = router_adapted or any(adapted for _, adapted in inputs) or adapter_rank(mlp.experts.down_proj) > 0
@@ -158,12 +158,12 @@ def _experts(mlp: Any, chain: _Chain, top_k: int) -> Flops:
 
 
 def _head(head: Any, needs_gradient: bool) -> Flops:
-    """Cost a token; a frozen head's dX is computed together with the loss, and counts as backward all the same."""
+    """Count the head's cost a token; a frozen head's dX is computed with the loss, but counts as backward."""
     product = 2 * head.in_features * head.out_features
     trained = head.weight.requires_grad
     return Flops(product, product * (needs_gradient + trained), product if trained else 0)
 
 
 def _again(flops: Flops) -> Flops:
-    """With its forward computed a second time."""
+    """Add the forward pass once more, as recomputation."""
     return Flops(flops.forward, flops.backward, flops.recompute + flops.forward)

@@ -1,6 +1,6 @@
-"""Bytes of a decoder layer's activations: what forward keeps for backward, and what each pass needs beside that.
+"""Count the bytes of a decoder layer's activations: those kept for backward, and the peak of each pass beside them.
 
-Written down from what autograd holds of each module; `tests/model/test_memory_plan.py` counts living tensors and
+Written down from what autograd holds of each module; `tests/model/memory/test_plan.py` counts living tensors and
 compares. Vectors that are smaller than a thousandth of the rest are left out.
 
 Legend: T tokens of a micro-batch, H hidden, I intermediate, E experts, K experts a token, R LoRA rank, P routed rows
@@ -22,12 +22,12 @@ from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
 class MicroBatch(NamedTuple):
-    """What one rank computes at a time.
+    """The shape of what one rank computes at a time.
 
     Args:
-        rows: Rows.
+        rows: Number of rows.
         length: Tokens of a row.
-        packed: Whether documents begin and end inside rows; else each row is one.
+        packed: Documents begin and end inside rows; else each row is one.
     """
 
     rows: int
@@ -36,7 +36,7 @@ class MicroBatch(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """All of them, padding included."""
+        """All tokens, padding included."""
         return self.rows * self.length
 
 
@@ -45,15 +45,15 @@ class LayerActivations:
     """Bytes of one decoder layer in training.
 
     Args:
-        boundary: Its input, and its router's probabilities for the auxiliary loss, which are kept in every mode.
-        router: The router's part of that.
-        graph: What it keeps without checkpointing.
-        attention: What of that is attention's.
-        experts: What of that is the router's and the experts'.
-        attention_input: What keeps attention's input alive where attention is computed again.
-        experts_forward: The most that the experts' forward pass needs beside what it keeps.
-        experts_backward: The same of their backward pass, gradients of adapters in the compute dtype included.
-        attention_backward: The same of attention's.
+        boundary: Input, and the router's probabilities for the auxiliary loss, which are kept in every mode.
+        router: Router's part of that.
+        graph: All that is kept without checkpointing.
+        attention: Attention's part of that.
+        experts: Router's and experts' part of that.
+        attention_input: Attention's input, which is kept where attention is computed again.
+        experts_forward: Peak of the experts' forward pass beside what it keeps.
+        experts_backward: Peak of their backward pass, gradients of adapters in the compute dtype included.
+        attention_backward: Peak of attention's backward pass.
     """
 
     boundary: int
@@ -67,7 +67,7 @@ class LayerActivations:
     attention_backward: int
 
     def kept(self, mode: str) -> int:
-        """Bytes from forward to backward on the device; `offload` keeps the layer's input on the host."""
+        """Return the bytes from forward to backward on the device; `offload` keeps the layer's input on the host."""
         return {
             "none": self.router + self.graph,
             "selective": self.router + self.graph - self.attention + self.attention_input,
@@ -76,16 +76,16 @@ class LayerActivations:
         }[mode]
 
     def host(self, mode: str) -> int:
-        """Bytes kept on the host."""
+        """Return the bytes kept on the host."""
         return self.boundary - self.router if mode == "offload" else 0
 
     def forward(self, mode: str) -> int:
-        """The most that forward needs beside what is kept in the end."""
+        """Return the peak of forward beside what is kept in the end."""
         return self.experts_forward + (self.experts if mode in ("full", "offload") else 0)
 
     def backward(self, mode: str) -> int:
-        """The most that backward needs beside what is kept."""
-        attention = self.attention_backward - self.experts  # which backward has been through by then
+        """Return the peak of backward beside what is kept."""
+        attention = self.attention_backward - self.experts  # freed by then: backward begins with the experts
         if mode == "none":
             return max(self.experts_backward, attention)
         if mode == "selective":
@@ -95,10 +95,10 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class LayerCounter:
-    """Counts layers of one model for one shape of micro-batches.
+    """Counter of one model's layers for one shape of micro-batches.
 
     Args:
-        batch: That shape.
+        batch: Shape of a micro-batch.
         dtype: Compute dtype.
         device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout keeps.
         top_k: Experts a token.
@@ -111,7 +111,7 @@ class LayerCounter:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.batch.tokens
 
     @property
@@ -120,7 +120,7 @@ class LayerCounter:
         return self.dtype.itemsize
 
     def layer(self, layer: Any, needs_gradient: bool) -> tuple[LayerActivations, bool]:
-        """One decoder layer, and whether its output needs a gradient."""
+        """Count one decoder layer, and tell whether its output needs a gradient."""
         attention, experts = layer.self_attn, layer.mlp.experts
         hidden = self.tokens * attention.q_proj.in_features * self.size
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -144,19 +144,21 @@ class LayerCounter:
             attention_input=hidden * after,
             experts_forward=self._experts_forward(experts) + hidden,
             experts_backward=self._experts_backward(experts) + hidden if needed else 0,
+            # Gradients of output and input; q, k, v and attention's result (`width`) beside their gradients.
             attention_backward=2 * hidden + 2 * self.tokens * width * self.size + self.decoded(attention.q_proj),
         )
         return found, needed
 
     def _norm(self, hidden: int) -> int:
-        """Its input, which only CUDA's fused kernel does not keep in float32, and one number a token."""
+        """Count a norm: its input, which only CUDA's fused kernel does not keep in float32, and one number a token."""
         return (hidden if self.device_type == "cuda" else hidden // self.size * 4) + 4 * self.tokens
 
     def _adapter(self, module: Any, needs_gradient: bool, rows: int) -> int:
-        """What LoRA keeps beside its undropped input: products with A, dropped inputs, factors as they are used."""
+        """Count what LoRA keeps beside its undropped input: products with A, dropped inputs, factors as used."""
         rank = adapter_rank(module)
         if rank == 0:
             return 0
+        # B is kept as it is used, cast or not; A only where it is cast to the compute dtype.
         factors = module.groups * rank * (module.out_features + module.in_features * (self.size < 4))
         kept: int = rows * rank + factors
         if module.groups == 1 and _drops(module):
@@ -169,11 +171,11 @@ class LayerCounter:
 
     @staticmethod
     def _shared_input(modules: list[Any]) -> bool:
-        """Whether adapters keep the very tensor that all of them read."""
+        """Tell whether adapters keep the very tensor that all of them read."""
         return any(adapter_rank(module) and not _drops(module) for module in modules)
 
     def _attention(self, attention: Any, needs_gradient: bool, inner: bool) -> int:
-        """What attention's graph keeps, but for the input that its adapters share."""
+        """Count what attention's graph keeps, but for the input that its adapters share."""
         tokens, heads = self.tokens, attention.config.num_attention_heads
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         kept = sum(self._adapter(module, needs_gradient, tokens) for module in inputs)
@@ -181,9 +183,9 @@ class LayerCounter:
         output = tokens * attention.q_proj.out_features * self.size
         # `causal_attention` computes it all again.
         keeps_output = inner and not (self.device_type == "cpu" and self.dtype == torch.bfloat16)
-        if inner:
+        if inner:  # q, which is as wide as the output, and k and v
             kept += output + 2 * tokens * attention.k_proj.out_features * self.size
-        if keeps_output:
+        if keeps_output:  # with the float32 logarithm of each head's softmax sum
             kept += output + 4 * tokens * heads
         # A copy of the documents' results side by side; else attention's own result is what the projection reads.
         if self._shared_input([attention.o_proj]) and (self.batch.packed or not keeps_output):
@@ -191,12 +193,13 @@ class LayerCounter:
         return kept
 
     def _moe(self, mlp: Any, needs_gradient: bool) -> int:
-        """Router and experts, with their input."""
+        """Count what router and experts keep, with their input."""
         experts, tokens, top_k = mlp.experts, self.tokens, mlp.gate.top_k
         rows = self._rows(experts)
         gate_up = 2 * rows * experts.gate_proj.out_features * self.size
-        routing = 8 * rows + 8 * tokens * top_k  # the token of each row, the row of each choice
-        # Probabilities, chosen experts, their probabilities before and after division, and the sum that divides.
+        routing = 8 * rows + 8 * tokens * top_k  # int64: the token of each row, the row of each choice
+        # float32 probabilities of all experts; of each choice the int64 expert and the float32 probability before the
+        # division, whose result is counted below; the float32 sum that divides.
         scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
         router_trains = needs_gradient or adapter_rank(mlp.gate.linear) > 0
         adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in self._stack(experts))
@@ -209,12 +212,13 @@ class LayerCounter:
         return kept + scores * router_trains + self._adapter(mlp.gate.linear, needs_gradient, tokens)
 
     def _experts_forward(self, experts: Any) -> int:
-        """Results of all rows, scales, and one expert's; or the sum of choices."""
+        """Return the peak of forward: results of all rows, scales, and one expert's tensors or the sum of choices."""
         gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
         hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
         dropped = any(_drops(module) for module in self._stack(experts))
+        # Of an expert's n rows: input and output [n, H], silu(gate) and its product with up [n, I].
         one = 2 * each * (hidden + inner) * self.size + self.decoded(gate)
-        if dropped:
+        if dropped:  # the dropped product, the noise, and its mask of bytes
             one += each * inner * (2 * self.size + 1)
         held: int = rows * hidden * self.size + sum(map(self.scales, self._stack(experts)))
         return (
@@ -224,23 +228,26 @@ class LayerCounter:
         )
 
     def _experts_backward(self, experts: Any) -> int:
-        """Gradients of all rows and of the factors, scales, and one expert's while the one before is still there."""
+        """Return the peak of backward: gradients of all rows and factors, scales, and one expert's tensors."""
         gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
         hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
         stack = self._stack(experts)
         dropped = any(_drops(module) for module in stack)
         factors = sum(m.groups * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size
+        # Of an expert's n rows: the gradient [n, H]; silu, h, dh and dgate [n, I], and two more while those of
+        # the expert before are replaced one by one. Dropout adds the mask, the masked h, and the unmasked product.
         one = each * ((6 + 3 * dropped) * inner + hidden) * self.size + self.decoded(gate)
+        # For each row its dx, its weight in the compute dtype and the float32 gradient of that.
         held: int = rows * (hidden * self.size + self.size + 4) + factors + sum(map(self.scales, stack))
         held += tokens * hidden * self.size * (1 + dropped)  # the gradient that comes in, and the mask
         return held + max(one, self._sum_of_choices(hidden) + 4 * each * inner * self.size)
 
     def _sum_of_choices(self, hidden: int) -> int:
-        """The float32 sum, one choice in float32, and where that is not the compute dtype, as it is gathered."""
+        """Count the float32 sum, one choice in float32, and where that is not the compute dtype, as it is gathered."""
         return self.tokens * hidden * (8 + self.size * (self.size < 4))
 
     def _rows(self, experts: Any) -> int:
-        """Routed rows when every expert has as many, which padding on the CPU rounds up by half a step on average."""
+        """Return the routed rows when experts have equal shares, which padding on the CPU rounds up by half a step."""
         rows, groups = self.tokens * self.top_k, int(experts.gate_proj.groups)
         if self.device_type == "cpu" and self.size < 4:
             each = -(-rows // groups)
@@ -248,19 +255,19 @@ class LayerCounter:
         return rows
 
     def decoded(self, module: Any) -> int:
-        """One matrix of a stack in the compute dtype, where it is not stored in it."""
+        """Count one matrix of a stack in the compute dtype, where it is not stored in it."""
         storage = module.storage
         dense = not isinstance(storage, NF4Weight) and storage.values.dtype == self.dtype
         return 0 if dense else int(storage.shape[1] * storage.shape[2] * self.size)
 
     @staticmethod
     def scales(module: Any) -> int:
-        """The blocks' scales of all matrices of a stack, decoded."""
+        """Count the decoded scales of the blocks of all matrices of a stack."""
         storage = module.storage
         return 4 * storage.scales.numel() if isinstance(storage, NF4Weight) else 0
 
     def logits_chunk(self, head: Any) -> int:
-        """Logits of a chunk in the compute dtype and in float32."""
+        """Count the logits of a chunk in the compute dtype and in float32."""
         vocabulary: int = head.out_features
         positions = min(self.tokens, chunk_positions(self.device_type, vocabulary))
         return positions * vocabulary * (self.size + 4 if self.size < 4 else 4)
@@ -271,7 +278,7 @@ class LayerCounter:
 
 
 def _drops(module: Any) -> bool:
-    """Whether the adapter of a projection drops inputs."""
+    """Tell whether the adapter of a projection drops inputs."""
     return adapter_rank(module) > 0 and any(module.lora_dropout[name].p > 0 for name in module.active_adapters)
 
 
@@ -280,13 +287,13 @@ class ModelActivations:
     """Bytes of a model's training pass on a micro-batch.
 
     Args:
-        layers: Of each decoder layer.
-        shared: Of the tables of rotary positions.
-        tail: What the last norm and the head keep.
-        head: What the head needs beside that: a chunk of logits, and its weight in the compute dtype where it trains.
-        head_backward: The same while it runs backward.
-        logits_chunk: Of that the logits.
-        decoded: The largest weight that is decoded at a time.
+        layers: Activations of each decoder layer.
+        shared: Tables of rotary positions.
+        tail: Part that the last norm and the head keep.
+        head: Peak of the head beside that: a chunk of logits, and its weight in the compute dtype where it trains.
+        head_backward: Peak of the head's backward pass.
+        logits_chunk: Logits in both.
+        decoded: Largest weight that is decoded at a time.
     """
 
     layers: list[LayerActivations]
@@ -303,7 +310,7 @@ def model_activations(model: nn.Module, batch: MicroBatch, device_type: str) -> 
 
     Args:
         model: A `MixtralForCausalLM` or the PeftModel around it.
-        batch: The shape of a micro-batch.
+        batch: Shape of a micro-batch.
         device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout and attention keep.
     """
     base: Any = base_of(model)

@@ -1,4 +1,4 @@
-"""Bytes that an optimizer needs, found by making it and taking one step on parameters without memory."""
+"""Count the bytes of an optimizer by making it and taking one step on parameters without memory."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from lightning_mixcn.errors import UserError
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows, while it is on, every storage that an operation makes until the last tensor on it is gone.
+class MemoryTracker(TorchDispatchMode):
+    """Memory tracker: follows every storage that an operation makes until the last tensor on it is gone.
 
     What was there before is not counted, nor what a kernel allocates and frees inside one operation.
 
-    >>> with LiveBytes() as live:
+    >>> with MemoryTracker() as live:
     ...     a = torch.zeros(1000)
     ...     b = a.view(10, 100) + 1
     ...     del a
@@ -78,8 +78,8 @@ def optimizer_memory(
     """Count an optimizer's bytes.
 
     Args:
-        make: Makes it from parameters, as `CausalLMModule`'s argument ``optimizer``.
-        parameters: What trains, on any device; only their shapes count.
+        make: Function that makes it from parameters, as `CausalLMModule`'s argument ``optimizer``.
+        parameters: Parameters that train, on any device; only their shapes count.
         device_type: On ``cuda`` torch's optimizers update all parameters in one go, unless told otherwise, which takes
             temporary copies of all of them.
 
@@ -102,7 +102,7 @@ def optimizer_memory(
                 group["foreach"] = "foreach" in group
         optimizer.is_paged = False  # type: ignore[attr-defined]  # bitsandbytes' paged ones would ask CUDA for memory
         try:
-            with LiveBytes() as live:
+            with MemoryTracker() as live:
                 optimizer.step()
                 states, peak = live.now, live.peak
         except (RuntimeError, NotImplementedError) as error:

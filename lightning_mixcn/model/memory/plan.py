@@ -1,4 +1,4 @@
-"""Bytes of a training run by purpose, before anything is loaded.
+"""Plan the bytes of a training run by purpose, before anything is loaded.
 
 A step is followed through its moments — the last layer's forward, the loss, each layer's backward, the update — and the
 fullest one is the plan. Activations are those of `activation_memory`; everything else is sizes of parameters.
@@ -18,13 +18,13 @@ from .optimizer import OptimizerMemory
 
 @dataclass(frozen=True)
 class Sharing:
-    """How ranks share parameters, see `modules.strategies`.
+    """Distribution of parameters over ranks, see `modules.strategies`.
 
     Args:
         kind: ``whole``: one rank, or DDP. ``fsdp2`` shards everything.
-        ranks: That share one copy.
-        copies: Of the model, over all ranks.
-        reshard_after_forward: Whether a layer's gathered parameters are freed between forward and backward.
+        ranks: Number of ranks that share one copy.
+        copies: Number of copies of the model, over all ranks.
+        reshard_after_forward: A layer's gathered parameters are freed between forward and backward.
         prefetch: Layers gathered ahead of the one that computes.
         gradient_copies: Copies of the gradients beside those of the parameters, as DDP's buckets are.
     """
@@ -37,20 +37,20 @@ class Sharing:
     gradient_copies: int = 0
 
     def base(self, size: int) -> int:
-        """Bytes that a rank holds of ``size`` frozen ones."""
+        """Return the bytes that a rank holds of ``size`` frozen ones."""
         return -(-size // self.ranks) if self.kind == "fsdp2" else size
 
     def trained(self, size: int) -> int:
-        """Bytes that a rank holds of ``size`` that train, or of their gradients once reduced, or their moments."""
+        """Return the bytes that a rank holds of ``size`` that train, of their reduced gradients, or their moments."""
         return size if self.kind == "whole" else -(-size // self.ranks)
 
     def gathered(self, frozen: int, trained: int, layers: int) -> int:
-        """Bytes beside its own that a rank holds while a layer computes.
+        """Return the bytes beside its own that a rank holds while a layer computes.
 
         Args:
             frozen: Bytes of the layer that do not train.
-            trained: And of its masters.
-            layers: Of the model.
+            trained: Bytes of its masters.
+            layers: Number of layers of the model.
         """
         if self.kind == "whole" or self.ranks == 1:
             return 0
@@ -59,7 +59,7 @@ class Sharing:
         return (frozen + trained) * min(at_once, layers)
 
     def moved(self, whole: int, trained: int, micro_batches: int) -> dict[str, float]:
-        """Bytes that a rank sends in a step under FSDP2, when collectives go round a ring.
+        """Return the bytes that a rank sends in a step under FSDP2, when collectives go round a ring.
 
         A ring moves (N-1)/N of a gathered or scattered tensor through each of N ranks, and twice that of one that is
         all-reduced.
@@ -67,7 +67,7 @@ class Sharing:
         Args:
             whole: Bytes of all parameters.
             trained: Bytes of the gradients.
-            micro_batches: Of a step; gradients are reduced in its last one.
+            micro_batches: Number of micro-batches in a step; gradients are reduced in its last one.
         """
         share = (self.ranks - 1) / self.ranks
         passes = (2 if self.reshard_after_forward else 1) * micro_batches
@@ -82,8 +82,8 @@ class Moment:
     """A moment of a step.
 
     Args:
-        name: Which one.
-        gradients: Bytes of gradients at it.
+        name: Name for tables.
+        gradients: Bytes of gradients.
         activations: Bytes kept for backward.
         workspace: Bytes that only it needs.
         gathered: Bytes of parameters of other ranks.
@@ -107,15 +107,15 @@ class MemoryPlan:
 
     Args:
         quantised: The base's codes and scales.
-        dense: The rest of the base.
+        dense: Other weights of the base.
         trained: float32 masters of adapters, and of embedding and head where they train.
-        optimizer_states: The optimizer's, moments mostly.
-        gradients: All of them at a step's end.
-        activations: Kept at the end of forward.
-        host: Kept on the host instead.
+        optimizer_states: States of the optimizer, moments mostly.
+        gradients: All gradients at a step's end.
+        activations: Activations kept at the end of forward.
+        host: Activations kept on the host instead.
         logits_chunk: Logits that the loss holds at a time, in the workspace of its moment.
-        decoded: The largest decoded weight, in the workspace of every layer.
-        moments: Of a step, in their order.
+        decoded: Largest decoded weight, in the workspace of every layer.
+        moments: Moments of a step, in order.
     """
 
     quantised: int
@@ -147,15 +147,15 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run decides on its memory, beside the model.
+    """Settings of a run that decide on its memory, beside the model.
 
     Args:
-        batch: A micro-batch.
+        batch: Shape of a micro-batch.
         modes: Activation checkpointing of each layer.
         device_type: ``cpu`` or ``cuda``.
-        accumulates: Whether a step has several micro-batches, so that gradients are there in each backward but one.
-        optimizer: Its states.
-        sharing: Of parameters between ranks.
+        accumulates: A step has several micro-batches, so that gradients are there in each backward but one.
+        optimizer: Bytes of the optimizer.
+        sharing: Distribution of parameters over ranks.
     """
 
     batch: MicroBatch
@@ -171,7 +171,7 @@ def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
 
     Args:
         model: A `MixtralForCausalLM` or the PeftModel around it, whole (not sharded), on any device; on meta is enough.
-        run: The rest.
+        run: Settings of the run.
     """
     step, sizes, share = _Step(base_of(model), run), bytes_in_memory(model), run.sharing
     activations = step.activations
@@ -199,7 +199,7 @@ class _Step:
         self.gradients = self._gradients(base)
 
     def moments(self) -> Iterator[Moment]:
-        """In their order."""
+        """Yield the moments of a step in order."""
         activations, run = self.activations, self.run
         kept = activations.shared + sum(self.kept)
         forward = activations.layers[-1].forward(run.modes[-1])
@@ -218,12 +218,12 @@ class _Step:
         yield Moment("update", self.gradients, 0, run.sharing.trained(run.optimizer.workspace))
 
     def _gradients(self, module: Any) -> int:
-        """Bytes of a module's gradients; FSDP keeps those of whole adapters while micro-batches accumulate."""
+        """Return the bytes of a module's gradients; FSDP keeps whole adapters' while micro-batches accumulate."""
         size, sharing = _bytes(module, trained=True), self.run.sharing
         return (size if self.run.accumulates else sharing.trained(size)) * (1 + sharing.gradient_copies)
 
     def _reducing(self, module: Any) -> int:
-        """A layer's gradients before they are reduced, and the buffer that they are sent from."""
+        """Return the bytes of a layer's gradients before they are reduced, and of the buffer they are sent from."""
         return 0 if self.run.sharing.kind == "whole" else 2 * _bytes(module, trained=True)
 
     def _gathered(self, module: Any, layers: int | None = None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.layout import Entry
+from lightning_mixcn.model.checkpoints.layout import StoredWeight
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.mixtral import meta_model
 
@@ -84,7 +84,7 @@ class GGUFFile:
 
         held: dict[str, Tensor] = {}
 
-        def decoded(entry: Entry, start: int, count: int) -> Tensor:
+        def decoded(entry: StoredWeight, start: int, count: int) -> Tensor:
             if entry.name not in held:
                 held.clear()
                 tensor = self._tensors[_gguf_name(entry)]
@@ -118,7 +118,7 @@ class GGUFFile:
                 )
         return tensors
 
-    def _rotated_heads(self, entry: Entry) -> int:
+    def _rotated_heads(self, entry: StoredWeight) -> int:
         """How many heads a projection has whose rows llama.cpp orders otherwise; 0 if it does not."""
         if entry.name.endswith("q_proj"):
             return int(self._config.num_attention_heads)
@@ -175,7 +175,7 @@ class GGUFLikelihood:
         self._llama.close()
 
 
-def _gguf_name(entry: Entry) -> str:
+def _gguf_name(entry: StoredWeight) -> str:
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", entry.name)
     assert match is not None, entry.name
     return f"blk.{match[1]}.{_LEAVES[match[2]]}.weight"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.layout import Entry, entries
+from lightning_mixcn.model.checkpoints.layout import StoredWeight, entries
 from lightning_mixcn.model.checkpoints.reading import mixtral_config, pieces
 from lightning_mixcn.model.memory.counts import count_parameters
 from lightning_mixcn.model.mixtral import bytes_in_memory, meta_model
@@ -44,7 +44,7 @@ def rounded_names(checkpoint: Checkpoint) -> list[str]:
     return [name for name, module in model.named_modules() if _is_nf4(module)]
 
 
-def rounded_entries(model: nn.Module, checkpoint: Checkpoint) -> list[Entry]:
+def rounded_entries(model: nn.Module, checkpoint: Checkpoint) -> list[StoredWeight]:
     """Those weights of a model of any format, and where the checkpoint has them."""
     names = set(rounded_names(checkpoint))
     return [entry for entry in entries(model, checkpoint, mixtral_config(checkpoint)) if entry.name in names]
@@ -92,7 +92,9 @@ def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype)
     return error_of(rounded, checkpoint, lambda entry, start, count: _decoded(entry, start, count, dtype))
 
 
-def error_of(rounded: list[Entry], checkpoint: Checkpoint, decoded: Callable[[Entry, int, int], Tensor]) -> float:
+def error_of(
+    rounded: list[StoredWeight], checkpoint: Checkpoint, decoded: Callable[[StoredWeight, int, int], Tensor]
+) -> float:
     """Return the same of weights that come from anywhere.
 
     Args:
@@ -105,7 +107,7 @@ def error_of(rounded: list[Entry], checkpoint: Checkpoint, decoded: Callable[[En
 
 
 def _squares(
-    entry: Entry, checkpoint: Checkpoint, decoded: Callable[[Entry, int, int], Tensor]
+    entry: StoredWeight, checkpoint: Checkpoint, decoded: Callable[[StoredWeight, int, int], Tensor]
 ) -> Iterator[tuple[float, float]]:
     for start, values_n in pieces(entry, checkpoint):
         exact_n = values_n.float()
@@ -113,7 +115,7 @@ def _squares(
         yield float(wrong_n.square().sum(dtype=torch.float64)), float(exact_n.square().sum(dtype=torch.float64))
 
 
-def _decoded(entry: Entry, start: int, count: int, dtype: torch.dtype) -> Tensor:
+def _decoded(entry: StoredWeight, start: int, count: int, dtype: torch.dtype) -> Tensor:
     storage = entry.storage
     if not isinstance(storage, NF4Weight):
         return storage.values.detach().flatten()[start : start + count]

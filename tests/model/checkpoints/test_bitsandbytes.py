@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture
 def source(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A folder in 4 bits, the router included as transformers 4 did; and what bitsandbytes decodes of each weight."""
+    """Return a folder in 4 bits, router included as in transformers 4, and the weights that bitsandbytes decodes."""
     return quantised(save_tiny_mixtral(tmp_path / "base", **SIZES), tmp_path / "source")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 
 HIDDEN, INNER, EXPERTS = 6, 5, 3
 
@@ -84,11 +84,11 @@ def test_read_rows_of_any_dtype(folder: Path) -> None:
 def test_every_range_of_segments(folder: Path) -> None:
     tensors = some_tensors()
     segments = [
-        Segment("w1"),
-        Segment("gate_up", index=1),
-        Segment("gate_up", index=2, rows=(INNER, 2 * INNER)),
-        Segment("w3", rows=(1, 3)),
-        Segment("gate_up", rows=(0, 1)),
+        TensorSlice("w1"),
+        TensorSlice("gate_up", index=1),
+        TensorSlice("gate_up", index=2, rows=(INNER, 2 * INNER)),
+        TensorSlice("w3", rows=(1, 3)),
+        TensorSlice("gate_up", rows=(0, 1)),
     ]
     parts = [
         tensors["w1"],
@@ -114,26 +114,31 @@ def test_segments_of_both_namings_hold_the_same_elements(tmp_path: Path) -> None
     fused = some_tensors()["gate_up"]
     split = {f"{e}.{w}": fused[e, r : r + INNER].clone() for e in range(EXPERTS) for w, r in (("w1", 0), ("w3", INNER))}
     checkpoint = Checkpoint(make_folder(tmp_path / "model", [{"fused": fused, **split}]))
-    by_expert = [Segment(f"{e}.{w}") for e in range(EXPERTS) for w in ("w1", "w3")]
+    by_expert = [TensorSlice(f"{e}.{w}") for e in range(EXPERTS) for w in ("w1", "w3")]
     for start, stop in [(0, fused.numel()), (17, 90), (59, 61)]:
-        expected = checkpoint.read_segments([Segment("fused")], start, stop)
+        expected = checkpoint.read_segments([TensorSlice("fused")], start, stop)
         assert torch.equal(checkpoint.read_segments(by_expert, start, stop), expected)
 
 
 @pytest.mark.parametrize(
     ("segments", "start", "stop", "message"),
     [
-        ([Segment("w2")], 0, 1, "tensor 'w2' is missing in .* Check that config.json belongs"),
-        ([Segment("codes")], 0, 1, "tensor 'codes' in .* has dtype torch.uint8, expected float weights"),
-        ([Segment("w1"), Segment("half")], 0, 1, "'half' in .* has dtype torch.float16, but 'w1' has torch.float32"),
-        ([Segment("w1")], 3, 31, r"elements \[3, 31\) were asked of segments that hold 30"),
-        ([Segment("w1")], 3, 2, r"elements \[3, 2\)"),
-        ([Segment("gate_up", index=3)], 0, 1, "index outside of the stored shape"),
-        ([Segment("gate_up", index=0, rows=(0, 11))], 0, 1, "rows outside of the stored shape"),
+        ([TensorSlice("w2")], 0, 1, "tensor 'w2' is missing in .* Check that config.json belongs"),
+        ([TensorSlice("codes")], 0, 1, "tensor 'codes' in .* has dtype torch.uint8, expected float weights"),
+        (
+            [TensorSlice("w1"), TensorSlice("half")],
+            0,
+            1,
+            "'half' in .* has dtype torch.float16, but 'w1' has torch.float32",
+        ),
+        ([TensorSlice("w1")], 3, 31, r"elements \[3, 31\) were asked of segments that hold 30"),
+        ([TensorSlice("w1")], 3, 2, r"elements \[3, 2\)"),
+        ([TensorSlice("gate_up", index=3)], 0, 1, "index outside of the stored shape"),
+        ([TensorSlice("gate_up", index=0, rows=(0, 11))], 0, 1, "rows outside of the stored shape"),
         ([], 0, 0, "`segments` is empty"),
     ],
 )
-def test_wrong_segments(folder: Path, segments: list[Segment], start: int, stop: int, message: str) -> None:
+def test_wrong_segments(folder: Path, segments: list[TensorSlice], start: int, stop: int, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Checkpoint(folder).read_segments(segments, start, stop)
     assert "\n" not in str(caught.value)
@@ -142,7 +147,7 @@ def test_wrong_segments(folder: Path, segments: list[Segment], start: int, stop:
 def test_integers_are_expected_where_the_config_declares_quantisation(tmp_path: Path) -> None:
     config: dict[str, object] = {"quantization_config": {"quant_method": "any"}}
     checkpoint = Checkpoint(make_folder(tmp_path / "model", [some_tensors()], config))
-    assert checkpoint.read_segments([Segment("codes")], 3, 9).tolist() == list(range(3, 9))
+    assert checkpoint.read_segments([TensorSlice("codes")], 3, 9).tolist() == list(range(3, 9))
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -244,13 +249,13 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
 
 MEASURE = """
 import re, sys
-from lightning_mixcn.model.checkpoints.folder import Checkpoint, Segment
+from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
 checkpoint = Checkpoint(sys.argv[1])
 before, chunk, total = peak(), int(sys.argv[2]), 2 * 2**28
 for start in range(0, total, chunk):
-    checkpoint.read_segments([Segment("a"), Segment("b")], start, start + chunk)
+    checkpoint.read_segments([TensorSlice("a"), TensorSlice("b")], start, start + chunk)
 checkpoint.sha256
 print(peak() - before)
 """

@@ -150,7 +150,7 @@ def test_nothing_is_left_after_an_error_at_the_end(tmp_path: Path, monkeypatch: 
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic, "_flush_to_disk", interrupted)
+    monkeypatch.setattr(atomic, "flush_to_disk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", numbered(3))
     assert os.listdir(tmp_path) == []

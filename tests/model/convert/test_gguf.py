@@ -68,7 +68,7 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def add_tokenizer(writer: Any) -> None:
-    """A byte-level tokenizer: 256 bytes, two merges and two control tokens, the shape of SmolLM2's."""
+    """Return a byte-level tokenizer: 256 bytes, two merges and two control tokens, the shape of SmolLM2's."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's table of bytes as characters
     spare = iter(range(256, 512))
     characters = [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]

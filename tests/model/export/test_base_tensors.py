@@ -25,7 +25,7 @@ MOE = "model.layers.1.block_sparse_moe"
 
 
 def rewrite(source: Path, out: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """A copy of a folder whose tensors were changed."""
+    """Return a copy of a folder whose tensors were changed."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     change(tensors)
@@ -44,7 +44,7 @@ def equal_head(tensors: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def says_tied(tmp_path: Path) -> Path:
-    """A base that says it is tied, but has another head."""
+    """Return a base that says it is tied, but has another head."""
     base = save_tiny_mixtral(tmp_path / "tied", tie_word_embeddings=True)
     return rewrite(base, tmp_path / "base", another_head)
 

@@ -23,7 +23,7 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}[INST] {{ message['conte
 
 @pytest.fixture
 def exported(tiny: Path, tmp_path: Path) -> tuple[Path, Any]:
-    """An exported folder with a chat template, and the model that was trained."""
+    """Return an exported folder with a chat template, and the model that was trained."""
     trained = save_adapter(tiny, tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "adapter" / name).write_bytes((tiny / name).read_bytes())
@@ -34,7 +34,7 @@ def exported(tiny: Path, tmp_path: Path) -> tuple[Path, Any]:
 
 @pytest.fixture
 def server(exported: tuple[Path, Any]) -> Iterator[str]:
-    """``transformers serve`` on the folder, once it answers; its address."""
+    """Start ``transformers serve`` on the folder, and return its address once it answers."""
     for package in ("openai", "fastapi", "uvicorn"):
         pytest.importorskip(package, reason="transformers serve needs transformers[serving], which is not installed")
     with socket.socket() as probe:

@@ -29,7 +29,7 @@ FORMATS = ["hf", "peft", "peft-per-expert"]
 
 @pytest.fixture
 def run(tiny: Path, tmp_path: Path) -> Path:
-    """A run folder: its adapter with tokenizer and chat template, and what `mixcn validate` measured."""
+    """Return a run folder: its adapter with tokenizer and chat template, and what `mixcn validate` measured."""
     folder = tmp_path / "run"
     save_adapter(tiny, folder / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def original(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A base whose 4-bit folder is ``small`` beside it."""
+    """Return a base whose 4-bit folder is ``small`` beside it."""
     folder = save_tiny_mixtral(tmp_path / "original", tie_word_embeddings=request.param)
     quantize(str(folder), str(tmp_path / "small"), dtype="float32")
     return folder

@@ -217,7 +217,7 @@ def test_the_real_converter(tmp_path: Path) -> None:
 
 
 def train_sentencepiece(folder: Path) -> None:
-    """A tokenizer.model of the fixture's 272 pieces, since the converter reads no other tokenizer right."""
+    """Return a tokenizer.model of the fixture's 272 pieces, since the converter reads no other tokenizer right."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(

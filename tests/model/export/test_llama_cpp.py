@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def llama_cpp() -> Any:
-    """The package, where the converter is there as well."""
+    """Return the package, where the converter is there as well."""
     package = pytest.importorskip("llama_cpp", reason="the package llama-cpp-python is not installed")
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     folder = os.environ.get("LLAMA_CPP")
@@ -43,7 +43,7 @@ def llama_cpp() -> Any:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A non-zero adapter of the pretrained fixture, with the SentencePiece file that llama.cpp needs."""
+    """Return a non-zero adapter of the pretrained fixture, with the SentencePiece file that llama.cpp needs."""
     if not STORIES.is_dir():
         pytest.skip("the pretrained fixture stories260K-mixtral-4e lies outside the project and is not here")
     folder = tmp_path_factory.mktemp("adapter")
@@ -86,7 +86,7 @@ def chosen(logits: Tensor, ids: list[int]) -> Tensor:
 
 
 def rounded(folder: Path, outtype: str) -> Any:
-    """The merged model with its matrices as a type of llama.cpp rounds them; embeddings and experts as well."""
+    """Return the merged model with its matrices as a type of llama.cpp rounds them; embeddings and experts as well."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

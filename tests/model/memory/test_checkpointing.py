@@ -15,7 +15,7 @@ from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.experts.observe import observe_routing
 from lightning_mixcn.model.memory import checkpointing as activation_checkpointing
 from lightning_mixcn.model.memory.checkpointing import HostCopy, kept_on_host
-from lightning_mixcn.model.memory.optimizer import LiveBytes
+from lightning_mixcn.model.memory.optimizer import MemoryTracker
 from lightning_mixcn.testing import random_batch, tiny_mixtral_config
 
 MODES: list[str | list[str]] = ["selective", "full", "offload", ["full", "selective"], ["none", "offload"]]
@@ -181,7 +181,7 @@ def test_offload_keeps_no_input_of_a_layer(tiny: Path, ids: Tensor, monkeypatch:
     model, kept = load_mixtral(tiny, dtype="float32", lora=peft.LoraConfig(target_modules="all-linear")).train(), {}
     for mode in ("full", "offload"):
         set_activation_checkpointing(model, mode)
-        with LiveBytes() as live:
+        with MemoryTracker() as live:
             loss = model(input_ids=ids, labels=ids).loss
             kept[mode] = live.now
         del loss

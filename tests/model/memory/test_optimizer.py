@@ -9,7 +9,7 @@ from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mixcn.model.memory.optimizer import LiveBytes, optimizer_memory
+from lightning_mixcn.model.memory.optimizer import MemoryTracker, optimizer_memory
 
 SHAPES = [(64, 512), (10, 10), (8192,)]
 
@@ -58,7 +58,7 @@ def test_what_cannot_step_without_memory() -> None:
 
 def test_views_are_free_and_what_is_gone_is_not_counted() -> None:
     before = torch.ones(10)
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         made = torch.empty(8, 8)
         view = made[2:].t()
         del made
@@ -73,7 +73,7 @@ def test_views_are_free_and_what_is_gone_is_not_counted() -> None:
 
 def test_backward_counts_too() -> None:
     weight = torch.ones(100, requires_grad=True)
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         loss = (weight.exp() * 2).sum()
         assert live.now == 404  # what exp keeps, and the loss
         loss.backward()

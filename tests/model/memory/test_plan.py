@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.memory.layer import MicroBatch, model_activations
-from lightning_mixcn.model.memory.optimizer import LiveBytes, optimizer_memory
+from lightning_mixcn.model.memory.optimizer import MemoryTracker, optimizer_memory
 from lightning_mixcn.model.memory.plan import Run, Sharing, plan_memory
 from lightning_mixcn.testing import tiny_mixtral_config
 
@@ -71,7 +71,7 @@ def modes_of(case: Case) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_activations_kept(case: Case) -> None:
     model = model_of(case)
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         loss = loss_of(model, case.packed)
         kept = live.now
     del loss
@@ -89,7 +89,7 @@ def test_the_fullest_moment(case: Case, accumulated: int) -> None:
     model = model_of(case)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         for _ in range(2):
             live.peak = live.now
             for micro_batch in range(accumulated):
