@@ -141,7 +141,7 @@ class _FetchClock(Profiler):
     batch that Lightning fetches before the first step, while workers start, is not counted.
 
     Args:
-        profiler: Profiler of the trainer; it is told everything, too.
+        profiler: Profiler of the trainer; it gets every call, too.
     """
 
     # `Any`: the command line offers every Profiler wherever one is asked for, so this class inside itself without end.

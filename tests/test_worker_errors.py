@@ -306,8 +306,15 @@ def test_no_worker_outlives_a_killed_run(start: Start, tmp_path: Path) -> None:
     assert run.end("killing")[0] == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        ("lightning", 0),
+        pytest.param("lightning", 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", 0, marks=pytest.mark.slow),
+        ("torchrun", 1),
+    ],
+)
 def test_a_killed_rank_ends_all(rank: int, launcher: str, start: Start, tmp_path: Path) -> None:
     """Nobody but torch and the launchers sees to it; the run's checkpoint is one to go on from."""
     write(tmp_path / "a.jsonl", GOOD)

@@ -89,7 +89,7 @@ def test_stock_peft_reads_it(tmp_path: Path, tiny_base: Path, module: PretrainMo
 
 
 class Falling(PretrainModule):
-    """A run whose validations measure what they are told to."""
+    """A run whose validations measure given values."""
 
     values: list[float]
 
@@ -164,7 +164,7 @@ def test_a_base_that_other_tools_cannot_find_is_said_at_the_start(
 
 
 class Shouting:
-    """A chat template that no Jinja text stands for."""
+    """A chat template without an equal in Jinja."""
 
     def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
         texts = tokenizer.encode_batch([turn.content.upper()[::-1] for turn in turns])

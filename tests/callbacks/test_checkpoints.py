@@ -407,7 +407,7 @@ def test_it_goes_on_from_a_complete_checkpoint(
         else:
             while forked_fits.running() and not any(checkpoints.glob(".*")):
                 time.sleep(0.0005)
-            time.sleep(draw.random() * 0.004)  # in writing, or just behind
+            time.sleep(draw.random() * 0.004)  # in writing, or just after
         assert forked_fits.running()
         forked_fits.kill()
         forked_fits.wait()

@@ -59,8 +59,8 @@ class Rates(Callback):
     """Keeps the learning rate of each step.
 
     Args:
-        kill_in: A step that the run ends in, as by a kill.
-        validating: In the validation behind so many steps instead.
+        kill_in: Step in which the run ends, as by a kill.
+        validating: Kill in the validation after so many steps instead.
     """
 
     def __init__(self, kill_in: int | None = None, validating: bool = False) -> None:

@@ -99,7 +99,7 @@ def test_it_logs_as_often_as_the_trainer(trainer: Make) -> None:
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create:UserWarning")
 def test_a_resumed_run_goes_on_counting(trainer: Make, tmp_path: Path) -> None:
-    """The checkpoint of step 3 lies in the middle of a window."""
+    """The checkpoint of step 3 is in the middle of a window."""
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     first = trainer(max_steps=3, log_every_n_steps=2, callbacks=[DataMonitor(), save], enable_checkpointing=True)
     first.fit(OneNumber(), FixedBatches(BATCHES, SOURCES))
@@ -139,12 +139,12 @@ def test_what_the_data_module_tells(trainer: Make) -> None:
     lines = Lines()
     run = trainer(logger=lines, max_steps=1, log_every_n_steps=1, callbacks=[DataMonitor()])
     run.fit(OneNumber(), Telling(BATCHES, SOURCES))
-    told = {"data/zh/epoch": 0.25, "data/en/epoch": 1.5, "data/bad_records": 3.0}
-    assert told.items() <= lines.lines[0][1].items()
+    expected = {"data/zh/epoch": 0.25, "data/en/epoch": 1.5, "data/bad_records": 3.0}
+    assert expected.items() <= lines.lines[0][1].items()
 
 
 class Clock:
-    """Goes on when it is told to."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0

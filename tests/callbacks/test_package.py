@@ -12,6 +12,7 @@ from lightning_mixcn.callbacks import (
     PredictionWriter,
     SampleText,
 )
+from lightning_mixcn.cli import main
 
 
 def test_it_cannot_be_imported_as_callbacks() -> None:
@@ -36,3 +37,14 @@ def test_another_kind_of_module_is_refused(callback: AdapterCheckpoint) -> None:
         ValueError, match=rf"{type(callback).__name__} works with a CausalLMModule, but `model` is Light"
     ):
         callback.setup(trainer, LightningModule(), "fit")
+
+
+@pytest.mark.parametrize("name", ["RankWatch", "lightning_mixcn.callbacks.RankWatch"])
+def test_a_callback_that_went_is_named_in_one_line(
+    name: str, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit", "--model", "PretrainModule", "--model.base", str(tiny_base), "--data", "PretrainDataModule"]
+    arguments += ["--data.sources", "[{name: zh, path: nowhere.jsonl}]"]
+    assert main([*arguments, f"--trainer.callbacks=[{{class_path: {name}}}]"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("mixcn: error: RankWatch is gone, since torch and the launchers end all ranks")

@@ -29,7 +29,7 @@ BATCHES = [random_batch(lengths, seed=seed) for seed, lengths in enumerate(LENGT
 
 
 class Clock:
-    """Goes on when it is told to."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -56,7 +56,7 @@ def spend(clock: Clock, seconds: dict[str, float]) -> type[PretrainModule]:
             return super().training_step(batch, batch_idx)
 
         def on_after_backward(self) -> None:  # after the callbacks' hook, so it is a part of the update
-            clock.now += seconds["behind"]
+            clock.now += seconds["after"]
 
         def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
             clock.now += seconds["backward"]
@@ -111,7 +111,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_where_the_time_goes(clock: Clock, trainer: Make, module: PretrainModule, tmp_path: Path) -> None:
     """Two micro-batches a step, two steps a log, validation after the third step."""
-    seconds = {"forward": 0.5, "backward": 0.25, "behind": 0.0, "optimizer": 2.0, "other": 0.125}
+    seconds = {"forward": 0.5, "backward": 0.25, "after": 0.0, "optimizer": 2.0, "other": 0.125}
     slow = spend(clock, seconds)(module.base, dtype="float32", lora=module.lora)
     data = SlowData(BATCHES)
     data.clock = clock

@@ -271,7 +271,7 @@ def test_the_readme_s_subclass_changes_the_loss(tiny_base: Path, lora: Make, tra
     assert logged[0]["train/nll_nats_per_token"] == logged[1]["train/nll_nats_per_token"]
     module.train()
     trained = float((5 * nll[0] + nll[1]) / (5 * 23 + 12))
-    # One step of the optimizer at its warm-up learning rate lies between the two.
+    # One step of the optimizer at its warm-up learning rate is between the two.
     assert logged[1]["train/loss"] == pytest.approx(trained, rel=1e-2)
     assert abs(logged[1]["train/loss"] - logged[0]["train/loss"]) > 1e-4
 

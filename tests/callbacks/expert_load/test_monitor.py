@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def packed_batch(seed: int) -> Batch:
-    """Two rows of a Chinese and an English document each, and padding behind them."""
+    """Two rows of a Chinese and an English document each, and padding after them."""
     batch = random_batch([24, 24], seed=seed)
     for row, (zh, end) in enumerate([(10 + seed, 20), (5, 24 - seed)]):
         batch["document_ids"][row, zh:end], batch["source_ids"][row, zh:end] = 1, 1
@@ -197,7 +197,7 @@ def test_what_tensorboard_shows(tmp_path: Path, module: PretrainModule, trainer:
 
 
 def test_a_run_resumed_inside_a_window_counts_every_token_once(tmp_path: Path, tiny_base: Path, trainer: Make) -> None:
-    """The checkpoint of step 3 lies inside the window of steps 3 and 4, and the first run goes on to write more."""
+    """The checkpoint of step 3 is inside the window of steps 3 and 4, and the first run goes on to write more."""
     folder = tmp_path / "checkpoints"
 
     def fit(steps: int, **options: Any) -> None:

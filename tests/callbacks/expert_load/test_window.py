@@ -89,10 +89,10 @@ def shares(*layers: list[float]) -> torch.Tensor:
     return torch.tensor(layers, dtype=torch.float64)
 
 
-def test_an_expert_is_told_of_once_until_it_was_fed() -> None:
+def test_an_expert_is_warned_of_once_until_it_was_fed() -> None:
     starving = StarvingExperts(share=0.1, steps=4)
-    told = [starving.update(shares(FED, HUNGRY), steps=2) for _ in range(4)]
-    assert told == [[], [(1, 3)], [], []]
+    warned = [starving.update(shares(FED, HUNGRY), steps=2) for _ in range(4)]
+    assert warned == [[], [(1, 3)], [], []]
     starving.update(shares(FED, FED), steps=2)
     assert [starving.update(shares(FED, HUNGRY), steps=2) for _ in range(2)] == [[], [(1, 3)]]
 
