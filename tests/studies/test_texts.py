@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import MixtralConfig
 
-from lightning_mixcn.studies.texts import named_path, read_documents
+from lightning_mixcn.studies.texts import StudyText, named_path, read_documents
 
 
 def test_documents_of_each_source(tmp_path: Path) -> None:
@@ -32,3 +33,18 @@ def test_what_is_refused(tmp_path: Path) -> None:
         read_documents([f"zh={tmp_path / 'empty.jsonl'}"], "text", "file")
     with pytest.raises(FileNotFoundError, match=r"text\[0\]"):
         read_documents([f"zh={tmp_path / 'nowhere.jsonl'}"], "text", "file")
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_tokens", 1), ("sequence_length", 1), ("micro_batch_size", 0)])
+def test_numbers_that_are_too_small(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"`{name}={value}`: expected at least {value + 1}"):
+        StudyText(["zh=a.txt"], **{name: value})  # type: ignore[arg-type]  # numbers alone
+
+
+def test_rows_fit_the_model() -> None:
+    text = StudyText(["zh=a.txt", "en=b.txt"], max_tokens=1000, sequence_length=300)
+    assert (text.rows, text.paths) == (3, {"zh": "a.txt", "en": "b.txt"})
+    assert text.check_context(MixtralConfig(max_position_embeddings=512)) == 512
+    assert text.check_context(MixtralConfig(max_position_embeddings=512, sliding_window=300)) == 300
+    with pytest.raises(ValueError, match=r"`sequence_length=300` is more than the model reads. Give at most 256"):
+        text.check_context(MixtralConfig(max_position_embeddings=256))

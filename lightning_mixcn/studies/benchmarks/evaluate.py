@@ -21,7 +21,7 @@ def evaluate(
     model: ModelOptions,
     shard: bool = False,
 ) -> None:
-    """Run benchmarks of lm-evaluation-harness, its definitions and scoring untouched. It goes on where it was killed.
+    """Run benchmarks of lm-evaluation-harness, its definitions and scoring untouched. It resumes after a kill.
 
     Prints a table by language: base beside adapted, standard errors, and a paired test over the same documents. On
     several GPUs: torchrun --nproc-per-node N -m lightning_mixcn evaluate …; each process has the model, and takes every

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def compare(recipe: str, *, out: str, quick: bool = False) -> None:
-    """Train each arm of a recipe on the same bytes of text and compare. It goes on where it was killed.
+    """Train each arm of a recipe on the same bytes of text and compare. It resumes after a kill.
 
     Prints a table: bits per byte of every source before and after, tokens, speed, memory, and task scores where the
     recipe asks for them, with their spread over seeds.

@@ -20,7 +20,7 @@ def experts(
     data_dir: str | None = None,
     model: ModelOptions,
 ) -> None:
-    """Disable every expert in turn: what does each cost in bits per byte and accuracy? It goes on where it was killed.
+    """Disable every expert in turn: what does each cost in bits per byte and accuracy? It resumes after a kill.
 
     The cost, for each mode, is about half of layers × experts forward passes over all tokens. Mixtral-8x7B (32 × 8, 26
     GFLOP a token) over 2 sources of 32,768 tokens: 65,536 × 256 × 26e9 / 2 = 2.2e17 FLOP, by arithmetic 18 minutes at

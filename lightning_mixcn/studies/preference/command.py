@@ -21,7 +21,7 @@ def sheet(
     seed: int = 0,
     model: ModelOptions,
 ) -> None:
-    """Let two or more models answer questions, and write blind sheets for judges. It goes on where it was killed.
+    """Let two or more models answer questions, and write blind sheets for judges. It resumes after a kill.
 
     Give a judge sheet.html (a page that needs nothing else and saves the judge's CSV) or sheet.csv (for a spreadsheet),
     and nothing else of the folder: key.json and answers.jsonl name the models. The cost is one forward pass of one

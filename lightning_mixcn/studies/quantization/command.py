@@ -15,7 +15,7 @@ def quantization(
     dtype: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Compare formats of a model's weights: bytes, bits per weight, bits per byte. It goes on where it was killed.
+    """Compare formats of a model's weights: bytes, bits per weight, bits per byte. It resumes after a kill.
 
     Formats: the checkpoint's own type; nf4-double, in which this package trains (8-bit block maxima); nf4-single
     (float32 block maxima, computed with but stored nowhere); and GGUF files. Documents and tokens are the same for all.
