@@ -124,13 +124,11 @@ def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) ->
         results: Results of each run, see `run_result`.
         title: Over all panels.
     """
-    # Takes a second, which only those wait for who draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Its import takes a second.
     from matplotlib.figure import Figure
 
     sources = list(results[0]["sources"])
     figure = Figure(figsize=(1 + 4 * len(sources), 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")
     for axis, source in zip(figure.subplots(1, len(sources), squeeze=False).flat, sources, strict=True):
         for arm in dict.fromkeys(result["arm"] for result in results):

@@ -83,12 +83,10 @@ def save_matrices(path: Path, matrices: NDArray[np.float64], limits: tuple[float
 
 def _grid(lines: int, columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
     """Make a figure that belongs to no window, and its panels in reading order."""
-    # Takes a second, which only those wait for who draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Its import takes a second.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
 
 

@@ -158,12 +158,10 @@ def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
         path: PNG to write.
         figures: Figures of each format.
     """
-    # Takes a second, which only those wait for who draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Its import takes a second.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     ordered = sorted(figures, key=lambda of: of["bits_per_weight"])
     across = [of["bits_per_weight"] for of in ordered]

@@ -70,7 +70,8 @@ def train(
     with new_file(target) as unfinished:
         unfinished.write_bytes(model)
     pieces = read_pieces(str(target))
-    _say(f"{target}: {len(pieces):,} pieces, such as {' '.join(pieces[:_SHOWN])}")
+    made = f"{target}: {len(pieces):,} pieces, such as {' '.join(pieces[:_SHOWN])}"
+    print(made, file=sys.stderr, flush=True)
 
 
 def merge(
@@ -192,7 +193,3 @@ def _summary(chosen: "ChosenPieces", present: int, script: str) -> str:
         (len(chosen.added), f"added in all: {present:,} → {present + len(chosen.added):,}"),
     ]
     return "\n".join(f"{number:8,}  {what}" for number, what in lines if number)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
