@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from lightning_mixcn.errors import UserError
 
-IGNORED = -100
+_IGNORED = -100
 
 
 class Likelihood(TypedDict):
@@ -33,7 +33,7 @@ def scored_positions(labels_BS: Tensor) -> Tensor:
     Returns:
         ``[B, S]`` bool.
     """
-    scored_BS = labels_BS != IGNORED
+    scored_BS = labels_BS != _IGNORED
     scored_BS[:, 0] = False
     return scored_BS
 
