@@ -25,7 +25,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Args:
         query: ``[B, J·G, S, D]`` bfloat16 on the CPU.
         key: ``[B, J, S, D]``.
-        value: Shape of ``key``.
+        value: Values, of the shape of ``key``.
         scale: Factor of the products, usually ``D ** -0.5``.
 
     Returns:

@@ -89,7 +89,7 @@ def document_attention(
         module: Mixtral's attention.
         query: ``[B, heads, S, head size]``.
         key: ``[B, key-value heads, S, head size]``.
-        value: Shape of ``key``.
+        value: Values, of the shape of ``key``.
         attention_mask: Used only without ``documents``.
         documents: From `locate_documents`; ``None`` (generation, say) is transformers' own SDPA.
         scaling: Factor of the products.

@@ -80,7 +80,7 @@ def packed_attention(
     Args:
         query: ``[B, heads, S, head size]``, float16 or bfloat16.
         key: ``[B, key-value heads, S, head size]``.
-        value: Shape of ``key``.
+        value: Values, of the shape of ``key``.
         documents: From `pack_documents`.
         scaling: Factor of the products; ``None`` is 1/√head size.
         sliding_window: Tokens that one attends to, itself among them; ``None`` for all before it.
