@@ -18,9 +18,8 @@ import torch
 import transformers
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.studies import models as evaluated_models
 from lightning_mixcn.studies import tasks as benchmark_tasks
-from lightning_mixcn.studies.benchmarks import evaluate as evaluation_plan
+from lightning_mixcn.studies.benchmarks import plan as evaluation_plan
 from lightning_mixcn.studies.task_scores import run_task
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.benchmark_data import HARNESS_WARNINGS, few_tasks, harness, real_files, write_ceval, write_hellaswag
@@ -46,7 +45,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluated_models, "load_found", refuse)
+    monkeypatch.setattr("lightning_mixcn.model.find.load_found", refuse)
 
 
 @pytest.fixture
