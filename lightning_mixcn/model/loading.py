@@ -23,7 +23,7 @@ from .checkpoints.identity import (
     base_identity,
     stock_base,
 )
-from .checkpoints.layout import StoredWeight, entries, stored_entries
+from .checkpoints.layout import StoredWeight, nf4_weights, stored_weights
 from .checkpoints.reading import CHUNK, check_entry, fill, is_quantised, mixtral_config, torch_device, torch_dtype
 from .lora.adapter_file import AdapterFile
 from .lora.attach import (
@@ -91,7 +91,8 @@ def load_mixtral(
             f"`quantization={quantization!r}`, but {checkpoint.path} holds 4-bit weights. Use nf4, or the original"
         )
     model = meta_model(config, quantization, torch_dtype(dtype))
-    todo, source = open_entries(model, checkpoint, config)  # before anything is allocated
+    todo, source = open_entries(checkpoint, config)  # before anything is allocated
+    modules = [model.get_submodule(entry.name) for entry in todo]  # before PEFT puts its layers in between
     if adapter is not None and lora is None:
         raise UserError(
             f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
@@ -111,8 +112,9 @@ def load_mixtral(
         shard(complete)
     move_to_device(model, torch_device(device or "cpu"))
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that a launcher started on this machine
-    for entry in tqdm(todo, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
-        fill(entry, checkpoint, source)
+    weights = list(zip(todo, modules, strict=True))
+    for entry, module in tqdm(weights, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
+        fill(entry, module, checkpoint, source)
     if extension is not None:
         extension.fill(model)
     if isinstance(complete, MixtralPeftModel):
@@ -168,13 +170,10 @@ def _complete(
     return model if lora is None else attach_lora(model, lora)
 
 
-def open_entries(
-    model: nn.Module, checkpoint: Checkpoint, config: MixtralConfig
-) -> tuple[list[StoredWeight], BitsAndBytesSource | None]:
+def open_entries(checkpoint: Checkpoint, config: MixtralConfig) -> tuple[list[StoredWeight], BitsAndBytesSource | None]:
     """List everything that a model takes from a checkpoint.
 
     Args:
-        model: On the meta device.
         checkpoint: High-precision, or in 4 bits.
         config: Configuration of `mixtral_config`.
 
@@ -186,7 +185,7 @@ def open_entries(
     """
     source = BitsAndBytesSource(checkpoint) if is_bitsandbytes(checkpoint) else None
     stored_nf4 = is_quantised(checkpoint) and source is None
-    todo = list(stored_entries(model) if stored_nf4 else entries(model, checkpoint, config))
+    todo = nf4_weights(config) if stored_nf4 else stored_weights(config, checkpoint)
     left = set(checkpoint.names()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     for entry in todo:
         if source is not None and source.holds(entry):

@@ -4,17 +4,16 @@ transformers 4 and the published checkpoints store one matrix an expert (``block
 transformers 5 can store them fused (``mlp.experts.gate_up_proj [E, 2I, H]``, gate rows first).
 """
 
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
-from torch import nn
 from transformers import MixtralConfig
 
-from lightning_mixcn.model.nf4.linear import FrozenLinear
-from lightning_mixcn.model.nf4.storage import Weight
+from lightning_mixcn.model.nf4.codec import BLOCKS_PER_SUPERBLOCK, SUPERBLOCK, superblocks
 
 from .folder import Checkpoint, TensorSlice
 
+_ROUTER = "mlp.gate.linear"
 # PEFT's and our name of an expert projection → the paper's.
 EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -33,52 +32,83 @@ class StoredWeight(NamedTuple):
     """A weight of the model and its parts in a checkpoint.
 
     Args:
-        module: Module that owns it.
-        name: Name of the module in the model.
+        name: Name of its module in the model.
+        shape: Shape of the weight, ``[groups, out, in]`` of a `FrozenLinear`.
         segments: Parts in the checkpoint, in order.
-        attribute: Parameter to fill as it is stored; ``None`` for a `FrozenLinear`, whose storage takes the weight
-            in its own way.
+        attribute: Parameter to fill as it is stored; ``None`` for a `FrozenLinear`, whose storage takes the weight in
+            its own way.
     """
 
-    module: nn.Module
     name: str
+    shape: tuple[int, ...]
     segments: list[TensorSlice]
     attribute: str | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.parameter.shape if self.attribute else self.storage.shape
-
-    @property
-    def storage(self) -> Weight:
-        """The `FrozenLinear`'s storage."""
-        storage: Weight = self.module.storage  # type: ignore[assignment]  # a FrozenLinear
-        return storage
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The plain parameter, looked up at each call: moving a meta model to a device replaces its parameters."""
-        parameter: nn.Parameter = getattr(self.module, self.attribute or "weight")
-        return parameter
+    def is_rounded(self) -> bool:
+        """NF4 rounds it: a matrix of attention, or a stack of experts'."""
+        return self.attribute is None and rounds(self.name, self.shape)
 
 
-def entries(model: nn.Module, checkpoint: Checkpoint, config: MixtralConfig) -> Iterator[StoredWeight]:
-    """Yield everything that ``model`` takes from ``checkpoint``, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenLinear):
-            yield StoredWeight(module, name, _frozen_segments(name, checkpoint, config), None)
-        elif isinstance(getattr(module, "weight", None), nn.Parameter):
-            tied = name == "lm_head" and config.tie_word_embeddings
-            if not tied:
-                yield StoredWeight(module, name, [TensorSlice(f"{name}.weight")], "weight")
+def module_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
+    """Map each module of a Mixtral that has a weight to its shape, in the model's order.
+
+    A `FrozenLinear` has ``[groups, out, in]``. A tied head has no weight of its own.
+    """
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}self_attn.q_proj": (1, queries, hidden),
+            f"{prefix}self_attn.k_proj": (1, keys, hidden),
+            f"{prefix}self_attn.v_proj": (1, keys, hidden),
+            f"{prefix}self_attn.o_proj": (1, hidden, queries),
+            f"{prefix}{_ROUTER}": (1, experts, hidden),
+            f"{prefix}mlp.experts.gate_proj": (experts, inner, hidden),
+            f"{prefix}mlp.experts.up_proj": (experts, inner, hidden),
+            f"{prefix}mlp.experts.down_proj": (experts, hidden, inner),
+            f"{prefix}input_layernorm": (hidden,),
+            f"{prefix}post_attention_layernorm": (hidden,),
+        }
+    shapes["model.norm"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head"] = (config.vocab_size, hidden)
+    return shapes
 
 
-def stored_entries(model: nn.Module) -> Iterator[StoredWeight]:
-    """Yield the same for a folder of `mixcn quantize`, which holds the model's parameters under their own names."""
-    for name, _ in model.named_parameters():  # a tied head is named once
-        owner, _, attribute = name.rpartition(".")
-        yield StoredWeight(model.get_submodule(owner), owner, [TensorSlice(name)], attribute)
+def rounds(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether NF4 rounds a module's weight: that of a `FrozenLinear`, but for the router's."""
+    return len(shape) == 3 and not name.endswith(_ROUTER)
+
+
+def stored_weights(config: MixtralConfig, checkpoint: Checkpoint) -> list[StoredWeight]:
+    """List the weights of a Mixtral in the model's order, and where an unquantised checkpoint has them."""
+    return [
+        StoredWeight(name, shape, _frozen_segments(name, checkpoint, config), None)
+        if len(shape) == 3
+        else StoredWeight(name, shape, [TensorSlice(f"{name}.weight")], "weight")
+        for name, shape in module_shapes(config).items()
+    ]
+
+
+def nf4_weights(config: MixtralConfig) -> list[StoredWeight]:
+    """List the same for a folder of `mixcn quantize`, which holds the model's parameters under their own names."""
+    found = []
+    for name, shape in module_shapes(config).items():
+        parts: dict[str, tuple[int, ...]] = {"values": shape}
+        if rounds(name, shape):
+            count = superblocks(math.prod(shape))
+            parts = {"codes": (count, SUPERBLOCK // 2), "scales": (count, BLOCKS_PER_SUPERBLOCK)}
+            parts |= {"super_scale": (count,), "super_offset": (count,)}
+        owner, parts = (f"{name}.storage", parts) if len(shape) == 3 else (name, {"weight": shape})
+        found += [
+            StoredWeight(owner, size, [TensorSlice(f"{owner}.{attribute}")], attribute)
+            for attribute, size in parts.items()
+        ]
+    return found
 
 
 def _frozen_segments(name: str, checkpoint: Checkpoint, config: MixtralConfig) -> list[TensorSlice]:

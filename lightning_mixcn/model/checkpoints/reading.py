@@ -5,7 +5,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MixtralConfig
 
 from lightning_mixcn.errors import UserError
@@ -17,7 +17,7 @@ from lightning_mixcn.model.checkpoints.identity import (
 )
 from lightning_mixcn.model.checkpoints.layout import StoredWeight
 from lightning_mixcn.model.nf4.codec import SUPERBLOCK, dequantize_nf4
-from lightning_mixcn.model.nf4.storage import NF4Weight
+from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 from lightning_mixcn.model.sharding import (
     copy_to_shard,
     local_shard,
@@ -86,34 +86,34 @@ def check_entry(entry: StoredWeight, checkpoint: Checkpoint) -> None:
             )
 
 
-def fill(entry: StoredWeight, checkpoint: Checkpoint, source: BitsAndBytesSource | None = None) -> None:
+def fill(entry: StoredWeight, module: Any, checkpoint: Checkpoint, source: BitsAndBytesSource | None = None) -> None:
     """Read what this rank holds of a weight, piece by piece, quantising where the module is quantised.
 
     Args:
         entry: Weight to fill.
+        module: Module that owns it.
         checkpoint: Checkpoint to read.
         source: bitsandbytes' 4-bit weights, which are taken over as they are.
     """
     if source is not None and source.holds(entry):
-        _take_over(entry, source)
+        _take_over(entry, module.storage, source)
         return
-    held = shard_elements(entry.parameter) if entry.attribute else entry.storage.held()
+    parameter: nn.Parameter | None = getattr(module, entry.attribute) if entry.attribute else None
+    held = module.storage.held() if parameter is None else shard_elements(parameter)
     if entry.attribute and held.stop > (stored := prod(checkpoint.shape(entry.segments[0].name))):
         held = range(min(held.start, stored), stored)  # the rows of an extended vocabulary are not in the checkpoint
-    target = _readable(entry, checkpoint)
+    target = None if parameter is None else _readable(parameter, checkpoint.dtype(entry.segments[0].name))
     for start, values in pieces(entry, checkpoint, held, target):
-        if entry.attribute is None:
-            entry.storage.write(start, values)
+        if parameter is None:
+            module.storage.write(start, values)
         elif target is None:
-            write_to_shard(entry.parameter, start, values)
+            write_to_shard(parameter, start, values)
 
 
-def _readable(entry: StoredWeight, checkpoint: Checkpoint) -> Tensor | None:
+def _readable(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor | None:
     """Return the parameter's memory, flat, where the file's bytes can go straight into it."""
-    if entry.attribute is None:
-        return None
-    rows, _ = local_shard(entry.parameter)
-    fits = rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype == checkpoint.dtype(entry.segments[0].name)
+    rows, _ = local_shard(parameter)
+    fits = rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype == dtype
     return rows.view(-1) if fits else None
 
 
@@ -159,8 +159,8 @@ def _stored_shape(entry: StoredWeight, part: TensorSlice) -> tuple[int, ...]:
     return groups, rows * (1 if part.rows is None else 2), columns
 
 
-def _take_over(entry: StoredWeight, source: BitsAndBytesSource) -> None:
-    packed, storage = source.stack(entry), entry.storage
+def _take_over(entry: StoredWeight, storage: Weight, source: BitsAndBytesSource) -> None:
+    packed = source.stack(entry)
     if isinstance(storage, NF4Weight):
         for name, tensor in packed._asdict().items():
             copy_to_shard(getattr(storage, name), tensor)

@@ -39,7 +39,6 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
     from lightning_mixcn.model.checkpoints.writer import new_checkpoint
     from lightning_mixcn.model.loading import open_entries
-    from lightning_mixcn.model.mixtral import meta_model
     from lightning_mixcn.model.nf4.codec import BLOCK, SUPERBLOCK
     from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
 
@@ -47,15 +46,15 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     config = mixtral_config(checkpoint)
     if is_quantised(checkpoint) and not is_bitsandbytes(checkpoint):
         raise UserError(f"`src={src!r}` is in 4 bits already. Use it as it is")
-    model = meta_model(config, "nf4", torch_dtype(dtype))
-    todo, source = open_entries(model, checkpoint, config)
+    stored_dtype = torch_dtype(dtype)
+    todo, source = open_entries(checkpoint, config)
     method = {"format": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
     tied = {"tie_word_embeddings": config.tie_word_embeddings}
     changes = {"model_type": QUANTISED_MODEL_TYPE, "quantization_config": method, "dtype": dtype}
     settings = checkpoint.config | tied | changes
     with new_checkpoint(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):
-            for name, tensor in _tensors(entry, checkpoint, source, torch_dtype(dtype)).items():
+            for name, tensor in _tensors(entry, checkpoint, source, stored_dtype).items():
                 writer.add(name, tensor)
         for file in [*tokenizer_files(checkpoint.path), checkpoint.path / GENERATION_FILE]:
             if file.is_file():
@@ -66,22 +65,22 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
 def _tensors(
     entry: StoredWeight, checkpoint: Checkpoint, source: BitsAndBytesSource | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """One weight as it is stored: four tensors where it is quantised, else one."""
+    """Return one weight as it is stored: four tensors where it is quantised, else one."""
     import torch
 
     from lightning_mixcn.model.checkpoints.reading import pieces
     from lightning_mixcn.model.nf4.codec import dequantize_nf4
     from lightning_mixcn.model.nf4.storage import NF4Weight
 
-    quantised = entry.attribute is None and isinstance(entry.storage, NF4Weight)
     stored_name = f"{entry.name}.{entry.attribute or 'storage.values'}"
     if source is not None and source.holds(entry):
         packed = source.stack(entry)
-        if quantised:
+        if entry.is_rounded:
             return {f"{entry.name}.storage.{name}": tensor for name, tensor in packed._asdict().items()}
         return {stored_name: dequantize_nf4(packed, dtype).view(entry.shape)}
-    if quantised:
-        storage = NF4Weight(entry.storage.shape)
+    if entry.is_rounded:
+        groups, rows, columns = entry.shape
+        storage = NF4Weight((groups, rows, columns))
         for start, values in pieces(entry, checkpoint):
             storage.write(start, values)
         return {f"{entry.name}.storage.{name}": tensor.detach() for name, tensor in storage.named_parameters()}

@@ -14,7 +14,7 @@ from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import check_made_from, read_identity
-from lightning_mixcn.model.checkpoints.layout import StoredWeight, disk_names
+from lightning_mixcn.model.checkpoints.layout import StoredWeight, disk_names, module_shapes, rounds
 from lightning_mixcn.model.checkpoints.reading import (
     is_quantised,
     mixtral_config,
@@ -24,9 +24,7 @@ from lightning_mixcn.model.checkpoints.reading import (
 from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.model.loading import open_entries
 from lightning_mixcn.model.lora.adapter_file import EMBEDDINGS, AdapterFile
-from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.nf4.codec import dequantize_nf4
-from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
@@ -52,20 +50,17 @@ class BaseWeights:
         self._checkpoint, self._stored = checkpoint, is_quantised(checkpoint)
         assert dequantised or not self._stored, "a 4-bit folder has dequantised weights only"
         self.config = mixtral_config(checkpoint)
-        model = meta_model(self.config, "nf4" if dequantised else "none", torch.float32)
-        todo, self._source = open_entries(model, checkpoint, self.config)
+        self._dequantised, self._shapes = dequantised, module_shapes(self.config)
+        todo, self._source = open_entries(checkpoint, self.config)
         self._entries: dict[str, list[StoredWeight]] = {}
         for entry in todo:
             self._entries.setdefault(entry.name.removesuffix(".storage"), []).append(entry)
-        self._modules = {name: model.get_submodule(name) for name in self._entries}
         self.modules = {name: disk_names(name, self._groups(name)) for name in self._entries}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one matrix (or vector) of a module."""
-        module = self._modules[name]
-        if isinstance(module, FrozenLinear):
-            return module.out_features, module.in_features
-        return tuple(self._entries[name][0].shape)
+        shape = self._shapes[name]
+        return shape[1:] if len(shape) == 3 else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a module's weight in the checkpoint; of 4-bit weights, that of the other weights."""
@@ -96,12 +91,11 @@ class BaseWeights:
             yield values.view(self.shape(name))
 
     def _groups(self, name: str) -> int:
-        module = self._modules[name]
-        return module.groups if isinstance(module, FrozenLinear) else 1
+        shape = self._shapes[name]
+        return shape[0] if len(shape) == 3 else 1
 
     def _is_nf4(self, name: str) -> bool:
-        module = self._modules[name]
-        return isinstance(module, FrozenLinear) and isinstance(module.storage, NF4Weight)
+        return self._dequantised and rounds(name, self._shapes[name])
 
     def _packed(self, name: str) -> BitsAndBytesSource | None:
         """Return bitsandbytes' weights if the module's are among them."""
@@ -109,9 +103,8 @@ class BaseWeights:
 
     def _nf4(self, name: str) -> NF4Weight:
         """Return the module's stack of matrices in 4 bits: read, or quantised now."""
-        module = self._modules[name]
-        assert isinstance(module, FrozenLinear)
-        storage = NF4Weight(module.storage.shape)
+        groups, rows, columns = self._shapes[name]
+        storage = NF4Weight((groups, rows, columns))
         if (source := self._packed(name)) is not None:
             storage.load_state_dict(source.stack(self._entries[name][0])._asdict())
         elif self._stored and self._source is None:

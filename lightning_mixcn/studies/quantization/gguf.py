@@ -19,7 +19,6 @@ from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.layout import StoredWeight
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
-from lightning_mixcn.model.mixtral import meta_model
 
 from .weights import Sizes, error_of, rounded_entries
 
@@ -61,8 +60,7 @@ class GGUFFile:
             if importlib.util.find_spec(module) is None:
                 raise UserError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
         self._config = mixtral_config(checkpoint)
-        self._model = meta_model(self._config, "none", torch.float32)
-        self._entries = rounded_entries(self._model, checkpoint)
+        self._entries = rounded_entries(checkpoint)
         self._tensors = self._read()
         rounded = [self._tensors[_gguf_name(entry)] for entry in self._entries]
         self.sizes = Sizes(

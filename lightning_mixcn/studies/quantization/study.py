@@ -16,7 +16,6 @@ from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
 from lightning_mixcn.model.find import ModelSource, find_model, load_found
-from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.options import chosen_device
 from lightning_mixcn.studies.parts import StudyParts, finished_before
 from lightning_mixcn.studies.texts import StudyText
@@ -161,8 +160,7 @@ def _open(src: str) -> ModelSource:
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the type of its experts."""
-    model = meta_model(mixtral_config(checkpoint), "none", torch.float32)
-    return checkpoint.dtype(rounded_entries(model, checkpoint)[-1].segments[0].name)
+    return checkpoint.dtype(rounded_entries(checkpoint)[-1].segments[0].name)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.layout import StoredWeight, entries
+from lightning_mixcn.model.checkpoints.layout import StoredWeight, stored_weights
 from lightning_mixcn.model.checkpoints.reading import mixtral_config, pieces
 from lightning_mixcn.model.memory.counts import count_parameters
-from lightning_mixcn.model.mixtral import bytes_in_memory, meta_model
+from lightning_mixcn.model.mixtral import bytes_in_memory
 from lightning_mixcn.model.nf4 import codec as nf4
-from lightning_mixcn.model.nf4.linear import FrozenLinear
-from lightning_mixcn.model.nf4.storage import NF4Weight
+from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 
 
 class Sizes(NamedTuple):
@@ -40,19 +39,17 @@ class Sizes(NamedTuple):
 
 def rounded_names(checkpoint: Checkpoint) -> list[str]:
     """Names of the modules that NF4 rounds, in the model's order."""
-    model = meta_model(mixtral_config(checkpoint), "nf4", torch.float32)
-    return [name for name, module in model.named_modules() if _is_nf4(module)]
+    return [entry.name for entry in rounded_entries(checkpoint)]
 
 
-def rounded_entries(model: nn.Module, checkpoint: Checkpoint) -> list[StoredWeight]:
+def rounded_entries(checkpoint: Checkpoint) -> list[StoredWeight]:
     """Those weights of a model of any format, and where the checkpoint has them."""
-    names = set(rounded_names(checkpoint))
-    return [entry for entry in entries(model, checkpoint, mixtral_config(checkpoint)) if entry.name in names]
+    return [entry for entry in stored_weights(mixtral_config(checkpoint), checkpoint) if entry.is_rounded]
 
 
 def sizes_in_memory(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
     """Return the sizes of a model of `load_mixtral` without adapters."""
-    rounded = [entry.storage for entry in rounded_entries(model, checkpoint)]
+    rounded = [_storage(model, entry) for entry in rounded_entries(checkpoint)]
     quantised = sum(parameter.nbytes for storage in rounded for parameter in storage.parameters())
     weights = sum(prod(storage.shape) for storage in rounded)
     return Sizes(sum(bytes_in_memory(model).values()), count_parameters(model)["total"], quantised, weights)
@@ -61,7 +58,7 @@ def sizes_in_memory(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
 def single_sizes(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
     """Return a dense model's sizes as `round_singly` rounds it: two weights a byte, and a float32 for 64 of them."""
     dense = sizes_in_memory(model, checkpoint)
-    numels = [prod(entry.storage.shape) for entry in rounded_entries(model, checkpoint)]
+    numels = [prod(entry.shape) for entry in rounded_entries(checkpoint)]
     single = sum(-(-numel // 2) + 4 * -(-numel // nf4.BLOCK) for numel in numels)
     return Sizes(dense.bytes - dense.quantised_bytes + single, dense.weights, single, dense.quantised_weights)
 
@@ -74,10 +71,10 @@ def round_singly(model: nn.Module, checkpoint: Checkpoint) -> None:
         checkpoint: Checkpoint with the unrounded weights.
     """
     device = next(model.parameters()).device
-    for entry in rounded_entries(model, checkpoint):
+    for entry in rounded_entries(checkpoint):
         for start, values_n in pieces(entry, checkpoint):
             packed, state = bnb.quantize_4bit(values_n.to(device), blocksize=nf4.BLOCK, quant_type="nf4")
-            entry.storage.write(start, bnb.dequantize_4bit(packed, state).flatten())
+            _storage(model, entry).write(start, bnb.dequantize_4bit(packed, state).flatten())
 
 
 def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> float:
@@ -88,8 +85,10 @@ def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype)
         checkpoint: Checkpoint with the unrounded weights.
         dtype: As which the model computes with its weights.
     """
-    rounded = rounded_entries(model, checkpoint)
-    return error_of(rounded, checkpoint, lambda entry, start, count: _decoded(entry, start, count, dtype))
+    rounded = rounded_entries(checkpoint)
+    return error_of(
+        rounded, checkpoint, lambda entry, start, count: _decoded(_storage(model, entry), start, count, dtype)
+    )
 
 
 def error_of(
@@ -115,14 +114,14 @@ def _squares(
         yield float(wrong_n.square().sum(dtype=torch.float64)), float(exact_n.square().sum(dtype=torch.float64))
 
 
-def _decoded(entry: StoredWeight, start: int, count: int, dtype: torch.dtype) -> Tensor:
-    storage = entry.storage
+def _storage(model: nn.Module, entry: StoredWeight) -> Weight:
+    storage: Weight = model.get_submodule(entry.name).storage  # type: ignore[assignment]  # a FrozenLinear
+    return storage
+
+
+def _decoded(storage: Weight, start: int, count: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(storage, NF4Weight):
         return storage.values.detach().flatten()[start : start + count]
     rows = slice(start // nf4.SUPERBLOCK, nf4.superblocks(start + count))
     tensors = (storage.codes, storage.scales, storage.super_scale, storage.super_offset)
     return nf4.dequantize_nf4(nf4.NF4Tensors(*(tensor.detach()[rows] for tensor in tensors)), dtype)[:count]
-
-
-def _is_nf4(module: nn.Module) -> bool:
-    return isinstance(module, FrozenLinear) and isinstance(module.storage, NF4Weight)
