@@ -3,17 +3,24 @@
 import ast
 import re
 import subprocess
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES, USUAL_FUNCTION_LINES, MAX_FILES_IN_FOLDER = 600, 60, 25, 15
+SMALL_FILE_LINES = 60
 PYTHON = sorted(
     path
     for folder in ("lightning_mixcn", "callbacks", "configs", "tests", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
+PRODUCT = [path for path in PYTHON if path.relative_to(ROOT).parts[0] in ("lightning_mixcn", "callbacks")]
+# A short file that one other file imports, and why it is a file of its own.
+SMALL_FILES_OF_ONE_IMPORTER = {
+    "lightning_mixcn.modules.pretrain": "checkpoints store the path of the class",
+}
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -53,6 +60,61 @@ def test_functions_are_short() -> None:
         if code_lines(node) > MAX_FUNCTION_LINES
     ]
     assert not long
+
+
+def test_nine_of_ten_functions_are_short() -> None:
+    lengths = sorted((node.end_lineno or 0) - node.lineno + 1 for path in PRODUCT for node in functions(path))
+    assert lengths[len(lengths) * 9 // 10] <= USUAL_FUNCTION_LINES
+
+
+def test_folders_are_small() -> None:
+    files = Counter(str(path.parent.relative_to(ROOT)) for path in PYTHON)
+    assert not {folder: count for folder, count in files.items() if count > MAX_FILES_IN_FOLDER}
+
+
+def test_public_names_are_unique() -> None:
+    """One name, one thing: a reader who searches for it finds one definition."""
+    places = defaultdict(list)
+    for path in PRODUCT:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_short_files_have_several_importers() -> None:
+    importers = defaultdict(set)
+    for path in PRODUCT:
+        for module in imported_modules(path):
+            importers[module].add(path)
+    found = dict[str, int]()
+    for path in PRODUCT:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if path.name in ("__init__.py", "__main__.py") or lines >= SMALL_FILE_LINES:
+            continue
+        if len(importers[module_name(path)]) == 1:
+            found[module_name(path)] = lines
+    assert found.keys() == SMALL_FILES_OF_ONE_IMPORTER.keys(), found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    full = parts if parts[0] == "lightning_mixcn" else ("lightning_mixcn", *parts)
+    return ".".join(full).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules that a file imports from; ``from .x import y`` gives both ``x`` and ``x.y``."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*parents, *([node.module] if node.module else [])])
+            found.update([origin, *(f"{origin}.{alias.name}" for alias in node.names)])
+    return found
 
 
 def test_modules_are_named_for_what_is_in_them() -> None:
