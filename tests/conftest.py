@@ -45,7 +45,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Makes a folder with `tokenizer.model` (by default as Mixtral's is made, but small) and its configuration."""
+    """Make a folder with `tokenizer.model` (by default as Mixtral's is made, but small) and its configuration."""
 
     def train(**options: Any) -> Path:
         folder: Path = tmp_path_factory.mktemp("tokenizer")

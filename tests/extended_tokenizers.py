@@ -34,7 +34,7 @@ def write_pieces(file: Path, words: list[str], vocab_size: int, between: str = "
 
 
 def extend(base: Path, out: Path, words: list[str], vocab_size: int, *, script: str = "Han", between: str = "") -> Path:
-    """A tokenizer's folder with pieces of some words merged in."""
+    """Make a tokenizer's folder with pieces of some words merged in."""
     pieces = write_pieces(out.with_suffix(".model"), words, vocab_size, between)
     with contextlib.redirect_stdout(io.StringIO()):
         merge(str(base), str(pieces), out=str(out), script=script)

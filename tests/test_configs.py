@@ -43,7 +43,7 @@ def test_there_are_some() -> None:
 
 
 def read_shipped(path: Path, quick: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A recipe, read where the files are that it needs."""
+    """Read a recipe where the files are that it needs."""
     monkeypatch.chdir(folder)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for needed in (content | (content["quick"] if quick else {})).get("needs", {}):
@@ -108,7 +108,7 @@ def test_an_unknown_key_fails(path: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def mappings(whole: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The top, and the arguments of each class and of the trainer."""
+    """Return the top, and the arguments of each class and of the trainer."""
     found = [whole]
     for key in ("model", "data"):
         if key in whole:

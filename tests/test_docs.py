@@ -32,12 +32,12 @@ def snippets(path: Path, language: str) -> list[str]:
 
 
 def prose(path: Path) -> str:
-    """The page without its fenced blocks."""
+    """Return the page without its fenced blocks."""
     return FENCE.sub("", path.read_text(encoding="utf-8"))
 
 
 def anchors(path: Path) -> set[str]:
-    """The ids that mkdocs gives a page's headings, and those of its API entries."""
+    """Return the ids that mkdocs gives a page's headings, and those of its API entries."""
     headings = re.findall(r"^#+ +(.*)$", prose(path), re.MULTILINE)
     slugs = {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
     return slugs | set(re.findall(r"^::: (\S+)$", prose(path), re.MULTILINE))
@@ -101,7 +101,7 @@ class ParsedError(Exception):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like that of a reader: the configurations of the snippets are there; runs stop once they are parsed."""
+    """Make a folder like a reader's: the configurations of the snippets are there; runs stop once they are parsed."""
 
     def stop(cli: MixcnCLI) -> None:
         raise ParsedError

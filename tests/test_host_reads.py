@@ -56,7 +56,7 @@ def module_on(device: str, kind: type[CausalLMModule], checkpointing: str, **set
 
 
 def train(module: Any, batch: Batch, watched: Callable[[Any, Batch], None]) -> None:
-    """A micro-batch as the training loop runs it, with the callbacks that look at each one."""
+    """Run a micro-batch as the training loop does, with the callbacks that look at each one."""
     window = LoadWindow(["zh", "en"], [8], 2, 4, batch["labels"].device)
     arrivals = GradientArrivals(module.model)
     arrivals.counting = True
@@ -71,7 +71,7 @@ def train(module: Any, batch: Batch, watched: Callable[[Any, Batch], None]) -> N
 
 
 def watched(module: Any, batch: Batch) -> None:
-    """The end of a micro-batch that ends no optimizer step."""
+    """End a micro-batch that ends no optimizer step."""
     trainer: Any = SimpleNamespace(global_step=3, log_every_n_steps=7)
     speed: Any = ThroughputLogger()
     speed._sliding_window = speed._work = None

@@ -51,7 +51,7 @@ def pretraining(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def tuning_of(config: dict[str, Any], **model: Any) -> dict[str, Any]:
-    """The same run on instructions."""
+    """Run the same on instructions."""
     tuning: dict[str, Any] = yaml.safe_load(yaml.safe_dump(config))
     tuning["model"]["class_path"], tuning["data"]["class_path"] = "InstructModule", "InstructDataModule"
     tuning["model"]["init_args"] |= model

@@ -132,7 +132,7 @@ def fit(records: list[dict[str, Any]], config: dict[str, Any], run: str) -> None
 
 
 def training_documents(tokenizer: Path, template: str) -> list[list[int]]:
-    """The conversations that training rows are made of, taken out of the rows again."""
+    """Take the conversations that training rows are made of out of the rows again."""
     data = InstructDataModule(
         sources=[ConversationSource("a", "s.jsonl")], template=template, tokenizer=str(tokenizer), sequence_length=4096,
         micro_batch_size=4, num_streams=1, num_workers=0, val_fraction=0.0,
@@ -181,7 +181,7 @@ def test_stock_transformers_lays_out_what_was_trained(
 
 
 def chat_prompt(source: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], set[int]]:
-    """What `mixcn chat` gives the model, and where it stops, for the question 你好."""
+    """Return what `mixcn chat` gives the model, and where it stops, for the question 你好."""
     seen: list[tuple[list[int], set[int]]] = []
 
     def stream(model: Any, ids: list[int], *_: Any, stop_ids: Any, **__: Any) -> Any:

@@ -338,7 +338,7 @@ def test_an_interrupt(workers: int, start: Start, tmp_path: Path) -> None:
 
 
 def seed_of(rank: int, folder: Path, base: Path) -> int:
-    """A seed with which, of two ranks, this one comes to the record that the template refuses, after some steps."""
+    """Find a seed with which, of two ranks, this one meets the record that the template refuses, after some steps."""
     for seed in range(100):
         data = InstructDataModule(
             [ConversationSource("a", str(folder / "a.jsonl"))], template=str(folder / "refusing.jinja"), num_streams=2,
