@@ -28,6 +28,10 @@ class _TokenNLL(torch.autograd.Function):
     A position's loss depends on its own hidden state only. With a frozen head its gradient for a unit upstream gradient
     is therefore computed in forward, ``[N, H]``, and backward only scales its rows. With a trained head, backward
     computes the logits again.
+
+    `F.linear_cross_entropy` of torch 2.13 does not replace it: for 2,048 positions, a hidden size of 1,024, 32,000
+    pieces, float32 and a frozen head, it took 18.4 s and 182 MiB on a shared CPU core where this took 8.6 s and 44 MiB;
+    its loss is bfloat16 where the input is; and torch 2.11 does not have it.
     """
 
     @staticmethod
