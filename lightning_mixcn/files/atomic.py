@@ -76,15 +76,15 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace or out.is_dir():
         check_file(out)
     unfinished = _partial_path(out)
-    try:
-        with _naming_full_disk(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+    with _naming_full_disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield unfinished
             if not replace:
                 check_file(out)
             move_into_place(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -156,9 +156,13 @@ def remove_path(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove everything that killed processes left half written or half removed in a folder."""
-    for pattern in (".*.unfinished", ".*.partial-*", ".*.outdated"):
-        for path in folder.glob(pattern):
+    """Remove what killed processes left half written or half removed in a folder.
+
+    Folders of `new_folder` stay: another process may be filling one.
+    """
+    for path in folder.glob(".*"):
+        left = re.fullmatch(r"\..+\.(?:unfinished|outdated|(partial-[0-9a-f]{8})(?:\.[^.]+)?)", path.name)
+        if left and not (left[1] and path.is_dir()):
             _delete(path)
 
 
@@ -187,9 +191,9 @@ def _naming_full_disk(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        detail = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror  # of a file in it
         raise OSError(
-            errno.ENOSPC,
-            f"no space to write {str(out)!r}: {error.strerror}. Free some space or choose another disk",
+            errno.ENOSPC, f"no space to write {str(out)!r}: {detail}. Free some space or choose another disk"
         ) from error
 
 

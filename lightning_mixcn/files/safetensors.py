@@ -9,6 +9,8 @@ https://github.com/huggingface/safetensors#format
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +146,20 @@ def _check_by_library(path: Path) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write contiguous CPU tensors as one safetensors file, byte for byte what ``safetensors.torch.save_file`` writes.
+    """Write tensors as one safetensors file, byte for byte what ``safetensors.torch.save_file`` writes.
 
     Unlike that function it accepts tensors that share memory (identical experts), each written in full. The data is
     flushed to the disk before returning.
 
     Args:
         path: File to make.
-        tensors: Name to tensor.
+        tensors: Name to tensor, on any device.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
     """
+    # The library reads memory from a tensor's address on, whatever its strides and device.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     specs = {
         name: TensorSpec(
             dtype=str(tensor.dtype).removeprefix("torch."),
@@ -164,6 +171,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     path.touch(exist_ok=False)
     mode = path.stat().st_mode  # as the umask says; the library's files are their owner's alone
-    serialize_file(specs, path, metadata={"format": "pt"})
+    try:
+        serialize_file(specs, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which has the system's error in its text alone
+        if (found := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
     path.chmod(mode)
     flush_to_disk(path)

@@ -1,10 +1,12 @@
 """Output that is whole or not there."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from lightning_mixcn.files import atomic
 from lightning_mixcn.files.atomic import (
     move_into_place,
     new_file,
@@ -101,10 +103,34 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
 def test_leftovers_are_removed_from_a_folder_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".a.unfinished").mkdir()
     (tmp_path / ".a.unfinished" / "half").touch()
-    for name in (".b.partial-12345678.txt", ".c.outdated", "d", ".e"):
-        (tmp_path / name).touch()
+    kept = [".e", ".f.partial-export", ".g.partial-12345678", "d"]
+    (tmp_path / ".g.partial-12345678").mkdir()  # a folder that another process may be filling
+    for name in (".b.partial-12345678.txt", ".c.outdated", *kept):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert tree(tmp_path) == [".e", "d"]
+    assert tree(tmp_path) == kept
+
+
+def test_a_full_disk_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write() -> None:
+        with new_folder(tmp_path / "folder") as folder:
+            write_text(folder / "a", "text")
+
+    monkeypatch.setattr(atomic, "flush_to_disk", full)
+    expected = "no space to write '.*/folder': No space left on device. Free some space or choose another disk$"
+    with pytest.raises(OSError, match=expected):
+        write()
+    assert tree(tmp_path) == []
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(FileExistsError, match=r"/a'$"):
+        write_text(tmp_path / "a" / "b", "text")
 
 
 def test_what_several_processes_wrote_gets_its_name(tmp_path: Path) -> None:

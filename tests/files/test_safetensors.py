@@ -1,5 +1,7 @@
 """Reading and writing one safetensors file, compared with the safetensors library."""
 
+import errno
+import resource
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,25 @@ def test_tensors_sharing_memory_are_each_written_in_full(tmp_path: Path) -> None
     loaded = load_file(tmp_path / "a.safetensors")
     assert torch.equal(loaded["x"], weight)
     assert torch.equal(loaded["y"], weight)
+
+
+def test_a_view_is_written_in_the_order_of_its_elements(tmp_path: Path) -> None:
+    weight = torch.randn(4, 6)
+    write_safetensors(tmp_path / "a.safetensors", {"x": weight.T[1:], "y": weight.requires_grad_()})
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["x"], weight.T[1:])
+    assert torch.equal(loaded["y"], weight)
+
+
+def test_an_error_of_the_system_is_an_oserror(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
