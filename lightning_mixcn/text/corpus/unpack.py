@@ -157,8 +157,8 @@ def unpack_all(files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, name
         size = sum(int(identify(file.path)["size"]) for file in missing)
         hidden = None if is_first_rank() else True
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"unpacking {name}", leave=False, disable=hidden) as bar:
-            # The files of `memory://` are in this process alone.
-            here = any("memory:" in str(file.path) for file in missing)
+            # The files of `memory://` are in this process alone, and a daemon may not start others.
+            here = multiprocessing.current_process().daemon or any("memory:" in str(file.path) for file in missing)
             processes = min(MAX_PROCESSES, os.cpu_count() or 1, len(missing))
             if here or processes < 2 or size < MIN_PARALLEL_BYTES:
                 made = [unpack(file, on_bad_record, bar.update) for file in missing]

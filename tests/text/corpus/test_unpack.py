@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
@@ -280,6 +280,12 @@ def test_processes_give_the_same_stores(files: list[SourceFile], monkeypatch: py
     assert [store.open().text(0) for store in made] == [f"text {number}" for number in range(5)]
     monkeypatch.setattr(unpacking, "unpack", lambda *arguments: pytest.fail("made again"))
     assert unpack_all(files, "error", "zh") == made
+
+
+@pytest.mark.multiprocess
+def test_a_daemon_starts_no_processes(files: list[SourceFile]) -> None:
+    with get_context("fork").Pool(1) as pool:
+        assert len(pool.apply(unpack_all, (files, "error", "zh"))) == 5
 
 
 @pytest.mark.multiprocess
