@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import check_made_from, read_identity
@@ -271,12 +272,14 @@ def _recorded_original(base: Checkpoint) -> Checkpoint:
     """Open what a 4-bit folder was quantised from."""
     recorded = read_identity(base.path)
     where = f"made from {recorded['path']!r}, which is not there" if recorded else "and does not say of what"
-    try:
-        if recorded is not None:
+    reason = None
+    if recorded is not None:
+        try:
+            local_folder(recorded["path"])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            reason = error
+        else:
             return Checkpoint(recorded["path"])
-        reason = None
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = error
     raise MissingFileError(
         f"the base {str(base.path)!r} is in 4 bits, {where}. Give the unquantised base with "
         "`--original FOLDER`, or `--base dequantised` to merge onto what the 4 bits hold"

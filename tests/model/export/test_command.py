@@ -183,7 +183,7 @@ def test_an_interrupted_export_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "add", interrupt)
-    monkeypatch.setattr("lightning_mixcn.model.export.adapter.write_safetensors", interrupt_writing)
+    monkeypatch.setattr("lightning_mixcn.model.lora.adapter_writer.write_safetensors", interrupt_writing)
     with pytest.raises(KeyboardInterrupt):
         export(str(run), str(tmp_path / "out"), format=format)
     assert sorted(tmp_path.iterdir()) == before
@@ -198,7 +198,7 @@ def test_a_full_disk_is_named(
 
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(shard_writer, "write_safetensors", full)
-    monkeypatch.setattr("lightning_mixcn.model.export.adapter.write_safetensors", full)
+    monkeypatch.setattr("lightning_mixcn.model.lora.adapter_writer.write_safetensors", full)
     assert main(["export", str(run), str(tmp_path / "out"), f"--format={format}"]) == 2
     assert "no space to write" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
@@ -277,9 +277,12 @@ def test_four_bits_whose_original_is_gone_need_a_choice(tmp_path: Path, capsys: 
     quantize(str(base), str(tmp_path / "small"), dtype="float32")
     save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
     export(str(tmp_path / "adapter"), str(tmp_path / "one"))
-    base.rename(tmp_path / "elsewhere")
-    capsys.readouterr()
     command = ["export", str(tmp_path / "adapter"), str(tmp_path / "two")]
+    (base / "model.safetensors").rename(tmp_path / "weights")
+    assert main(command) == 2
+    assert f"{str(base)!r} holds no weights" in capsys.readouterr().err
+    (tmp_path / "weights").rename(base / "model.safetensors")
+    base.rename(tmp_path / "elsewhere")
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "is in 4 bits, made from" in error

@@ -16,6 +16,7 @@ from tests.model.test_loading_memory import write_random_checkpoint
 MEASURE = """
 import re, sys
 from pathlib import Path
+import lightning_mixcn.model.export.folder  # torch and what else `export` imports is no part of its peak
 from lightning_mixcn.model.export.command import export
 def figure(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
