@@ -86,8 +86,10 @@ class ExpertLoadMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to observe, now that the model is there and where it belongs."""
-        self._observation = observe_routing(pl_module, self._observe)
-        routers = [module for module in pl_module.modules() if isinstance(module, Router)]
+        model = causal_lm(self, pl_module).model  # not another one that a subclass has, such as a reference
+        assert model is not None
+        self._observation = observe_routing(model, self._observe)
+        routers = [module for module in model.modules() if isinstance(module, Router)]
         names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
         for stage in ("train", "val"):
             sources = names(stage) if names else []

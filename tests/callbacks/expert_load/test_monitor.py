@@ -18,9 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
+from lightning_mixcn import build_mixtral
 from lightning_mixcn.callbacks import ExpertLoadMonitor, SampleText, StepCheckpoint
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.testing import FixedBatches, random_batch
+from lightning_mixcn.testing import FixedBatches, random_batch, tiny_mixtral_config
 
 Make = Callable[..., Any]
 Key = tuple[str, str, int, int]  # stage, source, layer, expert
@@ -113,6 +114,23 @@ def test_counts_are_those_of_transformers(
         assert counted(tmp_path, step=step, stage="train") == recount(tiny_base, seen)
         assert counted(tmp_path, step=step, stage="val") == recount(tiny_base, BATCHES[:2], "val")
     assert {row["step"] for row in rows(tmp_path)} == {"1", "2"}
+
+
+class WithReference(PretrainModule):
+    """Holds a second Mixtral, which runs in no batch."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.reference = build_mixtral(tiny_mixtral_config()).train()
+
+
+def test_another_model_of_the_module_is_not_counted(tmp_path: Path, tiny_base: Path, trainer: Make) -> None:
+    module = WithReference(
+        str(tiny_base), quantization="none", dtype="float32", lora=LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    run = trainer(max_steps=1, callbacks=[ExpertLoadMonitor(every_n_steps=1)])
+    run.fit(module, FixedBatches(BATCHES[:1], SOURCES))
+    assert counted(tmp_path, stage="train") == recount(tiny_base, BATCHES[:1])
 
 
 def tensorboard(tmp_path: Path) -> TensorBoardLogger:
@@ -241,6 +259,7 @@ import os, sys
 import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
+from lightning_mixcn import build_mixtral
 from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches
