@@ -234,9 +234,10 @@ class LayerCounter:
         stack = self._stack(experts)
         dropped = any(_drops(module) for module in stack)
         factors = sum(m.groups * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size
-        # Of an expert's n rows: the gradient [n, H]; silu, h, dh and dgate [n, I], and two more while those of
-        # the expert before are replaced one by one. Dropout adds the mask, the masked h, and the unmasked product.
-        one = each * ((6 + 3 * dropped) * inner + hidden) * self.size + self.decoded(gate)
+        # Of an expert's n rows: the gradient [n, H]; silu, h and dh [n, I], beside dup, dh and dgate of the expert
+        # before, which live until their successors are there. With dropout the last six are the new silu, h and dh, the
+        # old dup, dgate and mask, while the next mask is made of float32 numbers and bytes.
+        one = each * ((6 * self.size + (4 + 1) * dropped) * inner + hidden * self.size) + self.decoded(gate)
         # For each row its dx, its weight in the compute dtype and the float32 gradient of that.
         held: int = rows * (hidden * self.size + self.size + 4) + factors + sum(map(self.scales, stack))
         held += tokens * hidden * self.size * (1 + dropped)  # the gradient that comes in, and the mask
