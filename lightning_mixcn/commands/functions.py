@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import Parameter, signature
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -91,11 +92,22 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
         return parse_function(f"{command} {arguments[0]}", arguments[1:])
     parser, function = function_parser(command)
     try:
-        given = parser.parse_args(arguments).as_dict()
+        given = parser.parse_args(_flags(arguments, function)).as_dict()
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see mixcn {command} --help") from error
     hints = get_type_hints(function)
     return function, {name: _value(name, hints[name], given) for name in signature(function).parameters}
+
+
+def _flags(arguments: list[str], function: Callable[..., object]) -> list[str]:
+    """Write ``--option`` of a flag as ``--option=true`` where no value follows, lest it take a positional argument."""
+    hints = get_type_hints(function).items()
+    fields = [pair for _, hint in hints if is_dataclass(hint) for pair in get_type_hints(hint).items()]
+    flags = {f"--{name}" for name, hint in (*hints, *fields) if hint is bool}
+    return [
+        f"{argument}=true" if argument in flags and following not in ("true", "false") else argument
+        for argument, following in pairwise([*arguments, ""])
+    ]
 
 
 def _helps(documented: object) -> dict[str, str]:
@@ -142,10 +154,20 @@ def _value(name: str, hint: Any, given: Mapping[str, Any]) -> Any:
     if is_dataclass(hint):
         return hint(**{field: _value(field, types, given) for field, types in get_type_hints(hint).items()})  # type: ignore[operator]  # a class
     if _is_list(hint) and given[name] is not None:
-        return [item for text in given[name] for item in _items(text)]
+        if given[name] == ["null"] and type(None) in get_args(hint):
+            return None
+        return [item for text in given[name] for item in _items(name, text)]
     return given[name]
 
 
-def _items(text: str) -> list[str]:
+def _items(name: str, text: str) -> list[str]:
     """Read one word of a list: an item, or several as ``[a, b]``."""
-    return list(yaml.load(text, yaml.BaseLoader)) if text.startswith("[") else [text]  # it leaves `no` a string
+    if not text.startswith("["):
+        return [text]
+    try:
+        items = yaml.load(text, yaml.BaseLoader)  # it leaves `no` a string
+    except yaml.YAMLError:
+        items = None
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise UserError(f"`{name}={text}` is no list. Give its items one by one, or as [a, b]")
+    return items

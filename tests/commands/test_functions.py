@@ -113,13 +113,25 @@ def test_fields_of_a_dataclass_are_options(takes: Takes, capsys: pytest.CaptureF
         (["--quick", "false"], False),
         (["--quick=false"], False),
         ([], False),
-        (["--quick", "--out=b"], True),
+        (["--quick", "--out=a"], True),
     ],
 )
 def test_a_flag_needs_no_value(given: list[str], expected: bool) -> None:
-    _, parsed = parse_function("compare", ["recipe.yaml", "--out=a", *given])
-    assert parsed["quick"] is expected
-    assert parsed["recipe"] == "recipe.yaml"
+    for arguments in (["recipe.yaml", "--out=a", *given], ["--out=a", *given, "recipe.yaml"]):
+        _, parsed = parse_function("compare", arguments)
+        assert parsed["quick"] is expected
+        assert parsed["recipe"] == "recipe.yaml"
+
+
+def test_a_flag_of_a_dataclass_takes_no_positional_argument() -> None:
+    _, parsed = parse_function("evaluate", ["--apply_chat_template", "--shard", "model", "--tasks=a", "--out=b"])
+    assert parsed["src"] == "model"
+    assert parsed["options"].apply_chat_template
+
+
+@pytest.mark.parametrize(("given", "expected"), [("null", None), ("[]", []), ("a", ["a"]), ("[null]", ["null"])])
+def test_a_list_that_may_be_null(given: str, expected: list[str] | None) -> None:
+    assert parse_function("export", ["a", "b", f"--adapter={given}"])[1]["adapter"] == expected
 
 
 @pytest.mark.parametrize(
@@ -129,6 +141,8 @@ def test_a_flag_needs_no_value(given: list[str], expected: bool) -> None:
         (["quantize", "a", "b", "--bits=3"], "--bits"),
         (["upcycle", "a", "b", "--num_experts=many"], "num_experts"),
         (["quantize", "nowhere", "b"], "nowhere"),
+        (["vocab", "train", "[a", "--out=b"], "`corpus=[a` is no list"),
+        (["vocab", "train", "[a, [b]]", "--out=b"], "`corpus=[a, [b]]` is no list"),
     ],
 )
 def test_bad_arguments_are_one_line(
