@@ -25,17 +25,18 @@ def config_path(name: str) -> str:
     Raises:
         FileNotFoundError: neither a file nor such a name.
     """
-    if Path(name).expanduser().exists() or re.search(r"[:{\n]", name):
+    path = os.path.expanduser(name)
+    if re.search(r"[:{\n]", name) or (os.path.exists(path) and not os.path.isdir(path)):  # a pipe is no regular file
         return name
     folder = Path(str(files("lightning_mixcn.configs")))
     carried = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-    path = carried.get(name.removeprefix("configs/").removesuffix(".yaml"))
-    if path is None:
+    found = carried.get(name.removeprefix("configs/").removesuffix(".yaml"))
+    if found is None:
         raise MissingFileError(
             f"`--config {name}` is no file, and no configuration of this package. Give a path, or one of "
             f"{', '.join(carried)}"
         )
-    return str(path)
+    return str(found)
 
 
 def expand_home(settings: Any) -> None:

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.cli.settings import config_path
 
 
 def write_source(path: Path, sentence: str, documents: int = 40) -> Path:
@@ -331,3 +332,13 @@ def test_completion_knows_every_subcommand(shell: str, capsys: pytest.CaptureFix
     for word in ("fit", "predict", "upcycle", "quantize", "num_experts", "default_root_dir"):
         assert word in script
     assert len(script) < 5_000_000  # a shell reads it at its start
+
+
+def test_only_a_file_hides_a_configuration_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert Path(config_path("demo")).name == "demo.yaml"
+    (tmp_path / "demo.yaml").touch()
+    assert config_path("demo.yaml") == "demo.yaml"
+    content = f'{{"trainer": "{"x" * 400}"}}'
+    assert config_path(content) == content
