@@ -65,5 +65,6 @@ def test_documents_in_bfloat16_are_as_near_to_float32_as_transformers(base: Path
         model.set_attn_implementation(implementation)
         nll[dtype, implementation] = model(input_ids=ids, labels=ids, position_ids=POSITIONS).nll.detach()
     exact = nll["float32", "sdpa"]
-    error = {name: (values - exact).norm() for (_, name), values in nll.items() if values is not exact}
+    # The median of the tokens: rounding sends one whose router is undecided to another expert, which hides the rest.
+    error = {name: (values - exact).abs().median() for (_, name), values in nll.items() if values is not exact}
     assert error[NAME] <= 1.2 * error["sdpa"]
