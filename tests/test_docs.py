@@ -87,6 +87,22 @@ def test_python_compiles(page: Path) -> None:
         ast.parse(snippet)
 
 
+def test_the_house_is_the_tree() -> None:
+    """The map names every file of every folder, and no other."""
+    house = (ROOT / "docs/architecture/house.md").read_text(encoding="utf-8")
+    drawn, parent = dict[str, set[str]](), ""
+    for indent, folder, listed in re.findall(r"^( {2,4})(\w+)/ +(.+)$", house, re.MULTILINE):
+        parent = parent if len(indent) == 4 else folder
+        names = set(re.findall(r"\w+", listed.partition(" — ")[0]))
+        drawn[folder if parent == folder else f"{parent}/{folder}"] = names
+    there: dict[str, set[str]] = {}
+    for path in (ROOT / "lightning_mixcn").rglob("*.py"):
+        parts = path.relative_to(ROOT / "lightning_mixcn").parts
+        if len(parts) > 1 and parts[0] not in ("callbacks", "configs") and not path.stem.startswith("__"):
+            there.setdefault("/".join(parts[:-1]), set()).add(path.stem)
+    assert {folder: drawn.get(folder) for folder in there} == there
+
+
 def test_every_public_name_is_in_the_api_reference() -> None:
     import lightning_mixcn
     import lightning_mixcn.callbacks
