@@ -72,7 +72,7 @@ def ours(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender
 
 
 def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
-    """Those that can be imported; none on the CPU, where ``train_step.py`` measures stock."""
+    """Return those that can be imported; none on the CPU, where ``train_step.py`` measures stock."""
     if device == "cpu":
         return {}
     found = {"transformers bf16, no LoRA": _transformers(config, rows, device)}
@@ -82,7 +82,7 @@ def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contende
 
 
 def kernels(config: Any, tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Our kernels that stand in for several operations, each beside those; on a GPU."""
+    """List our kernels that replace several operations, each beside those; on a GPU."""
     from lightning_mixcn.model.kernels import nf4_decode, swiglu
     from lightning_mixcn.model.nf4 import codec as nf4
 
@@ -105,7 +105,7 @@ def kernels(config: Any, tokens: int) -> dict[str, dict[str, Callable[[], Any]]]
 
 
 def _transformers(config: Any, rows: Rows, device: str) -> Contender:
-    """Stock experts in bf16 on torch's grouped product, frozen: no LoRA and no decoding, so less work than ours."""
+    """Make stock experts in bf16 on torch's grouped product, frozen: no LoRA, no decoding, less work than ours."""
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     config._experts_implementation = "grouped_mm"
@@ -117,7 +117,7 @@ def _transformers(config: Any, rows: Rows, device: str) -> Contender:
 
 
 def _experts4bit(config: Any, rows: Rows, rank: int, device: str) -> Contender:
-    """PyPI's experts4bit-qlora without its optional kernels; gate and up share one A (ours have one each)."""
+    """Make PyPI's experts4bit-qlora without its optional kernels; gate and up share an A (ours have one each)."""
     from experts4bit_qlora import Experts4bit, ExpertsLoRA
 
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts

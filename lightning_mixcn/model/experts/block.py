@@ -21,7 +21,8 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 from .grouped import GroupedExperts, decoding_product, stack_product
-from .loop import Dropout, ExpertFactors, ExpertLoop, ExpertWeights, route_rows, sum_choices
+from .loop import Dropout, ExpertFactors, ExpertLoop, ExpertWeights
+from .routing import route_rows, sum_choices
 
 PATHS: dict[str, Callable[..., Tensor]] = {
     "loop": ExpertLoop.apply,

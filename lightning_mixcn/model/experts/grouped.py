@@ -15,7 +15,8 @@ from torch.nn.functional import grouped_mm
 
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 
-from .loop import Dropout, ExpertFactors, ExpertWeights, masked, route_rows_on_device, sum_choices
+from .loop import Dropout, ExpertFactors, ExpertWeights, masked
+from .routing import route_rows_on_device, sum_choices
 
 # (rows [S, in], frozen weights [E, out, in], ends, transposed) → [S, out]: rows Wᵀ where transposed, else, for rows
 # [S, out], rows W as [S, in].

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_mixcn.model.experts.loop import padded_rows, row_step
+from lightning_mixcn.model.experts.routing import padded_rows, row_step
 from lightning_mixcn.model.head import chunk_positions
 from lightning_mixcn.model.lora.attach import adapter_rank
 from lightning_mixcn.model.mixtral import base_of

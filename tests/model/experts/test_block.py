@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing, shard_model
 from lightning_mixcn.model.experts import block as expert_path
 from lightning_mixcn.model.experts.block import PATHS, choose_expert_path
-from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors, ExpertWeights, route_rows
+from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors, ExpertWeights
+from lightning_mixcn.model.experts.routing import route_rows
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from lightning_mixcn.testing import run_distributed
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_mixcn.model.experts.loop import Dropout, padded_rows, route_rows, route_rows_on_device
+from lightning_mixcn.model.experts.loop import Dropout
+from lightning_mixcn.model.experts.routing import padded_rows, route_rows, route_rows_on_device
 
 
 def test_few_row_counts() -> None:
