@@ -82,7 +82,8 @@ class RunFacts(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, complete or not at all."""
-        numbers = self._numbers()
+        numbers = self._before = self._numbers()
+        self._run = None  # what a checkpoint takes after this, or another `fit` adds to, is the whole of it
         if not trainer.is_global_zero:
             return
         seconds = numbers["training_seconds"]
@@ -222,7 +223,7 @@ class ByteBudget(Callback):
                 checkpoint.request()
 
     def _rows(self, data: StreamDataModule) -> float:
-        """Rows that hold the budget."""
+        """Return the rows that hold the budget."""
         rows = measured = 0
         for row_bytes in islice(_row_bytes(data), _ROWS_MEASURED):
             if not row_bytes:

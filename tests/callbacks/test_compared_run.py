@@ -301,6 +301,16 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path, tokenizer: object) -> No
     assert [validation["step"] for validation in facts["validations"]] == [1]
 
 
+def test_a_second_fit_goes_on_counting(tmp_path: Path, tokenizer: object) -> None:
+    trainer, host, callback = stand_in(tmp_path, tokenizer), Host(), RunFacts()
+    for _ in range(2):
+        train(callback, trainer, host, 1)
+        callback.on_fit_end(trainer, host)  # type: ignore[arg-type]  # a stand-in
+    assert written(tmp_path)["tokens_seen"] == 28
+    state = callback.state_dict()
+    assert state["fit_seconds"] == written(tmp_path)["fit_seconds"]  # what came after the fit is not in it
+
+
 def test_a_sanity_check_is_not_kept(tmp_path: Path) -> None:
     trainer, host, callback = stand_in(tmp_path), Host(), RunFacts()
     train(callback, trainer, host, 0)
