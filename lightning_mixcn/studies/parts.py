@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mixcn.errors import ExistingFileError
-from lightning_mixcn.files.atomic import check_output, new_file, write_json
+from lightning_mixcn.files.atomic import check_output, new_file, unfinished_path, write_json
 
 Arrays = dict[str, NDArray[Any]]
 _SETTINGS = "settings.json"
@@ -33,13 +33,13 @@ class StudyParts:
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         """Open the parts of the same study; of a new one nothing is written yet."""
         check_output(out)
-        self.folder, self._settings = out.with_name(f".{out.name}.unfinished"), settings
+        self.folder, self._settings = unfinished_path(out), settings
         file = self.folder / _SETTINGS
         if file.is_file():
             check_settings(json.loads(file.read_text(encoding="utf-8")), settings, self.folder)
 
     def __contains__(self, name: str) -> bool:
-        """Whether a part is finished."""
+        """Tell whether a part is finished."""
         return self._path(name).is_file()
 
     def save(self, name: str, arrays: Arrays) -> None:

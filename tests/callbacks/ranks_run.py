@@ -20,16 +20,20 @@ from tests.modules.strategy_run import SharedBatches, strategy
 from tests.studies.benchmark_data import few_tasks
 
 
-def fit_with_benchmarks(base: str, folder: str, data: str, strategy: str, ranks: int) -> dict[str, Any]:
-    """Train two steps; returns the last evaluation of this rank, by task."""
-    callback = BenchmarkEval(["ceval_two"], every_n_steps=1, limit=6, batch_size=3, data_dir=data)
+def _two_steps(base: str, folder: str, strategy: str, ranks: int, callback: Callback) -> tuple[PretrainModule, Trainer]:
     lora = LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"])
-    module = PretrainModule(base, dtype="float32", lora=lora)
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=FSDP2Strategy() if strategy == "fsdp2" else strategy, max_steps=2,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0, default_root_dir=Path(folder), callbacks=[callback],
     )  # fmt: skip
+    return PretrainModule(base, dtype="float32", lora=lora), trainer
+
+
+def fit_with_benchmarks(base: str, folder: str, data: str, strategy: str, ranks: int) -> dict[str, Any]:
+    """Train two steps; returns the last evaluation of this rank, by task."""
+    callback = BenchmarkEval(["ceval_two"], every_n_steps=1, limit=6, batch_size=3, data_dir=data)
+    module, trainer = _two_steps(base, folder, strategy, ranks, callback)
     with patch.object(benchmark_tasks, "task_manager", few_tasks):
         trainer.fit(module, FixedBatches([random_batch([20])] * 4))
     return dict(callback.scores)
@@ -41,13 +45,7 @@ def fit_with_documents(base: str, folder: str, text: str, strategy: str, ranks: 
         [Source("zh", text)], [32, 64, 128], documents=3, chunk=50, every_n_steps=1, retrieval=["passkey_en"],
         retrieval_lengths=[220], retrieval_depths=[0, 1], retrieval_prompts=1,
     )  # fmt: skip
-    lora = LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"])
-    module = PretrainModule(base, dtype="float32", lora=lora)
-    trainer = Trainer(
-        accelerator="cpu", devices=ranks, strategy=FSDP2Strategy() if strategy == "fsdp2" else strategy, max_steps=2,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, default_root_dir=Path(folder), callbacks=[callback],
-    )  # fmt: skip
+    module, trainer = _two_steps(base, folder, strategy, ranks, callback)
     trainer.fit(module, FixedBatches([random_batch([20])] * 4))
     trainer.strategy.barrier()
     written = Path(folder, "long_context", "long_context.json").read_text(encoding="utf-8")

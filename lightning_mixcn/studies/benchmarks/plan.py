@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import ExistingFileError, UserError
-from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.files.atomic import unfinished_path, write_text
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.model.sharding import is_sharded, shard_model
@@ -125,7 +125,7 @@ class EvaluationPlan:
         return json.dumps(report, ensure_ascii=False, indent=1) + "\n", report["table"]
 
     def answers(self) -> str:
-        """C-Eval's submission, of the adapted model where there are two."""
+        """Return C-Eval's submission, of the adapted model where there are two."""
         assert self.hidden is not None
         model, hidden = self.models[-1], self.hidden
         subjects = {subject_of(hidden, name): self._load(model, "hidden", name) for name in hidden.tasks}
@@ -231,10 +231,10 @@ def _check_template(models: Sequence[EvaluatedModel]) -> None:
 
 
 def _is_finished(target: Path, settings: dict[str, Any], answers: Path | None) -> bool:
-    """Whether this very evaluation is there; its table is printed again."""
+    """Tell whether this very evaluation is there; its table is printed again."""
     if not target.exists():
         # One that was written just before a kill goes with parts that are still there.
-        resumed = target.with_name(f".{target.name}.unfinished").exists()
+        resumed = unfinished_path(target).exists()
         if answers is not None and answers.exists() and not resumed:
             raise ExistingFileError(f"`submission={str(answers)!r}` exists. Delete it or choose another")
         return False

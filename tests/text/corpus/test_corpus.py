@@ -16,15 +16,9 @@ import zstandard
 from pyarrow import parquet
 
 from lightning_mixcn.text import Corpus, Source, read_corpus
+from tests.text.corpus.jsonl_files import write
 
 TEXTS = [f"document {number} 文件" * (number % 7 + 1) for number in range(2000)] + ["a \ufeff mark", "nul \0"]
-
-
-def write(folder: Path, texts: list[str], name: str = "zh", files: int = 3) -> Source:
-    for index in range(files):
-        lines = (json.dumps({"text": text}) + "\n" for text in texts[index::files])
-        (folder / f"{name}{index}.jsonl").write_text("".join(lines))
-    return Source(name, f"{folder}/{name}*.jsonl")
 
 
 def texts_of(corpus: Corpus) -> list[str]:
