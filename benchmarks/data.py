@@ -75,7 +75,7 @@ def data_module(settings: Settings, path: str, workers: int) -> Any:
 
 
 def time_tokenizer(settings: Settings) -> dict[str, float]:
-    """Tokens and seconds of `encode_batch`."""
+    """Return tokens and seconds of `encode_batch`."""
     from lightning_mixcn.text import load_tokenizer
 
     tokenizer, texts = load_tokenizer(settings["tokenizer"]), list(texts_of(settings["sample"]))
@@ -86,7 +86,7 @@ def time_tokenizer(settings: Settings) -> dict[str, float]:
 
 
 def time_rows(settings: Settings) -> dict[str, float]:
-    """Tokens, seconds from the first batch to the last, and of all before; the cache is empty."""
+    """Return tokens, seconds from the first batch to the last, and of all before; the cache is empty."""
     module = data_module(settings, settings["sample"], CORES)
     start = time.perf_counter()
     module.setup("fit")
@@ -107,7 +107,7 @@ def time_rows(settings: Settings) -> dict[str, float]:
 
 
 def time_recipe(settings: Settings) -> dict[str, float]:
-    """Tokens and seconds of the usual script: map, map, iterate."""
+    """Return tokens and seconds of the usual script: map, map, iterate."""
     import datasets
     import torch
     import transformers
@@ -135,7 +135,7 @@ def time_recipe(settings: Settings) -> dict[str, float]:
 
 
 def time_first_batch(settings: Settings, row: int) -> float:
-    """Seconds from nothing but imports to the first batch at a row of the large corpus."""
+    """Return seconds from nothing but imports to the first batch at a row of the large corpus."""
     import lightning_mixcn.data  # noqa: F401  # is not timed
 
     start = time.perf_counter()
@@ -172,7 +172,7 @@ def state_at(module: Any, row: int) -> dict[str, Any]:
 
 
 def measure_memory(settings: Settings, workers: int) -> float:
-    """Bytes that the largest worker has of its own after some batches, above one that has read nothing."""
+    """Return the bytes that the largest worker has after some batches, above one that has read nothing."""
     import psutil
     import torch
 
@@ -233,7 +233,7 @@ def compare(settings: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def measure_large(settings: dict[str, Any], rounds: int, row: int, folder: str) -> dict[str, Any]:
-    """Resuming and memory, on a corpus that is unpacked once."""
+    """Measure resuming and memory, on a corpus that is unpacked once."""
     cache = str(Path(folder, "cache"))
     unpacking = alone(time_first_batch, settings, 0, cache=cache)
     seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}

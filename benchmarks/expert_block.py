@@ -27,7 +27,7 @@ GIGABYTE = 1e9
 
 
 def seconds_of(work: Callable[[], Any], device: str) -> float:
-    """Seconds until all is computed."""
+    """Return the seconds until all is computed."""
     start = time.perf_counter()
     work()
     if device == "cuda":
@@ -44,7 +44,7 @@ def extra_gigabytes(work: Callable[[], None]) -> float:
 
 
 def measure(config: Any, tokens: int, training: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one size."""
+    """Return figures of one size."""
     device = options.device
     shapes = expert_products(config, tokens, options.rank, training)
     rows, limit = Rows(config, tokens, device), timed(shapes, device)
@@ -70,7 +70,7 @@ def measure(config: Any, tokens: int, training: bool, options: argparse.Namespac
 
 
 def measure_kernels(config: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of our kernels and of what they stand in for, in turns."""
+    """Measure the milliseconds of our kernels and of what they replace, in turns."""
     pairs, found = kernels(config, tokens), {}
     for name, ways in pairs.items():
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -96,7 +96,7 @@ def report(tokens: int, figures: dict[str, Any]) -> None:
 
 
 def fastest(by_tokens: dict[str, dict[str, Any]]) -> list[tuple[float, str]]:
-    """(Rows of an expert below which, the fastest path), ascending; between two sizes, their geometric mean."""
+    """Return (rows of an expert below which, the fastest path), ascending; between two sizes, their geometric mean."""
     table: list[tuple[float, str]] = []
     last_rows = 0.0
     for figures in sorted(by_tokens.values(), key=lambda figures: figures["rows_per_expert"]):

@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 def random_rows(vocabulary: int, rows: int, length: int, seed: int) -> Batch:
-    """Rows of two documents each, every token but the first of a document labelled and of one byte."""
+    """Make rows of two documents, every token but the first of a document labelled and of one byte."""
     half = length // 2
     ids = torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(half), torch.arange(length - half)]).expand(rows, length).contiguous()
@@ -61,7 +61,7 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def plain_layer(model: nn.Module, importance: ExpertImportance, batch: Batch, layer: int) -> list[torch.Tensor]:
-    """One evaluation for each variant: the nats of each document."""
+    """Evaluate once for each variant: the nats of each document."""
     device = next(model.parameters()).device
     on_device = {name: part.to(device) for name, part in batch.items()}
     names = ("input_ids", "position_ids", "labels", "document_ids")
@@ -74,7 +74,7 @@ def plain_layer(model: nn.Module, importance: ExpertImportance, batch: Batch, la
 
 
 def compare(model: nn.Module, importance: ExpertImportance, batch: Batch, turn: int) -> dict[str, Any]:
-    """One batch, both ways."""
+    """Measure one batch, both ways."""
     evaluated, base_seconds = timed(lambda: importance.evaluate(batch))
     seconds, layers, apart = {"plain": 0.0, "fast": base_seconds}, range(importance.num_layers), 0.0
     fast = importance.disable(batch, evaluated, layers)

@@ -26,7 +26,7 @@ _STORED_BYTES = 0.516  # of a weight in NF4, double quantised
 
 
 def bytes_per_step(config: Any, batch: int) -> float:
-    """Bytes of weights that decoding one token of each row of a batch reads, with ours' storage.
+    """Return bytes of weights that decoding one token of each row of a batch reads, with ours' storage.
 
     An expert is chosen by none of ``batch`` rows with probability (1 - K / E) ** batch, if routing is even.
     """
@@ -138,7 +138,7 @@ def measure(base: str, device: str, options: argparse.Namespace) -> dict[str, An
 
 
 def report(batch: int, seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
-    """One batch size."""
+    """Measure one batch size."""
     tokens = batch * options.new_tokens
     rates = {name: record.spread([tokens / value for value in values]) for name, values in seconds.items()}
     print(f"batch {batch}, prompt {options.prompt_tokens}, {options.new_tokens} new tokens a row:")

@@ -19,7 +19,7 @@ _COPIED = 2**28  # bytes of the buffer that is copied to and fro
 
 
 def expert_products(config: Any, tokens: int, rank: int, training: bool = True) -> list[tuple[Shape, int]]:
-    """Shapes of the products of one layer's experts in a step (or forward alone), with how often each is made."""
+    """Return shapes of the products of one layer's experts in a step (or forward alone), and how often each is made."""
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     rows = tokens * config.num_experts_per_tok // experts
     if not training:
@@ -47,7 +47,7 @@ def step_products(config: Any, tokens: int, rank: int) -> list[tuple[Shape, int]
 
 
 def flops(shapes: list[tuple[Shape, int]]) -> int:
-    """Floating point operations of the products."""
+    """Count the floating point operations of the products."""
     return sum(2 * rows * inner * columns * times for (rows, inner, columns), times in shapes)
 
 
@@ -99,7 +99,7 @@ def recomputed_products(config: Any, tokens: int, mode: str) -> list[tuple[Shape
 
 
 def decoding_bytes(config: Any, mode: str) -> float:
-    """Bytes read and written by decoding the frozen weights in a step."""
+    """Return bytes read and written by decoding the frozen weights in a step."""
     hidden, inner = config.hidden_size, config.intermediate_size
     width = config.num_key_value_heads * (hidden // config.num_attention_heads)
     attention = 2 * hidden * (hidden + width)

@@ -30,7 +30,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read_and_quantise(folder: Path) -> None:
-    """Each piece is read and given to bitsandbytes' kernel, which throws nothing away but the result."""
+    """Read each piece and give it to bitsandbytes' kernel; only the result is thrown away."""
     buffer = torch.empty(_PIECE, dtype=torch.uint8)
     for path in files_of(folder):
         with path.open("rb", buffering=0) as file:
@@ -40,7 +40,7 @@ def read_and_quantise(folder: Path) -> None:
 
 
 def read(folder: Path) -> None:
-    """All bytes, into new memory, file by file."""
+    """Return all bytes, into new memory, file by file."""
     for path in files_of(folder):
         buffer = torch.empty(path.stat().st_size, dtype=torch.uint8).numpy().data
         filled = 0
@@ -50,7 +50,7 @@ def read(folder: Path) -> None:
 
 
 def ours(folder: Path) -> None:
-    """`load_mixtral`, whatever the folder holds."""
+    """Call `load_mixtral`, whatever the folder holds."""
     from lightning_mixcn.model import load_mixtral
 
     load_mixtral(folder)
@@ -89,7 +89,7 @@ def set_pages(folder: Path, cold: bool) -> None:
 
 
 def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds on the clock and of the processor, contestant by contestant."""
+    """Return seconds on the clock and of the processor, contestant by contestant."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"clock": [], "cpu": []} for name in CASES[case]}
     for number in range(1 + options.rounds):
         for name, load in CASES[case].items():

@@ -37,7 +37,7 @@ DEMO: dict[str, Any] = {
 
 
 def peak_bytes() -> dict[str, int]:
-    """Most memory that this process has had."""
+    """Return the most memory that this process has had."""
     peaks = {"resident": peak_resident_bytes()}
     return peaks | ({"cuda_reserved": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {})
 

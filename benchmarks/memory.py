@@ -36,7 +36,7 @@ class Meter:
             self.live.__enter__()
 
     def now(self) -> int:
-        """In use."""
+        """Return the bytes in use."""
         return self.parameters + self.live.now if self.live is not None else torch.cuda.memory_allocated()
 
     def peak(self) -> int:
@@ -57,7 +57,7 @@ class Meter:
 
 
 def measure(model: Any, batch: MicroBatch, device: torch.device) -> dict[str, int]:
-    """Bytes by purpose of the second step."""
+    """Return bytes by purpose of the second step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ids = torch.randint(3, model.config.vocab_size, (batch.rows, batch.length), device=device)
     inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(batch.length, device=device).expand_as(ids)}

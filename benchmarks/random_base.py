@@ -50,7 +50,7 @@ _CHUNK = 2**25  # elements drawn at a time, a whole number of superblocks
 
 
 def config_of(preset: str, **sizes: int | None) -> transformers.MixtralConfig:
-    """Sizes of a preset; ``sizes`` that are not ``None`` replace the preset's, to try a script on a small model."""
+    """Return sizes of a preset; ``sizes`` that are not ``None`` replace them, to try a script on a small model."""
     chosen = PRESETS[preset] | {name: size for name, size in sizes.items() if size is not None}
     return transformers.MixtralConfig(**chosen, rope_theta=1e6, tie_word_embeddings=False, dtype="bfloat16")
 
@@ -76,7 +76,7 @@ def write_random_base(config: transformers.MixtralConfig, folder: Path) -> None:
 
 
 def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.device) -> nn.Module:
-    """Ours in 4 bits with adapters, its weights drawn on the device; nothing is read, and no 16-bit model is held."""
+    """Make ours in 4 bits with adapters, its weights drawn on the device; no 16-bit model is held."""
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
     from lightning_mixcn.model import build_mixtral

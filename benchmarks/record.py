@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, minimum and maximum."""
+    """Return the median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -65,14 +65,14 @@ def write(name: str, figures: dict[str, Any]) -> Path:
 
 
 def number(value: float) -> str:
-    """Three digits that count: 1,174, 169, 16.9, 1.69."""
+    """Format three significant digits: 1,174, 169, 16.9, 1.69."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def with_range(spread: dict[str, float]) -> str:
-    """``169 (148 to 188)``."""
+    """Format as ``169 (148 to 188)``."""
     return f"{number(spread['median'])} ({number(spread['min'])} to {number(spread['max'])})"
 
 
@@ -86,7 +86,7 @@ def row(
     share: dict[str, float] | None = None,
     peaks: tuple[int, ...] = (),
 ) -> str:
-    """One line of the table; a column without a figure is empty."""
+    """Return a line of the table; a column without a figure is empty."""
     cells = (
         what,
         f"{with_range(ours)} {unit}",

@@ -69,7 +69,7 @@ class Traffic(TorchDispatchMode):
 
     @staticmethod
     def _measure(name: str, args: Any) -> tuple[int, int, str]:
-        """Bytes of the whole tensor, ranks, and kind of a collective."""
+        """Return bytes of the whole tensor, ranks, and kind of a collective."""
         if "_allgather_base_" in name:
             return args[0].nbytes, args[0].numel() // max(1, args[1].numel()), "all_gather"
         if "_reduce_scatter_base_" in name:
@@ -81,7 +81,7 @@ class Traffic(TorchDispatchMode):
 
 
 def measure(base: str, shape: tuple[int, ...], reshard: bool) -> dict[str, Any]:
-    """On each rank: bytes held, and bytes moved by the second of two steps."""
+    """Measure on each rank the bytes held, and the bytes moved by the second of two steps."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     lora, shard = (
         LoraConfig(r=8, target_modules=TARGETS),
@@ -103,7 +103,7 @@ def measure(base: str, shape: tuple[int, ...], reshard: bool) -> dict[str, Any]:
 
 
 def measured_part() -> list[dict[str, Any]]:
-    """Every mesh in turn."""
+    """Measure every mesh in turn."""
     sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def measured_part() -> list[dict[str, Any]]:
 
 
 def table() -> list[dict[str, Any]]:
-    """Mixtral-8x7B on paper, GB = 1e9 bytes."""
+    """Compute Mixtral-8x7B on paper, GB = 1e9 bytes."""
     lora = LoraConfig(r=64, target_modules=TARGETS)
     model: Any = build_mixtral(MixtralConfig(), lora=lora, device="meta")
     sizes = bytes_in_memory(model)

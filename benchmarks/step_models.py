@@ -25,14 +25,14 @@ NOTES = {
 
 
 def lora(rank: int, targets: list[str] = TARGETS) -> Any:
-    """PEFT's configuration."""
+    """Return PEFT's configuration."""
     import peft
 
     return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
 
 
 def ours(options: argparse.Namespace) -> Any:
-    """4-bit experts, split LoRA."""
+    """Make 4-bit experts with split LoRA."""
     import torch
     from random_base import random_model
 
@@ -49,14 +49,14 @@ def ours(options: argparse.Namespace) -> Any:
 
 
 def stock(options: argparse.Namespace) -> Any:
-    """Experts of transformers in bf16; PEFT adapts them as parameters and materialises W + BA."""
+    """Make experts of transformers in bf16; PEFT adapts them as parameters and materialises W + BA."""
     import peft
 
     return _checkpointed(peft.get_peft_model(_transformers(options), lora(options.rank)), options)
 
 
 def bitsandbytes(options: argparse.Namespace) -> Any:
-    """Experts as bitsandbytes' parametrised 4-bit parameters, decoded whole at each access."""
+    """Make experts of bitsandbytes' parametrised 4-bit parameters, decoded whole at each access."""
     import peft
 
     model = _quantised_experts(options)
@@ -64,7 +64,7 @@ def bitsandbytes(options: argparse.Namespace) -> Any:
 
 
 def experts4bit(options: argparse.Namespace) -> Any:
-    """PyPI's experts4bit-qlora."""
+    """Make PyPI's experts4bit-qlora."""
     _needs("experts4bit_qlora", "pip install 'experts4bit-qlora[train,fast]'")
     import torch
     from experts4bit_qlora import add_attention_lora, load_moe_4bit_streaming
@@ -78,7 +78,7 @@ def experts4bit(options: argparse.Namespace) -> Any:
 
 
 def unsloth(options: argparse.Namespace) -> Any:
-    """Unsloth's loader and adapters."""
+    """Use Unsloth's loader and adapters."""
     _needs("unsloth", "pip install unsloth")
     import unsloth as library
 

@@ -84,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def parse(description: str | None) -> argparse.Namespace:
-    """Options, with those of the preset and then the defaults where they are not given."""
+    """Return options, with those of the preset and then the defaults where they are not given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(WORKLOADS), help="a random base instead of --base and --text")
     parser.add_argument("--base", help="a Mixtral folder in bf16")
@@ -120,7 +120,7 @@ def parse(description: str | None) -> argparse.Namespace:
 
 
 def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Micro-batches of whole documents one after the other, cut where a row ends."""
+    """Make micro-batches of whole documents one after the other, cut where a row ends."""
     import torch
     import transformers
 
@@ -138,7 +138,7 @@ def packed_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def random_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Micro-batches of random token ids, a document a row."""
+    """Make micro-batches of random token ids, a document a row."""
     import torch
 
     generator, shape = torch.Generator().manual_seed(0), (options.micro_batch_size, options.sequence_length)
@@ -163,7 +163,7 @@ def contestant(name: str, options: argparse.Namespace) -> tuple[Callable[[], flo
 
 
 def stepper(model: Any, batches: Iterator[dict[str, Any]], options: argparse.Namespace) -> Callable[[], float]:
-    """One optimizer step on the next batch; returns its seconds."""
+    """Do an optimizer step on the next batch; return its seconds."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -88,7 +88,7 @@ class RunFiles:
             write_json(folder / GENERATION_FILE, settings)
 
     def _generation_settings(self) -> dict[str, Any] | None:
-        """Those beside the tokenizer, else the base's; after an `InstructDataModule` with what ends an answer."""
+        """Return those beside the tokenizer, else the base's; after an `InstructDataModule` with an answer's end."""
         files = [place / GENERATION_FILE for place in (self._source, self._base)]
         found = next((file for file in files if file.is_file()), None)
         settings: dict[str, Any] = {} if found is None else json.loads(found.read_text(encoding="utf-8"))

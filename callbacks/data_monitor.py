@@ -85,7 +85,7 @@ class DataMonitor(Callback):
         self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Tokens of each source; Lightning calls this on every rank, as it must."""
+        """Return tokens of each source; Lightning calls this on every rank, as it must."""
         self._sum_up()
         return {"tokens": dict(self._tokens)}
 

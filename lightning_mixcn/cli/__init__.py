@@ -119,12 +119,12 @@ def _explained(error: BaseException | None) -> str | None:
 
 
 def _lost_worker(error: Exception) -> bool:
-    """Whether torch says that a loader's worker process was killed or crashed, wherever the training process was."""
+    """Tell whether torch says that a loader's worker was killed or crashed, wherever the training process was."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def __getattr__(name: str) -> Callable[..., object]:
-    """`MixcnCLI` is imported when it is first asked for (PEP 562), since it needs torch."""
+    """Import `MixcnCLI` when it is first asked for (PEP 562), since it needs torch."""
     if name != "MixcnCLI":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .trainer import MixcnCLI

@@ -222,7 +222,7 @@ def _obey(talk: Chat, command: str, text: str) -> None:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines of a person at a terminal."""
+    """Yield lines of a person at a terminal."""
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a history and keys to edit with
     while True:
@@ -240,7 +240,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    """Lines of standard input."""
+    """Yield lines of standard input."""
     try:
         for number, line in enumerate(sys.stdin):
             line.encode()  # where the locale is not UTF-8, Python lets broken bytes through

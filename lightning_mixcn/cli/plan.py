@@ -139,7 +139,7 @@ class RunPlan:
         )
 
     def _speed(self, device: torch.device) -> list[str]:
-        """Tokens a second of a rank, when documents fill their rows: the time of the products and of decoding."""
+        """Return tokens a second of a rank when documents fill their rows: the time of the products and of decoding."""
         batch = self.run.batch
         flops = count_training_flops(self.model, self.run.modes)
         total = flops.of(batch.tokens, batch.rows * batch.length * (batch.length + 1) // 2).total
@@ -194,7 +194,7 @@ def _from_hub(base: str) -> dict[str, Any]:
 
 
 def _count(devices: Any, device_type: str) -> int:
-    """How many devices ``trainer.devices`` names."""
+    """Count the devices that ``trainer.devices`` names."""
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if device_type == "cuda" else 1
     if isinstance(devices, str):
@@ -204,7 +204,7 @@ def _count(devices: Any, device_type: str) -> int:
 
 
 def _table(plan: MemoryPlan, optimizer: str) -> list[str]:
-    """Bytes by purpose: all of each, and at the fullest moment of a step."""
+    """Return bytes by purpose: all of each, and at the fullest moment of a step."""
     moment = plan.fullest
     held = {
         "base in 4 bits": plan.quantised,

@@ -170,7 +170,7 @@ class Overwrite(Callback):
 
 
 def _content(root: Path, adapter_folders: list[str]) -> Iterator[Path]:
-    """Files and folders that a run has written."""
+    """Yield files and folders that a run has written."""
     for folder, patterns in _CONTENT.items():
         for pattern in patterns:
             yield from (root / folder).glob(pattern)
@@ -180,12 +180,12 @@ def _content(root: Path, adapter_folders: list[str]) -> Iterator[Path]:
 
 
 def _places(path: Path) -> set[Path]:
-    """Absolute paths of a file; what a link points to is another file."""
+    """Return absolute paths of a file; what a link points to is another file."""
     return {Path(os.path.abspath(path)), path.parent.resolve() / path.name}
 
 
 def _input_places(value: str) -> set[Path]:
-    """Absolute paths of what a path or a glob names, links followed and not."""
+    """Return absolute paths of what a path or a glob names, links followed and not."""
     path = Path(os.path.expanduser(value.removeprefix(LOCAL)))
     if is_url(str(path)):
         return set()

@@ -344,7 +344,7 @@ def readable(message: str) -> str:
 
 
 def _checkpoint_folders(callbacks: Any) -> list[str]:
-    """Folders that the configured callbacks keep checkpoints in, besides the run's own."""
+    """Return folders that the configured callbacks keep checkpoints in, besides the run's own."""
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     folders = [callback.get("init_args", {}).get("dirpath") for callback in given]
     return [folder for folder in folders if folder is not None]
@@ -370,5 +370,5 @@ def _quieten() -> None:
 
 
 def _is_no_offer(record: logging.LogRecord) -> bool:
-    """Whether a line of Lightning's log is anything but an offer of its maker's other products."""
+    """Tell whether a line of Lightning's log is anything but an offer of its maker's other products."""
     return "Tip:" not in record.getMessage()

@@ -17,7 +17,7 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes.
+    """Return the largest resident memory of this process so far, in bytes.
 
     Linux hands ``ru_maxrss`` down from the process that started this one, however large it was (getrusage(2), proc(5));
     ``VmHWM`` is this program's own.

@@ -44,7 +44,7 @@ def reuse_or_make(result: Path, made_from: Mapping[str, str], make: Callable[[Pa
 
 
 def digest_of_sources(package: Path) -> str:
-    """Sha256 over a package's Python files: a result of other code is another result."""
+    """Return the sha256 over a package's Python files: a result of other code is another result."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")

@@ -123,7 +123,7 @@ def fetch(folder: Path, packages: Sequence[Package]) -> dict[str, Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """Sha256 of a file's bytes, hexadecimal."""
+    """Return the sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -81,7 +81,7 @@ def run_instruct_demo() -> dict[str, Any]:
 
 
 def eos_rates(run: Path) -> dict[str, float]:
-    """Share of the answers that `SampleAnswers` saw end, at its first and at its last step."""
+    """Return the share of the answers that `SampleAnswers` saw end, at its first and at its last step."""
     lines = [json.loads(line) for line in (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     ended = {line["step"]: [other["ended"] for other in lines if other["step"] == line["step"]] for line in lines}
     rates = [sum(of_step) / len(of_step) for _, of_step in sorted(ended.items())]
@@ -100,7 +100,7 @@ def instruct_summary(report: dict[str, Any]) -> str:
 
 
 def _make_instructions(archive: Path) -> bool:
-    """``zh.json`` and ``en.json`` in `INSTRUCTIONS`; returns whether they were there already."""
+    """Make ``zh.json`` and ``en.json`` in `INSTRUCTIONS`; return whether they were there already."""
 
     def make(out: Path) -> None:
         with tarfile.open(archive) as members:

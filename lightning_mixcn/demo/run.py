@@ -156,7 +156,7 @@ def run_demo() -> dict[str, Any]:
 
 
 def read_samples(run: Path) -> list[dict[str, Any]]:
-    """Continuations that the callback `SampleText` wrote: ``step``, ``prompt`` and ``continuation`` each."""
+    """Return continuations that the callback `SampleText` wrote: ``step``, ``prompt`` and ``continuation`` each."""
     return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

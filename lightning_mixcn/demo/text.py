@@ -93,7 +93,7 @@ def read_articles(archive: Path) -> list[str]:
 
 
 def untag(line: str) -> str:
-    """One paragraph from its ``word/tag`` tokens; full-width digits and letters become half-width."""
+    """Make a paragraph of its ``word/tag`` tokens; full-width digits and letters become half-width."""
     text = "".join(token.rpartition("/")[0] for token in line.split())
     return _DECIMAL_POINT.sub(".", text.translate(_HALF_WIDTH))
 
@@ -123,7 +123,7 @@ def split_articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def is_headline(line: str) -> bool:
-    """Whether a paragraph is a headline or a byline rather than sentences."""
+    """Tell whether a paragraph is a headline or a byline rather than sentences."""
     line = _AFTER_HEADLINE.sub("", line)
     return len(line) <= _HEADLINE_MAX_CHARACTERS and not line.endswith(_ENDS_A_SENTENCE)
 
@@ -181,7 +181,7 @@ class HeldOutRuns:
         self._hashes = np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *hashes]))
 
     def shared(self, ids: Sequence[int]) -> int:
-        """How many of a document's runs are a held-out document's too."""
+        """Count a document's runs that are a held-out document's, too."""
         hashes = run_hashes(ids, self.run_tokens)
         if not len(self._hashes):
             return 0
@@ -299,7 +299,7 @@ def describe(out: Path, encode: Encode) -> dict[str, object]:
 
 
 def _shuffled(texts: Sequence[str]) -> list[str]:
-    """Order of the texts' hashes: neither a random generator nor the order of a source decides it."""
+    """Sort by the texts' hashes: neither a random generator nor the order of a source decides."""
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 

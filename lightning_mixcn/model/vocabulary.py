@@ -79,7 +79,7 @@ class VocabularyExtension:
                     held[start - first_held : stop - first_held] = values_NH[start - first : stop - first].to(held)
 
     def _values(self, name: str, first: int, last: int, config: MixtralConfig) -> Tensor:
-        """Rows ``first`` to ``last`` of one matrix, float32 on the CPU."""
+        """Return rows ``first`` to ``last`` of one matrix, float32 on the CPU."""
         values_NH = torch.zeros(last - first, config.hidden_size)
         if self.new_rows == "random":
             # A seed for each block, so that a rank need not draw what it does not hold; torch's generator of the CPU

@@ -284,7 +284,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _gathered_sums(path: Path) -> dict[str, str]:
-    """SHA-256 of each file by its name. Each rank sums what it wrote, and sees to it that it is on the disk."""
+    """Return each file's SHA-256 by its name. Each rank sums what it wrote and flushes it to the disk."""
     sums = {file.name: _sum(file, sync=True) for file in _own_files(path)}
     if _ranks() == 1:
         return sums

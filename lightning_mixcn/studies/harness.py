@@ -42,7 +42,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # published without types
             super().__init__(pretrained=model, tokenizer=tokenizer.hf, batch_size=batch_size)
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits ``[B, S, V]`` of ``inps [B, S]``, each rank computing ``[N, S, V]`` of them."""
+        """Return logits ``[B, S, V]`` of ``inps [B, S]``, each rank computing ``[N, S, V]`` of them."""
         if self._ranks == 1:
             logits_BSV: Tensor = super()._model_call(inps, *args, **kwargs)
             return logits_BSV
@@ -87,7 +87,7 @@ class HarnessReplicas(HFLM):  # type: ignore[misc]  # published without types
             super().__init__(pretrained=model, tokenizer=tokenizer.hf, batch_size=batch_size)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers to all requests; where another process generates, nothing was generated here."""
+        """Return answers to all requests; where another process generates, nothing was generated here."""
         mine: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm or not is_first())
         return [max(answers, key=len) for answers in self._of_all(mine)]
 
@@ -96,7 +96,7 @@ class HarnessReplicas(HFLM):  # type: ignore[misc]  # published without types
         return [next((one for one in answers if not math.isnan(one[0])), answers[0]) for answers in self._of_all(mine)]
 
     def _of_all(self, mine: list[Any]) -> list[tuple[Any, ...]]:
-        """Every process's answer to each request."""
+        """Return every process's answer to each request."""
         if self._processes == 1:
             return [(answer,) for answer in mine]
         answers: list[Any] = [None] * self._processes
@@ -104,12 +104,12 @@ class HarnessReplicas(HFLM):  # type: ignore[misc]  # published without types
         return list(zip(*answers, strict=True))
 
     def _is_mine(self) -> bool:
-        """Whether the next batch is this process's."""
+        """Tell whether the next batch is this process's."""
         self._next_batch += 1
         return (self._next_batch - 1) % self._processes == self._own
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits ``[B, S, V]`` of ``inps [B, S]``; NaN where another process computes them."""
+        """Return logits ``[B, S, V]`` of ``inps [B, S]``; NaN where another process computes them."""
         if self._is_mine():
             logits_BSV: Tensor = super()._model_call(inps, *args, **kwargs)
             return logits_BSV

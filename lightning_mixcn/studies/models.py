@@ -34,7 +34,7 @@ class EvaluatedModel:
     switched_off: bool = False
 
     def tokenizer(self) -> TextTokenizer:
-        """Its tokenizer."""
+        """Load the model's tokenizer."""
         return load_tokenizer(self.found.tokenizer)
 
 
@@ -111,7 +111,7 @@ class LoadedModels:
 
 
 def _can_switch_off(found: ModelSource, bare: ModelSource) -> bool:
-    """Whether the base is what is left without the adapter: no embedding was trained, the tokenizer is the base's."""
+    """Tell whether disabling the adapter gives the base: no embedding was trained, the tokenizer is the base's."""
     if any(adapter.saved for adapter in found.adapters):
         return False
     tokenizers = [load_tokenizer(source.tokenizer).fingerprint for source in (found, bare)]

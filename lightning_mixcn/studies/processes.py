@@ -91,5 +91,5 @@ def joined_processes(device: torch.device) -> Iterator[Processes]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks: the only one, or rank 0."""
+    """Tell whether this process is the one that speaks: the only one, or rank 0."""
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

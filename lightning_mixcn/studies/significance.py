@@ -62,7 +62,7 @@ def paired_test(first_D: ArrayLike, second_D: ArrayLike, seed: int = 0) -> Paire
 
 
 def mcnemar_p(first_D: NDArray[np.float64], second_D: NDArray[np.float64]) -> float:
-    """Two-sided p value of the exact McNemar test (McNemar 1947; a binomial test of the documents that differ).
+    """Return the two-sided p value of the exact McNemar test (1947; a binomial test of documents that differ).
 
     Args:
         first_D: 0 or 1 of each document.
@@ -80,7 +80,7 @@ def mcnemar_p(first_D: NDArray[np.float64], second_D: NDArray[np.float64]) -> fl
 
 
 def sign_flip_p(difference_D: NDArray[np.float64], seed: int = 0) -> float:
-    """Two-sided p value of a mean difference: as likely with either sign if the models were alike.
+    """Return the two-sided p value of a mean difference: as likely with either sign if the models were alike.
 
     Args:
         difference_D: Difference of each document.

@@ -107,7 +107,7 @@ def group_metrics(benchmarks: Benchmarks, scores: Mapping[str, TaskScores]) -> d
 
 
 def metric_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Metric and answer filter of each figure of a task or group, standard errors left out."""
+    """Return metric and answer filter of each figure of a task or group, standard errors left out."""
     keys = [key.partition(",") for key in metrics if key not in _NO_METRIC]
     return [(metric, answer) for metric, comma, answer in keys if comma and not metric.endswith("_stderr")]
 

@@ -49,7 +49,7 @@ def require_harness() -> None:
 
 
 def split_names(tasks: Sequence[str]) -> list[str]:
-    """Names of tasks, which may be given one by one or with commas between them.
+    """Return names of tasks, which may be given one by one or with commas between them.
 
     Raises:
         ValueError: none is given, or one is given twice.
@@ -154,7 +154,7 @@ def _check_name(name: str, known: Sequence[str]) -> None:
 
 
 def _load(manager: Any, name: str) -> Any:
-    """One name's tasks and groups; what goes wrong with its data is said with the task's name."""
+    """Return one name's tasks and groups; errors of its data name the task."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
@@ -182,7 +182,7 @@ def _check_kind(name: str, task: Any) -> None:
 
 
 def _set_shots(task: Any, num_fewshot: int | None) -> None:
-    """As `lm_eval.simple_evaluate` does it."""
+    """Return them as `lm_eval.simple_evaluate` does."""
     defined = task.get_config("num_fewshot")
     if num_fewshot is not None and defined != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)

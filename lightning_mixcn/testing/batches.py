@@ -58,7 +58,7 @@ class FixedBatches(LightningDataModule):
         self.batches, self.sources = list(batches), list(sources)
 
     def source_names(self, stage: str) -> list[str]:
-        """Names of the sources, whatever the stage."""
+        """Return names of the sources, whatever the stage."""
         return self.sources
 
     def _loader(self) -> DataLoader[Batch]:

@@ -12,7 +12,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 
 def tiny_mixtral_config(**changes: Any) -> MixtralConfig:
-    """Sizes of the tiny model: two layers, four experts, two a token, width 32, a vocabulary of bytes.
+    """Return sizes of the tiny model: two layers, four experts, two a token, width 32, a vocabulary of bytes.
 
     Args:
         changes: Settings of `transformers.MixtralConfig` to change.
@@ -57,7 +57,7 @@ def save_tiny_mixtral(path: str | Path, *, seed: int = 0, **changes: Any) -> Pat
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every UTF-8 byte is a token; ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``."""
+    """Make a tokenizer of UTF-8 bytes; ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

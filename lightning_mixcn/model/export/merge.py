@@ -184,7 +184,7 @@ class MergedWeights:
             yield f"{exported}.weight", self._merged(module, name, matrix)
 
     def _stack(self, modules: list[str]) -> Tensor:
-        """``[E, rows of all modules, in]``."""
+        """Return ``[E, rows of all modules, in]``."""
         names = [self._base.modules[module] for module in modules]
         rows, columns = self._base.shape(modules[0])
         stack = torch.empty(len(names[0]), rows * len(modules), columns, dtype=self.dtype(modules[0]))

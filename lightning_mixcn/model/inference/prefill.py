@@ -124,7 +124,7 @@ class _FilledLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: there is room from the beginning."""
+        """Do nothing: there is room from the beginning."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         stop = self.length + key_states.shape[2]
@@ -152,7 +152,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of a chunk ``[1, heads, C, D]``, the end of the row, over all of the row ``[1, heads, L, D]``.
+    """Attend causally from a chunk ``[1, heads, C, D]``, the end of the row, to all of the row ``[1, heads, L, D]``.
 
     On CUDA flash attention does this without a mask; on the CPU it reads one of ``[C, L]`` bytes. Neither holds the
     products ``[heads, C, L]``.

@@ -192,7 +192,7 @@ class AdapterFile:
         return name in self._fused or all(f"{PREFIX}{name}.lora_{key}.weight" in self._file.entries for key in "AB")
 
     def rank(self, name: str) -> int:
-        """Rank of the factors of a matrix. ValueError if they do not fit each other."""
+        """Return the rank of the factors of a matrix. ValueError if they do not fit each other."""
         place = self._fused.get(name)
         a, b = (self._shape(place.stored if place else name, factor) for factor in "AB")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
@@ -203,7 +203,7 @@ class AdapterFile:
         return place.rank if place else a[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the matrix that is adapted, ``[out, in]``, or of an embedding that is saved whole."""
+        """Return the shape of the matrix that is adapted, ``[out, in]``, or of an embedding that is saved whole."""
         if name in self.saved:
             return self._file.entries[f"{PREFIX}{name}.weight"].shape
         self.rank(name)

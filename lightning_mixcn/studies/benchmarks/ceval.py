@@ -18,7 +18,7 @@ _PLACEHOLDER = "A"
 
 
 def hidden_test_benchmarks(num_fewshot: int | None, files: BenchmarkFiles | None, group: str = GROUP) -> Benchmarks:
-    """C-Eval's tasks over the test split.
+    """Return C-Eval's tasks over the test split.
 
     Args:
         num_fewshot: Examples in a prompt, out of the dev split; C-Eval's own tables have 5.
@@ -39,7 +39,7 @@ def hidden_test_benchmarks(num_fewshot: int | None, files: BenchmarkFiles | None
 
 
 def subject_of(benchmarks: Benchmarks, name: str) -> str:
-    """C-Eval's name of a task's subject."""
+    """Return C-Eval's name of a task's subject."""
     return str(benchmarks.tasks[name].config.dataset_name)
 
 
@@ -68,5 +68,5 @@ def predict_subject(
 
 
 def _with_some_answer(docs: Any) -> list[dict[str, Any]]:
-    """Questions whose answer is empty get one, since the harness looks its place up; nothing is made of it."""
+    """Give an answer to questions without one, since the harness looks its place up; it is not used."""
     return [{**doc, "answer": doc.get("answer") or _PLACEHOLDER} for doc in docs]

@@ -114,13 +114,13 @@ def probe_eos(model: nn.Module, tokenizer: TextTokenizer, documents: DocumentSet
 
 
 def newline_tokens(tokenizer: TextTokenizer) -> Tensor:
-    """Ids of the tokens whose text ends with a line break, int64."""
+    """Return ids of the tokens whose text ends with a line break, int64."""
     ids = [index for index in range(tokenizer.vocab_size) if tokenizer.decode([index]).endswith("\n")]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def compare_probes(first: EosProbe, second: EosProbe) -> dict[str, float | None]:
-    """Difference of the means after line breaks, with a sign-flip test over documents.
+    """Return the difference of the means after line breaks, with a sign-flip test over documents.
 
     Args:
         first: Probe of one model.

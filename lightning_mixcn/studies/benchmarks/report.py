@@ -142,7 +142,7 @@ class ScoreRow(TypedDict):
 
 
 def task_rows(benchmarks: Benchmarks, models: Models, languages: Mapping[str, str]) -> list[ScoreRow]:
-    """Rows of all tasks and of the groups that the harness aggregates, groups first.
+    """Return rows of all tasks and of the groups that the harness aggregates, groups first.
 
     Args:
         benchmarks: Benchmarks that were run.

@@ -60,7 +60,7 @@ class Recipe:
     evaluate: tuple[str, ...] = ()
 
     def options(self, arm: str, prepared: Path) -> list[str]:
-        """Options of `mixcn fit` and `mixcn validate` for an arm, shared ones first.
+        """Return options of `mixcn fit` and `mixcn validate` for an arm, shared ones first.
 
         Args:
             arm: Its name.
@@ -73,7 +73,7 @@ class Recipe:
         ]
 
     def commands(self, prepared: Path) -> dict[str, list[str]]:
-        """Arguments of `mixcn` that make each output of `prepare`."""
+        """Return arguments of `mixcn` that make each output of `prepare`."""
         return {name: [_filled(part, prepared) for part in command] for name, command in self.prepare.items()}
 
 

@@ -27,13 +27,13 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Of the values of all seeds."""
+        """Compute mean and deviation over the values of all seeds."""
         found = list(values)
         return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
 
 
 def run_result(run: ComparedRun) -> dict[str, Any]:
-    """Figures of a finished run that do not depend on the machine's speed.
+    """Return figures of a finished run that do not depend on the machine's speed.
 
     Returns:
         ``arm``, ``seed``, ``steps``, ``tokens_seen``, ``text_bytes_seen``, ``trainable_parameters``,
@@ -102,7 +102,7 @@ def of_arm(results: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, 
 
 
 def _scores(report: Mapping[str, Any] | None) -> dict[str, list[float]]:
-    """Figures of `mixcn evaluate`, by a name for people."""
+    """Return figures of `mixcn evaluate`, by a name for people."""
     if report is None:
         return {}
     found = {
@@ -117,7 +117,7 @@ def _scores(report: Mapping[str, Any] | None) -> dict[str, list[float]]:
 
 
 def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Bits per byte against bytes of text seen: a panel a source, a line an arm, a band from best to worst seed.
+    """Draw bits per byte against bytes of text: a panel a source, a line an arm, a band from best to worst seed.
 
     Args:
         path: PNG to write.
@@ -150,7 +150,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def as_markdown(title: str, results: Rows, costs: Rows) -> str:
-    """Tables of all arms: bits per byte of each source, then amounts and cost, then tasks where there are any.
+    """Return tables of all arms: bits per byte of each source, then amounts and cost, then tasks where there are any.
 
     Args:
         title: Heading.
@@ -225,7 +225,7 @@ def _amounts(arms: Sequence[str], results: Rows, costs: Rows) -> str:
 
 
 def _scores_table(arms: Sequence[str], results: Rows) -> str:
-    """Rows are tasks here: there may be many."""
+    """Return a table whose rows are tasks: there may be many."""
     lines = []
     for name in results[0]["scores"]:
         cells = [name]

@@ -66,24 +66,24 @@ class ComparedRun:
         write_text(self._config, yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
 
     def validate_command(self) -> list[str]:
-        """Arguments of ``mixcn`` that measure the model before training."""
+        """Return arguments of ``mixcn`` that measure the model before training."""
         bare = ["--trainer.callbacks=null", "--trainer.logger=false"]
         start = f"--trainer.default_root_dir={self.folder / 'start'}"
         return ["validate", "--config", str(self._config), *bare, start]
 
     def fit_command(self) -> list[str]:
-        """Arguments of ``mixcn`` that train, from the last checkpoint where there is one."""
+        """Return arguments of ``mixcn`` that train, from the last checkpoint where there is one."""
         resumed = ["--ckpt_path=last"] if (self._fit / "checkpoints" / "last.ckpt").exists() else []
         return ["fit", "--config", str(self._config), *resumed]
 
     def evaluate_command(self, options: Sequence[str]) -> list[str]:
-        """Arguments of ``mixcn`` that run benchmarks; the model is held as it was trained."""
+        """Return arguments of ``mixcn`` that run benchmarks; the model is held as it was trained."""
         model = yaml.safe_load(self._config.read_text(encoding="utf-8"))["model"]["init_args"]
         held = [f"--{name}={model[name]}" for name in ("quantization", "dtype") if name in model]
         return ["evaluate", str(self._fit), *held, *options, "--out", str(self.folder / "evaluate.json")]
 
     def start(self) -> dict[str, Any] | None:
-        """Likelihoods of each source before training, if they were measured."""
+        """Return likelihoods of each source before training, if they were measured."""
         content = _read(self.folder / "start" / _START)
         return None if content is None else dict(content["sources"])
 
@@ -156,7 +156,7 @@ def check_inputs(config: Mapping[str, Any], prepared: Path) -> None:
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """Size and time of change of all local files that a configuration names, as a digest for each path."""
+    """Return size and time of change of all local files that a configuration names, as a digest for each path."""
     texts = [entry["path"] for name in _SOURCES for entry in config["data"]["init_args"].get(name) or []]
     named = [path for _, path in _model_paths(config)] + [path for text in texts for path in _paths(text)]
     return files_fingerprint(named)

@@ -117,14 +117,14 @@ class _Study:
         self._left[kind] -= 1
 
     def _seconds_left(self) -> float | None:
-        """From what each kind took so far; ``None`` while there is a kind of which that is not known."""
+        """Estimate from what each kind took so far; ``None`` while a kind has not been measured."""
         left = {kind: number for kind, number in self._left.items() if number}
         if any(not self._seconds[kind] for kind in left):
             return None
         return sum(number * fmean(self._seconds[kind]) for kind, number in left.items())
 
     def _write(self, runs: Sequence[ComparedRun], settings: dict[str, Any]) -> None:
-        """Tables and figure, each whole or not at all, the report last."""
+        """Write tables and figure, each whole or not at all, the report last."""
         results, costs = [run_result(run) for run in runs], [run_cost(run) for run in runs]
         title = self.recipe.title
         with new_file(self.folder / "comparison.png", replace=True) as unfinished:
@@ -185,7 +185,7 @@ def _require_key(config: dict[str, Any], key: str, arm: str) -> None:
 
 
 def _settings(study: Recipe, configs: dict[str, Any], prepared: Path) -> dict[str, Any]:
-    """All that the results depend on, as JSON has it."""
+    """Return all that the results depend on, as JSON has it."""
     named = [part for command in study.commands(prepared).values() for part in command[1:]]
     inputs = files_fingerprint([part for part in named if not part.startswith(str(prepared))])
     for config in configs.values():

@@ -191,7 +191,7 @@ def task_accuracies(tasks: ExpertTasks, parts: Sequence[BatchParts]) -> list[Tas
 
 
 def base_accuracies(accuracies: Sequence[TaskAccuracy]) -> dict[str, dict[str, Any]]:
-    """By task or group the accuracies of the model as it is, and the number of documents."""
+    """Return by task or group the accuracies of the unchanged model, and the number of documents."""
     found: dict[str, dict[str, Any]] = {}
     for part in accuracies:
         found.setdefault(part.name, {"documents": len(part.base)})[part.metric] = float(part.base.mean())

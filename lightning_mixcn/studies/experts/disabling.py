@@ -170,7 +170,7 @@ class AblatedLayer:
         return hidden_BSH
 
     def changed_rows(self, number: int, real_BS: Tensor) -> Tensor:
-        """Rows of the batch, int64 ascending, that have a token which chose the expert.
+        """Return rows of the batch, int64 ascending, that have a token which chose the expert.
 
         Args:
             number: Index in ``disabled``.
@@ -188,7 +188,7 @@ class AblatedLayer:
         return hidden_nSH
 
     def _sum(self, reroute: Reroute) -> Tensor:
-        """Σₖ weight · result in float32, choice by choice, as the expert block adds them up."""
+        """Compute Σₖ weight · result in float32, choice by choice, as the expert block adds them up."""
         pair_nK = self._pair_TE[reroute.tokens[:, None], reroute.chosen]
         total_nH = torch.zeros((), device=pair_nK.device)
         for choice in range(pair_nK.shape[1]):
@@ -213,7 +213,7 @@ def layer_arguments(base: Any, position_ids_BS: Tensor) -> dict[str, Any]:
 
 
 def output_cosines(experts: Any, input_nH: Tensor, num_experts: int) -> Tensor:
-    """Cosine between what two experts of a layer give for the same token, summed over tokens.
+    """Return the cosine between what two experts of a layer give for the same token, summed over tokens.
 
     Args:
         experts: The experts of a layer.
@@ -230,7 +230,7 @@ def output_cosines(experts: Any, input_nH: Tensor, num_experts: int) -> Tensor:
 
 
 def _run_pairs(experts: Any, input_PH: Tensor, expert_P: Tensor) -> Tensor:
-    """Each row through one expert, ``[P, H]``."""
+    """Compute each row through one expert, ``[P, H]``."""
     results_PH: Tensor = experts(input_PH, expert_P[:, None], input_PH.new_ones(len(expert_P), 1))
     return results_PH
 
@@ -256,7 +256,7 @@ class DisabledPasses:
     """
 
     def __init__(self, model: nn.Module, modes: Sequence[Mode], micro_batch_size: int) -> None:
-        """Nothing is computed yet."""
+        """Keep the arguments; nothing is computed yet."""
         self.base: Any = base_of(model)
         self.num_layers: int = self.base.config.num_hidden_layers
         self.num_experts: int = self.base.config.num_local_experts

@@ -53,13 +53,13 @@ class ForwardFlops:
         return cls(token, expert, pair, 2 * config.hidden_size * config.vocab_size, config.num_experts_per_tok)
 
     def above(self, layer: int, tokens: int, pairs: int) -> int:
-        """All layers above one (−1 for all there are), and the head."""
+        """Count all layers above one (−1 for all there are), and the head."""
         left = range(layer + 1, len(self.token))
         per_token = self.head + sum(self.token[index] + self.top_k * self.expert[index] for index in left)
         return per_token * tokens + self.pair * len(left) * pairs
 
     def layer(self, layer: int, tokens: int, pairs: int, rows: int) -> int:
-        """One layer, whose experts compute ``rows`` rows together."""
+        """Count one layer, whose experts compute ``rows`` rows together."""
         return self.token[layer] * tokens + self.pair * pairs + self.expert[layer] * rows
 
 
@@ -86,7 +86,7 @@ class StudyFlops:
         return self.forward.above(-1, tokens, pairs)
 
     def layer(self, layer: int, tokens: int, pairs: int) -> int:
-        """Disabling each expert of one layer."""
+        """Count disabling each expert of one layer."""
         rows = tokens * (self.forward.top_k + self.has_mask) + self.sample_tokens * self.num_experts
         copies = self.num_experts * self.num_modes
         return self.forward.layer(layer, tokens, pairs, rows) + copies * self.forward.above(layer, tokens, pairs)
@@ -97,12 +97,12 @@ class StudyFlops:
         return self.base(tokens, pairs) + sum(self.layer(layer, tokens, pairs) for layer in layers)
 
     def plain(self, tokens: int, pairs: int) -> int:
-        """One evaluation for each layer, expert and mode, without that of the model as it is."""
+        """Count one evaluation for each layer, expert and mode, without that of the unchanged model."""
         return len(self.forward.token) * self.num_experts * self.num_modes * self.base(tokens, pairs)
 
 
 def pairs_of_rows(position_ids_BS: Tensor) -> list[int]:
-    """Pairs of a token and one that it attends to, of each row; padding attends to padding.
+    """Count pairs of a token and one that it attends to, of each row; padding attends to padding.
 
     >>> pairs_of_rows(torch.tensor([[0, 1, 2], [0, 1, 0]]))
     [6, 4]
@@ -112,7 +112,7 @@ def pairs_of_rows(position_ids_BS: Tensor) -> list[int]:
 
 
 def _product(module: nn.Module) -> int:
-    """One row through a projection and its active adapters."""
+    """Count one row through a projection and its active adapters."""
     linear: Any = module
     rank = 0
     if isinstance(module, LoraFrozenLinear) and not module.disable_adapters:

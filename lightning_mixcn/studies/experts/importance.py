@@ -44,7 +44,7 @@ class ExpertImportance:
     """
 
     def __init__(self, model: nn.Module, modes: Sequence[Mode], num_sources: int, micro_batch_size: int) -> None:
-        """Nothing is computed yet."""
+        """Keep the arguments; nothing is computed yet."""
         self._model, self._num_sources = model, num_sources
         self._passes = DisabledPasses(model, modes, micro_batch_size)
         self.num_layers, self.num_experts = self._passes.num_layers, self._passes.num_experts
@@ -121,7 +121,7 @@ class ExpertImportance:
             start = perf_counter()
 
     def _measure(self, number: int, layer: AblatedLayer, batch: Batch, evaluated: Arrays, start: float) -> Arrays:
-        """All variants of a layer."""
+        """Return all variants of a layer."""
         base, forward, real_BS = self._passes.base, self._passes.forward, batch["document_ids"] >= 0
         row_pairs = pairs_of_rows(batch["position_ids"])
         change_2VD = np.zeros((2, len(self.variants), len(evaluated["document"])))
@@ -148,7 +148,7 @@ class ExpertImportance:
 
 
 def _change(nll_nS: Tensor, batch: Batch, evaluated: Arrays, rows: list[int]) -> list[NDArray[np.float64]]:
-    """Of each row float64 ``[2, D]``: what it adds to the nats, and to those of text alone, of each document."""
+    """Return for each row float64 ``[2, D]``: its part of each document's nats, and of those of text alone."""
     scored_BS = scored_positions(batch["labels"]).cpu().numpy()
     text_BS = batch["text_mask"].cpu().numpy()
     documents_BS = batch["document_index"].cpu().numpy()

@@ -30,7 +30,7 @@ def save_heatmaps(
     title: str,
     unit: str = "change of bits per byte",
 ) -> None:
-    """Layers down, experts across: red where the model is worse without the expert, blue where it is better.
+    """Draw layers down, experts across: red where the model is worse without the expert, blue where better.
 
     Args:
         path: PNG to write.
@@ -59,7 +59,7 @@ def save_heatmaps(
 
 
 def save_matrices(path: Path, matrices: NDArray[np.float64], limits: tuple[float, float], title: str) -> None:
-    """Experts against experts, a panel a layer.
+    """Draw experts against experts, a panel a layer.
 
     Args:
         path: PNG to write.
@@ -216,7 +216,7 @@ def _routing_layer_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
 
 
 def _pair_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
-    """Pairs of experts that tokens chose together; ``lift`` is 1 where each is chosen regardless of the other."""
+    """Yield pairs of experts that tokens chose together; ``lift`` is 1 where they are chosen independently."""
     pairs, tokens = results.loads["pairs"], results.loads["load_tokens"]
     for source, layer in np.ndindex(*tokens.shape):
         chosen_EE, total = pairs[source, layer], int(tokens[source, layer])
@@ -280,7 +280,7 @@ def _by_expert(change: NDArray[np.float64], mode: str, results: ExpertResults) -
 
 
 def _together(results: ExpertResults) -> NDArray[np.float64]:
-    """Share of each expert's tokens, of all sources, that also chose another, ``[L, E, E]``."""
+    """Return the share of each expert's tokens, of all sources, that also chose another, ``[L, E, E]``."""
     pairs_LEE = results.loads["pairs"].sum(axis=0).astype(np.float64)
     alone_LE1 = np.diagonal(pairs_LEE, axis1=1, axis2=2)[:, :, None]
     together: NDArray[np.float64] = pairs_LEE / np.maximum(alone_LE1, 1.0)

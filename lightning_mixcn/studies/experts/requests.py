@@ -74,7 +74,7 @@ class RequestScores:
         return len(self._batches)
 
     def size(self, number: int) -> tuple[int, int]:
-        """Tokens of a batch with its padding, and pairs that attention compares, as `StudyFlops` takes them."""
+        """Return tokens of a batch with its padding, and pairs that attention compares, as `StudyFlops` takes them."""
         batch = self._batch(number)
         return batch["input_ids"].numel(), sum(pairs_of_rows(batch["position_ids"]))
 
@@ -126,7 +126,7 @@ class RequestScores:
             start = perf_counter()
 
     def _score(self, row: RequestRow, hidden_SH: Tensor) -> Tensor:
-        """Log-likelihood of each request of a row, from what the head is given of it."""
+        """Return log-likelihood of each request of a row, from what the head is given of it."""
         longest = max(len(tokens) for _, tokens in row.requests)
         end = len(row.ids)
         logits_PV = self._passes.base.lm_head(hidden_SH[None, end - longest : end])[0]
@@ -138,7 +138,7 @@ class RequestScores:
         return torch.stack(scores)
 
     def _batch(self, number: int) -> Batch:
-        """``input_ids``, ``position_ids`` and ``document_ids``; padding to the right is a document of its own."""
+        """Return ``input_ids``, ``position_ids`` and ``document_ids``; padding to the right is another document."""
         rows = self._batches[number]
         longest = max(len(row.ids) for row in rows)
         shape = len(rows), longest

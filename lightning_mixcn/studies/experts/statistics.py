@@ -56,7 +56,7 @@ class Change(NamedTuple):
     high: Floats
 
     def is_clear(self) -> NDArray[np.bool_]:
-        """Whether the interval leaves out 0, ``[V]``."""
+        """Tell whether the interval leaves out 0, ``[V]``."""
         return (self.low > 0) | (self.high < 0)
 
 
@@ -74,17 +74,17 @@ class Intervals:
         self._resampled = [_resample(part, np.random.default_rng([seed, place])) for place, part in enumerate(sources)]
 
     def of(self, source: int) -> Change:
-        """One source."""
+        """Return the change of one source, with its interval."""
         return Change(self._points[source], *np.percentile(self._resampled[source], _TAILS, axis=0))
 
     def difference(self, source: int, other: int) -> Change:
-        """Change of one source less that of another, whose documents are drawn independently."""
+        """Return the change of one source less that of another, whose documents are drawn independently."""
         resampled_RV = self._resampled[source] - self._resampled[other]
         return Change(self._points[source] - self._points[other], *np.percentile(resampled_RV, _TAILS, axis=0))
 
 
 def _resample(part: SourceDocuments, random: np.random.Generator) -> Floats:
-    """Bits per byte of the resamples, ``[R, V]``."""
+    """Return bits per byte of the resamples, ``[R, V]``."""
     documents = len(part.bytes)
     if documents < 2:
         return np.full((_RESAMPLES, len(part.changed_text_nats)), math.nan)
@@ -107,7 +107,7 @@ _CHUNK = 2**22
 
 @torch.no_grad()
 def weight_cosines(model: nn.Module, layer: int) -> Tensor:
-    """Cosine between the weights of two experts of a layer, the mean over gate, up and down.
+    """Return the cosine between the weights of two experts of a layer, the mean over gate, up and down.
 
     Args:
         model: A Mixtral of `load_mixtral` or the PeftModel around it; 4-bit weights are decoded, adapters added.

@@ -100,11 +100,11 @@ class ExpertResults:
         return Intervals(self.documents)
 
     def places(self) -> list[tuple[int, DisabledExpert]]:
-        """Layer and variant of each of the ``L·V`` changes, in their order."""
+        """Return layer and variant of each of the ``L·V`` changes, in their order."""
         return [(layer, variant) for layer in range(self.num_layers) for variant in self.variants]
 
     def base_figures(self) -> dict[str, dict[str, float | int]]:
-        """Likelihood of each source as `mixcn validate` has it, and how many documents it is of."""
+        """Return likelihood of each source as `mixcn validate` has it, and how many documents it is of."""
         return {
             name: {
                 "nll_nats_per_token": float(part.nats.sum() / part.tokens.sum()),
@@ -195,7 +195,7 @@ def request_work(scores: RequestScores) -> list[BatchWork]:
 
 
 def planned_flops(work: Sequence[BatchWork]) -> dict[str, int]:
-    """Floating point operations: ``planned`` and ``plain``, of evaluating the model once for each expert."""
+    """Return floating point operations: ``planned``, and ``plain`` of one evaluation for each expert."""
     return {
         "planned": sum(batch.flops.planned(*batch.size) for batch in work),
         "plain": sum(batch.flops.plain(*batch.size) for batch in work),
@@ -227,7 +227,7 @@ def finished(work: Sequence[BatchWork], num_layers: int, parts: StudyParts) -> l
 
 
 def spent(batches: Sequence[BatchParts]) -> dict[str, Any]:
-    """Floating point operations that were ``done``, and ``seconds`` spent on them."""
+    """Return the floating point operations that were ``done``, and ``seconds`` spent on them."""
     everything = [arrays for batch in batches for arrays in (batch.evaluated, *batch.disabled)]
     return {
         "done": sum(int(arrays["flops"]) for arrays in everything),

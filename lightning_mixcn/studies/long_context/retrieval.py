@@ -249,7 +249,7 @@ def make_prompt(name: str, tokenizer: TextTokenizer, length: int, depth: float, 
 def _filler(
     task: RetrievalTask, tokenizer: TextTokenizer, room: int, depth: float, random: Random
 ) -> tuple[list[int], list[int]]:
-    """Whole sentences of at most ``room`` tokens in all, divided at ``depth``."""
+    """Take whole sentences of at most ``room`` tokens in all, divided at ``depth``."""
     encoded = tokenizer.encode_batch(task.filler)
     sentences: list[list[int]] = []
     order: list[list[int]] = []

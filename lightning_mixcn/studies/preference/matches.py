@@ -79,7 +79,7 @@ def _read_key(first_sheet: str, key: str | None) -> tuple[list[str], list[Item]]
 
 
 def _judges(sheets: Sequence[str]) -> list[str]:
-    """File names without their ends, or whole paths where two are alike."""
+    """Return file names without their ends, or whole paths where two are alike."""
     if twice := [path for place, path in enumerate(sheets) if path in sheets[:place]]:
         raise UserError(f"the sheet {twice[0]!r} is given twice. Leave one out")
     stems = [Path(path).stem for path in sheets]

@@ -59,7 +59,7 @@ def shown(turns: list[Turn]) -> str:
 
 
 def _records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
-    """Where each record is, and what it says."""
+    """Yield where each record is, and what it says."""
     if file.suffix == ".json":
         try:
             records = json.loads(content)

@@ -29,7 +29,7 @@ def write_preferences(folder: Path, scores: PreferenceScores) -> None:
 
 
 def preference_table(scores: PreferenceScores) -> str:
-    """Pairs, models, judges and agreement, aligned."""
+    """Return pairs, models, judges and agreement, aligned."""
     blocks = [aligned(list(lines)) for lines in (_pair_lines(scores), _model_lines(scores), _side_lines(scores))]
     if any(math.isnan(model.elo.value) for model in scores.models):
         blocks[1] += "\nNo finite Elo: some models won, or lost, every verdict against the others."
@@ -71,7 +71,7 @@ def _agreement_line(scores: PreferenceScores) -> str:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Figures as three columns."""
+    """Return figures as three columns."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Figure):

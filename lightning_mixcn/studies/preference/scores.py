@@ -27,7 +27,7 @@ from .matches import (
 
 
 def observed_agreement(verdicts_JI: ArrayLike) -> float | None:
-    """Share of pairs of verdicts on the same item that are equal.
+    """Return the share of pairs of verdicts on the same item that are equal.
 
     Args:
         verdicts_JI: Whole numbers ``[J, I]``, one a category; negative where a verdict is missing.
@@ -41,7 +41,7 @@ def observed_agreement(verdicts_JI: ArrayLike) -> float | None:
 
 
 def cohen_kappa(first_I: ArrayLike, second_I: ArrayLike) -> float | None:
-    """Agreement of two judges (Cohen 1960), over the items that both have judged.
+    """Return the agreement of two judges (Cohen 1960), over the items that both have judged.
 
     Args:
         first_I: Whole numbers ``[I]``, one a category; negative where a verdict is missing.
@@ -61,7 +61,7 @@ def cohen_kappa(first_I: ArrayLike, second_I: ArrayLike) -> float | None:
 
 
 def krippendorff_alpha(verdicts_JI: ArrayLike) -> float | None:
-    """Agreement of any number of judges, some of whose verdicts may be missing (Krippendorff 2011, nominal data).
+    """Return the agreement of any number of judges, with verdicts missing or not (Krippendorff 2011, nominal data).
 
     Args:
         verdicts_JI: Whole numbers ``[J, I]``, one a category; negative where a verdict is missing.
@@ -81,7 +81,7 @@ def krippendorff_alpha(verdicts_JI: ArrayLike) -> float | None:
 
 
 def _counts(verdicts_JI: ArrayLike) -> NDArray[np.int64]:
-    """How many judges chose each category, ``[I, C]``."""
+    """Count the judges that chose each category, ``[I, C]``."""
     chosen_JI = np.asarray(verdicts_JI)
     categories = range(int(chosen_JI.max(initial=0)) + 1)
     return np.stack([(chosen_JI == category).sum(0) for category in categories], axis=1).astype(np.int64)
@@ -112,7 +112,7 @@ def elo_ratings(wins: Floats) -> Floats:
 
 
 def _all_linked(beats_RMM: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether each model leads to each other along wins, ``[R]``."""
+    """Tell whether each model leads to each other along wins, ``[R]``."""
     models = beats_RMM.shape[1]
     leads_RMM = np.asarray(beats_RMM | np.eye(models, dtype=np.bool_))
     for _ in range(models.bit_length()):
@@ -121,7 +121,7 @@ def _all_linked(beats_RMM: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _newton(wins_RMM: Floats) -> Floats:
-    """Ratings in nats ``[R, M]``, the first 0: the likelihood is concave, so Newton's steps, kept short, arrive."""
+    """Fit ratings in nats ``[R, M]``, the first 0: the likelihood is concave, so Newton's short steps arrive."""
     played_RMM = wins_RMM + wins_RMM.transpose(0, 2, 1)
     rating_RM = np.zeros(wins_RMM.shape[:2])
     for _ in range(_MOST_STEPS):
@@ -243,7 +243,7 @@ class PreferenceScores:
         self.sides.append(self._side("all", slice(None)))
 
     def agreement(self) -> dict[str, float | int | None]:
-        """Of the judges: how many items have several verdicts, the share of equal pairs, and coefficients."""
+        """Return, of the judges, the items with several verdicts, the share of equal pairs, and coefficients."""
         verdicts_JI = self.matches.verdicts
         return {
             "judges": len(verdicts_JI),
@@ -311,7 +311,7 @@ def share(part_Q: NDArray[Any], count_Q: NDArray[Any]) -> Figure:
 
 
 def _elo(score_QMM: Floats, draw: np.random.Generator) -> tuple[Floats, Floats, Floats]:
-    """Elo ``[M]`` and the ends of its intervals; none for the first model, or where too few resamples have an Elo."""
+    """Return Elo ``[M]`` and its intervals; none for the first model, or where too few resamples have an Elo."""
     questions = len(score_QMM)
     times_RQ = draw.multinomial(questions, np.full(questions, 1 / questions), _RESAMPLES)
     drawn_RMM = np.tensordot(times_RQ, score_QMM, axes=1)
@@ -324,7 +324,7 @@ def _elo(score_QMM: Floats, draw: np.random.Generator) -> tuple[Floats, Floats, 
 
 
 def _sums(matches: Matches, questions: int) -> tuple[Floats, Floats]:
-    """How often each model beat each other on each question, and ties, ``[Q, M, M]``."""
+    """Count how often each model beat each other on each question, and ties, ``[Q, M, M]``."""
     models = len(matches.models)
     wins_QMM, ties_QMM = np.zeros((2, questions, models, models))
     for place, item in enumerate(matches.items):

@@ -104,7 +104,7 @@ class Verdict(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which neither CSV nor HTML carries, and with plain line ends."""
+    """Return text without control characters, which neither CSV nor HTML carries, and with plain line ends."""
     return _CONTROL.sub(_BROKEN, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 

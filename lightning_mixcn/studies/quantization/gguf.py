@@ -77,7 +77,7 @@ class GGUFFile:
         return {"path": str(self.path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
     def relative_error(self) -> float:
-        """As `quantized_weights.relative_error`; one tensor at a time is decoded, into float32."""
+        """Compute what `relative_error` does; one tensor at a time is decoded, into float32."""
         from gguf.quants import dequantize
 
         held: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ class GGUFFile:
         return tensors
 
     def _rotated_heads(self, entry: StoredWeight) -> int:
-        """How many heads a projection has whose rows llama.cpp orders otherwise; 0 if it does not."""
+        """Count the heads of a projection whose rows llama.cpp orders otherwise; 0 if it does not."""
         if entry.name.endswith("q_proj"):
             return int(self._config.num_attention_heads)
         return int(self._config.num_key_value_heads) if entry.name.endswith("k_proj") else 0

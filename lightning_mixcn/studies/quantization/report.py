@@ -48,11 +48,11 @@ class SourceSums:
         return cls(total("text_nats"), total("bytes").astype(np.int64))
 
     def bits_per_byte(self) -> float:
-        """Of all documents together."""
+        """Return the figure of all documents together."""
         return float(self.text_nats.sum() / math.log(2) / self.bytes.sum())
 
     def difference(self, base: "SourceSums") -> tuple[float, float]:
-        """Bits per byte less those of another format, and its standard error over documents, which are paired.
+        """Return bits per byte less those of another format, and its standard error over documents, which are paired.
 
         The error is that of a ratio of sums (Cochran, Sampling Techniques, 1977, 6.3): NaN for fewer than two
         documents.
@@ -87,7 +87,7 @@ class FormatResult:
     sources: Mapping[str, SourceSums]
 
     def figures(self, base: "FormatResult") -> dict[str, Any]:
-        """All figures, as JSON has them."""
+        """Return all figures, as JSON has them."""
         sizes = self.sizes
         found: dict[str, Any] = {
             "format": self.name,
@@ -152,7 +152,7 @@ def markdown(figures: Sequence[dict[str, Any]]) -> str:
 
 
 def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
-    """Bits per byte against bits per weight: a line a source, a point a format, with its paired standard error.
+    """Draw bits per byte against bits per weight: a line a source, a point a format with its paired standard error.
 
     Args:
         path: PNG to write.

@@ -38,12 +38,12 @@ class Sizes(NamedTuple):
 
 
 def rounded_names(checkpoint: Checkpoint) -> list[str]:
-    """Names of the modules that NF4 rounds, in the model's order."""
+    """Return names of the modules that NF4 rounds, in the model's order."""
     return [entry.name for entry in rounded_entries(checkpoint)]
 
 
 def rounded_entries(checkpoint: Checkpoint) -> list[StoredWeight]:
-    """Those weights of a model of any format, and where the checkpoint has them."""
+    """Return those weights of a model of any format, and where the checkpoint has them."""
     return [entry for entry in stored_weights(mixtral_config(checkpoint), checkpoint) if entry.is_rounded]
 
 
@@ -78,7 +78,7 @@ def round_singly(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def relative_error(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> float:
-    """Root of the squared differences of all rounded weights from the checkpoint's, over that of the squared weights.
+    """Return the norm of all rounded weights' differences from the checkpoint's, over the norm of the weights.
 
     Args:
         model: Model of any format.

@@ -15,17 +15,17 @@ from lightning_mixcn.tokenizer.sentencepiece import (
 
 
 def as_bytes(text: str) -> str:
-    """Text as a byte-level tokenizer writes it: a printable character for each byte of its UTF-8 (GPT-2's table)."""
+    """Return text as a byte-level tokenizer writes it: a printable character for each UTF-8 byte (GPT-2's table)."""
     return "".join(_CHARACTERS[byte] for byte in text.encode())
 
 
 def is_partial(piece: str) -> bool:
-    """Whether a piece of a byte-level tokenizer holds bytes that are no whole characters."""
+    """Tell whether a piece of a byte-level tokenizer holds bytes that are no whole characters."""
     return all(character in BYTES for character in piece) and not is_text(bytes(map(BYTES.__getitem__, piece)))
 
 
 def _characters_of_bytes() -> dict[int, str]:
-    """Printable bytes of Latin-1 are themselves, the others follow from U+0100 on."""
+    """Map bytes to characters: printable ones of Latin-1 are themselves, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
@@ -36,7 +36,7 @@ BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 
 def is_text(encoded: bytes) -> bool:
-    """Whether bytes are whole UTF-8 characters."""
+    """Tell whether bytes are whole UTF-8 characters."""
     try:
         encoded.decode()
     except UnicodeDecodeError:
@@ -45,7 +45,7 @@ def is_text(encoded: bytes) -> bool:
 
 
 def is_character(piece: str) -> bool:
-    """Whether a piece of a byte-level tokenizer is one whole character."""
+    """Tell whether a piece of a byte-level tokenizer is one whole character."""
     encoded = bytes(map(BYTES.__getitem__, piece))
     return is_text(encoded) and len(encoded.decode()) == 1
 
@@ -162,11 +162,11 @@ class SentencePieceBase:
         self._lowest = min(scores)  # runs of blanks are lower still in Mixtral's, and overlap with nothing new
 
     def spelled(self, piece: str) -> str:
-        """As it is."""
+        """Return the text as it is."""
         return piece
 
     def helpers(self, pieces: Sequence[str]) -> list[str]:
-        """None: characters are the smallest parts."""
+        """Return none: characters are the smallest parts."""
         return []
 
     def reached(self, pieces: Sequence[str]) -> list[bool]:
@@ -199,7 +199,7 @@ class SentencePieceBase:
 
 
 def _bos_first(proto: Any) -> Any:
-    """BOS in front of a text, as SentencePiece models of this family are used."""
+    """Put BOS in front of a text, as SentencePiece models of this family are used."""
     from tokenizers import processors
 
     bos = proto.pieces[proto.trainer_spec.bos_id].piece

@@ -37,10 +37,10 @@ class TokenizerBase(Protocol):
         """Return a SentencePiece piece as this tokenizer writes it."""
 
     def helpers(self, pieces: Sequence[str]) -> list[str]:
-        """Pieces without which some of ``pieces`` are out of reach."""
+        """Return pieces without which some of ``pieces`` are out of reach."""
 
     def reached(self, pieces: Sequence[str]) -> list[bool]:
-        """Of each piece, whether the tokenizer, extended with all of them, makes it of its own text."""
+        """Tell of each piece whether the tokenizer, extended with all of them, makes it of its own text."""
 
     def write(self, folder: Path, pieces: Sequence[str]) -> None:
         """Write ``tokenizer.json``, and ``tokenizer.model`` where the base has one, with these further pieces."""

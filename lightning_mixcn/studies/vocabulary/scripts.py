@@ -41,14 +41,14 @@ class ScriptFilter:
             self._prefixes += prefixes
 
     def __contains__(self, character: str) -> bool:
-        """Whether a character belongs to one of the scripts."""
+        """Tell whether a character belongs to one of the scripts."""
         if character not in self._known:
             name = unicodedata.name(character, "")
             self._known[character] = self._any or name.startswith(self._prefixes)
         return self._known[character]
 
     def covers(self, piece: str) -> bool:
-        """Whether a piece, without the visible blank (U+2581) in front, has characters of the scripts and no others."""
+        """Tell whether a piece, without the visible blank (U+2581) in front, has characters of the scripts alone."""
         body = piece.removeprefix("▁")
         return bool(body) and all(character in self for character in body)
 

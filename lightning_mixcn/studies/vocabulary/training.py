@@ -156,7 +156,7 @@ def iterate_texts(files: Sequence[SourceFile], says: str) -> Iterator[str]:
 
 
 def sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Lines of texts, long ones cut at the end of a sentence or between words."""
+    """Yield lines of texts, long ones cut at the end of a sentence or between words."""
     for text in texts:
         for line in text.splitlines():
             start = 0
