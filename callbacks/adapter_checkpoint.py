@@ -17,6 +17,7 @@ from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.metrics import Likelihood
 from lightning_mixcn.model.export.card import CARD_NAME, Training, adapter_card
+from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, load_tokenizer, portable_source
 from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
@@ -270,7 +271,7 @@ class AdapterCheckpoint(Callback):
             for file in config:
                 shutil.copyfile(file, folder / file.name)
             self._run_files(trainer, module).write(folder)
-            card = adapter_card(folder, self._training(trainer, module), self._measured)
+            card = adapter_card(self._training(trainer, module), self._measured)
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
     def _run_files(self, trainer: Trainer, module: CausalLMModule) -> RunFiles:
@@ -281,6 +282,7 @@ class AdapterCheckpoint(Callback):
     def _training(self, trainer: Trainer, module: CausalLMModule) -> Training:
         """Collect the card's facts of the run."""
         files = self._run_files(trainer, module)
+        assert module.model is not None
         return Training(
             base=module.base_checkpoint,
             steps=trainer.global_step,
@@ -290,4 +292,6 @@ class AdapterCheckpoint(Callback):
             chat_is_portable=files.chat is None or files.chat.source is not None,
             end_ids=files.chat.end_ids if files.chat else (),
             languages=self.languages,
+            identity=getattr(module.model, "base_identity", None),
+            vocabulary_rows=base_of(module.model).config.vocab_size,
         )

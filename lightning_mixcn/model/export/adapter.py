@@ -56,11 +56,12 @@ def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> Non
     config = mixtral_config(found.base)
     factors = {name: adapter.factors(name) for name in adapter.names}
     saved = {name: adapter.read_saved(name) for name in adapter.saved}
+    rows = adapter.vocabulary_rows(tied=config.tie_word_embeddings)
     for line in base_shortcomings(found.base):
         print(line, file=sys.stderr)
     with new_folder(out) as folder:
         write_adapter(folder, factors, saved, config, stock_base(found.base), fused=options.format == "peft")
-        made = f"A LoRA adapter in the {LAYOUTS[options.format]}.{resizing_note(adapter, config)}"
+        made = f"A LoRA adapter in the {LAYOUTS[options.format]}.{resizing_note(rows, config.vocab_size)}"
         card = model_card(found, options.src, made, "peft", onto=None, languages=options.languages)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter

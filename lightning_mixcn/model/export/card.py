@@ -9,14 +9,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
-from transformers import MixtralConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import is_own_format, read_identity, stock_base
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
 from lightning_mixcn.model.find import ADAPTER_FOLDER, ModelSource
-from lightning_mixcn.model.lora.adapter_file import AdapterFile
 
 CARD_NAME = "README.md"
 _REPORT = "validate.json"
@@ -37,6 +35,8 @@ class Training:
         chat_is_portable: The adapter's folder has that template.
         end_ids: Tokens that end an answer.
         languages: Codes of the languages, where the user named them.
+        identity: Result of `base_identity`; ``None`` where the base's content was not hashed.
+        vocabulary_rows: Rows of embedding and head; ``None`` is as many as the base has.
     """
 
     base: Checkpoint
@@ -47,6 +47,8 @@ class Training:
     chat_is_portable: bool = True
     end_ids: Sequence[int] = ()
     languages: Sequence[str] | None = None
+    identity: Mapping[str, str] | None = None
+    vocabulary_rows: int | None = None
 
     @property
     def shortcomings(self) -> list[str]:
@@ -60,24 +62,23 @@ class Training:
         return lines
 
 
-def adapter_card(folder: Path, training: Training, measured: Mapping[str, Any]) -> str:
+def adapter_card(training: Training, measured: Mapping[str, Any]) -> str:
     """Write the card of an adapter that a run saves.
 
     Args:
-        folder: Folder of the adapter.
         training: Facts of the run.
         measured: ``step`` and ``sources`` (by name: ``nll_nats_per_token``, ``bits_per_byte``, ``tokens``) of the run's
             last validation; empty if there was none.
     """
     named = stock_base(training.base) or training.base.name
     name, license_of = _public_name(named), _license([named, training.base.name])
-    resizing = resizing_note(AdapterFile(folder), mixtral_config(training.base))
+    resizing = resizing_note(training.vocabulary_rows, mixtral_config(training.base).vocab_size)
     made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
     parts = [
         _header(named, "peft", training.languages, license_of),
         f"# {name}: LoRA adapter",
         made,
-        _base_line(folder, name),
+        _base_line(training.identity, name),
         *base_shortcomings(training.base),
         _license_line(license_of),
         _TRAINING,
@@ -113,7 +114,7 @@ def model_card(
         _header(named, library, languages, license_of),
         f"# {title}",
         made,
-        _base_line(folders[0] if folders else None, name),
+        _base_line(read_identity(folders[0]) if folders else None, name),
         *(base_shortcomings(found.base) if onto is None else []),
         _license_line(license_of),
         # Of adapters, their own cards say it.
@@ -130,10 +131,14 @@ def public_title(found: ModelSource) -> str:
     return _public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
 
 
-def resizing_note(adapter: AdapterFile, config: MixtralConfig) -> str:
-    """Say what a user of an adapter has to do first where it has more rows of embedding and head than the base."""
-    rows = adapter.vocabulary_rows(tied=config.tie_word_embeddings) or config.vocab_size
-    if rows <= config.vocab_size:
+def resizing_note(rows: int | None, base_rows: int) -> str:
+    """Say what a user of an adapter has to do first where it has more rows of embedding and head than the base.
+
+    Args:
+        rows: Rows that the adapter holds; ``None`` if it does not hold all of them.
+        base_rows: Rows of the base.
+    """
+    if rows is None or rows <= base_rows:
         return ""
     return (
         f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
@@ -160,9 +165,8 @@ def _public_name(path: str) -> str:
     return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else path
 
 
-def _base_line(made_from: Path | None, base: str) -> str:
-    identity = (read_identity(made_from) if made_from else None) or {}
-    digest = identity.get("original_sha256", identity.get("sha256"))
+def _base_line(identity: Mapping[str, str] | None, base: str) -> str:
+    digest = None if identity is None else identity.get("original_sha256", identity.get("sha256"))
     return f"Base: `{base}`{f' (content hash `{digest}`)' if digest else ''}."
 
 

@@ -80,7 +80,7 @@ def test_cards_say_what_each_folder_is(tmp_path: Path) -> None:
     save_adapter(tmp_path / "small", tmp_path / "run/adapter", quantization="nf4")
     training = Training(Checkpoint(tmp_path / "small"), 7, "nf4", "bfloat16", "mixtral", end_ids=(2,), languages=["zh"])
     measured = {"nll_nats_per_token": 2.5, "bits_per_byte": 1.25, "tokens": 4982}
-    card = adapter_card(tmp_path / "run/adapter", training, {"step": 6, "sources": {"zh": measured}})
+    card = adapter_card(training, {"step": 6, "sources": {"zh": measured}})
     (tmp_path / "run/adapter/README.md").write_text(card, encoding="utf-8")
     report = {"sources": {"zh": measured}, "steps_trained": 7, "quantization": "nf4"}
     (tmp_path / "run/validate.json").write_text(json.dumps(report), encoding="utf-8")
@@ -134,14 +134,14 @@ def test_an_original_that_is_missing_or_unknown_is_said(tmp_path: Path, capsys: 
     training = Training(Checkpoint(tmp_path / "small"), 7, "nf4", "bfloat16")
     (line,) = training.shortcomings
     assert line.startswith("The unquantised base 'base', which 'small' was made from, was not there")
-    assert line in adapter_card(tmp_path / "adapter", training, {})
+    assert line in adapter_card(training, {})
     export(str(tmp_path / "adapter"), str(tmp_path / "out"), format="peft")
     assert line in card_of(tmp_path / "out")[1]
     assert f"{line}\n" in capsys.readouterr().err
     (tmp_path / "small/base_identity.json").unlink()
     (line,) = training.shortcomings
     assert "does not record what it was made from" in line
-    assert line in adapter_card(tmp_path / "adapter", training, {})
+    assert line in adapter_card(training, {})
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
