@@ -15,7 +15,7 @@ from lightning_mixcn.text.chat.records import (
     read_training_conversation,
 )
 
-from .reading import DamagedFileError, OnRead, ignore_progress, read_chunks, split_lines
+from .reading import DamagedFileError, OnRead, ignore_progress, read_chunks, read_whole, split_lines
 from .sources import SourceFile
 from .store import TABLES, RecordTally
 from .tables import iterate_rows
@@ -28,6 +28,8 @@ _JSON_SPACE = " \t\r\n"
 # Joined files have a mark at the beginning of a line.
 LINE_SPACE = _JSON_SPACE + MARK
 JSON_DECODER = json.JSONDecoder()
+# An array is parsed as a whole, so it is held as a whole.
+_ARRAY_BYTES = 1 << 30
 
 
 def is_blank(text: str) -> bool:
@@ -105,14 +107,32 @@ def _conversation_records(
         return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
     if file.format == "json":
-        return iterate_elements(b"".join(chunks), file)
-    return _lines(split_lines(chunks), file, on_bad_record)
+        return iterate_elements(_array(chunks, file), file)
+    return _lines(split_lines(chunks, file.max_document_bytes), file, on_bad_record)
+
+
+def _array(chunks: Iterator[bytes], file: SourceFile) -> bytes:
+    largest = max(_ARRAY_BYTES, file.max_document_bytes)
+    if (data := read_whole(chunks, largest)) is None:
+        told = f"is more than {largest:,} bytes of JSON, which would be held in memory. Convert it to one record a line"
+        raise DamagedFileError(f"`{file.path}` {told} (`format: jsonl`), or raise the source's `max_document_bytes`")
+    return data
+
+
+def _too_large(place: str, file: SourceFile) -> UserError:
+    return UserError(
+        f"{place} is larger than `max_document_bytes={file.max_document_bytes}`. Raise the source's "
+        "`max_document_bytes`, or set `on_bad_record: skip` to leave such records out"
+    )
 
 
 def _lines(
-    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: Callable[[ValueError], None]
+    lines: Iterator[tuple[int, bytes | None]], file: SourceFile, on_bad_record: Callable[[ValueError], None]
 ) -> Iterator[tuple[int, Any]]:
     for number, line in lines:
+        if line is None:
+            on_bad_record(_too_large(f"`{file.path}` line {number}", file))
+            continue
         try:
             if text := line.decode().strip(LINE_SPACE):
                 yield number, json.loads(text)
@@ -221,6 +241,8 @@ def iterate_documents(
                 encoded = encoded.removeprefix(_MARK_BYTES)
             if encoded[:1] == b"\0" and not encoded.strip(b"\0"):
                 on_bad_record(UserError(f"`{file.path}` {unit} {record} is nothing but NUL bytes. Remove it"))
+            elif len(encoded) > file.max_document_bytes:
+                on_bad_record(_too_large(f"`{file.path}` {unit} {record}", file))
             elif _is_blank_utf8(encoded):
                 tally.empty_records += 1
             else:
@@ -243,22 +265,24 @@ def _records(
     if file.format in TABLES:
         return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
-    if file.format == "jsonl":
-        return _json_lines(split_lines(chunks), file, on_bad_record)
     if file.format == "json":
         return _json_array(chunks, file, on_bad_record)
-    if file.document_unit == "file":
+    if file.format == "text" and file.document_unit == "file":
         return _whole(chunks, file, on_bad_record)
-    if file.document_unit == "line":
-        return _text_lines(split_lines(chunks), file, on_bad_record)
-    return _blocks(split_lines(chunks), file, on_bad_record)
+    lines = split_lines(chunks, file.max_document_bytes)
+    if file.format == "jsonl":
+        return _json_lines(lines, file, on_bad_record)
+    return (_text_lines if file.document_unit == "line" else _blocks)(lines, file, on_bad_record)
 
 
 def _json_lines(
-    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+    lines: Iterator[tuple[int, bytes | None]], file: SourceFile, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[int, bytes]]:
     text_key = file.text_key
     for number, line in lines:
+        if line is None:
+            on_bad_record(_too_large(f"`{file.path}` line {number}", file))
+            continue
         try:
             # As json.loads, in half the time; of bytes it would let surrogates pass.
             line_text = line.decode().strip(LINE_SPACE)
@@ -289,7 +313,7 @@ def _json_flaw(line: bytes, text_key: str, place: str) -> ValueError | None:
 
 def _json_array(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
     """Read the texts of an array, whose elements are texts or objects with one."""
-    for number, element in iterate_elements(b"".join(chunks), file):
+    for number, element in iterate_elements(_array(chunks, file), file):
         record = {file.text_key: element} if isinstance(element, str) else element
         encoded = _text_of(record, file.text_key, f"`{file.path}` line {number}")
         if isinstance(encoded, ValueError):
@@ -322,7 +346,12 @@ def _text_of(record: Any, text_key: str, place: str) -> bytes | ValueError:
 
 
 def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord) -> Iterator[tuple[int, bytes]]:
-    data = b"".join(chunks)
+    data = read_whole(chunks, file.max_document_bytes)
+    if data is None:
+        told = "as one document, the whole file. Set `document_unit: line` or `blank-line`, or raise"
+        raise DamagedFileError(
+            f"`{file.path}` is larger than `max_document_bytes={file.max_document_bytes}` {told} `max_document_bytes`"
+        )
     text = _decode(data, f"`{file.path}`", count_lines=True)
     if isinstance(text, ValueError):
         on_bad_record(text)
@@ -331,36 +360,46 @@ def _whole(chunks: Iterator[bytes], file: SourceFile, on_bad_record: OnBadRecord
 
 
 def _text_lines(
-    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+    lines: Iterator[tuple[int, bytes | None]], file: SourceFile, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[int, bytes]]:
     """Read the lines that are not blank, without their line ends."""
     for number, line in lines:
-        text = _decode(line, f"`{file.path}` line {number}")
+        text = _decode_line(line, number, file)
         if isinstance(text, ValueError):
             on_bad_record(text)
         elif not is_blank(text):
-            yield number, line.removesuffix(b"\r")
+            yield number, (line or b"").removesuffix(b"\r")
 
 
 def _blocks(
-    lines: Iterator[tuple[int, bytes]], file: SourceFile, on_bad_record: OnBadRecord
+    lines: Iterator[tuple[int, bytes | None]], file: SourceFile, on_bad_record: OnBadRecord
 ) -> Iterator[tuple[int, bytes]]:
     """Read runs of lines between blank lines, joined by newlines; a run with a bad line is one bad record."""
-    begin, block, is_bad = 0, list[bytes](), False
+    begin, block, size, is_bad = 0, list[bytes](), 0, False
     for number, line in lines:
-        text = _decode(line, f"`{file.path}` line {number}")
+        text = _decode_line(line, number, file)
         if isinstance(text, ValueError) or not is_blank(text):
-            begin = begin if block else number
-            block.append(line.removesuffix(b"\r"))
-            if isinstance(text, ValueError) and not is_bad:
-                is_bad = True
-                on_bad_record(text)
-        elif block:
+            begin = begin or number
+            size += len(line or b"")
+            if isinstance(text, str) and size > file.max_document_bytes:
+                text = _too_large(f"`{file.path}` line {begin}", file)
+            if isinstance(text, ValueError):
+                if not is_bad:
+                    on_bad_record(text)
+                block, is_bad = [], True
             if not is_bad:
+                block.append((line or b"").removesuffix(b"\r"))
+        else:
+            if block:
                 yield begin, b"\n".join(block)
-            block, is_bad = [], False
-    if block and not is_bad:
+            begin, block, size, is_bad = 0, [], 0, False
+    if block:
         yield begin, b"\n".join(block)
+
+
+def _decode_line(line: bytes | None, number: int, file: SourceFile) -> str | ValueError:
+    place = f"`{file.path}` line {number}"
+    return _too_large(place, file) if line is None else _decode(line, place)
 
 
 def _decode(data: bytes, place: str, *, count_lines: bool = False) -> str | ValueError:

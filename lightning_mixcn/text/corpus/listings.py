@@ -116,6 +116,7 @@ def list_files(source: AnySource, place: str = "sources[0]", left_out: LeftOut |
             None if is_text else source.records or "any",
             roles,
             () if is_text else tuple(columns.items()),
+            source.max_document_bytes,
         )
         for path in found
     ]
@@ -290,22 +291,21 @@ def walk_files(folder: Path, left_out: LeftOut, *, hidden: bool = False) -> Iter
 
     Args:
         folder: Folder to walk.
-        left_out: Count of what is hidden, cannot be opened, or has a name that is not UTF-8.
+        left_out: Count of what is hidden, or has a name that is not UTF-8.
         hidden: True to list names that begin with a dot, too.
 
     Yields:
         All that is no folder, also links that lead nowhere.
+
+    Raises:
+        UserError: A folder cannot be opened: what is in it would be missing without a word.
     """
     return _walk(folder, frozenset(), left_out, hidden)
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]], left_out: LeftOut, hidden: bool) -> Iterator[Path]:
-    try:
-        status = folder.stat()
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        left_out.add(f"that cannot be opened ({error.strerror})", folder)
-        return
+    status = folder.stat()
+    names = _names_in(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         left_out.add("linked folder that holds itself", folder)
@@ -320,6 +320,18 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]], left_out: LeftOut, hi
             yield from _walk(path, above | {identity}, left_out, hidden)
         else:
             yield path
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:  # removed since it was listed
+        return []
+    except OSError as error:
+        raise UserError(
+            f"The folder `{folder}` cannot be opened: {error.strerror}. Make it readable, or give a glob or a list of "
+            "paths that leaves it out"
+        ) from error
 
 
 def _is_unicode(name: str) -> bool:
@@ -356,18 +368,30 @@ def match_glob(pattern: str, left_out: LeftOut) -> list[Path]:
 def _matches(pattern: str, left_out: LeftOut) -> Iterator[Path]:
     parts = Path(pattern).parts
     if "**" not in parts:
-        yield from map(Path, glob.glob(pattern))
+        yield from _expand(Path(), parts)
         return
     # glob.glob goes round circles of links until a path is too long: minutes, or for ever with two of them.
     first = parts.index("**")
     wanted = parts[first:]
     hidden = any(part.startswith(".") for part in wanted)
-    roots = glob.glob(str(Path(*parts[:first]))) if first else ["."]
-    for root in map(Path, roots):
+    for root in _expand(Path(), parts[:first]):
         if root.is_dir():
             for path in walk_files(root, left_out, hidden=hidden):
                 if fits(path.relative_to(root).parts, wanted):
                     yield path
+
+
+def _expand(folder: Path, wanted: Sequence[str]) -> Iterator[Path]:
+    """List what the parts of a glob without `**` match in a folder; glob.glob passes over folders it cannot open."""
+    if not wanted:
+        yield folder
+    elif not glob.has_magic(wanted[0]):
+        if os.path.lexists(folder / wanted[0]):
+            yield from _expand(folder / wanted[0], wanted[1:])
+    elif os.path.isdir(folder):
+        for name in _names_in(folder):
+            if fits([name], wanted[:1]):
+                yield from _expand(folder / name, wanted[1:])
 
 
 def fits(names: Sequence[str], wanted: Sequence[str]) -> bool:

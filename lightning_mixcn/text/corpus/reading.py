@@ -18,6 +18,7 @@ from collections.abc import (
 )
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -259,8 +260,8 @@ def _package_of(url: str) -> str:
 
 
 CHUNK_BYTES = 1 << 20
-# A frame of repetitions is a thousand times its size: a small piece at a time bounds what comes out.
-_ZSTANDARD_BYTES = 1 << 15
+# Four bytes of a frame may hold 128 kB of repetitions: of pieces of this size at most 32 MB come out at once.
+_ZSTANDARD_BYTES = 1 << 10
 _MARK_BYTES = 4
 
 OnRead = Callable[[int], None]
@@ -329,29 +330,54 @@ def read_chunks(path: str | Path, on_read: OnRead = ignore_progress) -> Iterator
             raise DamagedFileError(f"`{path}` is damaged: {one_line(error)}. Get it again") from error
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Split bytes at newlines, and nowhere else.
+def split_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Split bytes at newlines; at carriage returns where there are these alone, as old Macs wrote them.
 
     Args:
         chunks: Pieces of any size.
+        max_bytes: Bytes of a line that are held in memory at most.
 
     Yields:
-        Number of each line, counted from 1, and its bytes without the newline.
+        Number of each line, counted from 1, and its bytes without the newline; None for a line that is longer.
     """
-    number, rest = 0, list[bytes]()
-    for chunk in chunks:
-        lines = chunk.split(b"\n")
-        last = lines.pop()
-        if lines and rest:
-            lines[0] = b"".join([*rest, lines[0]])
-            rest = []
+    pieces = iter(chunks)
+    end, begin = _line_end(pieces, max_bytes)
+    number, rest, size = 0, list[bytes](), 0
+    for chunk in chain(begin, pieces):
+        *lines, last = chunk.split(end)
         for line in lines:
             number += 1
-            yield number, line
+            size += len(line)
+            yield number, None if size > max_bytes else b"".join([*rest, line]) if rest else line
+            rest, size = [], 0
         if last:
-            rest.append(last)
-    if rest:
-        yield number + 1, b"".join(rest)
+            size += len(last)
+            rest = [*rest, last] if size <= max_bytes else []
+    if size:
+        yield number + 1, None if size > max_bytes else b"".join(rest)
+
+
+def _line_end(chunks: Iterator[bytes], max_bytes: int) -> tuple[bytes, list[bytes]]:
+    """Tell what ends the lines of a file, by its first megabyte or line, which is returned, too."""
+    begin, size, has_return = list[bytes](), 0, False
+    for chunk in chunks:
+        begin.append(chunk)
+        size += len(chunk)
+        has_return = has_return or b"\r" in chunk
+        if b"\n" in chunk or size > max(max_bytes, CHUNK_BYTES) or (has_return and size >= CHUNK_BYTES):
+            break
+    return b"\r" if has_return and not any(b"\n" in chunk for chunk in begin) else b"\n", begin
+
+
+def read_whole(chunks: Iterable[bytes], max_bytes: int) -> bytes | None:
+    """Join pieces; None if they are more than `max_bytes`, of which no more is read."""
+    parts, size = list[bytes](), 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            return None
+        parts.append(chunk)
+    return b"".join(parts)
 
 
 def _without_mark(chunks: Iterator[bytes], path: str | Path) -> Iterator[bytes]:
@@ -396,17 +422,23 @@ def _zstandard_chunks(raw: IO[bytes], path: str | Path) -> Iterator[bytes]:
 
     factory = zstandard.ZstdDecompressor()
     frame, fresh = factory.decompressobj(), True
+    out, size = list[bytes](), 0
     try:
         while data := raw.read(_ZSTANDARD_BYTES):
             while data:
                 if frame.eof:
                     frame = factory.decompressobj()
-                chunk = frame.decompress(data)
+                out.append(chunk := frame.decompress(data))
+                size += len(chunk)
                 fresh = False
                 data = frame.unused_data if frame.eof else b""
-                if chunk:
-                    yield chunk
+            if size >= CHUNK_BYTES:
+                yield b"".join(out)
+                out, size = [], 0
     except zstandard.ZstdError as error:
+        yield b"".join(out)  # before the damage
         raise DamagedFileError(f"`{path}` is damaged: {one_line(error)}. Get it again") from error
+    if size:
+        yield b"".join(out)
     if not fresh and not frame.eof:
         raise DamagedFileError(f"`{path}` is cut off: its last zstandard frame is not complete. Get it again")

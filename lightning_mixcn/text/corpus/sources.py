@@ -17,6 +17,7 @@ RecordFileFormat = Literal["json", "jsonl", "parquet", "arrow"]
 DocumentUnit = Literal["file", "line", "blank-line"]
 
 DEFAULT_KEY = "text"
+MAX_DOCUMENT_BYTES = 64 << 20
 _RECORDS: dict[str, Any] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -45,6 +46,8 @@ class Source:
         document_unit: Unit of a text file that is one document: the whole file, a line, or a block between blank lines.
         max_epochs: Times that the training set of this source is read before it stops; null repeats it for ever.
         columns: Name that the records have for `text`, such as `{text: content}`: the same as `text_key`, so give one.
+        max_document_bytes: Largest size of a document and of the record that holds it, in bytes of UTF-8; a larger one
+            is a bad record, of which no more than this is held in memory. The default is far above any page or book.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Source:
     document_unit: DocumentUnit = "file"
     max_epochs: int | None = None
     columns: dict[str, str] | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     suffixes: ClassVar[dict[str, TextFormat]] = {**_RECORDS, ".txt": "text", ".text": "text"}
     records: ClassVar[None] = None
@@ -81,6 +85,8 @@ class ConversationSource:
         max_epochs: Times that the training set of this source is read before it stops; null repeats it for ever.
         columns: Names that the records have for keys of their form, such as `{instruction: input, output: target}` for
             records that have a question in `input` and its answer in `target`.
+        max_document_bytes: Largest size of a record, in bytes of UTF-8; a larger one is a bad record, of which no more
+            than this is held in memory.
     """
 
     name: str
@@ -91,6 +97,7 @@ class ConversationSource:
     roles: dict[str, str] | None = None
     max_epochs: int | None = None
     columns: dict[str, str] | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     suffixes: ClassVar[dict[str, RecordFileFormat]] = _RECORDS
     text_key: ClassVar[str] = ""
@@ -113,6 +120,7 @@ class SourceFile:
         records: Form of the records if they are conversations, `any` to read each as what it is; None if they are text.
         roles: Pairs of a role of the records and what it means.
         columns: For conversations, pairs of a key that their form expects and the records' name of it.
+        max_document_bytes: Largest size of a record and of its text.
     """
 
     path: Path | str
@@ -122,6 +130,7 @@ class SourceFile:
     records: RecordFormat | Literal["any"] | None = None
     roles: tuple[tuple[str, str], ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
 def parse_sources(
@@ -165,7 +174,7 @@ def parse_sources(
 
 def _check(source: AnySource, place: str) -> None:
     formats = get_args(TextFormat if isinstance(source, Source) else RecordFileFormat)
-    units, forms = get_args(DocumentUnit), get_args(RecordFormat)
+    units, forms, largest = get_args(DocumentUnit), get_args(RecordFormat), source.max_document_bytes
     name, path, weight, epochs = source.name, source.path, source.weight, source.max_epochs
     named = isinstance(name, str) and bool(name) and "/" not in name
     paths = [path] if isinstance(path, str) else path
@@ -178,6 +187,7 @@ def _check(source: AnySource, place: str) -> None:
         "format": (source.format in (None, *formats), f"null or one of {', '.join(formats)}"),
         "records": (source.records in (None, *forms), f"null or one of {', '.join(forms)}"),
         "document_unit": (source.document_unit in units, f"one of {', '.join(units)}"),
+        "max_document_bytes": (type(largest) is int and largest >= 1, "a number of bytes, at least 1"),
         "max_epochs": (epochs is None or (isinstance(epochs, int) and epochs >= 1), "null (for ever) or at least 1"),
     }
     columns = {} if source.columns is None else source.columns

@@ -7,7 +7,7 @@ there is room, once for all processes. A store is a folder with these files; int
 * `offsets.bin`: int64 ``[documents + 1]``, where each document begins in `texts.bin`, and where the last one ends;
 * `digests.bin`: uint64 ``[documents]``, a hash of each text;
 * `records.bin`: int64 ``[documents]``, line or row of each document in its file;
-* `store.json`: what was read how, and counts.
+* `store.json`: what was read how, counts, and checksums of all these.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import xxhash
 
 from lightning_mixcn.errors import MissingFileError, UserError
 
@@ -41,7 +42,8 @@ BadRecordPolicy: TypeAlias = Literal["error", "skip"]
 
 # 2: without byte order marks and documents of white space alone; flags of turns are obeyed.
 # 3: without marks at the beginning of documents, documents of invisible characters alone, and text with NUL bytes.
-VERSION = 3
+# 4: with checksums; carriage returns alone are line ends, too; documents have a largest size.
+VERSION = 4
 NAMED_PLACES = 5
 _PLACE_CHARACTERS = 300
 _ITEM_BYTES = 8
@@ -210,6 +212,7 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
     """
     try:
         made_from = json.loads((folder / "store.json").read_bytes())
+        del made_from["sums"]
         fields: dict[str, Any] = made_from.pop("counts")
         counts = StoreCounts(**fields | {key: tuple(fields[key]) for key in ("bad_places", "columns", "keys")})
         if made_from["version"] != VERSION:
@@ -220,6 +223,29 @@ def read_store(folder: Path) -> tuple[dict[str, Any], StoreCounts] | None:
     items = counts.documents * _ITEM_BYTES
     right = {"texts": counts.num_bytes, "offsets": items + _ITEM_BYTES, "digests": items, "records": items}
     return (made_from, counts) if sizes == right else None
+
+
+def is_intact(folder: Path) -> bool:
+    """Tell whether a store, as `read_store` finds it, has the contents that were written; a process reads them once.
+
+    A disk that flips a bit, or a person who edits a file, leaves the sizes as they were.
+    """
+    states = [(folder / name).stat() for name in ("store.json", *(f"{name}.bin" for name in _FILES))]
+    return _has_sums(folder, tuple((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
+
+
+@cache
+def _has_sums(folder: Path, states: object) -> bool:
+    content = json.loads((folder / "store.json").read_bytes())
+    found = {"counts": _sum_of_counts(content["counts"])}
+    for name in _FILES:
+        with (folder / f"{name}.bin").open("rb") as file:
+            found[name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return bool(found == content["sums"])
+
+
+def _sum_of_counts(counts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(counts, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -403,7 +429,8 @@ class StoreWriter:
         with ExitStack() as opened:
             self._files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in _FILES}
             self._opened = opened.pop_all()
-        self._files["offsets"].write(bytes(_ITEM_BYTES))
+        self._sums = {name: xxhash.xxh3_128() for name in _FILES}
+        self._write("offsets", bytes(_ITEM_BYTES))
         self._texts, self._records, self._digests = list[bytes](), list[int](), list[bytes]()
         self._buffered_bytes = self.documents = self.num_bytes = 0
         self._fingerprint = hashlib.blake2b(digest_size=16)
@@ -442,13 +469,17 @@ class StoreWriter:
         ends = list(accumulate(map(len, self._texts), initial=self.num_bytes))
         digests = b"".join(self._digests)
         self._fingerprint.update(digests)
-        self._files["texts"].write(b"".join(self._texts))
-        self._files["offsets"].write(np.asarray(ends[1:], dtype="<i8").tobytes())
-        self._files["digests"].write(digests)
-        self._files["records"].write(np.asarray(self._records, dtype="<i8").tobytes())
+        self._write("texts", b"".join(self._texts))
+        self._write("offsets", np.asarray(ends[1:], dtype="<i8").tobytes())
+        self._write("digests", digests)
+        self._write("records", np.asarray(self._records, dtype="<i8").tobytes())
         self.documents += len(self._texts)
         self.num_bytes = ends[-1]
         self._texts, self._records, self._digests, self._buffered_bytes = [], [], [], 0
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._sums[name].update(data)
 
     def finish(self, made_from: Mapping[str, Any], tally: RecordTally) -> StoreCounts:
         """Write the rest and `store.json`.
@@ -473,6 +504,9 @@ class StoreWriter:
             fingerprint=self._fingerprint.hexdigest(),
             **left_out,
         )
-        content = json.dumps({**made_from, "counts": asdict(counts)}, ensure_ascii=False, indent=1)
+        sums = {"counts": _sum_of_counts(asdict(counts))} | {
+            name: sum_.hexdigest() for name, sum_ in self._sums.items()
+        }
+        content = json.dumps({**made_from, "counts": asdict(counts), "sums": sums}, ensure_ascii=False, indent=1)
         (self._folder / "store.json").write_text(content + "\n", encoding="utf-8")
         return counts

@@ -15,9 +15,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,7 @@ from .store import (
     RecordTally,
     StoreCounts,
     TextStore,
+    is_intact,
     naming_cache,
     read_store,
     write_store,
@@ -136,6 +138,11 @@ def is_first_rank() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
+def _is_first_on_machine() -> bool:
+    """Tell whether this process prepares the cache folder of its machine, before the others read it."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+
+
 def unpack_all(files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, name: str) -> list[TextStore]:
     """Get the stores of files, and make those that are missing, with a bar of progress on a terminal.
 
@@ -151,7 +158,8 @@ def unpack_all(files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, name
         ValueError: A file is damaged.
         OSError: A file cannot be read, or the cache folder cannot be written.
     """
-    stores = {file: find_store(file, on_bad_record) for file in files}
+    with ThreadPoolExecutor(MAX_PROCESSES) as pool:  # checksums and reads let other threads run
+        stores = dict(zip(files, pool.map(partial(find_store, on_bad_record=on_bad_record), files), strict=True))
     missing = [file for file, store in stores.items() if store is None]
     if missing:
         size = sum(int(identify(file.path)["size"]) for file in missing)
@@ -163,7 +171,14 @@ def unpack_all(files: Sequence[SourceFile], on_bad_record: BadRecordPolicy, name
             if here or processes < 2 or size < MIN_PARALLEL_BYTES:
                 made = [unpack(file, on_bad_record, bar.update) for file in missing]
             else:
-                made = _unpack_in_processes(missing, on_bad_record, bar, processes)
+                try:
+                    made = _unpack_in_processes(missing, on_bad_record, bar, processes)
+                except BaseException:
+                    for file in missing:  # whose processes were ended in the middle of it
+                        with _lock(folder := _folder_of(file, on_bad_record), wait=False) as is_locked:
+                            if is_locked:
+                                _remove_left(folder)
+                    raise
         stores |= zip(missing, made, strict=True)
     return [store for store in stores.values() if store is not None]
 
@@ -241,7 +256,8 @@ def find_store(file: SourceFile, on_bad_record: BadRecordPolicy) -> TextStore | 
         on_bad_record: Policy for bad records: the store depends on it.
 
     Returns:
-        The store, or None if there is none, it is damaged, or the file has changed since.
+        The store, or None if there is none, it is damaged, or the file has changed since. Its contents are compared
+        with their checksums in the process that prepares the machine's cache folder, once.
     """
     return _find(_folder_of(file, on_bad_record), file, _made_from(file, on_bad_record))
 
@@ -270,9 +286,7 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
         if (store := _find(folder, file, made_from)) is not None:
             return store
         if is_locked:
-            # Nobody else is at it: these are left of processes that were killed.
-            for left in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+            _remove_left(folder)
         scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
         try:
             counts = _write(scratch, file, on_bad_record, made_from, on_read)
@@ -283,6 +297,12 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return TextStore(str(folder), file.path, counts)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what processes left that were killed; whoever calls it holds the lock, so nobody else is at it."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(
@@ -316,7 +336,7 @@ def _publish(scratch: Path, folder: Path, made_from: dict[str, Any]) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         there = read_store(folder)
-        if there is not None and there[0] == made_from:
+        if there is not None and there[0] == made_from and is_intact(folder):
             return  # another process was first
         old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
         with suppress(FileNotFoundError):
@@ -326,7 +346,12 @@ def _publish(scratch: Path, folder: Path, made_from: dict[str, Any]) -> None:
 
 def _find(folder: Path, file: SourceFile, made_from: dict[str, Any]) -> TextStore | None:
     there = read_store(folder)
-    return TextStore(str(folder), file.path, there[1]) if there is not None and there[0] == made_from else None
+    if there is None or there[0] != made_from:
+        return None
+    if _is_first_on_machine() and not is_intact(folder):
+        _logger.warning("The unpacked texts of `%s` were altered in `%s`: they are unpacked again", file.path, folder)
+        return None
+    return TextStore(str(folder), file.path, there[1])
 
 
 def _made_from(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
@@ -351,6 +376,7 @@ def _setting(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]
         "text_key": file.text_key,
         "document_unit": file.document_unit,
         "on_bad_record": on_bad_record,
+        "max_document_bytes": file.max_document_bytes,
         **({"records": file.records} if file.records else {}),
         # As read back from JSON, or no store would ever be found again.
         **({"roles": dict(file.roles)} if file.roles else {}),
@@ -364,14 +390,14 @@ def _folder_of(file: SourceFile, on_bad_record: BadRecordPolicy) -> Path:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
+def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the right to make a store; False where the file system has no locks. It ends with the process."""
     with naming_cache(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     # A soft lock, which is a file, would stay when its process is killed.
     lock = FileLock(folder.with_suffix(".lock"), fallback_to_soft=False)
     with suppress(OSError):
-        lock.acquire()
+        lock.acquire(blocking=wait)
     try:
         yield lock.is_locked
     finally:

@@ -4,6 +4,7 @@ import json
 import lzma
 import random
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import zstandard
 from pyarrow import feather, parquet
 
+from lightning_mixcn.text.corpus import formats
 from lightning_mixcn.text.corpus.formats import iterate_documents
 from lightning_mixcn.text.corpus.sources import DocumentUnit, SourceFile, TextFormat
 from lightning_mixcn.text.corpus.store import RecordTally
@@ -191,7 +193,73 @@ def test_progress_is_that_of_the_file(tmp_path: Path) -> None:
 def test_a_record_of_100_megabytes(tmp_path: Path) -> None:
     text = "长 x" * 20_000_000
     (tmp_path / "x.jsonl").write_bytes(lines_of(["a", text, "b"]))
-    assert read(tmp_path / "x.jsonl") == [(1, "a"), (2, text), (3, "b")]
+    documents = iterate_documents(SourceFile(tmp_path / "x.jsonl", "jsonl", "text", "file", max_document_bytes=1 << 28))
+    assert [(record, encoded.decode()) for record, encoded in documents] == [(1, "a"), (2, text), (3, "b")]
+
+
+def bounded(file: Path, format_: TextFormat, unit: DocumentUnit, limit: int) -> tuple[list[str], list[str]]:
+    """Read a file with a bound, and list texts and errors."""
+    errors = list[ValueError]()
+    source = SourceFile(file, format_, "text", unit, max_document_bytes=limit)
+    texts = [encoded.decode() for _, encoded in iterate_documents(source, errors.append)]
+    return texts, [str(error) for error in errors]
+
+
+@pytest.mark.parametrize(
+    ("format_", "unit", "content", "texts", "where"),
+    [
+        ("jsonl", "file", lines_of(["a", "b" * 99, "c"]), ["a", "c"], " line 2"),
+        ("json", "file", b'["a",\n"' + b"b" * 99 + b'",\n"c"]', ["a", "c"], " line 2"),
+        ("text", "line", b"a\n" + b"b" * 99 + b"\nc\n", ["a", "c"], " line 2"),
+        ("text", "blank-line", b"a\n\nb\n" + b"b\n" * 50 + b"\nc\n", ["a", "c"], " line 3"),
+        ("text", "blank-line", b"a\n\nb\n" + b"b" * 99 + b"\nb\n\nc\n", ["a", "c"], " line 4"),
+        ("text", "file", b"b" * 99, [], ""),
+    ],
+)
+def test_a_document_that_is_too_large(
+    format_: TextFormat, unit: DocumentUnit, content: bytes, texts: list[str], where: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x").write_bytes(content)
+    got, errors = bounded(tmp_path / "x", format_, unit, 40)
+    assert got == texts
+    (error,) = errors
+    assert error.startswith(f"`{tmp_path}/x`{where} is larger than `max_document_bytes=40`")
+    assert "aise" in error, "it says what to do"
+    assert bounded(tmp_path / "x", format_, unit, 200)[1] == []
+
+
+@pytest.mark.parametrize("rows", [["a", "b" * 99, "c"]])
+def test_a_row_that_is_too_large(rows: list[str], tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "x.parquet")
+    texts, (error,) = bounded(tmp_path / "x.parquet", "parquet", "file", 40)
+    assert texts == ["a", "c"]
+    assert error.startswith(f"`{tmp_path}/x.parquet` row 1 is larger than")
+
+
+@pytest.mark.parametrize(("name", "unit"), [("x.jsonl.zst", "file"), ("x.txt.zst", "file"), ("x.json.zst", "file")])
+def test_a_bomb_is_not_held_in_memory(name: str, unit: DocumentUnit, tmp_path: Path) -> None:
+    compressor = zstandard.ZstdCompressor()
+    with (tmp_path / name).open("wb") as file, compressor.stream_writer(file) as stream:
+        for _ in range(200):
+            stream.write(bytes(1 << 20))
+    tracemalloc.start()
+    format_: TextFormat = {"jsonl": "jsonl", "txt": "text", "json": "json"}[name.split(".")[1]]  # type: ignore[assignment]  # of literals
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_ARRAY_BYTES", 1 << 20)
+        texts, errors = bounded(tmp_path / name, format_, unit, 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == []
+    assert len(errors) == 1
+    assert peak < 128 << 20
+
+
+def test_lines_of_an_old_mac(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("一\r二\r\r三\r".encode())
+    assert read(tmp_path / "x.txt", "text", unit="line") == [(1, "一"), (2, "二"), (4, "三")]
+    assert read(tmp_path / "x.txt", "text", unit="blank-line") == [(1, "一\n二"), (4, "三")]
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    assert read(tmp_path / "x.jsonl") == [(1, "a"), (2, "b")]
 
 
 MARK = b"\xef\xbb\xbf"

@@ -13,6 +13,7 @@ import datasets
 import fsspec
 import pytest
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     ConversationSource,
     Corpus,
@@ -126,23 +127,14 @@ def test_one_line_says_what_is_left_out(
     (linked / ".git").mkdir()
     (linked / "gone.jsonl").symlink_to("nowhere")
     (linked / "loop").symlink_to(".")
-    (linked / "lost+found").mkdir()
     Path(os.fsdecode(os.fsencode(linked) + b"/\xd6\xd0.jsonl")).touch()
-    list_folder = os.listdir
-
-    def listdir(path: Path) -> list[str]:
-        if Path(path).name == "lost+found":
-            raise PermissionError(13, "Permission denied")
-        return list_folder(path)
-
-    monkeypatch.setattr(os, "listdir", listdir)
     with caplog.at_level(logging.INFO):
         read_corpus(Source("zh", str(linked)))
     (message,) = caplog.messages
-    assert message.startswith("Source 'zh': 3 files read, 7 left out: ")
+    assert message.startswith("Source 'zh': 3 files read, 6 left out: ")
     assert message.endswith("; 3 documents")
     for part in (
-        "2 hidden (`", "1 that cannot be opened (Permission denied)", "1 linked folder that holds itself",
+        "2 hidden (`", "1 linked folder that holds itself",
         "1 with a name that is not UTF-8", r"\udcd6\udcd0.jsonl`", "1 with another suffix", "1 that links to nothing",
     ):  # fmt: skip
         assert part in message
@@ -154,6 +146,27 @@ def test_one_line_says_what_is_left_out(
     monkeypatch.setenv("RANK", "1")
     read_corpus(Source("zh", str(linked)))
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/*/*.jsonl", "/lost/*.jsonl"])
+def test_a_folder_that_cannot_be_opened_is_an_error(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_text(line("a"))
+    list_folder = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if Path(path).name == "lost":
+            raise PermissionError(13, "Permission denied")
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    message = rf"^The folder `{tmp_path}/lost` cannot be opened: Permission denied\. Make it readable, or give a glob"
+    with pytest.raises(UserError, match=message):
+        listed(f"{tmp_path}{pattern}")
+    assert listed(f"{tmp_path}/a/*.jsonl") == [f"{tmp_path}/a/x.jsonl"]
 
 
 def test_a_path_without_files_says_what_was_left_out(tmp_path: Path) -> None:

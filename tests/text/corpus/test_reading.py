@@ -63,7 +63,24 @@ def test_lines_do_not_depend_on_the_pieces(chunks: list[bytes]) -> None:
     lines = b"".join(chunks).split(b"\n")
     if not lines[-1]:
         lines.pop()
-    assert list(split_lines(chunks)) == list(enumerate(lines, start=1))
+    assert list(split_lines(chunks, 1 << 20)) == list(enumerate(lines, start=1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a\rbb\r\rc", ["a", "bb", "", "c"]),
+        ("a\rbb\r", ["a", "bb"]),
+        ("1\r2\nb\r\n", ["1\r2", "b\r"]),
+        ("aaaaaa\nb\naaaaaaa", [None, "b", None]),
+        ("aaaaa\rb\raaaaaaa\rc", ["aaaaa", "b", None, "c"]),
+    ],
+)
+def test_line_ends_and_lines_that_are_too_long(text: str, lines: list[str | None], size: int) -> None:
+    chunks = [text[place : place + size].encode() for place in range(0, len(text), size)]
+    expected = [line if line is None else line.encode() for line in lines]
+    assert [line for _, line in split_lines(chunks, 5)] == expected
 
 
 def test_chunks_are_of_bounded_size(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_dictionaries_become_sources() -> None:
             r"columns={'text': 'body'}`: expected .*not both `columns` and `text_key='content'`",
         ),
         ({"name": "zh", "path": "x", "document_unit": "word"}, r"'word'`: expected one of file, line, blank-line"),
+        ({"name": "zh", "path": "x", "max_document_bytes": 0}, r"max_document_bytes=0`: expected a number of bytes"),
         ({"name": "zh", "path": "x", "max_epochs": 0}, r"max_epochs=0`: expected null \(for ever\) or at least 1"),
     ],
 )

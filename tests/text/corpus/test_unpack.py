@@ -10,6 +10,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from lightning_mixcn.text import Source, read_corpus
 from lightning_mixcn.text.corpus import unpack as unpacking
@@ -116,6 +117,34 @@ def test_damaged_store_is_made_again(name: str, damage: str, file: SourceFile, c
     assert find_store(file, "error") is None
     assert texts_of(unpack(file, "error")) == TEXTS
     assert folders(cache) == [folder]
+
+
+@pytest.mark.parametrize("name", ["texts.bin", "offsets.bin", "digests.bin", "records.bin", "store.json"])
+def test_store_that_was_altered_is_made_again(
+    name: str, file: SourceFile, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = unpack(file, "error")
+    (folder,) = folders(cache)
+    data = (folder / name).read_bytes()
+    altered = data.replace(b'"bad_records": 0', b'"bad_records": 7') if name.endswith(".json") else b"\x77" + data[1:]
+    assert altered != data
+    (folder / name).write_bytes(altered)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_store(file, "error") is not None, "the first process of a machine has looked before this one"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert find_store(file, "error") is None
+    assert caplog.messages == [
+        f"The unpacked texts of `{file.path}` were altered in `{folder}`: they are unpacked again"
+    ]
+    assert unpack(file, "error") == store
+    assert find_store(file, "error") == store
+
+
+def test_contents_are_compared_once(file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack(file, "error")
+    assert find_store(file, "error") is not None
+    monkeypatch.setattr(xxhash, "xxh3_128", lambda: pytest.fail("read again"))
+    assert find_store(file, "error") is not None
 
 
 @pytest.mark.parametrize("content", ["[]", "1", '{"counts": 1}', '{"counts": {"documents": 1}}', '{"counts": null}'])
@@ -294,6 +323,7 @@ def test_errors_come_from_processes(files: list[SourceFile], tmp_path: Path, mon
     with pytest.raises(ValueError, match=r"3.jsonl` line 1 is not JSON: .*Mend the line"):
         unpack_all(files, "error", "zh")
     assert [store.counts.bad_records for store in unpack_all(files, "skip", "zh")] == [0, 0, 0, 1, 0]
+    assert not [path.name for path in cache_folder().iterdir() if path.name.startswith(".")]
     (tmp_path / "taken").touch()
     monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "taken"))
     with pytest.raises(OSError, match=r"taken/text` of unpacked texts cannot be written: Not a directory"):
