@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     """Import what a subcommand needs and run it."""
-    from .allocator import keep_freed_memory
+    from .allocator import grow_gpu_segments, keep_freed_memory
 
     keep_freed_memory()  # before torch allocates
+    grow_gpu_segments()
     # A `class_path` may name a module in the folder one works in; last, so that it hides nothing.
     sys.path.append(os.getcwd())
     _show_log()

@@ -1,10 +1,12 @@
-"""The C allocator's settings for training on a CPU."""
+"""Settings of the allocators: the C library's for training on a CPU, torch's for a GPU."""
 
 import ctypes
 import mmap
 import os
 import sys
 
+# The second is the older name.
+_GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # glibc's <malloc.h> and <sys/mman.h>.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
@@ -36,6 +38,16 @@ def keep_freed_memory() -> bool:
     done = libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD), libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
     _ask_for_huge_pages(libc)
     return all(done)
+
+
+def grow_gpu_segments() -> None:
+    """Have torch's GPU allocator grow its segments, unless the environment says otherwise; before torch is imported.
+
+    Each expert of each layer has another number of rows in every step, and blocks of so many sizes leave holes in
+    segments of a fixed size.
+    """
+    if not any(name in os.environ for name in _GPU_ALLOCATOR) and sys.platform.startswith("linux"):
+        os.environ[_GPU_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:

@@ -80,6 +80,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 # Names for `trainer.strategy`. Lightning's own `fsdp` is FSDP1, which it refuses on the CPU by this list of names.
 FSDPStrategy.get_registered_strategies().remove("fsdp")
+_FSDP2_NAMES, _FSDP2_SINCE = ("fsdp", "fsdp2", "hsdp"), "2.12"
 for _name in ("fsdp", "fsdp2"):
     StrategyRegistry.register(
         _name, FSDP2Strategy, description="FSDP2, the 4-bit base sharded over all ranks", override=True
@@ -88,16 +89,25 @@ StrategyRegistry.register("hsdp", FSDP2Strategy, description="FSDP2 inside each 
 
 
 def check_strategy(strategy: Strategy | str) -> None:
-    """Refuse Lightning's own FSDP. Raises: ValueError, which names FSDP2.
+    """Refuse Lightning's own FSDP, and FSDP2 where torch cannot shard 4-bit weights.
 
     Args:
         strategy: Strategy of the trainer, or its name in a configuration.
+
+    Raises:
+        ValueError: it is FSDP1, whose message names FSDP2; or torch is older than 2.12, of which `fully_shard` makes
+            each parameter one with a gradient, uint8 too (pytorch issue 177844).
     """
     given = strategy if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, FSDPStrategy) or given in FSDPStrategy.get_registered_strategies():
         raise UserError(
             f"`trainer.strategy`: {given} is FSDP1, which is not supported any more. Set `trainer.strategy: fsdp`, "
             "which is FSDP2 (configs/trainer/fsdp2.yaml); go on from the run's adapter, `model.init_args.adapter`"
+        )
+    if (isinstance(strategy, ModelParallelStrategy) or given in _FSDP2_NAMES) and torch.__version__ < _FSDP2_SINCE:
+        raise UserError(
+            f"`trainer.strategy`: {given} needs torch {_FSDP2_SINCE} or newer, here is {torch.__version__}: older ones "
+            "cannot shard 4-bit weights. Install a newer torch, or set `trainer.strategy: ddp`"
         )
 
 

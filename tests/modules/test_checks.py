@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from lightning_mixcn.callbacks import StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.cli import main
@@ -151,6 +152,17 @@ def test_fsdp1_is_refused(strategy: Any) -> None:
         check_strategy(strategy)
     for kept in ("auto", "ddp", "fsdp", "fsdp2", "hsdp", FSDP2Strategy(), DDPStrategy()):
         check_strategy(kept)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2", "hsdp", FSDP2Strategy(), ModelParallelStrategy()])
+def test_fsdp2_needs_a_torch_that_shards_whole_numbers(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    with pytest.raises(ValueError, match=r"needs torch 2.12 or newer, here is 2.11.0\+cu130.*strategy: ddp"):
+        check_strategy(strategy)
+    for kept in ("auto", "ddp", DDPStrategy()):
+        check_strategy(kept)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0"))
+    check_strategy(strategy)
 
 
 def test_fsdp1_is_refused_on_the_command_line(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:

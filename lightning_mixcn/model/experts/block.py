@@ -30,6 +30,8 @@ PATHS: dict[str, Callable[..., Tensor]] = {
     "decode": partial(GroupedExperts.apply, decoding_product),
 }
 
+# Capabilities on which `torch._grouped_mm` (2.11 to 2.13) does not fall back to one product a group.
+_GROUPED_PRODUCT = ((9, 0), (10, 0))
 # Device type to (rows per expert below which, path), in ascending order: the winners that benchmarks/expert_block.py
 # prints. No GPU has been measured yet, so CUDA has the path that needs no measurement to be right.
 FASTEST: dict[str, tuple[tuple[float, str], ...]] = {"cpu": ((math.inf, "loop"),), "cuda": ((math.inf, "loop"),)}
@@ -70,13 +72,20 @@ def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFacto
         return f"its kernel runs on a GPU, not on {x.device.type}"
     if (path == "decode" or x.is_cuda) and not _has_triton():
         return "Triton is not installed (torch's CUDA builds for Linux bring it)"
-    if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
-        return f"torch's grouped product needs bfloat16 and an Ampere GPU or a later one, not {x.dtype}"
+    if x.is_cuda and (x.dtype != torch.bfloat16 or _capability(x.device) not in _GROUPED_PRODUCT):
+        return (
+            "torch's grouped product is one call in bfloat16 on GPUs of capability 9.0 and 10.0 (H100, B200) only, not "
+            f"in {x.dtype} on {'.'.join(map(str, _capability(x.device)))}; elsewhere it waits for each expert's product"
+        )
     ranks = [factor.shape[2] for factor in (factors.b_gate, factors.b_up, factors.b_down) if factor is not None]
     odd = [size for size in (x.shape[1], weights[0].shape[1], *ranks) if size * x.element_size() % 16]
     if odd:
         return f"rows of {odd[0]} numbers of {x.element_size()} bytes are no multiple of 16 bytes"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

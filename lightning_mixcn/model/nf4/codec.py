@@ -61,26 +61,39 @@ def quantize_nf4(values: Tensor) -> NF4Tensors:
     """Quantise a flat run of elements that begins at a superblock's first element.
 
     Args:
-        values: ``[n]`` float32, float16 or bfloat16. If ``n`` is no multiple of 16,384, the last superblock is padded
-            with zeros, which take no part in its second-level statistics.
+        values: ``[n]`` float32, float16 or bfloat16; float64 is rounded to float32 first. If ``n`` is no multiple of
+            16,384, the last superblock is padded with zeros, which take no part in its second-level statistics.
 
     Returns:
         The superblocks, on the device of ``values``. A slice of whole superblocks gives the slice of the result.
     """
+    if values.dtype == torch.float64:  # bitsandbytes' GPU kernels take 16 and 32 bits
+        values = values.float()
     num_superblocks, padding = superblocks(values.numel()), -values.numel() % SUPERBLOCK
     if padding:
         values = torch.cat([values, values.new_zeros(padding)])
     codes, absmax = quantize_codes(values)
     absmax_NB = absmax.view(num_superblocks, BLOCKS_PER_SUPERBLOCK)
-    offset_N = absmax_NB.mean(dim=1)
-    if empty_blocks := padding // BLOCK:
-        offset_N[-1] = absmax_NB[-1, :-empty_blocks].mean()
+    total_N = _sum_blocks(absmax_NB)
+    offset_N = total_N / BLOCKS_PER_SUPERBLOCK
+    if empty_blocks := padding // BLOCK:  # whose maxima are 0
+        offset_N[-1] = total_N[-1] / (BLOCKS_PER_SUPERBLOCK - empty_blocks)
         absmax_NB[-1, -empty_blocks:] = offset_N[-1]
     centred = (absmax_NB - offset_N[:, None]).flatten()
     scales, super_scale = _ops.quantize_blockwise(centred, dynamic_code(values.device), BLOCKS_PER_SUPERBLOCK)
     return NF4Tensors(
         codes.view(num_superblocks, SUPERBLOCK // 2), scales.view(num_superblocks, -1), super_scale.float(), offset_N
     )
+
+
+def _sum_blocks(absmax_NB: Tensor) -> Tensor:
+    """Add up each superblock's maxima, in one order.
+
+    That of ``sum`` depends on the device, and on a GPU on the number of superblocks that a rank holds, too.
+    """
+    while (half := absmax_NB.shape[1] // 2) > 0:
+        absmax_NB = absmax_NB[:, :half] + absmax_NB[:, half:]
+    return absmax_NB[:, 0]
 
 
 def quantize_codes(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,10 @@
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -190,14 +192,14 @@ def no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIXCN_EXPERT_PATH", raising=False)
 
 
-def chosen_path(hidden: int = 32, rank: int = 8) -> str:
+def chosen_path(place: Callable[[Tensor], Any] = lambda x: x, *, hidden: int = 32, rank: int = 8) -> str:
     """Choose for six tokens and three experts: four rows an expert."""
     dtype = torch.bfloat16
     gate, up = (DenseWeight((3, 48, hidden), dtype) for _ in range(2))
     b = torch.zeros(3, 48, rank, dtype=dtype)
     factors = ExpertFactors(torch.zeros(3, 2 * rank, hidden, dtype=dtype), b, b, None, None)
     x, weights = torch.zeros(6, hidden, dtype=dtype), (gate, up, DenseWeight((3, hidden, 48), dtype))
-    return choose_expert_path(x, torch.zeros(6, 2, dtype=torch.int64), weights, factors)
+    return choose_expert_path(place(x), torch.zeros(6, 2, dtype=torch.int64), weights, factors)
 
 
 def test_on_the_cpu_it_is_the_loop() -> None:
@@ -223,6 +225,30 @@ def test_a_kernel_that_cannot_run(
     monkeypatch.setattr(expert_path, "_has_triton", lambda: triton)
     with pytest.raises(ValueError, match=message):
         chosen_path()
+
+
+@pytest.mark.parametrize(
+    ("capability", "path"),
+    [((8, 0), "loop"), ((8, 9), "loop"), ((9, 0), "grouped"), ((10, 0), "grouped"), ((12, 0), "loop")],
+)
+def test_grouped_products_only_where_torch_has_a_kernel(
+    capability: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_path, "_capability", lambda device: capability)
+    monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
+    monkeypatch.setitem(expert_path.FASTEST, "cuda", ((math.inf, "grouped"),))
+    assert chosen_path(on_gpu) == path  # the fastest gives way
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", "grouped")  # a wish is refused
+    if path == "loop":
+        with pytest.raises(ValueError, match=r"capability 9.0 and 10.0 \(H100, B200\) only, not .* on "):
+            chosen_path(on_gpu)
+
+
+def on_gpu(x: Tensor) -> Any:
+    """Return what stands in for the same tensor on a GPU."""
+    return SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda"), dtype=x.dtype, shape=x.shape, element_size=x.element_size
+    )
 
 
 def test_an_unknown_path(monkeypatch: pytest.MonkeyPatch) -> None:

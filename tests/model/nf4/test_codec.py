@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +31,42 @@ def test_a_slice_of_superblocks_is_the_slice_of_the_whole() -> None:
     whole, part = nf4.quantize_nf4(values), nf4.quantize_nf4(values[2 * nf4.SUPERBLOCK :])
     for one, other in zip(whole, part, strict=True):
         assert torch.equal(one[2:], other)
+
+
+def test_the_second_level_is_added_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(16 * nf4.SUPERBLOCK - 64 * 5, generator=torch.Generator().manual_seed(0))
+    whole = nf4.quantize_nf4(values)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+    permuted = nf4.quantize_nf4(torch.cat([values[: 15 * nf4.SUPERBLOCK].view(15, -1)[order].flatten(), values[-100:]]))
+    rows = [nf4.quantize_nf4(values[n * nf4.SUPERBLOCK : (n + 1) * nf4.SUPERBLOCK]) for n in range(16)]
+    for name in nf4.NF4Tensors._fields:
+        kept = getattr(whole, name)
+        assert torch.equal(getattr(permuted, name)[:15], kept[:15][order]), name
+        assert torch.equal(torch.cat([getattr(row, name) for row in rows]), kept), name
+    # Eight halvings, by hand in float32; the last superblock has five blocks less.
+    sums = nf4.quantize_codes(torch.nn.functional.pad(values, (0, 64 * 5)))[1].view(16, 256).numpy()
+    for half in (128, 64, 32, 16, 8, 4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    counts = [256] * 15 + [251]
+    assert whole.super_offset.tolist() == [
+        float(total / np.float32(n)) for total, n in zip(sums[:, 0], counts, strict=True)
+    ]
+    monkeypatch.setattr(torch.Tensor, "mean", None)  # of another order on each device
+    nf4.quantize_nf4(values)
+
+
+def test_float64_is_rounded_to_float32() -> None:
+    values = torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(nf4.quantize_nf4(values), nf4.quantize_nf4(values.float()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_quantises_bit_for_bit_as_the_cpu(dtype: torch.dtype) -> None:
+    values = (torch.randn(37 * nf4.SUPERBLOCK - 100, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    for one, other in zip(nf4.quantize_nf4(values), nf4.quantize_nf4(values.cuda()), strict=True):
+        assert torch.equal(one, other.cpu())
 
 
 def test_relative_error_is_that_of_double_quantised_nf4() -> None:
