@@ -1,6 +1,5 @@
 """The adapter of a run as PEFT folders: of the newest checkpoint, and of the best validation."""
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -15,12 +14,15 @@ from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import MAPPING, expect, record
 from lightning_mixcn.metrics import Likelihood
 from lightning_mixcn.model.export.card import CARD_NAME, Training, adapter_card
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.modules.checkpoint_schema import require_state
 from lightning_mixcn.text import TextTokenizer, load_tokenizer, portable_source
-from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
+from lightning_mixcn.tokenizer.files import GENERATION_FILE, read_generation, tokenizer_files
 from lightning_mixcn.tokenizer.pieces import has_tokenizer
 from lightning_mixcn.tokenizer.sentencepiece import PROBES
 
@@ -92,7 +94,7 @@ class RunFiles:
         """Return those beside the tokenizer, else the base's; after an `InstructDataModule` with an answer's end."""
         files = [place / GENERATION_FILE for place in (self._source, self._base)]
         found = next((file for file in files if file.is_file()), None)
-        settings: dict[str, Any] = {} if found is None else json.loads(found.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = {} if found is None else read_generation(found)
         if self.chat is None:
             return settings if found else None
         known = settings.get("eos_token_id")
@@ -125,7 +127,9 @@ def _is_read_right(folder: Path, tokenizer: TextTokenizer) -> bool:
 
     try:
         stock: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError):  # where the class is not stated, it asks for a model's configuration
+    except (
+        Exception
+    ):  # it asks for a model's configuration where no class is stated, and fails on settings in many ways
         return False
     ids = [stock(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"] for probe in PROBES]
     return bool(ids == tokenizer.encode_batch(PROBES))
@@ -150,10 +154,12 @@ def _keep_as_it_is(folder: Path, tokenizer: TextTokenizer) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 _CONFIG = "config.yaml"
+# Before the first validation the best value is infinite.
+_STATE = record({"measured": MAPPING, "best": expect("a number", lambda value: isinstance(value, int | float))})
 
 
 class AdapterCheckpoint(Callback):
@@ -208,6 +214,7 @@ class AdapterCheckpoint(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; the best value of something else says nothing of this one's."""
+        require_state(self, state_dict, _STATE)
         self._measured = state_dict["measured"]
         here = {"monitor": self.monitor, "mode": self._mode}
         # An older checkpoint, which lacks these, is taken to be of the same configuration.

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import remove_leftovers, replace_link, unfinished_path
-from lightning_mixcn.modules.checkpoints import publish, remove
+from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
@@ -49,7 +49,7 @@ class StepCheckpoint(ModelCheckpoint):
             # A step that is saved again after a kill takes its old name, and `last.ckpt` has no second.
             enable_version_counter=False,
         )
-        self._requested = self._postponed = False
+        self._requested = self._postponed = self._summing = False
         self._outdated: list[str] = []  # of a run that kept more; removed once the next one is saved
 
     def postpone(self) -> None:
@@ -75,6 +75,11 @@ class StepCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
         if trainer.global_step > 0:
             self._adopt(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note in a checkpoint of this callback's that it is not complete without its sums."""
+        if self._summing:
+            checkpoint[SUMMED_KEY] = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,7 +136,9 @@ class StepCheckpoint(ModelCheckpoint):
             remove_leftovers(path.parent)
             _point_elsewhere(last, path)
         trainer.strategy.barrier()
+        self._summing = True
         trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
+        self._summing = False
         publish(unfinished_path(path), path)
         # Before ModelCheckpoint removes the oldest, which may be what it points to.
         self._link_checkpoint(trainer, filepath, str(last))

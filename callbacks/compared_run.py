@@ -16,7 +16,9 @@ from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.data import StreamDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.files.schema import MAPPING, each, real, record
 from lightning_mixcn.model import bytes_in_memory, count_parameters
+from lightning_mixcn.modules.checkpoint_schema import require_state
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 
 from .checkpoints import StepCheckpoint
@@ -108,6 +110,8 @@ class RunFacts(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
+        numbers = dict.fromkeys(_STATE, real(0, 2.0**63))
+        require_state(self, state_dict, record(numbers | {"validations": each(MAPPING)}))
         self._before = {name: state_dict[name] for name in _STATE}
         self._validations = list(state_dict["validations"])
 

@@ -9,6 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_mixcn.files.schema import TEXT, mapping_of, record
+from lightning_mixcn.modules.checkpoint_schema import COUNT, require_state
+
 from .clocks import step_clock
 
 # Difference between a source's share of tokens and the share asked for that is warned of, and the rows that hold the
@@ -91,6 +94,7 @@ class DataMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
+        require_state(self, state_dict, record({"tokens": mapping_of(TEXT, COUNT)}))
         self._tokens = dict(state_dict["tokens"])
 
     def _count(self, source_ids_BS: Tensor) -> None:

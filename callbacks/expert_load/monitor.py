@@ -18,6 +18,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, shares
 from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.experts.observe import observe_routing
+from lightning_mixcn.modules.checkpoint_schema import require_state
 
 from .report import ExpertLoadFile, ExpertLoadRow, divergence_tags, layer_tags, load_figure, load_tags
 from .window import LoadWindow, StarvingExperts
@@ -109,6 +110,7 @@ class ExpertLoadMonitor(Callback):
             self._starving.load_state_dict({"steps": None})
         if (state := self._restored) is not None:
             self._restored = None
+            require_state(self, state, self._windows["train"].structure_of_state())
             self._base_shares_LE = state["base_shares"]
             self._starving.load_state_dict(state["starving"])
             if self._windows["train"].load_state_dict(state["window"]):

@@ -11,7 +11,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.schema import ANYTHING, NULL, TEXT, Check, each, either, record, row_of
 from lightning_mixcn.metrics.expert_load import ExpertLoad, LoadSums
+from lightning_mixcn.modules.checkpoint_schema import COUNT, require_state, tensor_of
 
 Batch = dict[str, Tensor]
 
@@ -122,10 +124,24 @@ class LoadWindow:
         """Return the sums of all ranks."""
         return {"sources": self.sources, "boundaries": self.boundaries, "sums": list(self._totals)}
 
+    def structure_of_state(self) -> Check:
+        """Return the structure of a monitor's state; the sums' own is checked where they are of the same groups."""
+        shares_LE = either(NULL, tensor_of(self._totals.counts.shape[1:]))
+        sums = each(ANYTHING, len(LoadSums._fields))
+        return record(
+            {
+                "logged_at": COUNT,
+                "base_shares": shares_LE,
+                "starving": record({"steps": shares_LE}),
+                "window": record({"sources": each(TEXT), "boundaries": each(COUNT), "sums": sums}),
+            }
+        )
+
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a checkpoint; return ``False`` if it counted other groups of tokens, which are forgotten then."""
         if state["sources"] != self.sources or state["boundaries"] != self.boundaries:
             return False
+        require_state(self, state["sums"], row_of(*(tensor_of(part.shape) for part in self._totals)))
         self._totals = LoadSums(*state["sums"])
         return True
 

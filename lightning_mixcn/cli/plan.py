@@ -1,6 +1,5 @@
 """``mixcn fit … --plan``: what a run will need, from its configuration, before anything is loaded."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,12 @@ from transformers import MixtralConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.schema import first_fault
 from lightning_mixcn.metrics.device import copy_rate, peak_rate
 from lightning_mixcn.model import build_mixtral
-from lightning_mixcn.model.checkpoints.reading import stock_settings
+from lightning_mixcn.model.checkpoints.configuration import check_config
+from lightning_mixcn.model.checkpoints.folder import read_config
+from lightning_mixcn.model.checkpoints.reading import as_mixtral, stock_settings
 from lightning_mixcn.model.memory.budget import RESERVE, fitting_modes, usable_bytes
 from lightning_mixcn.model.memory.checkpointing import layer_modes
 from lightning_mixcn.model.memory.counts import decoding_bytes
@@ -179,18 +181,20 @@ def meta_model_of(module: CausalLMModule) -> Any:
 
 def _base_config(base: str) -> MixtralConfig:
     file = Path(base).expanduser() / "config.json"
-    settings = stock_settings(json.loads(file.read_text()) if file.is_file() else _from_hub(base))
+    settings = stock_settings(read_config(file.parent) if file.is_file() else _from_hub(base))
     if settings.get("model_type") != "mixtral":
         raise UserError(f"`base={base!r}` holds a model of type {settings.get('model_type')!r}. Expected 'mixtral'")
-    return MixtralConfig.from_dict(settings)
+    return as_mixtral(settings, f"`base={base!r}`")
 
 
 def _from_hub(base: str) -> dict[str, Any]:
     """Read the configuration alone of a hub model; `local_folder` would fetch all of it, and says what is wrong."""
     if Path(base).exists() or base.count("/") != 1:
-        return dict(json.loads((local_folder(base) / "config.json").read_text()))
+        return read_config(local_folder(base))
     settings, _ = MixtralConfig.get_config_dict(base)
-    return settings
+    if fault := first_fault(settings, check_config):
+        raise UserError(f"`base={base!r}`: config.json: {fault}. Download it again")
+    return dict(settings)
 
 
 def _count(devices: Any, device_type: str) -> int:

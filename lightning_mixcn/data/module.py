@@ -133,7 +133,7 @@ class StreamDataModule(LightningDataModule):
                 self._documents.training, self.make_encoder(), self.sequence_length, self.num_streams, self.seed,
                 self.packing, self.weight_unit,
             )  # fmt: skip
-            self._progress.set_order(order_of(self._plan))
+            self._progress.set_order(order_of(self._plan), self._plan)
 
     def train_dataloader(self) -> TrainLoader | RepeatedBatches:
         """Make the loader of training batches, which continues after the rows already trained on.

@@ -7,12 +7,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.schema import FLAG, PLAIN, TEXT, each, first_fault, mapping_of, real, record, row_of, whole
 from lightning_mixcn.text import StreamPlan, StreamState
 
 Order = dict[str, str | int | float | None]
 
 # Changed with whatever decides the rows besides an order's other values.
 _MIXING = "by row number"
+
+
+_REMEDY = "Restore the checkpoint from a copy, or go on from another one"
+
+_COUNT = whole(0, 2**53)
+_NUMBER = real(-(2.0**53), 2.0**53)
+# See `RowStream.state`; a list of each has an entry a source.
+_STREAM = {
+    "position": _COUNT,
+    "documents": each(row_of(_COUNT, _COUNT)),
+    "read": each(row_of(_COUNT, real(0, 2.0**53))),
+    "served": each(_COUNT),
+    "phases": each(_NUMBER),
+    "pools": each(each(row_of(_COUNT, _COUNT, _COUNT, FLAG))),
+    "too_long": each(row_of(_COUNT, _COUNT, _COUNT)),
+}
+_STATE = record(
+    {
+        "rows": _COUNT,
+        "streams": mapping_of(whole(0, 2**31), record({"position": _COUNT})),
+        "order": mapping_of(TEXT, PLAIN),
+    }
+)
 
 
 class RunProgress:
@@ -25,6 +49,7 @@ class RunProgress:
 
     def __init__(self) -> None:
         """Begin at the first row of a sequence that is not known yet."""
+        self._plan: StreamPlan | None = None
         self._order: Order | None = None
         self._saved_order: Mapping[str, Any] | None = None
         self._go_to(0, {})
@@ -62,14 +87,20 @@ class RunProgress:
         self._handed_out += 1
         self._ahead.append((self._handed_out, states))
 
-    def set_order(self, order: Order) -> None:
+    def set_order(self, order: Order, plan: StreamPlan | None = None) -> None:
         """Set what the sequence of rows depends on.
 
+        Args:
+            order: Result of `order_of`.
+            plan: Plan of the sequence, in which loaded states are to have a place.
+
         Raises:
-            ValueError: A state was loaded, of a run with another sequence.
+            ValueError: A state was loaded, of a run with another sequence, or that is no place in this one.
         """
-        self._order = order
+        self._plan, self._order = plan, order
         self._require_saved_order()
+        if plan is not None and self._saved_order is not None:
+            check_positions(plan, self.rows, self.streams)
 
     def state_dict(self, of_all_ranks: Callable[[Any], Sequence[Any]] = lambda mine: [mine]) -> dict[str, Any]:
         """Return rows, streams and order, in plain values; nothing before `set_order`.
@@ -90,11 +121,16 @@ class RunProgress:
         """Continue after the rows of a saved state.
 
         Raises:
-            ValueError: The sequence of rows is another; the message names what changed.
+            ValueError: The sequence of rows is another, and the message names what changed; or the state is no place
+                in it.
         """
+        if fault := first_fault(state, _STATE):
+            raise UserError(f"The checkpoint's position in the data: {fault}. {_REMEDY}")
         self._saved_order = state["order"]
         self._go_to(state["rows"], state["streams"])
         self._require_saved_order()
+        if self._plan is not None:
+            check_positions(self._plan, state["rows"], state["streams"])
 
     def _go_to(self, rows: int, streams: Mapping[int, StreamState]) -> None:
         self._rows_before, self._rows_a_batch, self._batches_before = rows, 0, 0
@@ -108,6 +144,64 @@ class RunProgress:
         """Compare as soon as both are known; evaluation alone may use other sources than the run did."""
         if self._order is not None and self._saved_order is not None:
             require_same_order(self._saved_order, self._order)
+
+
+def check_positions(plan: StreamPlan, rows: int, streams: Mapping[int, StreamState]) -> None:
+    """Check that the streams' states are places in the sequence of a plan, after so many rows of all together.
+
+    Offsets within a document are checked where it is read: only its text says how many tokens it has.
+
+    Args:
+        plan: Sources, encoder and settings.
+        rows: Rows consumed.
+        streams: State of each stream that is not at its beginning.
+
+    Raises:
+        ValueError: A stream is missing, or is at another row, source or document than it can be.
+    """
+    expected = {stream: len(range(stream, rows, plan.num_streams)) for stream in range(plan.num_streams)}
+    for stream in sorted({*streams, *(stream for stream, position in expected.items() if position)}):
+        fault = (
+            f"there is no stream {stream} of {plan.num_streams}"
+            if stream not in expected
+            else f"stream {stream} is missing"
+            if stream not in streams
+            else _fault_of_stream(plan, stream, expected[stream], streams[stream])
+        )
+        if fault:
+            raise UserError(f"The checkpoint's position in the data, after {rows:,} rows: {fault}. {_REMEDY}")
+
+
+def _fault_of_stream(plan: StreamPlan, stream: int, position: int, state: StreamState) -> str | None:
+    """Say what is wrong with a stream's state."""
+    if fault := first_fault(state, record(_STREAM)):
+        return f"of stream {stream}, {fault}"
+    sources = len(plan.documents)
+    for key in _STREAM.keys() - {"position"}:
+        if len(state[key]) != sources:
+            return f"stream {stream} has `{key}` of {len(state[key])} sources, expected {sources}"
+    if state["position"] != position:
+        return f"stream {stream} is at row {state['position']:,} of its own, expected {position:,}"
+    if sum(state["served"]) > position * plan.sequence_length:
+        return f"stream {stream} has given {sum(state['served']):,} tokens, more than its rows hold"
+    for source, documents in enumerate(plan.documents):
+        (number, offset), (tokens, _) = state["documents"][source], state["read"][source]
+        waiting = state["pools"][source]
+        where = f"stream {stream} of source {documents.name!r}"
+        if tokens != state["served"][source] + sum(length for _, _, length, _ in waiting):
+            return f"{where} has read {tokens:,} tokens, other than those that it gave and keeps"
+        size = len(documents.corpus)
+        # Each document that was passed gave a token at least, or was dropped, refused or held out.
+        dropped, _, refused = state["too_long"][source]
+        held_out = len(documents.held_out) * (number // size + 1)
+        if number // plan.num_streams > tokens + dropped + refused + held_out:
+            return f"{where} is at document {number:,}, which its {tokens:,} tokens do not reach"
+        for place, *_ in (*waiting, *([(number,)] if offset else [])):
+            if place % plan.num_streams != stream or place > number:
+                return f"{where} has document {place:,}, which is not dealt to it"
+            if documents.index_of(place, plan.seed) not in documents:
+                return f"{where} has document {place:,}, which is held out"
+    return None
 
 
 def order_of(plan: StreamPlan) -> Order:

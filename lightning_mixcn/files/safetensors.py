@@ -7,7 +7,6 @@ Here bytes go with ``read`` straight into the tensor that is returned: the peak 
 https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 import os
 import re
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import flush_to_disk
+
+from .json_object import LARGEST_JSON_BYTES, parse_object
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -107,8 +108,8 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length) if 8 + length <= size else b""
-        header = json.loads(raw)
+            raw = file.read(length) if 8 + length <= size and length <= LARGEST_JSON_BYTES else b""
+        header = parse_object(raw, repr(str(path)))
         header.pop("__metadata__", None)
         spans = {name: tuple(value["data_offsets"]) for name, value in header.items()}
         end = 8 + length + max((stop for _, stop in spans.values()), default=0)

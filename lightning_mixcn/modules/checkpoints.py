@@ -16,11 +16,14 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, one_line
 from lightning_mixcn.files.atomic import move_into_place, remove_path, write_text
+
+from .checkpoint_schema import REMEDY, check_content
 
 METADATA = ".metadata"
 
@@ -107,7 +110,11 @@ def _check_object(shard: BinaryIO, offset: int, length: int, name: str) -> None:
         raise UserError(f"{name} is more than plain data: {reason}") from error
 
 
+SUMMED_KEY = "mixcn_summed"
+"""Key in what a checkpoint holds: it was written to be published with sums, without which it is not complete."""
+
 _SUMS = "SHA256SUMS"
+_LARGEST_SUMS_BYTES = 16 * 2**20
 _LIGHTNINGS = "meta.pt"
 _NEEDED = (".metadata", _LIGHTNINGS)  # of a folder: torch's description, and what Lightning puts beside the tensors
 
@@ -203,15 +210,15 @@ def check_before_loading(trainer: Any, check: Callable[[dict[str, Any]], None] |
             it, as those that shard do while they read; it raises ValueError, on all ranks alike.
     """
     if not isinstance(trainer.strategy.load_checkpoint, _CheckedLoad):
-        trainer.strategy.load_checkpoint = _CheckedLoad(trainer.strategy, check)
+        trainer.strategy.load_checkpoint = _CheckedLoad(trainer, check)
 
 
 class _CheckedLoad:
     """Stands before a strategy's `load_checkpoint`."""
 
-    def __init__(self, strategy: Any, check: Callable[[dict[str, Any]], None] | None) -> None:
-        self._strategy, self._check = strategy, check
-        self._load = strategy.load_checkpoint
+    def __init__(self, trainer: Any, check: Callable[[dict[str, Any]], None] | None) -> None:
+        self._trainer, self._strategy, self._check = trainer, trainer.strategy, check
+        self._load = trainer.strategy.load_checkpoint
 
     def __call__(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load. Raises: ValueError, the same on all ranks, if the checkpoint cannot be used."""
@@ -223,28 +230,62 @@ class _CheckedLoad:
                 message = str(error)
         if message := self._strategy.broadcast(message):
             raise UserError(message)
-        if self._check is not None and isinstance(self._strategy, ModelParallelStrategy):
-            self._check(read_settings(Path(checkpoint_path)))
-        checkpoint: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
-        return checkpoint
+        if not isinstance(self._strategy, ModelParallelStrategy):
+            checkpoint: dict[str, Any] = _read(checkpoint_path, lambda: self._load(checkpoint_path, weights_only=True))
+            self._check_structure(checkpoint, checkpoint_path)
+            return checkpoint
+        content = read_settings(Path(checkpoint_path))
+        self._check_structure(content, checkpoint_path)
+        if self._check is not None:
+            self._check(content)
+        loaded: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
+        return loaded
+
+    def _check_structure(self, content: Any, path: str | Path) -> None:
+        try:
+            sharded = "://" not in str(path) and Path(path).is_dir()
+            check_content(content, fitting=self._trainer.state.fn == TrainerFn.FITTING, sharded=sharded)
+        except UserError as error:
+            raise UserError(f"The checkpoint {path} cannot be used: {error}. {REMEDY}") from error
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint holds beside its tensors.
+def read_settings(path: Path) -> Any:
+    """Read what a checkpoint holds beside its tensors, without checking it.
 
     Args:
         path: File, of which tensors are mapped and not read, or folder.
+
+    Raises:
+        ValueError: torch cannot read it, or it is more than plain data.
     """
     if path.is_dir():
-        return dict(torch.load(path / _LIGHTNINGS, map_location="cpu", weights_only=True))
-    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return _read(path, lambda: torch.load(path / _LIGHTNINGS, map_location="cpu", weights_only=True))
+    return _read(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _read(path: str | Path, load: Callable[[], Any]) -> Any:
+    """Read a checkpoint with torch, in whose messages the reason is one line of many."""
+    try:
+        return load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        # What follows in the first line is advice to run what the file holds.
+        is_more = len(lines) > 1 and lines[0].startswith("Weights only load failed")
+        reason = f"it is more than plain data: {lines[1]}" if is_more else f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"The checkpoint {path} cannot be used: {reason}. {REMEDY}") from error
 
 
 def _check_sums(path: Path) -> None:
     """Compare with the sums, if there are any. Raises: ValueError."""
     file = path / _SUMS if path.is_dir() else sidecar(path)
     if not file.exists():
+        if path.is_dir() and (path / _LIGHTNINGS).is_file() and _promises_sums(path):
+            raise UserError(f"{_SUMS} is missing")
         return
+    if file.stat().st_size > _LARGEST_SUMS_BYTES:
+        raise UserError(f"{file.name} is no list of SHA-256 sums, as sha256sum writes it")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line) for line in lines]
     sums = {match[2]: match[1] for match in matches if match}
@@ -254,11 +295,23 @@ def _check_sums(path: Path) -> None:
     expected = {*_NEEDED, *(other.name for other in path.iterdir())} - {_SUMS} if path.is_dir() else {path.name}
     if unlisted := sorted(expected - sums.keys()):
         raise UserError(f"{file.name} does not list {', '.join(unlisted)}")
+    if path.is_file():
+        elsewhere = sorted(sums.keys() - expected)
+    else:
+        elsewhere = sorted(name for name in sums if Path(name).name != name or name == "..")
+    if elsewhere:
+        raise UserError(f"{file.name} names {elsewhere[0]!r}, which is no part of the checkpoint")
     for name, expected_sum in sums.items():
         if not (folder / name).is_file():
             raise UserError(f"{name} is missing")
         if (found := _sum(folder / name)) != expected_sum:
             raise UserError(f"{name} is truncated or altered: its SHA-256 is {found[:12]}…, not {expected_sum[:12]}…")
+
+
+def _promises_sums(folder: Path) -> bool:
+    """Tell whether a folder was written to be summed; it has its name only once that is done."""
+    content = read_settings(folder)
+    return isinstance(content, dict) and bool(content.get(SUMMED_KEY))
 
 
 def _check_needed(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_mixcn.errors import UserError
 
+from .checkpoint_schema import check_optimizer_states, schedule_steps
 from .schedule import WarmupCosine
 
 SETTINGS_KEY = "mixcn_settings"
@@ -132,7 +133,7 @@ class ConfiguredOptimization:
         """
         if isinstance(scheduler, ReduceLROnPlateau):
             return self._apply_plateau(optimizer, scheduler, saved, schedule_state)
-        step = _steps_of(schedule_state) if self.is_restorable(saved) else global_step
+        step = schedule_steps(schedule_state) if self.is_restorable(saved) else global_step
         advance(self._scheduler, step)
         changes = self._apply_groups(optimizer, step, saved)
         target = self._scheduler.state_dict()
@@ -143,6 +144,17 @@ class ConfiguredOptimization:
             changes += _schedule_changes(scheduler, different)
             scheduler.load_state_dict(target)
         return list(dict.fromkeys(changes))
+
+    def check_states(self, optimizer: Optimizer) -> None:
+        """Check a restored optimizer of torch's own, whose next step would fail or be nonsense. Raises: ValueError."""
+        if not type(optimizer).__module__.startswith("torch.optim") or not optimizer.state:
+            return
+        device = next(iter(optimizer.state)).device
+        parameter = nn.Parameter(torch.zeros((2, 2), device=device))
+        trial = self._make_optimizer([parameter])
+        parameter.grad = torch.ones_like(parameter)
+        trial.step()
+        check_optimizer_states(optimizer, trial.state[parameter])
 
     def _other_schedule(self, saved: Mapping[str, Any]) -> str:
         names = (
@@ -359,11 +371,6 @@ def _part_names(scheduler: Any) -> list[str]:
     """Name the schedules that a SequentialLR or ChainedScheduler consists of, depth first."""
     parts = getattr(scheduler, "_schedulers", ())
     return [name for part in parts for name in (_name(part), *_part_names(part))]
-
-
-def _steps_of(state: Mapping[str, Any]) -> int:
-    """Return the steps that a schedule has taken; torch's ChainedScheduler has them in its parts only."""
-    return int(state["last_epoch"] if "last_epoch" in state else _steps_of(state["_schedulers"][0]))
 
 
 def _differences(

@@ -309,6 +309,7 @@ class SavedStateModule(LightningModule):
                 resumed["schedules"][0],
                 self.trainer.global_step,
             )
+            self._configured.check_states(optimizers[0])
         if changes:
             rank_zero_info(f"resume at optimizer step {self.trainer.global_step}: {', '.join(changes)}")
 

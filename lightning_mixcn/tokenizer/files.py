@@ -1,7 +1,10 @@
 """The files that go with a checkpoint's weights, copied as they are: transformers would change some of them."""
 
-import json
 from pathlib import Path
+from typing import Any
+
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import NULL, each, either, record, whole
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -15,6 +18,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 GENERATION_FILE = "generation_config.json"
+_ID = whole(0, 2**24)
+_GENERATION = record({}, {"eos_token_id": either(NULL, each(_ID), _ID)})
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -30,6 +35,11 @@ def generation_files(*folders: Path) -> list[Path]:
 def generation_end_ids(*folders: Path) -> frozenset[int]:
     """Return the tokens that end an answer by the generation config of the first folder that has one."""
     for file in generation_files(*folders):
-        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ends = read_generation(file).get("eos_token_id")
         return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     return frozenset()
+
+
+def read_generation(file: Path) -> dict[str, Any]:
+    """Read a generation config. Raises: ValueError if it is broken, or its ``eos_token_id`` is no id."""
+    return read_object(file, _GENERATION)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import FLAG, NULL, TEXT, each, either, real, record
 
 from .sentencepiece import (
     PROBES,
@@ -39,6 +41,19 @@ if TYPE_CHECKING:
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _KEPT_SETTINGS = ("chat_template", "add_bos_token", "add_eos_token", "model_max_length")
+_TOKEN = either(NULL, record({"content": TEXT}), TEXT)  # a serialised AddedToken, or its text
+_FLAG = either(NULL, FLAG)
+_SETTINGS = record(
+    {},
+    {
+        **dict.fromkeys(_SPECIAL_NAMES, _TOKEN),
+        "chat_template": either(NULL, each(record({"name": TEXT, "template": TEXT})), TEXT),
+        "add_bos_token": _FLAG,
+        "add_eos_token": _FLAG,
+        "model_max_length": either(NULL, real(1, 1e40)),  # transformers' mark of no limit is 1e30
+        "tokenizer_class": either(NULL, TEXT),
+    },
+)
 
 
 class TextTokenizer:
@@ -256,10 +271,7 @@ def _read_settings(folder: Path, model_file: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
-        try:
-            read = json.loads((folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"`{folder / name}` is not JSON ({error}). Download it again.") from error
+        read = read_object(folder / name, _SETTINGS)
         settings |= {key: value for key, value in read.items() if value is not None}
     for name in _SPECIAL_NAMES:
         if isinstance(settings.get(name), dict):  # a serialised AddedToken

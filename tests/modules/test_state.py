@@ -1,25 +1,33 @@
 """Checkpoints: what they hold, that they load and resume, and what they refuse."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from peft import LoraConfig
 
+from lightning_mixcn.callbacks import AdapterCheckpoint, DataMonitor, StepCheckpoint
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.modules import PretrainModule
+from lightning_mixcn.modules.checkpoint_schema import check_content
+from lightning_mixcn.modules.checkpoints import find_fault, sidecar
 from lightning_mixcn.modules.state import adapter_folder, plain_arguments
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_mixtral
 
 Make = Callable[..., Any]
+Change = Callable[[dict[str, Any]], object]
 
 pytestmark = [
     # The batches of these tests are no resumable stream; they are all alike.
     pytest.mark.filterwarnings(
         "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning"
     ),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),  # a run is resumed in its folder
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create:UserWarning"),
 ]
 
@@ -146,3 +154,132 @@ def test_lora_is_reduced_to_what_was_set() -> None:
 def test_plain_values_stay_and_callables_go() -> None:
     arguments = {"a": 1, "b": (1, "x"), "c": {"d": None}, "e": 0.5, "f": True, "g": print}
     assert plain_arguments(arguments) == {"a": 1, "b": [1, "x"], "c": {"d": None}, "e": 0.5, "f": True}
+
+
+# ---- tampered with: one line, before anything of it is used ----
+
+
+@pytest.fixture
+def resume(tiny_base: Path, lora: Any, trainer: Make, tmp_path: Path) -> Callable[[int], Trainer]:
+    """Return a function that trains to a step, from the newest checkpoint on."""
+
+    def fit(steps: int) -> Trainer:
+        saving = StepCheckpoint(every_n_steps=1, dirpath=str(tmp_path))
+        callbacks = [
+            saving,
+            DataMonitor(),
+            AdapterCheckpoint(),
+            EarlyStopping("train/loss", check_on_train_epoch_end=True),
+        ]
+        run: Trainer = trainer(max_steps=steps, max_epochs=-1, enable_checkpointing=True, callbacks=callbacks)
+        module = PretrainModule(str(tiny_base), dtype="float32", lora=lora())
+        run.fit(module, FixedBatches([random_batch([9])] * 9), ckpt_path="last" if steps > 2 else None)
+        return run
+
+    return fit
+
+
+def first(values: dict[Any, Any]) -> Any:
+    return next(iter(values.values()))
+
+
+def moments(content: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = first(content["optimizer_states"][0]["state"])
+    return state
+
+
+def loop(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["loops"]["fit_loop"]
+    return found
+
+
+STEPS = "epoch_loop.automatic_optimization.optim_progress"
+TAMPERED: dict[str, tuple[Change, str]] = {
+    "NaN in weights": (lambda c: first(c["state_dict"]).fill_(float("nan")), r"state_dict\[.* NaN or infinite"),
+    "no tensor": (lambda c: c["state_dict"].update(x=3), r"state_dict\['x'\] is 3, expected a tensor"),
+    "inf in moments": (lambda c: moments(c)["exp_avg"].fill_(float("inf")), r"exp_avg holds NaN or infinite values"),
+    "negative squares": (lambda c: moments(c)["exp_avg_sq"].fill_(-1.0), r"exp_avg_sq holds a mean of squares below"),
+    "step -5": (lambda c: c.update(global_step=-5), "global_step is -5, expected a whole number of 0"),
+    "step 10^12": (lambda c: c.update(global_step=10**12), "global_step is 1,000,000,000,000, but its loop has done 2"),
+    "step a word": (lambda c: c.update(global_step="x"), "global_step is 'x', expected a whole number"),
+    "step true": (lambda c: c.update(global_step=True), "global_step is true, expected a whole number"),
+    "epoch": (lambda c: c.update(epoch=None), "epoch is null, expected a whole number"),
+    "version": (lambda c: c.update({"pytorch-lightning_version": "x"}), "version is 'x', expected a version"),
+    "no loops": (lambda c: c.pop("loops"), "loops is missing"),
+    "loops a list": (lambda c: c.update(loops=[]), "loops is a list of 0 entries, expected a mapping"),
+    "no progress": (lambda c: loop(c).pop("epoch_progress"), r"loops\.fit_loop\.epoch_progress is missing"),
+    "counts": (
+        lambda c: loop(c)["epoch_progress"]["total"].update(processed=10**9),
+        "counts more completed than ready",
+    ),
+    "steps": (lambda c: loop(c)[STEPS]["optimizer"]["step"]["total"].update(completed=1), "counts|global_step is 2"),
+    "no optimizer": (lambda c: c.pop("optimizer_states"), "optimizer_states is missing"),
+    "groups": (lambda c: c["optimizer_states"][0].pop("param_groups"), r"\[0\]\.param_groups is missing"),
+    "lr": (lambda c: c["optimizer_states"][0]["param_groups"][0].update(lr=1e9), r"lr is 1000000000\.0, expected"),
+    "lr NaN": (
+        lambda c: c["optimizer_states"][0]["param_groups"][0].update(lr=torch.tensor(float("nan"))),
+        r"lr is a tensor of shape \[\], expected",
+    ),
+    "schedule": (lambda c: c["lr_schedulers"][0].update(last_epoch=10**9), "has taken 1,000,000,000 steps, but"),
+    "schedule's lr": (lambda c: c["lr_schedulers"][0].update(base_lrs=[1e9]), r"base_lrs\[0\] is 1000000000\.0"),
+    "no schedule": (lambda c: c.pop("lr_schedulers"), "lr_schedulers is missing"),
+    "no state_dict": (lambda c: c.pop("state_dict"), "state_dict is missing"),
+    "no callbacks": (lambda c: c.pop("callbacks"), "callbacks is missing"),
+    "patience": (
+        lambda c: next(v for k, v in c["callbacks"].items() if "EarlyStopping" in k).pop("patience"),
+        r"callbacks\[EarlyStopping\]\.patience is missing",
+    ),
+    "base a list": (lambda c: c.update(mixcn_base=[1]), "mixcn_base is a list of 1 entries, expected a mapping"),
+    "base without sum": (lambda c: c["mixcn_base"].pop("sha256"), r"mixcn_base\.sha256 is missing"),
+    "lora": (lambda c: c["mixcn_lora"].update(layers={"a": [0, 1.0]}), r"layers\['a'\]\[0\] is 0, expected"),
+    "settings": (lambda c: c["mixcn_settings"].pop("lr"), r"mixcn_settings\.lr is missing"),
+    "accumulation": (lambda c: c.update(mixcn_accumulate_grad_batches=0), "accumulate_grad_batches is 0, expected"),
+}
+# Seen only where the module or a callback is: through a whole resume.
+RESUMED: dict[str, tuple[Change, str]] = {
+    "shape": (lambda c: moments(c).update(exp_avg=torch.zeros(3)), r"exp_avg has the shape \[3\], expected \[4, 32\]"),
+    "no moment": (lambda c: moments(c).pop("exp_avg_sq"), "exp_avg_sq is missing, expected a tensor"),
+    "callback": (lambda c: c["callbacks"].update(AdapterCheckpoint=[1]), "state of AdapterCheckpoint: it is a list"),
+    "monitor": (lambda c: c["callbacks"].update(DataMonitor={"tokens": {"a": -1}}), r"state of DataMonitor: tokens"),
+    "mixcn_base": (lambda c: c.pop("mixcn_base"), "names no base model"),
+}
+
+
+def test_tampered_content_is_refused_and_named(resume: Callable[[int], Trainer], tmp_path: Path) -> None:
+    """One run for all of them: each is changed alone."""
+    resume(2)
+    path = (tmp_path / "last.ckpt").resolve()
+    whole = torch.load(path, weights_only=True)
+    check_content(whole, fitting=True, sharded=False)
+    check_content(
+        {key: whole[key] for key in ("state_dict", "global_step", "pytorch-lightning_version")},
+        fitting=False,
+        sharded=False,
+    )
+    for name, (change, fault) in TAMPERED.items():
+        content = copy.deepcopy(whole)
+        change(content)
+        with pytest.raises(UserError, match=fault) as raised:
+            check_content(content, fitting=True, sharded=False)
+        assert "\n" not in str(raised.value), name
+    with pytest.raises(UserError, match="what it holds is a list of 2 entries, expected a mapping"):
+        check_content([1, 2], fitting=True, sharded=False)
+    sidecar(path).unlink()
+    for name, (change, fault) in ({"step": TAMPERED["step a word"]} | RESUMED).items():
+        content = copy.deepcopy(whole)
+        change(content)
+        torch.save(content, path)
+        with pytest.raises(UserError, match=fault) as raised:
+            resume(3)
+        assert "\n" not in str(raised.value), name
+    torch.save(whole, path)
+    assert resume(3).global_step == 3
+
+
+def test_sums_name_the_checkpoint_alone(resume: Callable[[int], Trainer], tmp_path: Path) -> None:
+    resume(2)
+    path = (tmp_path / "last.ckpt").resolve()
+    assert torch.load(path, weights_only=True)["mixcn_summed"] is True
+    with sidecar(path).open("a") as sums:
+        sums.write(f"{'0' * 64}  ../../../etc/passwd\n")
+    assert find_fault(path) == f"{sidecar(path).name} names '../../../etc/passwd', which is no part of the checkpoint"

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.safetensors import SafetensorsFile, TensorHeader
+from lightning_mixcn.files.schema import TEXT, mapping_of, record
+
+from .configuration import check_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
@@ -68,7 +73,7 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         """Read the config and the headers."""
         self.path, self.name = local_folder(path), recorded_path(path)
-        self.config: dict[str, Any] = _read_json(self.path / "config.json", "a Hugging Face model folder has one")
+        self.config = read_config(self.path)
         self._file_of = _locate_tensors(self.path)
 
     def names(self) -> list[str]:
@@ -238,16 +243,14 @@ def _sample_ranges(entry: TensorHeader) -> list[tuple[int, int]]:
     return [(start, start + length) for start in starts]
 
 
-def _read_json(path: Path, why: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingFileError(f"{str(path.parent)!r} has no {path.name}: {why}. Give the folder that holds the model")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON ({error}). Copy or download the file again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds a JSON {type(content).__name__}, expected an object")
-    return content
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a model's folder. Raises: FileNotFoundError, ValueError."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise MissingFileError(
+            f"{str(folder)!r} has no {CONFIG_FILE}: a Hugging Face model folder has one. Give the folder that holds "
+            "the model"
+        )
+    return read_object(folder / CONFIG_FILE, check_config)
 
 
 def _locate_tensors(folder: Path) -> dict[str, SafetensorsFile]:
@@ -266,12 +269,11 @@ def _locate_tensors(folder: Path) -> dict[str, SafetensorsFile]:
 
 def _locate_by_index(folder: Path) -> dict[str, SafetensorsFile]:
     index = folder / INDEX_FILE
-    weight_map = _read_json(index, "").get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{str(index)!r} has no `weight_map`. Copy or download the file again")
+    weight_map: dict[str, str] = read_object(index, record({"weight_map": mapping_of(TEXT, TEXT)}))["weight_map"]
     files: dict[str, SafetensorsFile] = {}
     for name, file_name in weight_map.items():
-        if Path(str(file_name)).name != file_name:  # an index from a stranger must not reach outside its folder
+        # An index from a stranger must not reach outside its folder.
+        if Path(file_name).name != file_name or "\0" in file_name:
             raise UserError(f"{str(index)!r} names {file_name!r} for {name!r}, expected a file beside it")
         if file_name not in files:
             if not (folder / file_name).is_file():

@@ -1,12 +1,13 @@
 """Record in a file which base something was made from: PEFT's own configuration has a path, but no content."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_json
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import TEXT, record
 
 from .folder import Checkpoint, recorded_path
 
@@ -17,6 +18,7 @@ QUANTIZATION_METHOD = "mixcn_nf4"
 QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
 _KEYS = ("path", "sha256")
 _ORIGINAL_KEYS = ("original_path", "original_sha256")
+_STRUCTURE = record(dict.fromkeys(_KEYS, TEXT), dict.fromkeys(_ORIGINAL_KEYS, TEXT))
 
 
 def base_identity(base: Checkpoint) -> dict[str, str]:
@@ -75,12 +77,8 @@ def read_identity(folder: Path) -> dict[str, str] | None:
     file = folder / IDENTITY_FILE
     if not file.is_file():
         return None
-    try:
-        identity = json.loads(file.read_text(encoding="utf-8"))
-        original = [key for key in _ORIGINAL_KEYS if key in identity]
-        return {key: str(identity[key]) for key in (*_KEYS, *original)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(file)!r} does not hold a base's path and sha256. Copy it again, or delete it") from error
+    identity = read_object(file, _STRUCTURE, remedy="Copy it again, or delete it")
+    return {key: identity[key] for key in (*_KEYS, *_ORIGINAL_KEYS) if key in identity}
 
 
 def check_made_from(folder: Path, base: Checkpoint) -> None:

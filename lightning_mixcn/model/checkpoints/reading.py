@@ -1,5 +1,6 @@
 """Fill the weights of a model from a checkpoint folder, a bounded piece at a time."""
 
+import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig
+from transformers.activations import ACT2FN
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, one_line
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import (
@@ -32,15 +35,50 @@ CHUNK = 2048 * SUPERBLOCK
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
 def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
-    """Return the checkpoint's configuration, tied as its files are; refuse other architectures."""
+    """Return the checkpoint's configuration, tied as its files are; refuse other architectures, and another depth."""
     settings = stock_settings(checkpoint.config)
     if (kind := settings.get("model_type")) != "mixtral":
         raise UserError(
             f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
             "one with `mixcn upcycle`"
         )
-    return MixtralConfig.from_dict(settings | {"tie_word_embeddings": checkpoint.ties_head()})
+    config = as_mixtral(settings, str(checkpoint.path))
+    config.tie_word_embeddings = checkpoint.ties_head()
+    # Before a model of so many layers is made.
+    layers = len({match[1] for name in checkpoint.names() if (match := _LAYER.match(name))})
+    if layers != config.num_hidden_layers:
+        raise UserError(
+            f"{checkpoint.path}: config.json has num_hidden_layers={config.num_hidden_layers}, but the weights are of "
+            f"{layers} layers. Is config.json of this model?"
+        )
+    return config
+
+
+def as_mixtral(settings: Mapping[str, Any], where: str) -> MixtralConfig:
+    """Make transformers' configuration of the content of a ``config.json`` whose structure was checked.
+
+    Args:
+        settings: The content.
+        where: Name of the folder, for messages.
+
+    Raises:
+        ValueError: transformers cannot use it, such as an unknown activation or kind of RoPE.
+    """
+    if (activation := settings.get("hidden_act", "silu")) not in ACT2FN:
+        raise UserError(f"{where}: config.json has hidden_act={activation!r}, which transformers does not know")
+    try:
+        config = MixtralConfig.from_dict(dict(settings))
+        frequencies = MixtralRotaryEmbedding(config).inv_freq
+    except Exception as error:  # each kind of RoPE fails in its own way where a number is missing or zero
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: transformers cannot use config.json ({reason}). Download it again") from error
+    if not frequencies.isfinite().all():
+        raise UserError(f"{where}: config.json has RoPE parameters that give no finite frequencies. Download it again")
+    return config
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:

@@ -6,7 +6,6 @@ the file.
 Legend: R rank.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +17,11 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, one_line
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.safetensors import SafetensorsFile
+from lightning_mixcn.files.schema import NULL, TEXT, each, either, record, whole
 
 from .options import check_stored_options
 
@@ -127,6 +128,20 @@ def _parameter(layer: str, kind: str, stored: set[str], config: LoraConfig) -> s
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_NAMES = either(NULL, TEXT, each(TEXT))
+_STRUCTURE = record(
+    {},
+    {
+        "peft_type": TEXT,
+        "base_model_name_or_path": either(NULL, TEXT),
+        "revision": either(NULL, TEXT),
+        "target_modules": _NAMES,
+        "exclude_modules": _NAMES,
+        "target_parameters": either(NULL, each(TEXT)),
+        "layers_pattern": _NAMES,
+        "layers_to_transform": either(NULL, whole(0, 1024), each(whole(0, 1024))),
+    },
+)
 EMBEDDINGS = ("model.embed_tokens", "lm_head")
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
@@ -267,17 +282,13 @@ class AdapterFile:
 
     def _read_config(self) -> LoraConfig:
         where = f"`adapter={self.name!r}`"
-        try:
-            raw = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            if not isinstance(raw, dict):
-                raise TypeError("it holds no object")
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: {CONFIG_NAME} cannot be read ({error}). Copy it again") from error
-        check_stored_options(raw, where)
+        check_stored_options(read_object(self.folder / CONFIG_NAME, _STRUCTURE, remedy="Copy it again"), where)
         try:
             config = LoraConfig.from_pretrained(str(self.folder))
-        except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{where}: PEFT cannot read its {CONFIG_NAME} ({error}). Copy it again") from error
+        except Exception as error:  # PEFT checks some options, and takes others apart
+            raise UserError(
+                f"{where}: PEFT cannot read its {CONFIG_NAME} ({one_line(error)}). Copy it again"
+            ) from error
         assert isinstance(config, LoraConfig)
         return config
 

@@ -1,6 +1,5 @@
 """Which new pieces go into a tokenizer, and the folder that holds the two together."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import new_folder, write_json
+from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.text import load_tokenizer
 from lightning_mixcn.tokenizer.files import tokenizer_files
 from lightning_mixcn.tokenizer.sentencepiece import special_pieces
@@ -188,10 +188,7 @@ def write_tokenizer(base_folder: Path, base: TokenizerBase, chosen: ChosenPieces
 
 def _configuration(base_folder: Path) -> dict[str, Any]:
     file = base_folder / _CONFIG
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{str(file)!r} is not JSON ({error}). Copy it again") from error
+    settings = read_object(file) if file.is_file() else {}
     if (base_folder / "tokenizer.model").is_file():
         settings = special_pieces(base_folder / "tokenizer.model") | settings
     if settings.get("tokenizer_class") not in _AS_IT_STANDS:

@@ -30,6 +30,7 @@ from typing import (
     Any,
     Literal,
     NamedTuple,
+    NoReturn,
 )
 
 import numpy as np
@@ -412,14 +413,26 @@ class _Reader:
         return segment
 
     def segment(self, number: int, offset: int, length: int) -> RowSegment:
-        """Cut out a segment that was taken before."""
-        return self._cut(self._encode(self._documents.index_of(number, self._plan.seed)), number, offset, length)
+        """Cut out a segment that was taken before. Raises: ValueError if a checkpoint's is not in the document."""
+        document = self._encode(self._documents.index_of(number, self._plan.seed))
+        if not 0 < length <= len(document.tokens) - offset:
+            self._refuse_place(number, offset + length, len(document.tokens))
+        return self._cut(document, number, offset, length)
+
+    def _refuse_place(self, number: int, offset: int, tokens: int) -> NoReturn:
+        raise UserError(
+            f"The checkpoint's position in the data is token {offset:,} of document {number:,} of source "
+            f"{self._documents.name!r}, which has {tokens:,} tokens. Restore the checkpoint from a copy, or go on from "
+            "another one"
+        )
 
     @property
     def _current(self) -> EncodedDocument:
         assert self._index is not None, "exhausted"
         if self._document is None:
             self._document = self._encode(self._index)
+            if self.offset and self.offset >= len(self._document.tokens):  # else nothing would ever come of it
+                self._refuse_place(self.number, self.offset, len(self._document.tokens))
         return self._document
 
     def _count_read(self, tokens: int, of_document: int) -> None:

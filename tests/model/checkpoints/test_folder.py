@@ -219,11 +219,11 @@ def test_index_naming_a_missing_tensor(folder: Path) -> None:
 
 def test_index_without_weight_map(folder: Path) -> None:
     rewrite_index(folder, {})
-    with pytest.raises(ValueError, match="has no `weight_map`"):
+    with pytest.raises(ValueError, match=r"index\.json': weight_map is missing"):
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a\0b"])
 def test_index_reaching_outside_of_its_folder(folder: Path, name: object) -> None:
     rewrite_index(folder, {"weight_map": {"w1": name}})
     with pytest.raises(ValueError, match="expected a file beside it"):
