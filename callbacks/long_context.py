@@ -1,7 +1,5 @@
 """Watch whether the model still reads long documents, while it trains."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from lightning_mixcn.studies.long_context.likelihood import (
     longest_documents,
 )
 from lightning_mixcn.studies.long_context.retrieval import RETRIEVAL_TASKS, check_room, evaluate_retrieval
+from lightning_mixcn.studies.tables import csv_text
 from lightning_mixcn.text import (
     DocumentSet,
     Source,
@@ -93,11 +92,7 @@ class LongContextReport:
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, text.getvalue())
+        write_text(path, csv_text(rows))
 
 
 def _retrieval_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:

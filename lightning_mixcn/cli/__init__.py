@@ -3,11 +3,14 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.masking import mask_secrets, visible
 
 _OF_THE_TRAINER = ("fit", "validate", "test", "predict")
 _COMPLETION = "--print_completion"
@@ -53,6 +56,7 @@ def _run(arguments: list[str]) -> None:
     # A `class_path` may name a module in the folder one works in; last, so that it hides nothing.
     sys.path.append(os.getcwd())
     _show_log()
+    sys.excepthook = _show_traceback
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if arguments[0] in COMMANDS and arguments[0] not in _OF_THE_TRAINER:
@@ -70,7 +74,12 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        print(self.format(record), file=sys.stderr)
+        print(mask_secrets(visible(self.format(record))), file=sys.stderr)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as Python does, but for what is secret in its messages: it ends in somebody's issue."""
+    print(mask_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _show_log() -> None:
@@ -99,7 +108,7 @@ def _help() -> str:
 
 
 def _report(message: str, code: int = 2) -> int:
-    print(f"mixcn: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"mixcn: error: {mask_secrets(visible(' '.join(message.split())))}", file=sys.stderr)
     return code
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.masking import mask_secrets, visible
 from lightning_mixcn.model import MixtralPeftModel
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.inference.generation import PrefixCache, prepare_for_generation, stream_tokens
@@ -250,8 +251,8 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text), end="", flush=True)
 
 
 def _say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(mask_secrets(visible(text)), end=end, file=sys.stderr, flush=True)

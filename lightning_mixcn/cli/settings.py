@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.masking import MASK, without_secrets
 from lightning_mixcn.model.vocabulary import tokenizer_for
 from lightning_mixcn.modules.state import adapter_folder
 
@@ -57,6 +58,36 @@ def expand_home(settings: Any) -> None:
             expand_home(value)
         elif isinstance(value, str) and value.startswith("~") and not isinstance(settings, list):
             settings[key] = os.path.expanduser(value)
+
+
+def mask_settings(settings: Any) -> None:
+    """Mask what is secret in a configuration, in place: what a run writes of it is copied and shown."""
+    for place, key, value in _leaves(settings):
+        place[key] = without_secrets({key: value})[key]
+
+
+def refuse_masks(settings: Any) -> None:
+    """Refuse a configuration that a run wrote without its secrets.
+
+    Raises:
+        ValueError: names the key whose value is masked.
+    """
+    for _, key, value in _leaves(settings):
+        if isinstance(value, str) and MASK in value:
+            raise UserError(
+                f"`{key}={value!r}` is masked: configurations that a run writes hold no secrets. Give the whole value "
+                "again, in a configuration of your own or by an option after this one, or keep it in the environment"
+            )
+
+
+def _leaves(settings: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the mapping or list that holds a plain value, its key there, and the value."""
+    mapping = vars(settings) if isinstance(settings, Namespace) else settings
+    for key, value in list(enumerate(settings) if isinstance(settings, list) else mapping.items()):
+        if isinstance(value, Namespace | dict | list):
+            yield from _leaves(value)
+        else:
+            yield settings, key, value
 
 
 def input_paths(settings: Any) -> Iterator[tuple[str, str]]:

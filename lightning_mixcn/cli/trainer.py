@@ -56,6 +56,8 @@ from .settings import (
     fetch_tokenizer,
     forget_tokenizer,
     input_paths,
+    mask_settings,
+    refuse_masks,
     settle_epochs,
     settle_tokenizer,
 )
@@ -106,7 +108,9 @@ class RunConfig(SaveConfigCallback):
         for option in ("plan", "overwrite"):  # which are not the run's, and other subcommands do not know
             self.config.pop(option, None)
         forget_tokenizer(self.config)
-        text = self.parser.dump(self.config, skip_none=False)
+        shown = self.config.clone()
+        mask_settings(shown)
+        text = self.parser.dump(shown, skip_none=False)
         command = trainer.state.fn.value if trainer.state.fn else stage
         name = CONFIG if command == "fit" else f"config.{command}.yaml"
         write_text(Path(trainer.default_root_dir, name), text)
@@ -195,6 +199,7 @@ class MixcnCLI(LightningCLI):
             configs = settings.get("config") or []
             name = Path(str(configs[0])).stem if configs else "default"
             settings.trainer.default_root_dir = str(Path("runs", name))
+        refuse_masks(settings)
         expand_home(settings)
         self._settle_folder(settings)
         settle_epochs(settings)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from lightning_mixcn.masking import mask_secrets
+
 # ``ru_maxrss`` is in kibibytes on Linux and in bytes on macOS (getrusage(2) of both).
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -103,6 +105,7 @@ def run(
     Raises:
         CommandFailed: the exit code is not 0.
     """
+    shown = mask_secrets(shown)
     print(f"$ {shown}", flush=True)
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_mixcn.errors import ExistingFileError
 from lightning_mixcn.files.atomic import check_output, new_file, unfinished_path, write_json
+from lightning_mixcn.masking import without_secrets
 
 Arrays = dict[str, NDArray[Any]]
 _SETTINGS = "settings.json"
@@ -33,10 +34,10 @@ class StudyParts:
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         """Open the parts of the same study; of a new one nothing is written yet."""
         check_output(out)
-        self.folder, self._settings = unfinished_path(out), settings
+        self.folder, self._settings = unfinished_path(out), without_secrets(settings)
         file = self.folder / _SETTINGS
         if file.is_file():
-            check_settings(json.loads(file.read_text(encoding="utf-8")), settings, self.folder)
+            check_settings(json.loads(file.read_text(encoding="utf-8")), self._settings, self.folder)
 
     def __contains__(self, name: str) -> bool:
         """Tell whether a part is finished."""

@@ -9,6 +9,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+# Text that begins so, spreadsheets take for a formula: wide forms in Chinese and Japanese editions, and after blanks
+# and characters without a width, which some of them leave out.
+FORMULA_STARTS = "=+-@|;；＝＋－＠﹦﹢﹣﹫ \t\n\r\xa0\u3000\u200b\u200c\u200d\u2060\ufeff"
+
 
 def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as CSV with the keys of the first one as columns; a number that there is not is an empty field.
@@ -18,12 +22,21 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """
     lines, text = list(rows), io.StringIO()
     if lines:
-        writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            missing = {key: "" for key, value in line.items() if isinstance(value, float) and math.isnan(value)}
-            writer.writerow({**line, **missing})
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(_cell, lines[0]))
+        writer.writerows([_cell(line[key]) for key in lines[0]] for line in lines)
     return text.getvalue()
+
+
+def harmless_cell(text: str) -> str:
+    """Put an apostrophe before a text that a spreadsheet would run as a formula, blanks before it or not."""
+    return f"'{text}" if text[:1] and text[0] in FORMULA_STARTS else text
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return ""
+    return harmless_cell(value) if isinstance(value, str) else value
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

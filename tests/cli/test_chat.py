@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 import lightning_mixcn.cli.conversation
 from lightning_mixcn.cli import main
+from lightning_mixcn.masking import visible
 from lightning_mixcn.model import (
     MixtralPeftModel,
     find_model,
@@ -98,7 +99,7 @@ def stock(base: Path) -> Any:
 
 
 def printed(answers: list[str]) -> str:
-    return "".join(f"{answer.rstrip(chr(10))}\n" for answer in answers)
+    return "".join(f"{visible(answer).rstrip(chr(10))}\n" for answer in answers)
 
 
 def test_a_piped_conversation(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +145,7 @@ def test_reset_and_system(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     ):
         ids = load_template(None, tokenizer).encode_prompt(turns, tokenizer)
         generated = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
-        assert f"{tokenizer.decode(generated[0, len(ids) :].tolist()).lstrip()}\n" in output.out
+        assert f"{visible(tokenizer.decode(generated[0, len(ids) :].tolist()).lstrip())}\n" in output.out
     said = [line.removeprefix("> ") for line in output.err.splitlines()]
     assert [line for line in said[1:] if line and "tokens/s" not in line] == [
         "The conversation is forgotten.",
@@ -236,6 +237,16 @@ def test_newlines_at_an_answers_end_are_not_printed(
     pipe(monkeypatch, "x", "y")
     assert main(["chat", str(base), *GREEDY]) == 0
     assert capsys.readouterr().out == "a\n\nb\n" * 2  # nor are blanks before it
+
+
+def test_a_model_does_not_command_the_terminal(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ids,) = load_tokenizer(base).encode_batch(["\x1b]0;x\x07a\x1b[2J\tb"])
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", lambda *args, **kwargs: iter(ids))
+    pipe(monkeypatch, "x")
+    assert main(["chat", str(base), *GREEDY]) == 0
+    assert capsys.readouterr().out == "�]0;x�a�[2J\tb\n"
 
 
 def test_a_person_at_a_terminal(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -401,6 +402,26 @@ def test_home_is_expanded_in_lists_of_paths(config: dict[str, Any], tmp_path: Pa
     assert run(config) == 0
     (source,) = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]["sources"]
     assert source["path"] == [str(home / "zh.jsonl"), str(home / "en.jsonl")]
+
+
+def test_a_run_keeps_no_secret(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    url = "memory://user:Secret.1@host/zh.jsonl"
+    with fsspec.open(url, "wb") as opened:
+        opened.write(Path("zh.jsonl").read_bytes())
+    config["data"]["init_args"]["sources"][0]["path"] = url
+    assert run(config) == 0
+    assert run(config, "fit", "--ckpt_path=last") == 0
+    found = [path for path in Path("runs").rglob("*") if path.is_file() and b"Secret.1" in path.read_bytes()]
+    assert found == []
+    (masked, _) = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]["sources"]
+    assert masked["path"] == "memory://<masked>@host/zh.jsonl"
+    capsys.readouterr()
+    assert main(["fit", "--config", "runs/tiny/config.yaml", "--ckpt_path=last"]) == 2
+    shown = capsys.readouterr().err
+    assert (
+        "mixcn: error: `path='memory://<masked>@host/zh.jsonl'` is masked: configurations that a run writes hold"
+        in shown
+    )
 
 
 def test_only_a_tokenizer_that_was_derived_is_left_out() -> None:

@@ -1,10 +1,13 @@
 """Tables of studies: what is no number is empty, columns line up."""
 
 import csv
+import io
 import math
 from pathlib import Path
 
-from lightning_mixcn.studies.tables import aligned, markdown_table, write_csv
+import pytest
+
+from lightning_mixcn.studies.tables import aligned, csv_text, markdown_table, write_csv
 
 
 def test_what_is_no_number_is_empty(tmp_path: Path) -> None:
@@ -36,3 +39,25 @@ def test_a_markdown_table_keeps_its_figures_as_they_are_written() -> None:
         "| a     |    1,000 |",
         "| long  |     0.10 |",
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(1)",
+        "|calc",
+        " =1",
+        "\t=1",
+        "\xa0=1",
+        "\u3000=1",
+        "\ufeff=1",
+        "\u200b=1",
+        "；=1",
+    ],
+)
+def test_no_cell_is_a_formula(text: str) -> None:
+    rows = list(csv.reader(io.StringIO(csv_text([{text: text, "x": -0.5}]))))
+    assert rows == [[f"'{text}", "x"], [f"'{text}", "-0.5"]]

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.masking import without_secrets
 from lightning_mixcn.text import ConversationSource, Source, parse_sources
 from lightning_mixcn.text.corpus.listings import LeftOut, list_files, walk_files
 from lightning_mixcn.text.corpus.reading import is_url
@@ -140,8 +142,15 @@ def check_inputs(config: Mapping[str, Any], prepared: Path) -> None:
 
     Raises:
         FileNotFoundError: something is not there.
-        ValueError: a source's files cannot be read.
+        ValueError: a source's files cannot be read, or a value is secret, which the runs' configurations would keep.
     """
+    for part in _SHARED_KEYS:
+        if part in config and without_secrets(config[part]) != config[part]:
+            raise UserError(
+                f"`{part}` of the recipe's configuration holds a secret, such as a password in a URL, which a study "
+                "would write down for each run. Keep it where the driver looks for it, e.g. in the environment, or "
+                "download the text first"
+            )
     for name, path in _model_paths(config):
         if name == "adapter" and Path(path).exists():  # a run's folder, which holds it
             continue

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.studies.tables import FORMULA_STARTS, harmless_cell
 
 
 class Item(NamedTuple):
@@ -65,8 +66,6 @@ def _digest(*what: int | str) -> bytes:
 COLUMNS = ("item", "question", "left", "right", "verdict")
 # What a judge may write, and what it means.
 VERDICTS = {"left": "left", "right": "right", "tie": "tie", "左": "left", "右": "right", "平": "tie"}
-# Text that begins so, spreadsheets take for a formula; the wide forms in Chinese and Japanese editions.
-FORMULA_STARTS = "=+-@＝＋－＠\t\n"
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # Of one cell, more than any answer has.
@@ -117,7 +116,7 @@ def sheet_csv(rows: Iterable[SheetRow]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    writer.writerows([*map(_harmless, row), ""] for row in rows)
+    writer.writerows([*map(harmless_cell, row), ""] for row in rows)
     return text.getvalue().encode("utf-8-sig")
 
 
@@ -156,10 +155,6 @@ def read_sheet(path: str | Path) -> list[Verdict]:
             raise UserError(f"the sheet {str(path)!r} rows {found[item].row} and {row} are both of item {item!r}")
         found[item] = Verdict(row, item, _meaning(values[verdict_column], str(path), row))
     return list(found.values())
-
-
-def _harmless(cell: str) -> str:
-    return f"'{cell}" if cell[:1] and cell[0] in FORMULA_STARTS else cell
 
 
 def _cells(text: str, path: str) -> list[list[str]]:

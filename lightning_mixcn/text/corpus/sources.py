@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.masking import MASK
 from lightning_mixcn.text.chat.records import OBEYED_KEYS, RecordFormat
 from lightning_mixcn.text.chat.turns import ROLES
 
@@ -179,6 +180,8 @@ def _check(source: AnySource, place: str) -> None:
     named = isinstance(name, str) and bool(name) and "/" not in name
     paths = [path] if isinstance(path, str) else path
     located = isinstance(paths, list) and bool(paths) and all(isinstance(part, str) and part for part in paths)
+    if MASK in str(path):
+        raise UserError(f"`{place}.path={path!r}` is masked, as a run wrote it. Give the whole URL again")
     weighted = isinstance(weight, (int, float)) and 0 < weight < math.inf
     expectations = {
         "name": (named, "a name without a slash (it is part of TensorBoard tags)"),

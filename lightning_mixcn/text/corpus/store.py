@@ -31,6 +31,7 @@ import numpy as np
 import xxhash
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.masking import mask_secrets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,7 +109,7 @@ class RecordTally:
         """Count a bad record, and keep the error of the first few."""
         self.bad_records += 1
         if len(self.bad_places) < NAMED_PLACES:
-            self.bad_places.append(str(error)[:_PLACE_CHARACTERS])
+            self.bad_places.append(mask_secrets(str(error))[:_PLACE_CHARACTERS])
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class TextStore:
 
     Args:
         folder: Folder of the store.
-        file: File or URL that was unpacked.
+        file: File or URL that was unpacked, without its secrets.
         counts: Counts of its contents.
     """
 

@@ -26,6 +26,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.masking import without_secrets
 
 from .formats import iterate_documents, refuse
 from .listings import LeftOut, list_files
@@ -296,7 +297,7 @@ def unpack(file: SourceFile, on_bad_record: BadRecordPolicy, on_read: OnRead = i
                 _publish(scratch, folder, made_from)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return TextStore(str(folder), file.path, counts)
+    return TextStore(str(folder), without_secrets(file.path), counts)
 
 
 def _remove_left(folder: Path) -> None:
@@ -351,11 +352,11 @@ def _find(folder: Path, file: SourceFile, made_from: dict[str, Any]) -> TextStor
     if _is_first_on_machine() and not is_intact(folder):
         _logger.warning("The unpacked texts of `%s` were altered in `%s`: they are unpacked again", file.path, folder)
         return None
-    return TextStore(str(folder), file.path, there[1])
+    return TextStore(str(folder), without_secrets(file.path), there[1])
 
 
 def _made_from(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:
-    return {"version": VERSION, **_setting(file, on_bad_record), "identity": identify(file.path)}
+    return {"version": VERSION, **without_secrets(_setting(file, on_bad_record)), "identity": identify(file.path)}
 
 
 def _settled(file: SourceFile, on_bad_record: BadRecordPolicy) -> dict[str, Any]:

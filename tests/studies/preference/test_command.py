@@ -10,6 +10,7 @@ import pytest
 from lightning_mixcn.cli import main
 from lightning_mixcn.studies.parts import StudyParts
 from lightning_mixcn.studies.preference.sheet import printable
+from lightning_mixcn.studies.tables import FORMULA_STARTS
 from lightning_mixcn.testing import save_tiny_mixtral
 
 QUESTIONS = "你好？\n=1+1 <b>\nOnce upon a time\nWho are you?\n"
@@ -68,7 +69,7 @@ def test_sheet_and_key_and_score(
         assert row["question"] == ("'" + question if question.startswith("=") else question)
         for side in ("left", "right"):
             text = printable(answers[models[item[side]], question])
-            assert row[side] == (f"'{text}" if text.startswith(tuple("=+-@")) else text)
+            assert row[side] == (f"'{text}" if text.startswith(tuple(FORMULA_STARTS)) else text)
     for blind in ("sheet.csv", "sheet.html"):
         content = (out / blind).read_text(encoding="utf-8")
         assert not [name for name in models if name in content]

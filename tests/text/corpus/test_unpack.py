@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
+import fsspec
 import pytest
 import xxhash
 
@@ -138,6 +139,18 @@ def test_store_that_was_altered_is_made_again(
     ]
     assert unpack(file, "error") == store
     assert find_store(file, "error") == store
+
+
+def test_a_secret_of_an_url_is_not_kept(cache: Path) -> None:
+    url = "memory://user:Secret.1@host/x.jsonl"
+    with fsspec.open(url, "w") as opened:
+        opened.write(LINES + "{\n")
+    store = unpack(SourceFile(url, "jsonl", "text", "file"), "skip")
+    assert store.file == "memory://<masked>@host/x.jsonl"
+    assert store.counts.bad_places[0].startswith("`memory://<masked>@host/x.jsonl` line 51 is not JSON")
+    (folder,) = folders(cache)
+    assert not [path for path in folder.iterdir() if b"Secret.1" in path.read_bytes()]
+    assert find_store(SourceFile(url, "jsonl", "text", "file"), "skip") == store
 
 
 def test_contents_are_compared_once(file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
