@@ -17,16 +17,17 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import MAPPING, expect, record
 from lightning_mixcn.metrics import Likelihood
+from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
 from lightning_mixcn.model.export.card import CARD_NAME, Training, adapter_card
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.checkpoint_schema import require_state
 from lightning_mixcn.text import TextTokenizer, load_tokenizer, portable_source
-from lightning_mixcn.tokenizer.files import GENERATION_FILE, read_generation, tokenizer_files
+from lightning_mixcn.tokenizer.files import GENERATION_FILE, TOKENIZER_FILES, read_generation, tokenizer_files
 from lightning_mixcn.tokenizer.pieces import has_tokenizer
 from lightning_mixcn.tokenizer.sentencepiece import PROBES
 
-from .host import causal_lm
+from .host import causal_lm, plain_name
 
 _TEMPLATE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"
@@ -160,6 +161,17 @@ def _read_json(file: Path) -> dict[str, Any]:
 _CONFIG = "config.yaml"
 # Before the first validation the best value is infinite.
 _STATE = record({"measured": MAPPING, "best": expect("a number", lambda value: isinstance(value, int | float))})
+ADAPTER_CONFIG = "adapter_config.json"
+# By which an adapter's folder is known, and what else is written there.
+ADAPTER_FILES = (
+    ADAPTER_CONFIG,
+    "adapter_model.*",
+    IDENTITY_FILE,
+    CARD_NAME,
+    _CONFIG,
+    GENERATION_FILE,
+    *TOKENIZER_FILES,
+)
 
 
 class AdapterCheckpoint(Callback):
@@ -188,7 +200,8 @@ class AdapterCheckpoint(Callback):
     ) -> None:
         if mode not in ("min", "max"):
             raise UserError(f"`mode={mode!r}`: expected min or max")
-        self.folder = folder
+        self.folder = plain_name("folder", folder)
+        self.run_files = (folder, f"{folder}_best")
         self.monitor = monitor
         self.languages = languages
         self._mode, self._sign = mode, 1 if mode == "min" else -1
@@ -272,7 +285,7 @@ class AdapterCheckpoint(Callback):
             model.save_pretrained("", is_main_process=False)
             return
         root = Path(trainer.default_root_dir)
-        with new_folder(root / name, replace=True) as folder:
+        with new_folder(root / name, replace=ADAPTER_FILES) as folder:
             model.save_pretrained(str(folder))
             config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
             for file in config:

@@ -41,6 +41,8 @@ class BenchmarkEval(Callback):
         data_dir: Folder with the data, as `mixcn evaluate` takes it; null takes it from the hub.
     """
 
+    run_files = ("benchmarks.jsonl",)
+
     def __init__(
         self,
         tasks: list[str],

@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -13,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import remove_leftovers, replace_link, unfinished_path
+from lightning_mixcn.files.atomic import owned, remove_leftovers, replace_link, unfinished_path
 from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
+CHECKPOINT_FILES = r"(?:step=\d+|last)\.ckpt(?:\.sha256)?"
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -37,6 +39,10 @@ class StepCheckpoint(ModelCheckpoint):
             raise UserError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between checkpoints")
         if keep < 1:
             raise UserError(f"`keep={keep}`: expected at least 1 checkpoint to keep")
+        if dirpath is not None and (Path(dirpath.strip()).name in ("", "..") or not dirpath.isprintable()):
+            raise UserError(
+                f"`dirpath={dirpath!r}`: expected a folder for checkpoints, or null for the run's checkpoints/"
+            )
         super().__init__(
             dirpath=dirpath,
             filename="step={step:08d}",
@@ -73,6 +79,8 @@ class StepCheckpoint(ModelCheckpoint):
         """
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
+        if trainer.is_global_zero and trainer.global_step > 0 and self.dirpath is not None:
+            remove_leftovers(Path(self.dirpath), CHECKPOINT_FILES)
         if trainer.global_step > 0:
             self._adopt(trainer)
 
@@ -133,15 +141,17 @@ class StepCheckpoint(ModelCheckpoint):
         path = Path(filepath)
         last = path.with_name(f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         if trainer.is_global_zero:
-            remove_leftovers(path.parent)
+            remove_leftovers(path.parent, CHECKPOINT_FILES)
             _point_elsewhere(last, path)
         trainer.strategy.barrier()
-        self._summing = True
-        trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
-        self._summing = False
-        publish(unfinished_path(path), path)
-        # Before ModelCheckpoint removes the oldest, which may be what it points to.
-        self._link_checkpoint(trainer, filepath, str(last))
+        # Other callbacks write while the state is collected: a run that is killed then was writing a checkpoint.
+        with owned(path) if trainer.is_global_zero else nullcontext():
+            self._summing = True
+            trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
+            self._summing = False
+            publish(unfinished_path(path), path)
+            # Before ModelCheckpoint removes the oldest, which may be what it points to.
+            self._link_checkpoint(trainer, filepath, str(last))
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         while self._outdated:
@@ -162,6 +172,13 @@ class StepCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
 
+def restore_last(folder: Path) -> None:
+    """Make the newest checkpoint of a folder the last one where a process was killed between the two."""
+    found, last = sorted(folder.glob("step=*.ckpt")), folder / "last.ckpt"
+    if found and not last.exists() and any(folder.glob(".step=*.ckpt.lock")):
+        replace_link(last, found[-1])
+
+
 def _point_elsewhere(link: Path, path: Path) -> None:
     """Have a link point to another checkpoint before a folder is replaced, which takes two steps."""
     if path.is_dir() and link.is_symlink() and link.resolve() == path.resolve():
@@ -170,17 +187,17 @@ def _point_elsewhere(link: Path, path: Path) -> None:
             replace_link(link, others[-1])
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class PreemptionCheckpoint(Callback):
-    """Ends `fit` on SIGTERM or SIGUSR1 as if it were done: saves through StepCheckpoint, and the process exits with 0.
+    """Ends `fit` on SIGTERM, SIGUSR1 or SIGHUP as if it were done: saves by StepCheckpoint, and exits with 0.
 
     The step that runs is finished first, with all its micro-batches, on all ranks; one of them has to get the signal. A
     validation that would follow is left out, one that runs is finished, since half of it would log wrong numbers: have
     the scheduler give notice that is longer than a step or a validation (SLURM: ``--signal=USR1@300``), or shorten the
     latter (``trainer.limit_val_batches``). More signals change nothing. Before training, and in other subcommands, a
-    signal ends the process as ever.
+    signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -235,7 +252,8 @@ class PreemptionCheckpoint(Callback):
         self._received = 0
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                signal.signal(number, self._receive)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it for SIGHUP
+                    signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         self._received = number

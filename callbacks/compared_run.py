@@ -42,6 +42,8 @@ class RunFacts(Callback):
     by source. A resumed run goes on counting.
     """
 
+    run_files = (FACTS_FILE,)
+
     def __init__(self) -> None:
         self._before: dict[str, Any] = dict.fromkeys(_STATE, 0)  # in the processes before this one, of all ranks
         self._validations: list[dict[str, Any]] = []

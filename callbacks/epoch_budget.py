@@ -26,6 +26,8 @@ class EpochBudget(Callback):
     never ends stays as it is, and so does one of ``trainer.fast_dev_run``.
     """
 
+    run_files = (EPOCHS_FILE,)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the steps, before the optimizer and its schedule are made.
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.files.atomic import new_file, write_text
 from lightning_mixcn.studies.long_context.likelihood import (
     DocumentRow,
     LengthLikelihood,
@@ -86,7 +86,8 @@ class LongContextReport:
             _write_csv(self.folder / "retrieval.csv", _retrieval_rows(self.evaluations))
             figures["retrieval"] = retrieval_figure(evaluation["retrieval"], evaluation["step"])
         for name, figure in figures.items():
-            figure.savefig(self.folder / f"{name}.png")
+            with new_file(self.folder / f"{name}.png", replace=True) as unfinished:
+                figure.savefig(unfinished)
         return figures
 
 
@@ -195,6 +196,8 @@ class LongContextEval(Callback):
         retrieval_prompts: Prompts of each task, length and depth, with other facts.
         seed: Seed of those facts; the random numbers of training are left alone.
     """
+
+    run_files = ("long_context",)
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from lightning_mixcn.modules.checks import source_names
 from .adapter_checkpoint import AdapterCheckpoint
 from .clocks import step_clock
 from .data_monitor import DataMonitor
-from .host import causal_lm
+from .host import causal_lm, plain_name
 
 _TRAIN = "train/nll_nats_per_token"
 
@@ -125,6 +125,8 @@ class EvaluationReport(Callback):
     Validation inside `fit` goes to TensorBoard and is not written here.
     """
 
+    run_files = ("validate.json", "test.json")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse another kind of module."""
         causal_lm(self, pl_module)
@@ -175,7 +177,8 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, filename: str = "predictions.jsonl") -> None:
-        self.filename = filename
+        self.filename = plain_name("filename", filename, ["predictions.jsonl"])
+        self.run_files = (filename,)
         self._sums: _Sums = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

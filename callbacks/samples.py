@@ -15,7 +15,7 @@ from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 
-from .host import causal_lm
+from .host import causal_lm, plain_name
 
 
 class PeriodicSampling(Callback):
@@ -52,7 +52,8 @@ class PeriodicSampling(Callback):
         self.temperature = temperature
         self.repetition_penalty = repetition_penalty
         self.seed = seed
-        self._file = file
+        self._file = plain_name("file", file, ["samples.jsonl", "answers.jsonl"])
+        self.run_files = (file,)
         self._sampled_at: int | None = None
 
     def sample(self, trainer: Trainer, module: CausalLMModule) -> None:

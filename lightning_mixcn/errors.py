@@ -19,6 +19,10 @@ class ExistingFileError(UserError, FileExistsError):
     """Report an output that would replace something."""
 
 
+class InUseError(UserError):
+    """Report an output that another process is writing."""
+
+
 class NotAFolderError(UserError, NotADirectoryError):
     """Report a file where a folder is expected."""
 

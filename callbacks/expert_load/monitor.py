@@ -46,6 +46,8 @@ class ExpertLoadMonitor(Callback):
         starving_steps: Optimizer steps after which a starving expert is warned of.
     """
 
+    run_files = ("experts.csv",)
+
     def __init__(
         self,
         every_n_steps: int = 10,

@@ -2,15 +2,21 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import TracebackType
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import owned
 from lightning_mixcn.masking import mask_secrets, visible
+
+from .signals import Signalled, signals_raised
 
 _OF_THE_TRAINER = ("fit", "validate", "test", "predict")
 _COMPLETION = "--print_completion"
@@ -24,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process where it is ``None``.
 
     Returns:
-        Exit code: 0, or 2 where what the user gave cannot be used and 1 where a loader worker was lost, which one line
-        on stderr explains.
+        Exit code: 0, or 2 where what the user gave cannot be used, 1 where a loader worker was lost, and 128 + N where
+        signal N ended the command, which one line on stderr explains.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -39,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS and not arguments[0].startswith(_COMPLETION):
         return _report(f"unknown subcommand {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}; see mixcn --help")
     try:
-        _run(arguments)
+        with signals_raised():
+            _run(arguments)
+    except (KeyboardInterrupt, Signalled) as stop:
+        number = stop.number if isinstance(stop, Signalled) else signal.SIGINT
+        return _report(f"{signal.Signals(number).name} ended the command. Nothing half written is left", 128 + number)
     except Exception as error:
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
             raise
@@ -60,13 +70,23 @@ def _run(arguments: list[str]) -> None:
     # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if arguments[0] in COMMANDS and arguments[0] not in _OF_THE_TRAINER:
-        from lightning_mixcn.commands.functions import run_function
+        from lightning_mixcn.commands.functions import parse_function
 
-        run_function(arguments[0], arguments[1:])
+        function, given = parse_function(arguments[0], arguments[1:])
+        with _owned_output(given.get("out")):
+            function(**given)
     else:
         from .trainer import run_trainer
 
         run_trainer(arguments)
+
+
+def _owned_output(out: str | None) -> AbstractContextManager[None]:
+    """Keep a second process from working on the same output; of a launcher's processes, only the first one writes."""
+    place = None if out is None else Path(out).expanduser().resolve()
+    if place is None or not place.name or os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    return owned(place)
 
 
 class _StderrHandler(logging.Handler):

@@ -1,22 +1,37 @@
 """The folder of a run: which files in it a run writes, and what keeps a second run from replacing them."""
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from glob import has_magic
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_mixcn.callbacks.adapter_checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, AdapterCheckpoint
+from lightning_mixcn.callbacks.checkpoints import restore_last
 from lightning_mixcn.callbacks.epoch_budget import EPOCHS_FILE
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import InUseError, UserError
+from lightning_mixcn.files.atomic import (
+    check_replaceable,
+    owned,
+    partial_path,
+    remove_leftovers,
+    remove_path,
+    scratch_folder,
+)
+from lightning_mixcn.files.lock import lock_path
 from lightning_mixcn.text.corpus.listings import LeftOut, match_glob
 from lightning_mixcn.text.corpus.reading import LOCAL, is_url
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-ADAPTER_CONFIG = "adapter_config.json"
+TENSORBOARD = "tensorboard"
+LONG_CONTEXT = "long_context"
+_SCRATCH = "fast_dev_run"
 _KEYWORDS = ("last", "best", "hpc")
 # How often torchrun and SLURM have started this job again.
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -38,9 +53,9 @@ _CONTENT = {
         "experts.csv",
         "facts.json",
     ),
-    CHECKPOINTS: ("*.ckpt", "*.ckpt.sha256", ".*.ckpt.unfinished", ".*.ckpt.outdated"),
-    "tensorboard": ("events.out.tfevents.*", "hparams.yaml"),
-    "long_context": ("*.csv", "*.png", "*.json"),
+    CHECKPOINTS: ("*.ckpt", "*.ckpt.sha256", ".*.ckpt.unfinished", ".*.ckpt.outdated", ".*.ckpt.removed"),
+    TENSORBOARD: ("events.out.tfevents.*", "hparams.yaml"),
+    LONG_CONTEXT: ("*.csv", "*.png", "*.json"),
 }
 
 
@@ -89,15 +104,39 @@ def _check_last(root: Path, checkpoint_folders: list[str]) -> None:
     folders = [str(root / CHECKPOINTS), *checkpoint_folders]
     if any("://" in folder for folder in folders) or not (root / "adapter" / ADAPTER_CONFIG).is_file():
         return
-    # A link whose checkpoint was deleted is listed by `glob`, but does not exist.
-    found = [path for folder in folders for path in Path(folder).glob("last*.ckpt") if path.exists()]
-    unfinished = [path for folder in folders for path in Path(folder).glob(".*.ckpt.unfinished")]
-    if not (found or unfinished or any(root.glob("hpc_ckpt_*.ckpt"))):
+    if not (_checkpoints(root, folders, "last*.ckpt") or _was_writing(folders)):
         raise UserError(
             f"`--ckpt_path last`: {str(root)!r} holds an adapter, but there is no last checkpoint in "
             f"{', '.join(folders)}, so training would begin from scratch and replace the adapter. Give a checkpoint by "
             "its path, choose another folder by `--trainer.default_root_dir`, or replace the run by `--overwrite`"
         )
+
+
+def was_killed_early(root: Path, checkpoint_folders: list[str]) -> bool:
+    """Tell whether a run was killed before it had a checkpoint, so that it can only begin again.
+
+    Its lock's file is still there then. (That of a run that goes on is, too: `running` refuses a second one.)
+
+    Args:
+        root: The run's folder.
+        checkpoint_folders: Further folders that the run keeps checkpoints in.
+    """
+    folders = [str(root / CHECKPOINTS), *checkpoint_folders]
+    if not lock_path(root / "fit").exists() or any("://" in folder for folder in folders):
+        return False
+    has_adapter = any((root / name / ADAPTER_CONFIG).is_file() for name in ("adapter", "adapter_best"))
+    return not _checkpoints(root, folders, "[!.]*.ckpt") and (not has_adapter or _was_writing(folders))
+
+
+def _checkpoints(root: Path, folders: list[str], names: str) -> list[Path]:
+    """List checkpoints; a link whose checkpoint was deleted is listed by `glob`, but does not exist."""
+    found = [path for folder in folders for path in Path(folder).glob(names) if path.exists()]
+    return found + list(root.glob("hpc_ckpt_*.ckpt"))
+
+
+def _was_writing(folders: list[str]) -> bool:
+    """Tell whether a process was killed while it wrote a checkpoint."""
+    return any(any(Path(folder).glob(f".*.ckpt.{kind}")) for folder in folders for kind in ("unfinished", "lock"))
 
 
 def check_overwrite(root: Path, checkpoint: str | None) -> None:
@@ -124,6 +163,103 @@ def check_overwrite(root: Path, checkpoint: str | None) -> None:
                 f"{str(root)!r}. Give `--ckpt_path last` in place of `--overwrite`: without a checkpoint it begins "
                 "from scratch"
             )
+
+
+def check_outputs(root: Path, callbacks: Sequence[Callback], *, trains: bool) -> None:
+    """Refuse callbacks that would write what another one writes, or over something that no run has written.
+
+    Args:
+        root: The run's folder.
+        callbacks: Callbacks of the run; the names of what one writes there are its `run_files`.
+        trains: Whether checkpoints and adapters are written, too.
+
+    Raises:
+        ValueError: names the callbacks, or the argument.
+    """
+    writers: dict[str, object] = {TENSORBOARD: "the logger", CHECKPOINTS: "a checkpoint"}
+    for callback in callbacks:
+        for name in getattr(callback, "run_files", ()):
+            other = writers.setdefault(name.casefold(), callback)
+            if other is not callback:
+                raise UserError(
+                    f"`trainer.callbacks`: {type(callback).__name__} writes {name!r} into the run's folder, and so "
+                    f"does {other if isinstance(other, str) else type(other).__name__}. Leave one out, or rename its "
+                    "output"
+                )
+    for callback in callbacks if trains else ():
+        if isinstance(callback, AdapterCheckpoint):
+            for name in callback.run_files:
+                check_replaceable(root / name, ADAPTER_FILES)
+        if isinstance(callback, ModelCheckpoint):
+            _check_checkpoints(root, callback, callbacks)
+
+
+def _check_checkpoints(root: Path, callback: ModelCheckpoint, callbacks: Sequence[Callback]) -> None:
+    """Refuse to keep checkpoints in a folder that is something else's."""
+    given = str(callback.dirpath)
+    if "://" in given:
+        return
+    place = Path(given).resolve()
+    for other in callbacks:
+        if type(other) is type(callback) and other is not callback and Path(str(other.dirpath)).resolve() == place:
+            raise UserError(f"`dirpath={given!r}`: two {type(callback).__name__} keep checkpoints there. Leave one out")
+    for name in (TENSORBOARD, *(name for other in callbacks for name in getattr(other, "run_files", ()))):
+        if place.is_relative_to((root / name).resolve()):
+            raise UserError(f"`dirpath={given!r}` is in {name!r}, another output of the run. Choose another folder")
+    if place.exists() and not place.is_dir():
+        raise UserError(f"`dirpath={given!r}` is a file, expected a folder for checkpoints. Choose another")
+
+
+def scratch_path(root: Path) -> Path:
+    """Return the hidden folder that stands for a run's in a run of ``fast_dev_run``; `running` makes and removes it."""
+    return partial_path(root / _SCRATCH)
+
+
+@contextmanager
+def running(trainer: Trainer, root: Path, command: str) -> Iterator[None]:
+    """Keep a run's folder to one process of a command; what a killed one left there is removed.
+
+    A run may be evaluated while it trains: other commands write other files.
+
+    Args:
+        trainer: Trainer, whose first process alone does this.
+        root: The run's folder.
+        command: Subcommand.
+
+    Raises:
+        ValueError: another process runs the same subcommand there.
+    """
+    if not trainer.is_global_zero:
+        yield
+        return
+    shown = f"`trainer.default_root_dir={str(root)!r}`"
+    advice = f"Wait until that {command} has ended, stop it, or choose another folder by `--trainer.default_root_dir`"
+    with ExitStack() as stack:
+        if Path(trainer.default_root_dir) == scratch_path(root):
+            stack.enter_context(scratch_folder(root / _SCRATCH))
+        else:
+            stack.enter_context(owned(root / command, shown, advice))
+            if command == "fit":
+                for folder in _checkpoint_folders(trainer):
+                    stack.enter_context(owned(folder / command, f"`dirpath={str(folder)!r}`", advice))
+                    restore_last(folder)
+            _remove_leftovers(trainer, root)
+        yield
+
+
+def _checkpoint_folders(trainer: Trainer) -> set[Path]:
+    """Return the folders of checkpoints on this machine, which other runs may share."""
+    given = {str(saver.dirpath) for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)}
+    return {Path(folder) for folder in given if "://" not in folder}
+
+
+def _remove_leftovers(trainer: Trainer, root: Path) -> None:
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    for name in {name for callback in callbacks for name in getattr(callback, "run_files", ())}:
+        with suppress(InUseError), owned(root / name):  # an adapter that was being replaced comes back
+            pass
+    remove_leftovers(root, "|".join(map(re.escape, [*_CONTENT["."], _SCRATCH])))
+    remove_leftovers(root / LONG_CONTEXT, r"\w+\.(?:csv|json|png)")
 
 
 class Overwrite(Callback):
@@ -158,14 +294,11 @@ class Overwrite(Callback):
         """Remove it, before anything of the new run is written."""
         if trainer.is_global_zero and self._content:
             for path in self._content:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                remove_path(path)
             for folder in map(self._root.joinpath, _CONTENT):
                 if folder != self._root and folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-            rank_zero_info(f"--overwrite: the run in {self._root} was removed")
+            rank_zero_info(f"The run that was in {self._root} was removed")
         trainer.strategy.barrier("overwrite")
 
 

@@ -1,14 +1,11 @@
 """``mixcn fit | validate | test | predict``: LightningCLI with this project's classes, defaults and run folder."""
 
 import argparse
-import atexit
 import logging
 import os
-import shutil
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -46,9 +43,14 @@ from .plan import RunPlan
 from .run_folder import (
     CHECKPOINTS,
     CONFIG,
+    TENSORBOARD,
     Overwrite,
     check_free,
+    check_outputs,
     check_overwrite,
+    running,
+    scratch_path,
+    was_killed_early,
 )
 from .settings import (
     config_path,
@@ -137,6 +139,7 @@ class MixcnCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]) -> None:
+        self._begins_again = False  # the run that was here was killed before its first checkpoint
         super().__init__(
             model_class=CausalLMModule,
             subclass_mode_model=True,
@@ -217,14 +220,22 @@ class MixcnCLI(LightningCLI):
             return
         if settings.trainer.fast_dev_run:
             # Callbacks write there whatever the trainer says.
-            scratch = mkdtemp(prefix="mixcn-fast-dev-run-")
-            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-            settings.trainer.default_root_dir = scratch
+            settings.trainer.default_root_dir = str(scratch_path(self.root))
             rank_zero_info(f"fast_dev_run: nothing is kept, {self.root} stays as it is")
-        elif self.subcommand == "fit" and settings.overwrite:
+        else:
+            self._check_free()
+
+    def _check_free(self) -> None:
+        settings = self._settings
+        if self.subcommand != "fit" or settings.trainer.fast_dev_run:
+            return
+        if settings.overwrite:
             check_overwrite(self.root, settings.ckpt_path)
-        elif self.subcommand == "fit":
-            check_free(self.root, settings.ckpt_path, _checkpoint_folders(settings.trainer.callbacks))
+        elif not self._begins_again:
+            folders = _checkpoint_folders(settings.trainer.callbacks)
+            self._begins_again = settings.ckpt_path is None and was_killed_early(self.root, folders)
+            if not self._begins_again:
+                check_free(self.root, settings.ckpt_path, folders)
 
     @property
     def _planning(self) -> bool:
@@ -241,7 +252,10 @@ class MixcnCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self._planning:
             print(RunPlan(self._get(self.config_init, "trainer"), self.model, self.datamodule).text())
-        else:
+            return
+        with running(self.trainer, self.root, subcommand):
+            if self.trainer.is_global_zero:
+                self._check_free()  # again: another run may just have ended there
             super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -250,7 +264,7 @@ class MixcnCLI(LightningCLI):
         check_strategy(settings.strategy)
         root = self.root
         if settings.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
+            kwargs["logger"] = TensorBoardLogger(str(root), name=TENSORBOARD, version="")
         given = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
         callbacks = [callback for callback in given if callback is not None]
         for callback in self._default_callbacks(settings):
@@ -259,7 +273,8 @@ class MixcnCLI(LightningCLI):
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((root / CHECKPOINTS).resolve())
-        if self._settings.get("overwrite") and not settings.fast_dev_run:
+        check_outputs(root, callbacks, trains=self.subcommand == "fit" and not settings.fast_dev_run)
+        if (self._settings.get("overwrite") or self._begins_again) and not settings.fast_dev_run:
             adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
             folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
             callbacks.insert(0, Overwrite(root, folders, input_paths(self._settings)))

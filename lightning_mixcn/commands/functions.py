@@ -61,20 +61,6 @@ def add_function_subcommands(subcommands: Any, helps: Mapping[str, str]) -> None
             _add_nested(parser, command)
 
 
-def run_function(command: str, arguments: list[str]) -> None:
-    """Parse the arguments of a subcommand and run it.
-
-    Args:
-        command: Name in the table `FUNCTIONS`.
-        arguments: Those after the subcommand.
-
-    Raises:
-        UserError: the arguments cannot be used.
-    """
-    function, parsed = parse_function(command, arguments)
-    function(**parsed)
-
-
 def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., object], dict[str, Any]]:
     """Parse the arguments of a subcommand.
 

@@ -115,7 +115,12 @@ def run(
     with process.stdin:
         process.stdin.write(typed)
     # Not `process.wait`: only wait4 says what this one child used.
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:  # a signal ends this process: the command ends before it, and saves what it saves
+        process.terminate()
+        process.wait()
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise CommandFailed(f"`{shown}` ended with exit code {process.returncode}; the reason is above.")

@@ -37,7 +37,7 @@ def reuse_or_make(result: Path, made_from: Mapping[str, str], make: Callable[[Pa
     """
     if (result / _RECORD).is_file() and json.loads((result / _RECORD).read_text(encoding="utf-8")) == dict(made_from):
         return True
-    with new_folder(result, replace=True) as scratch:
+    with new_folder(result, replace=(_RECORD, "*")) as scratch:
         make(scratch)
         write_json(scratch / _RECORD, dict(made_from))
     return False

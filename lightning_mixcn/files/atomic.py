@@ -1,61 +1,77 @@
-"""Write output that appears under its name only when it is whole.
+"""Write output that appears under its name only when it is whole, and remove what is ours, nothing else.
 
-All output of this package goes to a hidden name beside its own, is flushed to the disk and renamed. A process that is
-killed leaves at most something hidden.
+All output of this package goes to a hidden name beside its own, is flushed to the disk and renamed. One process at a
+time writes an output (`owned`), so what is hidden when it begins was left by a killed one, and is removed.
 """
 
 import errno
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lightning_mixcn.errors import ExistingFileError
+from lightning_mixcn.errors import ExistingFileError, InUseError
+
+from .lock import WAIT, lock_path, locked
 
 
 @contextmanager
-def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def owned(out: Path, shown: str = "", advice: str = WAIT) -> Iterator[None]:
+    """Be the only process that writes an output; what a killed one left of it is removed first.
+
+    Args:
+        out: File or folder.
+        shown: What an error calls it; its path where this is empty.
+        advice: What an error says to do where another process writes it.
+
+    Raises:
+        ValueError: another process writes it.
+        OSError: its folder cannot be written.
+    """
+    with ExitStack() as stack:
+        with _naming(out):
+            stack.enter_context(locked(out, shown, advice))
+            outdated = _outdated_path(out)
+            if outdated.exists() and not os.path.lexists(out):
+                outdated.rename(out)  # killed in the middle of a replacement: the old one is all there is
+            for left in (partial_path(out), outdated, _removed_path(out), _removed_path(unfinished_path(out))):
+                _delete(left)
+        yield
+
+
+@contextmanager
+def new_folder(out: Path, *, replace: Collection[str] = ()) -> Iterator[Path]:
     """Fill a hidden folder, which becomes ``out`` at the end; after an error or Ctrl-C nothing is left.
 
     Args:
         out: Folder to make; it may exist if it is empty.
-        replace: Take the place of a folder that is there. It then has one writer: what a killed one left is removed.
+        replace: Take the place of a folder of ours: the name of the file that it is known by, followed by patterns of
+            what else we write there. Other files in it are kept; a folder without that file is not replaced.
 
     Yields:
         The hidden folder, empty.
 
     Raises:
-        FileExistsError: ``out`` is a file or a folder that is not empty, and ``replace`` is not given.
+        FileExistsError: ``out`` is a file or a folder that is not empty, and is not to be replaced.
+        ValueError: another process writes it.
         OSError: the disk is full, or cannot be written.
     """
-    if replace and out.parent.is_dir():
-        leftover = re.compile(rf"\.{re.escape(out.stem)}\.partial-[0-9a-f]+{re.escape(out.suffix)}")
-        for path in out.parent.iterdir():
-            if leftover.fullmatch(path.name):
-                _delete(path)
-    elif not replace:
-        check_output(out)
-    folder = _partial_path(out)
-    try:
-        with _naming_full_disk(out):
-            folder.mkdir(parents=True)
+    check_replaceable(out, replace)
+    folder = partial_path(out)
+    with _naming(out), owned(out):
+        try:
+            folder.mkdir()
             yield folder
             for path in folder.rglob("*"):
                 flush_to_disk(path)
-            if replace:
-                move_into_place(folder, out)
-            else:
-                flush_to_disk(folder)
-                check_output(out)
-                folder.rename(out)  # onto an empty folder at most
-                flush_to_disk(out.parent)
-    finally:
-        _delete(folder)
+            move_into_place(folder, out, replace)
+        finally:
+            _delete(folder)
 
 
 @contextmanager
@@ -71,13 +87,13 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``out`` is a folder, or a file and ``replace`` is not given.
+        ValueError: another process writes it.
         OSError: the disk is full, or cannot be written.
     """
     if not replace or out.is_dir():
         check_file(out)
-    unfinished = _partial_path(out)
-    with _naming_full_disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = partial_path(out)
+    with _naming(out), owned(out):
         try:
             yield unfinished
             if not replace:
@@ -85,6 +101,22 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
             move_into_place(unfinished, out)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(name: Path) -> Iterator[Path]:
+    """Have a hidden folder that is removed in the end, and after a kill by the next one of this name.
+
+    Yields:
+        The folder, empty.
+    """
+    folder = partial_path(name)
+    with owned(name):
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            _delete(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,6 +138,16 @@ def check_output(out: Path) -> None:
         raise ExistingFileError(f"{str(out)!r} is a file, expected a new folder. Delete it or choose another output")
 
 
+def check_replaceable(out: Path, replace: Collection[str]) -> None:
+    """Raise FileExistsError if there is something that `new_folder` does not replace."""
+    if not replace or not out.is_dir():
+        check_output(out)
+    elif any(out.iterdir()) and not (out / (mark := next(iter(replace)))).exists():
+        raise ExistingFileError(
+            f"{str(out)!r} is a folder with something else in it: it has no {mark}. Move it away or choose another name"
+        )
+
+
 def check_file(out: Path) -> None:
     """Raise FileExistsError unless a file of this name can be made."""
     if out.is_dir():
@@ -119,20 +161,30 @@ def unfinished_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
-def move_into_place(unfinished: Path, path: Path) -> None:
+def move_into_place(unfinished: Path, path: Path, replace: Collection[str] = ()) -> None:
     """Give a complete file or folder its name.
 
-    What has the name is replaced: a file in one step, a folder in two, between which there is none.
+    A file that has the name is replaced in one step, a folder in two, between which there is none.
 
     Args:
         unfinished: Hidden file or folder; the files in a folder are flushed to the disk already.
         path: Its name beside it.
+        replace: What a folder that has the name must hold to be replaced, as in `new_folder`.
+
+    Raises:
+        FileExistsError: a folder has the name, and is not to be replaced.
     """
     flush_to_disk(unfinished)
     outdated = _outdated_path(path)
-    if path.is_dir() or (path.exists() and unfinished.is_dir()):
-        _delete(outdated)  # of a killed process
-        path.rename(outdated)
+    if unfinished.is_dir():
+        check_replaceable(path, replace)
+        if path.is_dir() and any(path.iterdir()):
+            for foreign in _foreign(path, replace):
+                _copy(foreign, unfinished / foreign.name)
+            _delete(outdated)  # of a killed process
+            path.rename(outdated)
+    elif path.is_dir():
+        check_file(path)
     unfinished.replace(path)
     flush_to_disk(path.parent)
     _delete(outdated)
@@ -146,32 +198,71 @@ def replace_link(link: Path, target: Path) -> None:
     unfinished.replace(link)
 
 
-def remove_path(path: Path) -> None:
-    """Remove a file or folder; a kill never leaves half a folder under its name."""
+def remove_path(path: Path, mark: str = "") -> None:
+    """Remove a file or a folder of ours; a kill never leaves half a folder under its name.
+
+    Args:
+        path: What to remove; it need not be there.
+        mark: Name of a file by which the folder is known as ours.
+
+    Raises:
+        FileExistsError: it is a folder without that file, which stays.
+    """
+    removed = _removed_path(path)
+    _delete(removed)  # of a killed process
     if path.is_dir() and not path.is_symlink():
-        outdated = _outdated_path(path)
-        path.rename(outdated)
-        path = outdated
+        check_replaceable(path, [mark])
+        path.rename(removed)
+        path = removed
     _delete(path)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written or half removed in a folder.
+def remove_leftovers(folder: Path, names: str = ".+") -> None:
+    """Remove what killed processes left of some outputs in a folder; what a living one writes stays.
 
-    Folders of `new_folder` stay: another process may be filling one.
+    Args:
+        folder: The folder.
+        names: Regular expression of the outputs' names. What several processes wrote together, which has no owner, is
+            removed too.
     """
-    for path in folder.glob(".*"):
-        left = re.fullmatch(r"\..+\.(?:unfinished|outdated|(partial-[0-9a-f]{8})(?:\.[^.]+)?)", path.name)
-        if left and not (left[1] and path.is_dir()):
-            _delete(path)
+    hidden = re.compile(rf"\.({names})\.(?:lock|outdated|removed|unfinished)|\.(.+)\.partial(\.[^.]+)?")
+    for left in folder.glob(".*"):
+        if (found := hidden.fullmatch(left.name)) is None:
+            continue
+        name = found[1] or f"{found[2]}{found[3] or ''}"
+        if re.fullmatch(names, name):
+            with suppress(InUseError), locked(folder / name):
+                for hide in _HIDDEN:
+                    _delete(hide(folder / name))
 
 
-def _partial_path(out: Path) -> Path:
-    return out.with_name(f".{out.stem}.partial-{secrets.token_hex(4)}{out.suffix}")
+def partial_path(out: Path) -> Path:
+    """Return the hidden name under which its owner writes an output."""
+    return out.with_name(f".{out.stem}.partial{out.suffix}")
 
 
 def _outdated_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.outdated")
+
+
+def _removed_path(path: Path) -> Path:
+    """Return the hidden name of a folder that may be half removed already; an outdated one is whole."""
+    return path.with_name(f".{path.name}.removed")
+
+
+_HIDDEN = (partial_path, unfinished_path, _outdated_path, _removed_path)
+
+
+def _foreign(folder: Path, ours: Collection[str]) -> list[Path]:
+    """List what a folder holds that this package did not write: a user's notes, for instance."""
+    return [path for path in folder.iterdir() if not any(fnmatch(path.name, pattern) for pattern in ours)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -184,17 +275,29 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def _naming_full_disk(out: Path) -> Iterator[None]:
-    """Add the output's name, and what to do, to the error of a full disk."""
+def _naming(out: Path) -> Iterator[None]:
+    """Add the output's name, and what to do, to the error of a disk that is full or cannot be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        detail = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror  # of a file in it
-        raise OSError(
-            errno.ENOSPC, f"no space to write {str(out)!r}: {detail}. Free some space or choose another disk"
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # That of a file in it.
+            detail = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror
+            message = f"no space to write {str(out)!r}: {detail}. Free some space or choose another disk"
+            raise OSError(errno.ENOSPC, message) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and _is_part(error.filename, out):
+            message = f"{str(out)!r} cannot be written: {error.strerror}. Choose another output, or get the right to"
+            raise PermissionError(error.errno, message) from error
+        raise
+
+
+def _is_part(name: object, out: Path) -> bool:
+    """Tell whether the file of an error is an output, something in or above it, or hidden beside it."""
+    if not isinstance(name, str | bytes):
+        return False
+    place, out = Path(os.fsdecode(name)).absolute(), out.absolute()
+    parts = [out, lock_path(out), *(hide(out) for hide in _HIDDEN)]
+    return out.is_relative_to(place) or any(place.is_relative_to(part) for part in parts)
 
 
 def _delete(path: Path) -> None:

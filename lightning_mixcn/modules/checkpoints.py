@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lightning_mixcn.errors import UserError, one_line
-from lightning_mixcn.files.atomic import move_into_place, remove_path, write_text
+from lightning_mixcn.files.atomic import move_into_place, new_file, remove_path, write_text
 
 from .checkpoint_schema import REMEDY, check_content
 
@@ -136,7 +137,9 @@ def publish(unfinished: Path, path: Path) -> None:
         write_text(unfinished / _SUMS, _as_lines(sums))
     # A kill from here on leaves one without sums, which is complete nevertheless.
     sidecar(path).unlink(missing_ok=True)
-    move_into_place(unfinished, path)
+    if path.is_dir() != unfinished.is_dir():
+        remove_path(path, METADATA)
+    move_into_place(unfinished, path, (METADATA, "*"))
     if path.is_file():
         write_text(sidecar(path), _as_lines({path.name: sums[unfinished.name]}))
 
@@ -144,7 +147,7 @@ def publish(unfinished: Path, path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a checkpoint and its sums; a kill never leaves half a folder under its name. Args: path: Checkpoint."""
     sidecar(path).unlink(missing_ok=True)
-    remove_path(path)
+    remove_path(path, METADATA)
 
 
 def sidecar(path: Path) -> Path:
@@ -199,7 +202,7 @@ def find_fault(path: Path) -> str | None:
 
 
 def check_before_loading(trainer: Any, check: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Have a trainer's strategy verify each checkpoint before it reads it; called on all ranks.
+    """Have a trainer's strategy verify each checkpoint before it reads it, and write directly; called on all ranks.
 
     Until then Lightning tells nobody which checkpoint it is: ``last`` and ``best`` stand for a path, too. No checkpoint
     is read with ``weights_only=False``, which would run what a stranger put into it.
@@ -209,8 +212,36 @@ def check_before_loading(trainer: Any, check: Callable[[dict[str, Any]], None] |
         check: Called with what a checkpoint holds beside its tensors before a strategy fills model and optimizer from
             it, as those that shard do while they read; it raises ValueError, on all ranks alike.
     """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+        trainer.strategy.checkpoint_io = _DirectCheckpointIO()
     if not isinstance(trainer.strategy.load_checkpoint, _CheckedLoad):
         trainer.strategy.load_checkpoint = _CheckedLoad(trainer, check)
+
+
+class _DirectCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints where they belong: Lightning's own way is by memory and a whole copy in ``$TMPDIR``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one file. Raises: OSError if the disk is full."""
+        place = Path(path)
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        elif place.name.startswith("."):  # `publish` renames it
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _save(checkpoint, place)
+        else:
+            with new_file(place, replace=True) as unfinished:
+                _save(checkpoint, unfinished)
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # of torch's archive, about what the system said before
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
 
 
 class _CheckedLoad:

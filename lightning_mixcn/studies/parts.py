@@ -1,7 +1,6 @@
 """Results of a long study kept part by part, so that a study that was killed goes on where it was."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mixcn.errors import ExistingFileError
-from lightning_mixcn.files.atomic import check_output, new_file, unfinished_path, write_json
+from lightning_mixcn.files.atomic import check_output, new_file, remove_path, unfinished_path, write_json
 from lightning_mixcn.masking import without_secrets
 
 Arrays = dict[str, NDArray[Any]]
@@ -61,7 +60,7 @@ class StudyParts:
 
     def delete(self) -> None:
         """Remove all parts, once the output is there."""
-        shutil.rmtree(self.folder)
+        remove_path(self.folder, _SETTINGS)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
@@ -95,8 +94,15 @@ def finished_before(folder: Path, report: str, settings: dict[str, Any], *, tabl
     check_settings(there, settings, folder)
     if table is not None:
         print((folder / table).read_text(encoding="utf-8"))
+    forget_parts(folder)
     say(f"{folder} was finished before.")
     return True
+
+
+def forget_parts(out: Path) -> None:
+    """Remove the parts of a study whose output is there: a kill may have come between the two."""
+    if (unfinished_path(out) / _SETTINGS).is_file():
+        remove_path(unfinished_path(out), _SETTINGS)
 
 
 def say(text: str) -> None:

@@ -53,13 +53,14 @@ class ForkedFits:
         self._answers: subprocess.Popen[str] | None = None
         self._folder = folder
 
-    def start(self, folder: Path, arguments: list[str], ranks: int = 1) -> None:
+    def start(self, folder: Path, arguments: list[str], ranks: int = 1, kill_at: int = -1) -> None:
         """Start a run.
 
         Args:
             folder: To work in.
             arguments: Of `mixcn`.
             ranks: Processes that form a gloo group; the arguments have to say so, too.
+            kill_at: Number of the call to the file system before which the run kills itself; 0 only lists them.
         """
         if self._runs:  # a test that failed has left it
             self.kill()
@@ -67,6 +68,7 @@ class ForkedFits:
         self._number += 1
         self.log = self._folder / f"{self._number}.log"
         run = {"ranks": ranks, "folder": str(folder), "arguments": arguments, "log": str(self.log)}
+        run |= {"kill_at": kill_at}
         server = self._server()
         assert server.stdin is not None
         server.stdin.write(json.dumps(run) + "\n")
@@ -80,6 +82,10 @@ class ForkedFits:
         while not (file.exists() and file.read_text()):
             time.sleep(0.01)
         return list(json.loads(file.read_text()))
+
+    def calls(self) -> list[str]:
+        """Return the calls to the file system of a run that has ended."""
+        return Path(f"{self.log}.calls").read_text().splitlines()
 
     def running(self) -> bool:
         """Whether no rank has ended."""

@@ -7,6 +7,7 @@ a list of the ranks' exit codes.
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,30 @@ from lightning_mixcn.cli import main
 assert lightning_mixcn.cli.trainer  # imported for the forked processes' sake
 
 
+_CALLS = ("rename", "replace", "unlink", "fsync", "symlink", "mkdir", "rmdir", "ftruncate")
+
+
+def count_calls(log: str, kill_at: int) -> None:
+    """List this process's calls that change the file system, and kill it before one of them."""
+    process, number = os.getpid(), 0
+
+    def counted(name: str, call: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            nonlocal number
+            if os.getpid() == process:
+                number += 1
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"{number} {name} {arguments}\n")
+                if number == kill_at:
+                    os.kill(process, signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapper
+
+    for name in _CALLS:
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
 def work(rank: int, run: dict[str, Any]) -> int:
     """Run `mixcn` as one rank. Returns: its exit code."""
     if run["ranks"] > 1:  # Lightning uses the group that is there, which meets through a file instead of a port
@@ -27,6 +52,8 @@ def work(rank: int, run: dict[str, Any]) -> int:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{run['log']}.meet", rank=rank, world_size=run["ranks"]
         )
+    if run["kill_at"] >= 0:
+        count_calls(f"{run['log']}.calls", run["kill_at"])
     return main(run["arguments"])
 
 
@@ -34,8 +61,9 @@ def lead(run: dict[str, Any]) -> None:
     """Run all ranks, write their process ids and exit codes to files, and exit.
 
     Args:
-        run: ``ranks``, ``folder`` to work in, ``arguments`` of `mixcn`, and ``log``, the file for what they print; the
-            process ids are in the same with ``.pids``, the exit codes with ``.codes``.
+        run: ``ranks``, ``folder`` to work in, ``arguments`` of `mixcn`, ``kill_at`` (see `count_calls`; -1 counts
+            nothing), and ``log``, the file for what they print; the process ids are in the same with ``.pids``, the
+            exit codes with ``.codes``, the calls with ``.calls``.
     """
     os.setsid()
     log = os.open(run["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lightning_mixcn.callbacks import AdapterCheckpoint, StepCheckpoint
+from lightning_mixcn.callbacks import AdapterCheckpoint, PredictionWriter, StepCheckpoint
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import load_mixtral
@@ -239,3 +239,46 @@ def test_the_best_value_of_another_monitor_begins_again(
     assert state["measured"]["step"] == 3
     assert [record.getMessage().count("begins again") for record in caplog.records] == [1] * begins_again
     assert (state["monitor"], state["mode"]) == (None, "min")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "/a",
+        "../a",
+        "a\n",
+        "\x1b[2J",
+        " a",
+        ".a",
+        "a" * 201,
+        "checkpoints",
+        "Tensorboard",
+        "facts.json",
+    ],
+)
+def test_a_name_that_is_not_plain_and_ones_own_is_refused(name: str) -> None:
+    for make in (lambda: AdapterCheckpoint(folder=name), lambda: PredictionWriter(filename=name)):
+        with pytest.raises(UserError, match=r"`fold?er=|`filename="):
+            make()
+    assert PredictionWriter().run_files == ("predictions.jsonl",)
+    assert AdapterCheckpoint("中文").run_files == ("中文", "中文_best")
+
+
+@pytest.mark.parametrize("dirpath", ["", " ", ".", "..", "a/..", "a\n"])
+def test_checkpoints_need_a_folder_of_their_own(dirpath: str) -> None:
+    with pytest.raises(UserError, match=r"`dirpath=.*expected a folder for checkpoints"):
+        StepCheckpoint(dirpath=dirpath)
+
+
+def test_a_folder_that_is_no_adapter_is_not_replaced(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"adapter' is a folder with something else in it: it has no adapter_config\.json"
+    ):
+        trainer(callbacks=[AdapterCheckpoint()]).fit(module, FixedBatches([random_batch([20])]))
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["thesis.txt"]

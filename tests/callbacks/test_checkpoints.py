@@ -2,9 +2,11 @@
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mixcn.callbacks import PreemptionCheckpoint, StepCheckpoint
 from lightning_mixcn.callbacks import checkpoints as step_checkpoint
@@ -438,3 +441,30 @@ def check_all(checkpoints: Path) -> int:
         assert find_fault(path.resolve()) is None, path
     last = checkpoints / "last.ckpt"
     return int(last.resolve().stem.removeprefix("step=")) if last.exists() else 0
+
+
+def test_checkpoints_go_through_no_other_folder(
+    tmp_path: Path, module: PretrainModule, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkstemp(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a temporary file")
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    savers = [StepCheckpoint(1, dirpath=str(tmp_path / "ours")), ModelCheckpoint(tmp_path / "theirs", save_last=True)]
+    trainer(max_steps=1, enable_checkpointing=True, callbacks=savers).fit(module, FixedBatches([random_batch([20])]))
+    for path in (tmp_path / "ours" / "last.ckpt", tmp_path / "theirs" / "last.ckpt"):
+        assert find_fault(path.resolve()) is None
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, module: PretrainModule, trainer: Any) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = StepCheckpoint(1, dirpath=str(tmp_path / "checkpoints"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            trainer(max_steps=1, enable_checkpointing=True, callbacks=[saver]).fit(
+                module, FixedBatches([random_batch([20])])
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

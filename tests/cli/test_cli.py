@@ -1,8 +1,12 @@
 """The command: what it answers at once, and how it explains errors."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,7 @@ from lightning_mixcn import cli
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.errors import ExistingFileError, MissingFileError, NonFiniteError, NotAFolderError, UserError
+from lightning_mixcn.files.atomic import owned
 
 
 def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +74,53 @@ def test_errors_of_the_system_are_one_line(monkeypatch: pytest.MonkeyPatch, caps
     assert cli.main(["fit"]) == 2
     message = "[Errno 13] Permission denied: 'runs' (MIXCN_TRACEBACK=1 shows the traceback)"
     assert capsys.readouterr().err == f"mixcn: error: {message}\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_in_one_line(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleaned = []
+
+    def run(arguments: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)  # a second one does not interrupt the cleaning up
+            cleaned.append(True)
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["quantize"]) == code
+    assert capsys.readouterr().err == f"mixcn: error: {number.name} ended the command. Nothing half written is left\n"
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    monkeypatch.setattr(cli, "_run", lambda arguments: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        assert cli.main(["quantize"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_output_that_another_process_writes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, (reading, writing) = tmp_path / "out", os.pipe()
+    child = os.fork()
+    if child == 0:
+        with owned(out):
+            os.write(writing, b"held")
+            time.sleep(60)
+    os.read(reading, 4)
+    code = cli.main(["preference", "score", "sheet.csv", "--out", str(out)])
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert code == 2
+    assert f"'{out}' is being written by process {child} on " in capsys.readouterr().err
+    assert cli.main(["preference", "score", "sheet.csv", "--out", str(out)]) == 2  # there is no such sheet
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

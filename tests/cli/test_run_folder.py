@@ -83,6 +83,40 @@ def test_a_second_run_is_refused(config: dict[str, Any], capsys: pytest.CaptureF
 
 
 @pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([("AdapterCheckpoint", {"folder": "../precious"})], "`folder='../precious'`: expected a plain name"),
+        ([("AdapterCheckpoint", {"folder": "precious"})], "it has no adapter_config.json. Move it away"),
+        (
+            [("AdapterCheckpoint", {}), ("StepCheckpoint", {"dirpath": "runs/tiny/adapter/a"})],
+            "is in 'adapter', another",
+        ),
+        ([("StepCheckpoint", {"dirpath": "runs/tiny/tensorboard"})], "is in 'tensorboard', another"),
+        ([("StepCheckpoint", {"dirpath": "a"}), ("StepCheckpoint", {"dirpath": "./a"})], "two StepCheckpoint keep"),
+        (
+            [("SampleText", {"prompts": ["a"]})] * 2,
+            "SampleText writes 'samples.jsonl' into the run's folder, and so does",
+        ),
+        ([("RunFacts", {})] * 2, "RunFacts writes 'facts.json' into the run's folder, and so does RunFacts"),
+        ([("AdapterCheckpoint", {}), ("AdapterCheckpoint", {"folder": "adapter_best"})], "writes 'adapter_best'"),
+    ],
+)
+def test_outputs_that_would_meet_are_refused_before_anything_is_written(
+    callbacks: list[tuple[str, dict[str, Any]]],
+    message: str,
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    precious = Path("runs/tiny/precious/thesis.txt")
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine", encoding="utf-8")
+    config["trainer"]["callbacks"] = [{"class_path": name, "init_args": given} for name, given in callbacks]
+    assert run(config) == 2
+    assert message in capsys.readouterr().err
+    assert digests(ROOT).keys() == {"precious/thesis.txt"}
+
+
 def test_a_run_s_folder_is_for_evaluation_and_for_going_on(config: dict[str, Any]) -> None:
     assert run(config, "validate", "--trainer.default_root_dir", "runs/tiny") == 0  # no run holds it
     assert run(config, "fit", "--ckpt_path=last") == 0  # there is no checkpoint yet: a requeued job's first time

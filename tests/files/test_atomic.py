@@ -1,7 +1,13 @@
 """Output that is whole or not there."""
 
 import errno
+import fcntl
 import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,7 @@ from lightning_mixcn.files.atomic import (
     move_into_place,
     new_file,
     new_folder,
+    owned,
     remove_leftovers,
     remove_path,
     replace_link,
@@ -69,47 +76,173 @@ def test_a_file_that_is_there_is_kept_unless_asked_otherwise(tmp_path: Path) -> 
     assert (tmp_path / "a").read_text() == "mine"
 
 
-def test_a_folder_is_replaced(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        with new_folder(tmp_path / "folder", replace=True) as folder:
-            (folder / name).touch()
-        assert tree(tmp_path) == ["folder", f"folder/{name}"]
+OURS = ("mark", "part-*")
+
+
+def fill(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_a_folder_of_ours_is_replaced(tmp_path: Path) -> None:
+    for name in ("part-a", "part-b"):
+        with new_folder(tmp_path / "folder", replace=OURS) as folder:
+            fill(folder, "mark", name)
+        assert tree(tmp_path) == ["folder", "folder/mark", f"folder/{name}"]
+
+
+def test_what_else_is_in_a_folder_of_ours_is_kept(tmp_path: Path) -> None:
+    fill(tmp_path / "folder", "mark", "part-a")
+    fill(tmp_path / "folder" / "more", "thesis.txt")
+    with new_folder(tmp_path / "folder", replace=OURS) as folder:
+        fill(folder, "mark")
+    assert tree(tmp_path) == ["folder", "folder/mark", "folder/more", "folder/more/thesis.txt"]
+
+
+def test_another_folder_is_never_replaced_nor_removed(tmp_path: Path) -> None:
+    fill(tmp_path / "folder", "thesis.txt")
+    fill(tmp_path / "new", "mark")
+
+    def make() -> None:
+        with new_folder(tmp_path / "folder", replace=OURS) as folder:
+            fill(folder, "mark")
+
+    attempts = (make, lambda: move_into_place(tmp_path / "new", tmp_path / "folder", OURS))
+    for attempt in (*attempts, lambda: remove_path(tmp_path / "folder", "mark")):
+        with pytest.raises(FileExistsError, match=r"it has no mark\. Move it away"):
+            attempt()
+    assert tree(tmp_path) == ["folder", "folder/thesis.txt", "new", "new/mark"]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("thesis")
+    with pytest.raises(FileExistsError, match="is a file"), new_folder(tmp_path / "folder", replace=OURS):
+        pass
+    assert (tmp_path / "folder").read_text() == "thesis"
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "folder") as folder:
-        (folder / "a").touch()
+    fill(tmp_path / "folder", "mark")
 
     def fail() -> None:
-        with new_folder(tmp_path / "folder", replace=True) as folder:
-            (folder / "half").touch()
+        with new_folder(tmp_path / "folder", replace=OURS) as folder:
+            fill(folder, "part-half")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert tree(tmp_path) == ["folder", "folder/a"]
+    assert tree(tmp_path) == ["folder", "folder/mark"]
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
-    for left in (".folder.partial-12345678", ".folder.outdated"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "half").touch()
-    (tmp_path / "folder").mkdir()
-    with new_folder(tmp_path / "folder", replace=True) as folder:
+    fill(tmp_path / ".folder.partial", "half")
+    fill(tmp_path / ".folder.outdated", "half")
+    fill(tmp_path / "folder", "mark")
+    (tmp_path / ".folder.lock").write_text("process 1 on another machine")
+    with new_folder(tmp_path / "folder", replace=OURS) as folder:
         assert not list(folder.iterdir())
-    assert tree(tmp_path) == ["folder"]
+        fill(folder, "mark")
+    assert tree(tmp_path) == ["folder", "folder/mark"]
+
+
+def test_a_kill_between_the_steps_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    fill(tmp_path / ".folder.outdated", "mark")
+    fill(tmp_path / ".folder.partial", "mark")
+    with owned(tmp_path / "folder"):
+        pass
+    assert tree(tmp_path) == ["folder", "folder/mark"]
 
 
 def test_leftovers_are_removed_from_a_folder_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / ".a.unfinished").mkdir()
-    (tmp_path / ".a.unfinished" / "half").touch()
-    kept = [".e", ".f.partial-export", ".g.partial-12345678", "d"]
-    (tmp_path / ".g.partial-12345678").mkdir()  # a folder that another process may be filling
-    for name in (".b.partial-12345678.txt", ".c.outdated", *kept):
-        if not (tmp_path / name).exists():
-            (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
+    fill(tmp_path / ".a.unfinished", "half")
+    fill(tmp_path / ".g.partial", "half")
+    kept = [".c.partial.x.txt", ".e", ".h.outdated", ".k.partial", ".k.partial/half", "d"]
+    fill(tmp_path / ".k.partial", "half")
+    fill(tmp_path, ".b.partial.txt", ".c.removed", ".c.lock", "d", ".e", ".h.outdated", ".c.partial.x.txt")
+    with owned(tmp_path / "k"):
+        fill(tmp_path / ".k.partial", "half")
+        child = os.fork()
+        if child == 0:  # another process, which does not hold the lock
+            remove_leftovers(tmp_path, r"[a-gk]|b\.txt")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
     assert tree(tmp_path) == kept
+
+
+def in_another_process(work: Callable[[], None]) -> str:
+    """Return the error of a function that another process calls."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            answer = ""
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as answers:
+        return answers.read()
+
+
+def test_an_output_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_file(tmp_path / "a") as unfinished:
+            unfinished.touch()
+
+    with owned(tmp_path / "a"), owned(tmp_path / "a"):  # in one process as often as one likes
+        found = in_another_process(write)
+    expected = f"InUseError: '{tmp_path}/a' is being written by process {os.getpid()} on {socket.gethostname()}. Wait"
+    assert found.startswith(expected)
+    assert tree(tmp_path) == []
+    assert in_another_process(write) == ""
+    assert tree(tmp_path) == ["a"]
+
+
+def test_a_forked_process_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
+    with owned(tmp_path / "a"):
+        child = os.fork()  # such as a loader's worker, which outlives the kill of its parent
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    with owned(tmp_path / "a"):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for text in ("first", "second"):
+        write_text(tmp_path / "a", text)
+    assert tree(tmp_path) == ["a"]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path} is on a file system without locks: see that no second process writes there"
+    ]
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_file(tmp_path / "new" / "folder" / "a"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_names_the_output(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=r"/a' cannot be written: Permission denied. Choose another output"):
+        write_text(tmp_path / "a", "text")
 
 
 def test_a_full_disk_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +270,12 @@ def test_what_several_processes_wrote_gets_its_name(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     unfinished_path(path).write_text("file")
     move_into_place(unfinished_path(path), path)
-    unfinished_path(path).mkdir()
+    assert path.is_file()
+    remove_path(path)
+    fill(unfinished_path(path), "mark")
     move_into_place(unfinished_path(path), path)
     assert path.is_dir()
-    remove_path(path)
+    remove_path(path, "mark")
     assert tree(tmp_path) == []
 
 

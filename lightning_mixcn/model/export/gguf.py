@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.atomic import new_file
+from lightning_mixcn.files.atomic import new_file, scratch_folder
 from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 
@@ -67,10 +66,10 @@ class LlamaCpp:
             ValueError: a program failed.
             OSError: the disk is full.
         """
-        with new_file(out) as finished, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            merged = Path(scratch, name)
+        with new_file(out) as finished, scratch_folder(out.with_name(f"{out.name}.merged")) as scratch:
+            merged = scratch / name
             export(merged)
-            converted = finished if self._quantizer is None else Path(scratch, "converted.gguf")
+            converted = finished if self._quantizer is None else scratch / "converted.gguf"
             kind = self._outtype if self._quantizer is None else "bf16"
             _call(self._converter, [str(merged), "--outfile", str(converted), "--outtype", kind], converted)
             if self._quantizer is not None:

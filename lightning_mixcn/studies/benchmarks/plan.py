@@ -26,7 +26,7 @@ from lightning_mixcn.studies.models import (
     evaluated_models,
     model_fingerprint,
 )
-from lightning_mixcn.studies.parts import StudyParts, check_settings
+from lightning_mixcn.studies.parts import StudyParts, check_settings, forget_parts
 from lightning_mixcn.studies.processes import Processes, is_first, joined_processes
 from lightning_mixcn.studies.task_files import BenchmarkFiles
 from lightning_mixcn.studies.task_scores import run_task
@@ -244,6 +244,7 @@ def _is_finished(target: Path, settings: dict[str, Any], answers: Path | None) -
     except (ValueError, LookupError, TypeError) as error:
         raise ExistingFileError(f"`out={str(target)!r}` exists and is no evaluation. Choose another") from error
     check_settings(there, settings, target)
+    forget_parts(target)
     print(table)
     _say(f"{target} was finished before.")
     return True

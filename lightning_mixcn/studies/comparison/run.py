@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.files.atomic import remove_path, write_text
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.masking import without_secrets
 from lightning_mixcn.text import ConversationSource, Source, parse_sources
@@ -107,11 +106,11 @@ class ComparedRun:
             facts = _read(self._fit / _FACTS)
             # A signal ends `fit` early, and properly; at the very last step it leaves out the last validation.
             if facts is not None and facts["steps"] == facts["planned_steps"]:
-                shutil.rmtree(self._fit)
+                remove_path(self._fit)
             else:
                 (self._fit / _FACTS).unlink()
-        if self._fit.exists() and not (self._fit / "checkpoints" / "last.ckpt").exists():
-            shutil.rmtree(self._fit)
+        if not (self._fit / "checkpoints" / "last.ckpt").exists():
+            remove_path(self._fit)
 
     @property
     def _fit(self) -> Path:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -211,15 +212,20 @@ def _alone(folder: Path) -> Iterator[int]:
     """Wait until no other process works on the study; a command that outlived its study counts.
 
     flock itself and not `filelock`, which unlocks on release: then a command that inherited the descriptor, such as a
-    run that still saves after Ctrl-C, would hold nothing any more.
+    run that still saves after Ctrl-C, would hold nothing any more. The folder itself is locked: no file has to stay.
 
     Yields:
         Descriptor of the lock, for commands to inherit.
     """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"Another process works on {folder}, perhaps a command that outlived its study: waiting for its end.")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"Another process works on {folder}, perhaps a command that outlived its study: waiting for its end.")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:  # NFS locks no folders
+        say(f"{folder} cannot be locked: see that no second process works on it.")
+    try:
+        yield lock
+    finally:
+        os.close(lock)

@@ -1,0 +1,111 @@
+"""kill -9 at a call to the file system: the next run goes on or does it again, and nothing of the killed one is left.
+
+A fixed sample of the calls in the quick run, all of them in the slow one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.callbacks.conftest import ForkedFits
+
+Command = Callable[[Path], list[str]]
+COMMANDS = ["fit", "quantize", "export", "quantization", "experts", "sheet", "vocab", "upcycle"]
+
+
+@pytest.fixture(scope="module")
+def commands(
+    forked_fits: ForkedFits, fit_config: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
+    """Arguments of each command, which writes to ``out`` in the folder that it works in."""
+    folder = tmp_path_factory.mktemp("inputs")
+    steps = ["--trainer.max_steps=2", "--trainer.default_root_dir"]
+    fit = ["fit", "--config", str(fit_config), *steps]
+    assert run(forked_fits, folder, [*fit, "run"]) == 0, forked_fits.log.read_text()[-4000:]
+    text = str(json.loads(fit_config.read_text())["data"]["init_args"]["sources"][0]["path"])
+    (folder / "questions.txt").write_text("天气？\n", encoding="utf-8")
+    models, read = [str(tiny_base), str(folder / "run")], ["--text", f"zh={text}"]
+    few = ["--sequence_length=16", "--max_tokens=32"]
+    return {
+        "fit": [*fit, "out"],
+        "quantize": ["quantize", str(tiny_base), "out"],
+        "export": ["export", str(folder / "run"), "out"],
+        "quantization": ["quantization", str(tiny_base), *read, "--out=out", *few],
+        "experts": ["experts", str(tiny_base), *read, "--out=out", *few],
+        "sheet": ["preference", "sheet", *models, f"--questions={folder}/questions.txt", "--out=out",
+                  "--max_new_tokens=1"],
+        "vocab": ["vocab", "train", text, "--out=out", "--vocab_size=24"],
+        "upcycle": ["upcycle", str(save_dense(folder / "dense")), "out", "--num_experts=2"],
+    }  # fmt: skip
+
+
+def save_dense(folder: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(forked_fits: ForkedFits, folder: Path, arguments: list[str], kill_at: int = -1) -> int:
+    folder.mkdir(exist_ok=True)
+    forked_fits.start(folder, arguments, kill_at=kill_at)
+    (code,) = forked_fits.wait()
+    return code
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Digests of what the same command writes twice."""
+    out, found = folder / "out", {}
+    for path in [out, *sorted(out.rglob("*"))]:
+        # The configuration says whether a run was resumed.
+        if path.is_file() and path.suffix not in (".png", ".ckpt", ".sha256") and path.name != "config.yaml":
+            written = path.read_bytes()
+            if path.name == "experts.json":
+                written = json.dumps(json.loads(written) | {"seconds": 0}).encode()
+            found[str(path.relative_to(folder))] = hashlib.sha256(written).hexdigest()
+    return found
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_next_run_is_as_if_nothing_had_been_killed(
+    name: str, every: int, forked_fits: ForkedFits, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    assert run(forked_fits, tmp_path / "whole", commands[name], 0) == 0, forked_fits.log.read_text()[-4000:]
+    wanted, calls = content(tmp_path / "whole"), forked_fits.calls()
+    assert wanted
+    assert len(calls) > 2
+    for number in range(every // 2 + 1, len(calls) + 1, every):
+        killed = tmp_path / str(number)
+        assert run(forked_fits, killed, commands[name], number) == -9, calls[number - 1]
+        again = ["--ckpt_path=last"] if any(killed.glob("out/checkpoints/step=*.ckpt")) else []
+        code, log = run(forked_fits, killed, [*commands[name], *again]), forked_fits.log.read_text()
+        # A command that had just finished refuses to replace its output.
+        assert code == 0 or (code == 2 and "is not empty" in log) or "is a file, expected a new" in log, log[-4000:]
+        assert content(killed) == wanted, calls[number - 1]
+        left = [str(path.relative_to(killed)) for path in killed.rglob(".*")]
+        assert not left, f"{calls[number - 1]} left {left}"
+
+
+def test_a_second_run_is_refused_while_the_first_one_works(
+    forked_fits: ForkedFits, fit_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[Any] = ["fit", "--config", str(fit_config), f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    forked_fits.start(tmp_path, [*arguments, "--trainer.max_steps=100000"])
+    forked_fits.wait_for(tmp_path / "run" / "checkpoints", "last.ckpt")
+    (process,) = forked_fits.processes()
+    from lightning_mixcn.cli import main
+
+    assert main([*arguments, "--ckpt_path=last", "--trainer.max_steps=1"]) == 2
+    expected = f"`trainer.default_root_dir='{tmp_path / 'run'}'` is being written by process {process} on "
+    assert expected in capsys.readouterr().err
+    assert main(["validate", *arguments[1:], "--trainer.limit_val_batches=1"]) == 0  # which writes other files
+    forked_fits.kill()
+    forked_fits.wait()
