@@ -4,19 +4,19 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import owned
 from lightning_mixcn.masking import mask_secrets, visible
-
-from .signals import Signalled, signals_raised
 
 _OF_THE_TRAINER = ("fit", "validate", "test", "predict")
 _COMPLETION = "--print_completion"
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS and not arguments[0].startswith(_COMPLETION):
         return _report(f"unknown subcommand {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}; see mixcn --help")
     try:
-        with signals_raised():
+        with _signals_raised():
             _run(arguments)
-    except (KeyboardInterrupt, Signalled) as stop:
-        number = stop.number if isinstance(stop, Signalled) else signal.SIGINT
+    except (KeyboardInterrupt, _Signalled) as stop:
+        number = stop.number if isinstance(stop, _Signalled) else signal.SIGINT
         return _report(f"{signal.Signals(number).name} ended the command. Nothing half written is left", 128 + number)
     except Exception as error:
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
@@ -79,6 +79,48 @@ def _run(arguments: list[str]) -> None:
         from .trainer import run_trainer
 
         run_trainer(arguments)
+
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class _Signalled(BaseException):
+    """Report the signal that ends the command.
+
+    Args:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Raise `_Signalled` on SIGTERM and SIGHUP; what ignores or handles one already keeps it, such as nohup.
+
+    Training has handlers of its own, which save first. Python allows handlers in the main thread only.
+    """
+    process = os.getpid()
+
+    def receive(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a forked one, such as a pool's, dies as ever
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the cleaning up
+        raise _Signalled(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in _ENDING if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _owned_output(out: str | None) -> AbstractContextManager[None]:
