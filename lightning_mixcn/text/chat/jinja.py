@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from lightning_mixcn.errors import UserError, one_line
 
+from .rendering import RenderingFailed, rendering_process
 from .turns import (
     Turn,
     TurnTokens,
@@ -122,13 +123,12 @@ class JinjaTemplate:
     def _render(self, turns: Sequence[Turn], tokenizer: TextTokenizer, prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            return str(
-                tokenizer.hf.apply_chat_template(
-                    messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
-                )
-            )
-        except Exception as error:  # a template is a program of someone else's: it may raise anything
+            special = tokenizer.hf.special_tokens_map
+            text = rendering_process().render(self.source, messages, special, prompt=prompt)
+            text.encode()  # the tokenizer takes no half of a surrogate pair
+        except (RenderingFailed, UnicodeEncodeError) as error:
             raise UserError(f"`{self.name}` cannot be used for this conversation: {one_line(error)}") from error
+        return text
 
     def _check_places(self, turns: Sequence[Turn], places: list[int]) -> None:
         for number, turn in enumerate(turns):

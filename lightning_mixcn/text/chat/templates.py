@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, one_line
 
 if TYPE_CHECKING:
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
@@ -115,7 +115,10 @@ def load_template(template: str | None, tokenizer: TextTokenizer) -> ChatTemplat
             )
         found = JinjaTemplate(tokenizer.hf.get_chat_template(), name=f"chat template of {tokenizer.path}")
     elif Path(template).is_file():
-        found = JinjaTemplate(Path(template).read_text(encoding="utf-8"), name=template)
+        try:
+            found = JinjaTemplate(Path(template).read_text(encoding="utf-8"), name=template)
+        except UnicodeDecodeError as error:
+            raise UserError(f"`template={template!r}` is not UTF-8: {one_line(error)}. Convert the file") from error
     else:
         raise MissingFileError(f"`template={template!r}` is not there. Expected mixtral, tokenizer, or a Jinja file")
     found.check(tokenizer)  # one that cannot be used says so now

@@ -3,6 +3,9 @@
 import json
 import pickle
 import re
+import threading
+import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
+from lightning_mixcn.text.chat import rendering
 from lightning_mixcn.text.chat.jinja import JinjaTemplate
+from lightning_mixcn.text.chat.rendering import rendering_process
 from lightning_mixcn.text.chat.templates import load_template
 from lightning_mixcn.text.chat.turns import Turn, TurnTokens
 
@@ -27,6 +32,14 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {%- elif message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}
 {%- else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"""
 TEMPLATES = {"chatml": CHATML, "mistral": MISTRAL}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def started() -> None:
+    """Start the other process, which takes longer than Hypothesis lets an example take."""
+    rendering_process().render("", [], {}, prompt=False)
+
+
 CONVERSATION = [Turn("user", "the 中 of"), Turn("assistant", "和 to a"), Turn("user", "in?"), Turn("assistant", "is")]
 
 
@@ -267,8 +280,70 @@ def test_a_template_of_one_exchange_can_be_used(chat_tokenizer: TextTokenizer, t
 
 
 @pytest.mark.parametrize(
-    "body", ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ 'a' + 1 }}", "{{ messages[0]['x'].y }}"]
+    "body",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages[9].content }}",
+        "{{ 'a' + 1 }}",
+        "{{ messages[0]['x'].y }}",
+        "{{ 'a' * 10**9 }}",
+        r"{{ '\ud800' }}",
+        "{{ '%10000000000s' % 'a' }}",
+        "{{ 'a'.center(10**11) }}",
+        r"{{ raise_exception('a\nb') }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{{ raise_exception('') }}",
+        f"{{{{ {'(' * 5000}1{')' * 5000} }}}}",
+        "{{ '{:>90000000}'.format('a') }}",
+        "{% for i in range(5) %}" * 3000 + "{% endfor %}" * 3000,
+    ],
 )
 def test_whatever_a_template_raises_is_said_in_one_line(body: str, chat_tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match=r"^`template` cannot be used for this conversation: [^\n]*$"):
         JinjaTemplate(body + CHATML).encode(CONVERSATION, chat_tokenizer)
+
+
+@pytest.mark.parametrize("chat_tokenizer", ["bytes"], indirect=True)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{% for a in range(99999) %}{{ 'a' * 999999 }}{% endfor %}",
+    ],
+)
+def test_a_template_ends_in_time(body: str, chat_tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "CPU_SECONDS", 0.5)
+    started = time.monotonic()
+    caught = list[BaseException]()
+
+    def encode() -> None:
+        try:
+            JinjaTemplate(body + CHATML).encode(CONVERSATION, chat_tokenizer)
+        except ValueError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=encode)  # no signal of Python's reaches it
+    thread.start()
+    thread.join()
+    (error,) = caught
+    assert re.fullmatch(r"`template` cannot be used for this conversation: [^\n]+", str(error))
+    assert time.monotonic() - started < 60
+    assert JinjaTemplate(CHATML).encode(CONVERSATION, chat_tokenizer), "the next one is rendered"
+
+
+def test_a_killed_or_forked_process_renders_again(chat_tokenizer: TextTokenizer) -> None:
+    expected = JinjaTemplate(CHATML).encode(CONVERSATION, chat_tokenizer)
+    process = rendering_process()._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert JinjaTemplate(CHATML).encode(CONVERSATION, chat_tokenizer) == expected
+    with get_context("fork").Pool(2) as pool:
+        assert pool.starmap(JinjaTemplate(CHATML).encode, [(CONVERSATION, chat_tokenizer)] * 4) == [expected] * 4
+
+
+def test_a_template_that_is_not_utf_8(chat_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "x.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"^`template='.*x\.jinja'` is not UTF-8: .*\. Convert the file$"):
+        load_template(str(tmp_path / "x.jinja"), chat_tokenizer)
