@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 
+from lightning_mixcn.arguments import Name, check_arguments
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder, write_json
@@ -193,13 +194,12 @@ class AdapterCheckpoint(Callback):
 
     def __init__(
         self,
-        folder: str = "adapter",
-        monitor: str | None = None,
+        folder: Name = "adapter",
+        monitor: Name | None = None,
         mode: Literal["min", "max"] = "min",
-        languages: list[str] | None = None,
+        languages: list[Name] | None = None,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise UserError(f"`mode={mode!r}`: expected min or max")
+        check_arguments(AdapterCheckpoint, locals())
         self.folder = plain_name("folder", folder)
         self.run_files = (folder, f"{folder}_best")
         self.monitor = monitor

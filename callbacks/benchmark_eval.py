@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_mixcn.arguments import Between, Filled, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.long_context.rows import evaluating
 from lightning_mixcn.studies.task_files import BenchmarkFiles
@@ -45,20 +46,16 @@ class BenchmarkEval(Callback):
 
     def __init__(
         self,
-        tasks: list[str],
-        every_n_steps: int | None = None,
-        num_fewshot: int | None = None,
-        limit: float | None = 100,
+        tasks: Annotated[list[Name], Filled("at least one task")],
+        every_n_steps: Steps | None = None,
+        num_fewshot: Annotated[int, Between(0, 1000)] | None = None,
+        limit: Annotated[float, Between(0, 10**9, "documents, or a share of them below 1", excluded=(0,))] | None = 100,
         apply_chat_template: bool = False,
-        batch_size: int = 8,
-        data_dir: str | None = None,
+        batch_size: Annotated[int, Between(1, 2**16)] = 8,
+        data_dir: Name | None = None,
     ) -> None:
+        check_arguments(BenchmarkEval, locals())
         self.tasks = split_names(tasks)
-        for name, value in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"`{name}={value}`: expected at least 1")
-        if limit is not None and limit <= 0:
-            raise UserError(f"`limit={limit}`: expected a number of documents, or a share of them below 1")
         self.every_n_steps, self.num_fewshot, self.limit = every_n_steps, num_fewshot, limit
         self.apply_chat_template, self.batch_size, self.data_dir = apply_chat_template, batch_size, data_dir
         self.scores: dict[str, TaskScores] = {}

@@ -5,7 +5,7 @@ import signal
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from weakref import proxy
 
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_mixcn.arguments import Between, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import owned, remove_leftovers, replace_link, unfinished_path
 from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
@@ -34,11 +35,13 @@ class StepCheckpoint(ModelCheckpoint):
         dirpath: Folder; null is ``checkpoints/`` in the run's folder.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep: int = 2, dirpath: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between checkpoints")
-        if keep < 1:
-            raise UserError(f"`keep={keep}`: expected at least 1 checkpoint to keep")
+    def __init__(
+        self,
+        every_n_steps: Steps = 500,
+        keep: Annotated[int, Between(1, 10**6, "checkpoints")] = 2,
+        dirpath: Name | None = None,
+    ) -> None:
+        check_arguments(StepCheckpoint, locals())
         if dirpath is not None and (Path(dirpath.strip()).name in ("", "..") or not dirpath.isprintable()):
             raise UserError(
                 f"`dirpath={dirpath!r}`: expected a folder for checkpoints, or null for the run's checkpoints/"

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
+
+from lightning_mixcn.arguments import Between, check_arguments
 
 
 class StepClock(Callback):
@@ -214,9 +216,23 @@ class StepProgressBar(TQDMProgressBar):
 
     Lightning mixes micro-batches done with optimizer steps to do, which differ when gradients are accumulated, and in a
     resumed run it takes the earlier batches for ones that took no time.
+
+    Args:
+        refresh_rate: Batches between updates of the bar; 0 shows none.
+        process_position: Number of lines below which the bar is drawn, for several runs in one terminal.
+        leave: Keep the bar of a finished epoch on the screen.
     """
 
     _clock: StepClock | None = None
+
+    def __init__(
+        self,
+        refresh_rate: Annotated[int, Between(0, 10**6)] = 1,
+        process_position: Annotated[int, Between(0, 1000)] = 0,
+        leave: bool = False,
+    ) -> None:
+        check_arguments(StepProgressBar, locals())
+        super().__init__(refresh_rate, process_position, leave)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the clock of the time left."""

@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_mixcn.arguments import Between, check_arguments
 from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.data import StreamDataModule
 from lightning_mixcn.errors import UserError
@@ -172,10 +173,10 @@ class ByteBudget(Callback):
         validations: Number of validations, evenly spaced, the last at the end; the trainer's own interval gives way.
     """
 
-    def __init__(self, text_bytes: int, validations: int = 1) -> None:
-        for name, value in (("text_bytes", text_bytes), ("validations", validations)):
-            if value < 1:
-                raise UserError(f"`{name}={value}`: expected at least 1")
+    def __init__(
+        self, text_bytes: Annotated[int, Between(1, 10**15)], validations: Annotated[int, Between(1, 10**6)] = 1
+    ) -> None:
+        check_arguments(ByteBudget, locals())
         self.text_bytes, self.validations = text_bytes, validations
         self._due: list[int] = []  # steps after which there is a validation
 

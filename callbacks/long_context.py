@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_mixcn.arguments import Between, RowTokens, Seed, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_file, write_text
 from lightning_mixcn.studies.long_context.likelihood import (
@@ -202,30 +203,24 @@ class LongContextEval(Callback):
     def __init__(
         self,
         sources: list[Source] | None = None,
-        lengths: list[int] | None = None,
-        documents: int = 4,
-        chunk: int = 512,
-        every_n_steps: int | None = None,
+        lengths: list[RowTokens] | None = None,
+        documents: Annotated[int, Between(1, 10**6)] = 4,
+        chunk: Annotated[int, Between(1, 2**20)] = 512,
+        every_n_steps: Steps | None = None,
         retrieval: list[str] | None = None,
-        retrieval_lengths: list[int] | None = None,
-        retrieval_depths: list[float] | None = None,
-        retrieval_prompts: int = 4,
-        seed: int = 0,
+        retrieval_lengths: list[RowTokens] | None = None,
+        retrieval_depths: list[Annotated[float, Between(0, 1, "(0 is the beginning, 1 the end)")]] | None = None,
+        retrieval_prompts: Annotated[int, Between(1, 10**6)] = 4,
+        seed: Seed = 0,
     ) -> None:
+        check_arguments(LongContextEval, locals())
         self.sources = None if sources is None else parse_sources(sources, "sources", Source)
         self.lengths = _ascending("lengths", lengths or list(_LENGTHS))
         self.retrieval_lengths = _ascending("retrieval_lengths", retrieval_lengths or self.lengths)
         self.retrieval, self.retrieval_depths = retrieval or [], retrieval_depths or list(_DEPTHS)
-        numbers = {"documents": documents, "chunk": chunk, "retrieval_prompts": retrieval_prompts}
-        for name, value in (numbers | ({} if every_n_steps is None else {"every_n_steps": every_n_steps})).items():
-            if value < 1:
-                raise UserError(f"`{name}={value}`: expected at least 1")
         for index, task in enumerate(self.retrieval):
             if task not in RETRIEVAL_TASKS:
                 raise UserError(f"`retrieval[{index}]={task!r}`: expected one of {', '.join(RETRIEVAL_TASKS)}")
-        for index, depth in enumerate(self.retrieval_depths):
-            if not 0 <= depth <= 1:
-                raise UserError(f"`retrieval_depths[{index}]={depth}`: expected 0 (beginning) to 1 (end)")
         self.documents, self.chunk, self.every_n_steps = documents, chunk, every_n_steps
         self.retrieval_prompts, self.seed = retrieval_prompts, seed
         self._sets: list[DocumentSet] = []
@@ -368,8 +363,8 @@ def _validation_documents(data: Any) -> list[DocumentSet]:
 
 
 def _ascending(name: str, lengths: Sequence[int]) -> list[int]:
-    if min(lengths) < 2 or len(set(lengths)) < len(lengths):
-        raise UserError(f"`{name}={list(lengths)}`: expected different numbers of at least 2 tokens")
+    if len(set(lengths)) < len(lengths):
+        raise UserError(f"`{name}={list(lengths)}`: expected different numbers of tokens")
     return sorted(lengths)
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_mixcn.arguments import Name, check_arguments
 from lightning_mixcn.files.atomic import write_json, write_text
 from lightning_mixcn.modules.checks import source_names
 
@@ -176,7 +177,8 @@ class PredictionWriter(Callback):
         filename: Name of the file inside ``trainer.default_root_dir``.
     """
 
-    def __init__(self, filename: str = "predictions.jsonl") -> None:
+    def __init__(self, filename: Name = "predictions.jsonl") -> None:
+        check_arguments(PredictionWriter, locals())
         self.filename = plain_name("filename", filename, ["predictions.jsonl"])
         self.run_files = (filename,)
         self._sums: _Sums = {}

@@ -4,11 +4,12 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_mixcn.arguments import Between, Filled, Name, Seed, Steps, check_arguments
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics import AnswerFigures, answer_figures
@@ -16,6 +17,10 @@ from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 
 from .host import causal_lm, plain_name
+
+NewTokens = Annotated[int, Between(1, 2**20)]
+Temperature = Annotated[float, Between(0, 100, "(0 for greedy)")]
+Penalty = Annotated[float, Between(0, 100, "(1 for none)", excluded=(0,))]
 
 
 class PeriodicSampling(Callback):
@@ -33,20 +38,14 @@ class PeriodicSampling(Callback):
     def __init__(
         self,
         *,
-        every_n_steps: int,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        file: str,
-        repetition_penalty: float = 1.0,
+        every_n_steps: Steps,
+        max_new_tokens: NewTokens,
+        temperature: Temperature,
+        seed: Seed,
+        file: Name,
+        repetition_penalty: Penalty = 1.0,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise UserError(f"`{name}={value}`: expected at least 1")
-        if temperature < 0:
-            raise UserError(f"`temperature={temperature}`: expected 0 for greedy, or more")
-        if repetition_penalty <= 0:
-            raise UserError(f"`repetition_penalty={repetition_penalty}`: expected 1 for none, or more")
+        check_arguments(PeriodicSampling, locals())
         self.every_n_steps = every_n_steps
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -190,15 +189,14 @@ class SampleAnswers(PeriodicSampling):
 
     def __init__(
         self,
-        questions: int = 16,
-        every_n_steps: int = 500,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
+        questions: Annotated[int, Between(1, 10**6)] = 16,
+        every_n_steps: Steps = 500,
+        max_new_tokens: NewTokens = 256,
+        temperature: Temperature = 0.0,
+        repetition_penalty: Penalty = 1.0,
+        seed: Seed = 0,
     ) -> None:
-        if questions < 1:
-            raise UserError(f"`questions={questions}`: expected at least 1")
+        check_arguments(SampleAnswers, locals())
         super().__init__(
             every_n_steps=every_n_steps,
             max_new_tokens=max_new_tokens,
@@ -274,14 +272,13 @@ class SampleText(PeriodicSampling):
 
     def __init__(
         self,
-        prompts: list[str],
-        every_n_steps: int = 500,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int = 0,
+        prompts: Annotated[list[str], Filled("at least one text to continue")],
+        every_n_steps: Steps = 500,
+        max_new_tokens: NewTokens = 64,
+        temperature: Temperature = 0.0,
+        seed: Seed = 0,
     ) -> None:
-        if not prompts:
-            raise UserError("`prompts=[]`: expected at least one text to continue")
+        check_arguments(SampleText, locals())
         super().__init__(
             every_n_steps=every_n_steps,
             max_new_tokens=max_new_tokens,

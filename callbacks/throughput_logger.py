@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.arguments import Steps, check_arguments
 from lightning_mixcn.metrics.device import peak_rate
 from lightning_mixcn.model.memory.flops import TrainingFlops, attended_pairs, count_training_flops
 from lightning_mixcn.model.mixtral import base_of
@@ -38,9 +38,8 @@ class ThroughputLogger(Callback):
         every_n_steps: Optimizer steps between logs, over which each figure is a mean.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"`every_n_steps={every_n_steps}`: expected at least 1 optimizer step between logs")
+    def __init__(self, every_n_steps: Steps = 10) -> None:
+        check_arguments(ThroughputLogger, locals())
         self.every_n_steps = every_n_steps
         self._flops: TrainingFlops | None = None
         self._work: Tensor | None = None  # of this rank since the last log: tokens and attended pairs

@@ -6,13 +6,14 @@ Legend: L layers, E experts, N sources.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_mixcn.arguments import Between, Steps, check_arguments
 from lightning_mixcn.callbacks.host import causal_lm
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, shares
@@ -50,27 +51,18 @@ class ExpertLoadMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 10,
-        figure_every_n_steps: int = 500,
+        every_n_steps: Steps = 10,
+        figure_every_n_steps: Steps = 500,
         per_layer: bool = False,
-        position_boundaries: Sequence[int] = (),
-        starving_share: float = 0.1,
-        starving_steps: int = 200,
+        position_boundaries: Sequence[Annotated[int, Between(1, 2**20)]] = (),
+        starving_share: Annotated[
+            float, Between(0, 1, "(0 for no warning, 1 is a uniform share)", excluded=(1,))
+        ] = 0.1,
+        starving_steps: Steps = 200,
     ) -> None:
-        steps = {
-            "every_n_steps": every_n_steps,
-            "figure_every_n_steps": figure_every_n_steps,
-            "starving_steps": starving_steps,
-        }
-        for name, value in steps.items():
-            if value < 1:
-                raise UserError(f"`{name}={value}`: expected at least 1 optimizer step")
-        if not 0 <= starving_share < 1:
-            raise UserError(f"`starving_share={starving_share}`: expected 0 (no warning) to below 1, a uniform share")
-        if list(position_boundaries) != sorted({*position_boundaries} - {0}) or min(position_boundaries, default=1) < 1:
-            raise UserError(
-                f"`position_boundaries={list(position_boundaries)}`: expected ascending positions above 0, e.g. [512]"
-            )
+        check_arguments(ExpertLoadMonitor, locals())
+        if list(position_boundaries) != sorted({*position_boundaries}):
+            raise UserError(f"`position_boundaries={list(position_boundaries)}`: expected ascending ones, e.g. [512]")
         self.every_n_steps, self.figure_every_n_steps = every_n_steps, figure_every_n_steps
         self.per_layer, self.position_boundaries = per_layer, list(position_boundaries)
         self._starving = StarvingExperts(starving_share, starving_steps)

@@ -9,10 +9,13 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_mixcn.arguments import check_arguments
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.files.configuration import check_yaml, read_configuration
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.masking import MASK, without_secrets
 from lightning_mixcn.model.vocabulary import tokenizer_for
+from lightning_mixcn.modules.checks import RunSettings, TrainerArguments
 from lightning_mixcn.modules.state import adapter_folder
 
 
@@ -25,8 +28,13 @@ def config_path(name: str) -> str:
 
     Raises:
         FileNotFoundError: neither a file nor such a name.
+        ValueError: the file, or the content, is not YAML that can be used.
     """
     path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        read_configuration(Path(path), f"--config {name}")
+    elif re.search(r"[{\n]", name):
+        check_yaml(name, "--config")
     if re.search(r"[:{\n]", name) or (os.path.exists(path) and not os.path.isdir(path)):  # a pipe is no regular file
         return name
     folder = Path(str(files("lightning_mixcn.configs")))
@@ -38,6 +46,19 @@ def config_path(name: str) -> str:
             f"{', '.join(carried)}"
         )
     return str(found)
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse values that no run could mean, before anything is made of them.
+
+    Args:
+        settings: A subcommand's configuration.
+
+    Raises:
+        ValueError: names the key.
+    """
+    check_arguments(RunSettings, vars(settings))
+    check_arguments(TrainerArguments, vars(settings.trainer), "trainer.")
 
 
 def expand_home(settings: Any) -> None:

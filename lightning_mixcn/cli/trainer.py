@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mixcn.callbacks import (
     AdapterCheckpoint,
@@ -36,9 +37,10 @@ from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.modules import CausalLMModule
-from lightning_mixcn.modules.checks import check_precision
+from lightning_mixcn.modules.checks import check_precision, make_optimizer, make_scheduler
 from lightning_mixcn.modules.strategies import check_strategy
 
+from .messages import libraries_in_one_line, readable
 from .plan import RunPlan
 from .run_folder import (
     CHECKPOINTS,
@@ -53,6 +55,7 @@ from .run_folder import (
     was_killed_early,
 )
 from .settings import (
+    check_settings,
     config_path,
     expand_home,
     fetch_tokenizer,
@@ -76,21 +79,15 @@ _TRAINER_DEFAULTS = {
     "max_epochs": -1,
 }
 
+# An option is given in full: `--trainer.max_step 5` is a slip, not a wish for the option that begins like this.
+_PARSING = {"exit_on_error": False, "allow_abbrev": False}
 
-# Lines of jsonargparse's messages that say what else it tried, or repeat the input.
-_NOISE = (
-    "Given value",
-    "Subtypes:",
-    "Errors:",
-    "Does not validate",
-    "Expected a <class 'NoneType'>",
-    "Not a valid subclass of",
-    "Subclass types expect",
-    "a class path (str)",
-    "a dict with",
-)
-_UNKNOWN_CLASS = "Expected a dot import path string: "
-_REMOVED_CLASSES = {"RankWatch": "gone, since torch and the launchers end all ranks when one dies. Leave it out"}
+_LOADERS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
 
 
 class RunConfig(SaveConfigCallback):
@@ -149,8 +146,8 @@ class MixcnCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
-            parser_kwargs={"prog": "mixcn", "exit_on_error": False}
-            | {command: {"prog": f"mixcn {command}", "exit_on_error": False} for command in self.subcommands()},
+            parser_kwargs={"prog": "mixcn", **_PARSING}
+            | {command: {"prog": f"mixcn {command}", **_PARSING} for command in self.subcommands()},
             args=args,
         )
 
@@ -170,6 +167,7 @@ class MixcnCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; LightningCLI's own also warns that the arguments might come from Python."""
         self.config = parser.parse_args(args)
+        check_settings(self.config[self.config.subcommand])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give `fit` its own options."""
@@ -243,11 +241,17 @@ class MixcnCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make the classes; for a plan no trainer, whose devices need not be there."""
-        if not self._planning:
-            super().instantiate_classes()
-            return
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+        with libraries_in_one_line(type(self)):
+            if not self._planning:
+                super().instantiate_classes()
+            else:
+                self.config_init = self.parser.instantiate_classes(self.config)
+                self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+        loader = _LOADERS[self.subcommand or "fit"]
+        if self.datamodule is None and not is_overridden(loader, self.model, LightningModule):
+            raise UserError(
+                f"`data` is missing: give a data module, e.g. `--data PretrainDataModule`, or a module with `{loader}`"
+            )
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self._planning:
@@ -288,12 +292,19 @@ class MixcnCLI(LightningCLI):
         if self._planning:
             return
         check_precision(self.trainer.precision)
+        if self.subcommand == "fit" and isinstance(self.model, CausalLMModule):
+            try_optimization(self.model, self._settings.model.init_args)
         path = self._settings.get("ckpt_path")
         folders = [str(getattr(callback, "dirpath", "")) for callback in self.trainer.checkpoint_callbacks]
         if path == "last" and self.subcommand != "fit" and not any(list(Path(f).glob("last*")) for f in folders):
             raise MissingFileError(f"`--ckpt_path last`: there is no checkpoint in {', '.join(folders)}. Run fit first")
-        if path and path not in ("last", "best", "hpc") and "://" not in path and not Path(path).exists():
-            raise MissingFileError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
+        if path == "best" or (path == "hpc" and not any(self.root.glob("hpc_ckpt_*.ckpt"))):
+            raise MissingFileError(f"`--ckpt_path {path}`: {self.root} has none yet. Give a checkpoint, or `last`")
+        if path and path not in ("last", "best", "hpc") and "://" not in path:
+            if not Path(path).exists():
+                raise MissingFileError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
+            if not (Path(path).is_file() or Path(path).is_dir()):
+                raise UserError(f"`--ckpt_path {path}` is neither a file nor a folder. Give a checkpoint, or `last`")
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
@@ -315,6 +326,23 @@ class MixcnCLI(LightningCLI):
         return callbacks
 
 
+def try_optimization(module: CausalLMModule, arguments: Any) -> None:
+    """Make optimizer and schedule of one number, so that what they refuse is known before the model is loaded.
+
+    Args:
+        module: The module.
+        arguments: Its arguments in the configuration; an optimizer that is a function may want the model's parameters,
+            and is left alone.
+
+    Raises:
+        ValueError: see `make_optimizer`.
+    """
+    if isinstance(arguments.get("optimizer"), str):
+        return
+    optimizer = make_optimizer(module.make_optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
+    make_scheduler(module.make_lr_scheduler, optimizer)
+
+
 def run_trainer(arguments: list[str]) -> None:
     """Parse ``fit …`` and the like, and run it.
 
@@ -330,37 +358,6 @@ def run_trainer(arguments: list[str]) -> None:
         MixcnCLI(arguments)
     except argparse.ArgumentError as error:
         raise UserError(f"{readable(str(error))}. See mixcn {arguments[0]} --help") from error
-
-
-def readable(message: str) -> str:
-    r"""Reduce jsonargparse's tree of what was tried to the line that matters.
-
-    Args:
-        message: Its message, many lines.
-
-    Returns:
-        The keys that lead to the error, and the error.
-
-    >>> readable('Parser key "model":\n  Does not validate against any of the Union subtypes\n'
-    ...          "  Errors:\n    - Option 'bas' is not accepted\n    - Expected a <class 'NoneType'>")
-    "model: Option 'bas' is not accepted"
-    """
-    kept = []
-    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
-        if line.startswith(_NOISE):
-            continue
-        if line.startswith("Parser key"):
-            line = line.removeprefix('Parser key "').replace('":', ":", 1)
-        if line.startswith(_UNKNOWN_CLASS):
-            name = line.removeprefix(_UNKNOWN_CLASS)
-            line = (
-                f"there is no class {name!r}. Give one of lightning_mixcn by its name, another by its full import path"
-            )
-        for name, why in _REMOVED_CLASSES.items():
-            if name in line:
-                return f"{name} is {why}"
-        kept.append(line)
-    return " ".join(kept)
 
 
 def _checkpoint_folders(callbacks: Any) -> list[str]:

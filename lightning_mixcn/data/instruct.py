@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Literal
 
+from lightning_mixcn.arguments import Name, RowTokens, Seed, Share, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     Answers,
@@ -20,7 +21,7 @@ from lightning_mixcn.text import (
     load_template,
 )
 
-from .module import StreamDataModule, one_of
+from .module import BatchRows, EvaluationRows, StreamDataModule, Streams, Workers
 
 _TRIED_CONVERSATIONS = 4096  # about a second and a half
 
@@ -65,22 +66,23 @@ class InstructDataModule(StreamDataModule):
         val_sources: Sequence[ConversationSource] = (),
         test_sources: Sequence[ConversationSource] = (),
         predict_sources: Sequence[ConversationSource] = (),
-        template: str = "mixtral",
+        template: Name = "mixtral",
         answers: Answers = "all",
         on_too_long: TooLongPolicy = "cut_at_turn",
-        sequence_length: int = 4096,
-        micro_batch_size: int = 4,
-        num_streams: int = 8,
-        num_workers: int = 2,
-        packing: str = "best_fit",
-        seed: int = 0,
-        val_fraction: float = 0.02,
-        test_fraction: float = 0.0,
-        max_eval_rows: int | None = 256,
+        sequence_length: RowTokens = 4096,
+        micro_batch_size: BatchRows = 4,
+        num_streams: Streams = 8,
+        num_workers: Workers = 2,
+        packing: Literal["best_fit", "documents"] = "best_fit",
+        seed: Seed = 0,
+        val_fraction: Share = 0.02,
+        test_fraction: Share = 0.0,
+        max_eval_rows: EvaluationRows | None = 256,
         on_bad_record: BadRecordPolicy = "error",
-        tokenizer: str | None = None,
+        tokenizer: Name | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
+        check_arguments(InstructDataModule, locals())
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
         super().__init__(
             StageDocuments(ConversationSource, sources, held_out, predict_sources, on_bad_record),
@@ -88,14 +90,14 @@ class InstructDataModule(StreamDataModule):
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,
             num_workers=num_workers,
-            packing=one_of("packing", packing, ("best_fit", "documents")),
+            packing=packing,
             seed=seed,
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
         )
         self.template_name = template
-        self.answers = one_of("answers", answers, get_args(Answers))
-        self.on_too_long = one_of("on_too_long", on_too_long, get_args(TooLongPolicy))
+        self.answers = answers
+        self.on_too_long = on_too_long
 
     def setup(self, stage: str | None = None) -> None:
         """Do what every data module does, and try the template on conversations of each source before training.

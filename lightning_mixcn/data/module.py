@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from lightning_mixcn.arguments import Between, Name, RowTokens, Seed, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     BadRecordPolicy,
     DocumentEncoder,
     DocumentOrigin,
     EvaluationSet,
+    Packing,
     Row,
     RowStream,
     StageDocuments,
@@ -28,7 +30,10 @@ from lightning_mixcn.text import (
 from .loaders import EvaluationLoader, RankShard, RepeatedBatches, TrainLoader, overfit_batches
 from .progress import Order, RunProgress, order_of
 
-_Value = TypeVar("_Value", bound=str)
+BatchRows = Annotated[int, Between(1, 2**16, "(rows of a batch on one rank)")]
+Streams = Annotated[int, Between(1, 2**16, "(64 is a good number)")]
+Workers = Annotated[int, Between(0, 1024, "(0 tokenizes in the training process)")]
+EvaluationRows = Annotated[int, Between(1, 10**12, "(null for all)")]
 
 
 class StreamDataModule(LightningDataModule):
@@ -42,7 +47,7 @@ class StreamDataModule(LightningDataModule):
         micro_batch_size: Rows of a batch on one rank.
         num_streams: Number of parallel streams that the documents are dealt to.
         num_workers: Processes of each rank that tokenize.
-        packing: One of `PACKINGS`.
+        packing: Layout of documents in rows.
         seed: Seed of the order of documents.
         max_eval_rows: Rows of each source that validation and test use at most; None uses all.
         tokenizer: Folder of the tokenizer.
@@ -53,26 +58,22 @@ class StreamDataModule(LightningDataModule):
         self,
         documents: StageDocuments,
         *,
-        sequence_length: int,
-        micro_batch_size: int,
-        num_streams: int,
-        num_workers: int,
-        packing: str,
-        seed: int,
-        max_eval_rows: int | None,
-        tokenizer: str | None,
+        sequence_length: RowTokens,
+        micro_batch_size: BatchRows,
+        num_streams: Streams,
+        num_workers: Workers,
+        packing: Packing,
+        seed: Seed,
+        max_eval_rows: EvaluationRows | None,
+        tokenizer: Name | None,
         weight_unit: WeightUnit = "tokens",
     ) -> None:
         """Check the arguments; files are read in `setup`."""
+        check_arguments(StreamDataModule, locals())
         super().__init__()
         self._documents = documents
-        self.sequence_length = _at_least("sequence_length", sequence_length, 2, "each token is predicted from another")
-        self.micro_batch_size = _at_least("micro_batch_size", micro_batch_size, 1, "rows of a batch on one rank")
-        self.num_streams = _at_least("num_streams", num_streams, 1, "64 is a good number")
-        self.num_workers = _at_least("num_workers", num_workers, 0, "0 tokenizes in the training process")
-        self.max_eval_rows = (
-            max_eval_rows if max_eval_rows is None else _at_least("max_eval_rows", max_eval_rows, 1, "null for all")
-        )
+        self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
+        self.num_streams, self.num_workers, self.max_eval_rows = num_streams, num_workers, max_eval_rows
         self.packing, self.weight_unit, self.seed = packing, weight_unit, seed
         self.tokenizer_path = tokenizer
         self._tokenizer: TextTokenizer | None = None
@@ -368,16 +369,3 @@ def _check_endless(trainer: Any) -> None:
                 "stream of training rows has not. Set `trainer.accumulate_grad_batches`, and resume with another "
                 "value to change it"
             )
-
-
-def one_of(name: str, value: _Value, choices: Sequence[str]) -> _Value:
-    """Return an argument's value, or raise a ValueError that names the choices."""
-    if value not in choices:
-        raise UserError(f"`{name}={value!r}`: expected one of {', '.join(choices)}")
-    return value
-
-
-def _at_least(name: str, value: int, least: int, why: str) -> int:
-    if value < least:
-        raise UserError(f"`{name}={value}`: expected at least {least} ({why})")
-    return value

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
+from lightning_mixcn.arguments import Name, RowTokens, Seed, Share, check_arguments
 from lightning_mixcn.text import (
-    PACKINGS,
     BadRecordPolicy,
     DocumentSet,
+    Packing,
     PlainText,
     Source,
     StageDocuments,
     WeightUnit,
 )
 
-from .module import StreamDataModule, one_of
+from .module import BatchRows, EvaluationRows, StreamDataModule, Streams, Workers
 
 
 class PretrainDataModule(StreamDataModule):
@@ -52,20 +52,21 @@ class PretrainDataModule(StreamDataModule):
         val_sources: Sequence[Source] = (),
         test_sources: Sequence[Source] = (),
         predict_sources: Sequence[Source] = (),
-        sequence_length: int = 4096,
-        micro_batch_size: int = 4,
-        num_streams: int = 64,
-        num_workers: int = 2,
-        packing: str = "documents",
-        seed: int = 0,
-        val_fraction: float = 0.005,
-        test_fraction: float = 0.0,
-        max_eval_rows: int | None = 256,
+        sequence_length: RowTokens = 4096,
+        micro_batch_size: BatchRows = 4,
+        num_streams: Streams = 64,
+        num_workers: Workers = 2,
+        packing: Packing = "documents",
+        seed: Seed = 0,
+        val_fraction: Share = 0.005,
+        test_fraction: Share = 0.0,
+        max_eval_rows: EvaluationRows | None = 256,
         on_bad_record: BadRecordPolicy = "error",
-        tokenizer: str | None = None,
+        tokenizer: Name | None = None,
         weight_unit: WeightUnit = "tokens",
     ) -> None:
         """Check the arguments; files are read in `setup`."""
+        check_arguments(PretrainDataModule, locals())
         held_out = {"val": (val_sources, val_fraction), "test": (test_sources, test_fraction)}
         super().__init__(
             StageDocuments(Source, sources, held_out, predict_sources, on_bad_record),
@@ -73,11 +74,11 @@ class PretrainDataModule(StreamDataModule):
             micro_batch_size=micro_batch_size,
             num_streams=num_streams,
             num_workers=num_workers,
-            packing=one_of("packing", packing, PACKINGS),
+            packing=packing,
             seed=seed,
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
-            weight_unit=one_of("weight_unit", weight_unit, get_args(WeightUnit)),
+            weight_unit=weight_unit,
         )
 
     def make_encoder(self) -> PlainText:

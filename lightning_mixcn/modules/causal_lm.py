@@ -6,7 +6,7 @@ logging and checkpoints stay right, because division happens once, in the end.
 
 import math
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, LRSchedulerTypeUnion, OptimizerCallable
@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mixcn.arguments import Between, Name, Seed, check_arguments
 from lightning_mixcn.errors import NonFiniteError
 from lightning_mixcn.metrics import (
     DocumentScores,
@@ -25,6 +26,7 @@ from lightning_mixcn.metrics import (
     scored_positions,
 )
 from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing, set_gradient_sync
+from lightning_mixcn.model.lora.options import check_training_options
 from lightning_mixcn.model.mixtral import CausalLMOutput
 from lightning_mixcn.model.vocabulary import tokenizer_for
 
@@ -79,22 +81,25 @@ class CausalLMModule(SavedStateModule):
 
     def __init__(
         self,
-        base: str,
+        base: Name,
         quantization: Literal["nf4", "none"] = "nf4",
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-        tokenizer: str | None = None,
+        tokenizer: Name | None = None,
         lora: LoraConfig | None = None,
         train_embeddings: bool = False,
-        adapter: str | None = None,
-        router_aux_loss_coef: float = 0.02,
+        adapter: Name | None = None,
+        router_aux_loss_coef: Annotated[float, Between(0, 1000)] = 0.02,
         activation_checkpointing: Literal["none", "selective", "full", "offload"] = "selective",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable = WarmupCosine,
-        seed: int = 0,
+        seed: Seed = 0,
         new_rows: Literal["mean", "byte_mean", "random", "zeros"] = "mean",
-        activation_memory: int | Literal["auto"] | None = None,
+        activation_memory: Annotated[int, Between(1, 2**50, "byte, or auto")] | Literal["auto"] | None = None,
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
+        check_arguments(CausalLMModule, locals())
+        if lora is not None:
+            check_training_options(lora)
         super().__init__()
         self.save_hyperparameters()
         make_plain(self)
@@ -186,6 +191,7 @@ class CausalLMModule(SavedStateModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy or precision that cannot be used; have checkpoints checked."""
+        run_checks.check_trainer(self.trainer)
         check_strategy(self.trainer.strategy)
         run_checks.check_precision(self.trainer.precision)
         check_before_loading(self.trainer, self.check_checkpoint)
@@ -213,13 +219,13 @@ class CausalLMModule(SavedStateModule):
         """Make the optimizer and its schedule. Raises: ValueError if nothing trains, or the optimizer cannot."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         run_checks.check_trains(parameters)
-        optimizer = self.make_optimizer(parameters)
+        optimizer = run_checks.make_optimizer(self.make_optimizer, parameters)
         check_optimizer(optimizer, self.trainer.strategy)
         self.compare_with_checkpoint(ConfiguredOptimization(optimizer, self._schedule, self.make_optimizer))
         return scheduled(optimizer, self._schedule(optimizer), self.trainer.val_check_interval)
 
     def _schedule(self, optimizer: Optimizer) -> LRSchedulerTypeUnion:
-        return known_length(self.make_lr_scheduler(optimizer), self.trainer.max_steps)
+        return known_length(run_checks.make_scheduler(self.make_lr_scheduler, optimizer), self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
         """Check that the data fit the model."""

@@ -1,7 +1,10 @@
 """Check a run before and while it trains; each error says the remedy."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
 
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -9,10 +12,117 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mixcn.errors import NonFiniteError, UserError
+from lightning_mixcn.arguments import MOST_STEPS, Between, Name, Seed, check_arguments
+from lightning_mixcn.errors import NonFiniteError, UserError, one_line
 
 # Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
 _PRECISIONS = ("32-true", "bf16-mixed")
+
+_Some = Annotated[int, Between(0, 10**12)]
+_Batches = _Some | Annotated[float, Between(0, 1)]
+_LARGEST_RATE = 1000.0
+
+
+class TrainerValues(TypedDict, total=False):
+    """Bounds of the Trainer's values, of which Lightning takes negative ones, NaN, or what never ends."""
+
+    accumulate_grad_batches: Annotated[int, Between(1, 10**6)]
+    gradient_clip_val: Annotated[float, Between(0, 10**9, "(null or 0 for no clipping)")] | None
+    gradient_clip_algorithm: Literal["norm", "value"] | None
+    max_steps: Annotated[int, Between(-1, MOST_STEPS)]
+    min_steps: Annotated[int, Between(0, MOST_STEPS)] | None
+    max_epochs: Annotated[int, Between(-1, 10**6)] | None
+    min_epochs: Annotated[int, Between(0, 10**6)] | None
+    limit_train_batches: _Batches | None
+    limit_val_batches: _Batches | None
+    limit_test_batches: _Batches | None
+    limit_predict_batches: _Batches | None
+    overfit_batches: _Batches
+    val_check_interval: (
+        Annotated[int, Between(1, 10**12)]
+        | Annotated[float, Between(0, 1, excluded=(0,))]
+        | Name
+        | dict[str, _Some]
+        | timedelta
+        | None
+    )
+    check_val_every_n_epoch: Annotated[int, Between(1, 10**6)] | None
+    log_every_n_steps: Annotated[int, Between(0, MOST_STEPS)] | None
+
+
+class TrainerArguments(TrainerValues, total=False):
+    """Further arguments of the Trainer, which keeps them under other names or in another form."""
+
+    num_sanity_val_steps: Annotated[int, Between(-1, 10**6)] | None
+    fast_dev_run: bool | _Some
+    num_nodes: Annotated[int, Between(1, 10**5)]
+    devices: Annotated[int, Between(-1, 4096)] | Name | list[int]
+    reload_dataloaders_every_n_epochs: Annotated[int, Between(0, 10**6)]
+    default_root_dir: Name | Path | None
+    use_distributed_sampler: bool
+    inference_mode: bool
+    detect_anomaly: bool
+    barebones: bool
+    sync_batchnorm: bool
+
+
+class RunSettings(TypedDict, total=False):
+    """Further keys of a configuration."""
+
+    seed_everything: bool | Seed
+    ckpt_path: Name | None
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse values of the Trainer that the module could only be wrong with, however it was made.
+
+    Args:
+        trainer: Lightning's trainer.
+
+    Raises:
+        ValueError: a negative or infinite value, NaN, or another kind of value.
+    """
+    known = {name: getattr(trainer, name) for name in TrainerValues.__annotations__ if hasattr(trainer, name)}
+    algorithm = known.pop("gradient_clip_algorithm", None)
+    known["gradient_clip_algorithm"] = getattr(algorithm, "value", algorithm)  # Lightning makes an enum of it
+    check_arguments(TrainerValues, known, "trainer.")
+
+
+def make_optimizer(maker: Callable[[Any], Optimizer], parameters: list[Any]) -> Optimizer:
+    """Make the optimizer; what it refuses is one line.
+
+    Args:
+        maker: Function of parameters, as `model.init_args.optimizer` is one.
+        parameters: Parameters to optimize.
+
+    Raises:
+        ValueError: the optimizer refuses one of its arguments, or takes one that is not finite.
+    """
+    try:
+        optimizer = maker(parameters)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"`model.init_args.optimizer` cannot be made: {one_line(error)}") from error
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"`model.init_args.optimizer`: `{name}={value}`, expected a finite number")
+        if not 0 <= group.get("lr", 0) <= _LARGEST_RATE:
+            raise UserError(
+                f"`model.init_args.optimizer`: `lr={group['lr']}`, expected at least 0 and at most {_LARGEST_RATE:.0f}"
+            )
+    return optimizer
+
+
+def make_scheduler(maker: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
+    """Make the schedule of an optimizer; what it refuses is one line. Args and errors as of `make_optimizer`."""
+    try:
+        return maker(optimizer)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"`model.init_args.lr_scheduler` cannot be made: {one_line(error)}") from error
 
 
 def check_precision(precision: str) -> None:
@@ -92,7 +202,7 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
         memory: `activation_memory`.
 
     Raises:
-        ValueError: both are given, or the budget is no budget.
+        ValueError: both are given.
     """
     if memory is None:
         return
@@ -101,8 +211,6 @@ def check_activation_settings(checkpointing: str, memory: int | str | None) -> N
             f"`activation_memory={memory!r}` chooses between selective and full for each layer, but "
             f"`activation_checkpointing={checkpointing!r}` is given beside it. Leave one of them out"
         )
-    if memory != "auto" and (isinstance(memory, str) or memory <= 0):
-        raise UserError(f"`activation_memory={memory!r}`: expected auto, bytes such as 20000000000, or null")
 
 
 def check_schedule_is_stepped(trainer: Any) -> None:

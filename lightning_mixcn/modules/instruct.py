@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.arguments import Name, check_arguments
 from lightning_mixcn.metrics import scored_positions
 from lightning_mixcn.model.mixtral import CausalLMOutput
 
@@ -25,10 +25,9 @@ class InstructModule(CausalLMModule):
         kwargs: Arguments of `CausalLMModule`.
     """
 
-    def __init__(self, base: str, loss_weighting: Literal["token", "conversation"] = "token", **kwargs: Any) -> None:
+    def __init__(self, base: Name, loss_weighting: Literal["token", "conversation"] = "token", **kwargs: Any) -> None:
         """Check the arguments; the model is made in `configure_model`."""
-        if loss_weighting not in ("token", "conversation"):
-            raise UserError(f"`loss_weighting={loss_weighting!r}`: expected token or conversation")
+        check_arguments(InstructModule, locals())
         super().__init__(base, **kwargs)
         self.loss_weighting = loss_weighting
 

@@ -1,7 +1,7 @@
 """Learning rate: linear warm-up, then a cosine, both by fraction of the run."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch.cli import LRSchedulerTypeUnion, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_mixcn.arguments import Between, Share, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 
 # They belong to the configuration, so that a resumed run may be made longer. A checkpoint has them to compare with.
@@ -35,15 +36,12 @@ class WarmupCosine(LRScheduler):
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_fraction: float = 0.05,
-        final_fraction: float = 0.1,
-        total_steps: int | None = None,
+        warmup_fraction: Share = 0.05,
+        final_fraction: Annotated[float, Between(0, 1)] = 0.1,
+        total_steps: Steps | None = None,
     ) -> None:
         """Set the learning rates of the first step."""
-        if not 0 <= warmup_fraction < 1:
-            raise UserError(f"`warmup_fraction={warmup_fraction}`: expected 0 <= fraction < 1, e.g. 0.05 for 5 %")
-        if not 0 <= final_fraction <= 1:
-            raise UserError(f"`final_fraction={final_fraction}`: expected 0 <= fraction <= 1, e.g. 0.1")
+        check_arguments(WarmupCosine, locals())
         self.warmup_fraction = warmup_fraction
         self.final_fraction = final_fraction
         self.total_steps: int | None = None

@@ -35,6 +35,7 @@ from .rows.encoders import Answers, Conversations, DocumentEncoder, PlainText, T
 from .rows.evaluation import EvaluationSet, evaluation_rows
 from .rows.streams import (
     PACKINGS,
+    Packing,
     RowStream,
     StreamPlan,
     StreamState,
@@ -55,6 +56,7 @@ __all__ = [
     "DocumentOrigin",
     "DocumentSet",
     "EvaluationSet",
+    "Packing",
     "PlainText",
     "RecordFormat",
     "Row",

@@ -210,7 +210,7 @@ def test_a_template_that_has_no_equal_in_jinja_is_said(
 
 
 def test_a_bad_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="`mode='least'`: expected min or max"):
+    with pytest.raises(ValueError, match="`mode='least'`: expected one of min, max"):
         AdapterCheckpoint(mode="least")  # type: ignore[arg-type]  # the test is of that
 
 

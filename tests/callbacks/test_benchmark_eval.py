@@ -118,7 +118,7 @@ def test_a_run_that_could_not_be_evaluated_does_not_start(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": []}, "`tasks` is empty"),
+        ({"tasks": []}, r"`tasks=\[\]`: expected at least one task"),
         ({"tasks": [LAW], "every_n_steps": 0}, "`every_n_steps=0`"),
         ({"tasks": [LAW], "limit": 0}, "`limit=0`"),
         ({"tasks": [LAW], "batch_size": 0}, "`batch_size=0`"),

@@ -203,14 +203,17 @@ def test_without_sources_it_takes_the_validation_documents(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lengths": [512, 512]}, r"`lengths=\[512, 512\]`: expected different numbers of at least 2 tokens"),
-        ({"retrieval_lengths": [1]}, r"`retrieval_lengths=\[1\]`"),
+        ({"lengths": [512, 512]}, r"`lengths=\[512, 512\]`: expected different numbers of tokens"),
+        ({"retrieval_lengths": [1]}, r"`retrieval_lengths\[0\]=1`: expected at least 2"),
         ({"documents": 0}, "`documents=0`: expected at least 1"),
         ({"chunk": 0}, "`chunk=0`"),
         ({"every_n_steps": 0}, "`every_n_steps=0`"),
         ({"retrieval_prompts": 0}, "`retrieval_prompts=0`"),
         ({"retrieval": ["passkey"]}, r"`retrieval\[0\]='passkey'`: expected one of passkey_zh, passkey_en, needle_zh"),
-        ({"retrieval_depths": [1.5]}, r"`retrieval_depths\[0\]=1.5`: expected 0 \(beginning\) to 1 \(end\)"),
+        (
+            {"retrieval_depths": [1.5]},
+            r"`retrieval_depths\[0\]=1.5`: expected at most 1 \(0 is the beginning",
+        ),
         ({"sources": [{"name": "zh"}]}, r"`sources\[0\]` has no `path`"),
     ],
 )

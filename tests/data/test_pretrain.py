@@ -182,8 +182,8 @@ def test_evaluation_alone_takes_any_state(arguments: Arguments, sources: list[So
         ({"max_eval_rows": 0}, r"`max_eval_rows=0`: expected at least 1"),
         ({"packing": "best"}, r"`packing='best'`: expected one of documents"),
         ({"weight_unit": "words"}, r"`weight_unit='words'`: expected one of tokens, bytes"),
-        ({"val_fraction": 1.0}, r"`val_fraction=1.0` and `test_fraction=0.0`: expected shares"),
-        ({"sources": [{"name": "zh", "path": "x", "weight": 0}]}, r"`sources\[0\].weight=0`: expected a positive"),
+        ({"val_fraction": 1.0}, r"`val_fraction=1.0`: expected less than 1"),
+        ({"sources": [{"name": "zh", "path": "x", "weight": 0}]}, r"`sources\[0\].weight=0`: expected more than 0"),
         ({"sources": [Source("zh", "x"), Source("zh", "y")]}, r"`sources\[1\].name='zh'` is already the name"),
     ],
 )

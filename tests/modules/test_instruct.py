@@ -56,5 +56,5 @@ def test_the_weighting_is_what_is_minimised(tiny_base: Path, trainer: Any) -> No
 
 
 def test_another_weighting_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`loss_weighting='sample'`: expected token or conversation"):
+    with pytest.raises(ValueError, match=r"`loss_weighting='sample'`: expected one of token, conversation"):
         InstructModule("base", loss_weighting="sample")  # type: ignore[arg-type]  # what a person may type

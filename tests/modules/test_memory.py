@@ -71,8 +71,8 @@ def test_evaluation_needs_no_budget(tiny_base: Path, trainer: Make) -> None:
     ("changes", "message"),
     [
         ({"activation_checkpointing": "full"}, "`activation_checkpointing='full'` is given beside it. Leave one"),
-        ({"activation_memory": -1}, "expected auto, bytes such as"),
-        ({"activation_memory": "much"}, "expected auto, bytes such as"),
+        ({"activation_memory": -1}, "expected at least 1 byte, or auto"),
+        ({"activation_memory": "much"}, "expected null or a whole number or auto"),
     ],
 )
 def test_settings_that_contradict(changes: dict[str, Any], message: str) -> None:

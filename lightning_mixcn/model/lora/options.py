@@ -7,10 +7,11 @@ option of a later release is refused until it is listed.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from peft import LoraConfig, PeftType
 
+from lightning_mixcn.arguments import Between, Name, check_arguments
 from lightning_mixcn.errors import UserError
 
 _IMPLEMENTED = frozenset({
@@ -41,6 +42,29 @@ _INSTEAD = {
 }
 
 
+_RANK = Between(1, 2**16, "(a rank such as 64; `lora: null` trains none)")
+_ALPHA = Between(0, 10**6, "(it scales the update: e.g. twice the rank)", excluded=(0,))
+_Rank = Annotated[int, _RANK]
+_Alpha = Annotated[float, _ALPHA]
+_Layer = Annotated[int, Between(0, 10**4)]
+_Names = Name | list[Name] | set[Name]
+
+
+class TrainedOptions(TypedDict):
+    """Values of the implemented options of `LoraConfig`; its own hints have no bounds."""
+
+    r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: dict[str, _Rank] | None
+    alpha_pattern: dict[str, _Alpha] | None
+    lora_dropout: Annotated[float, Between(0, 1, "(e.g. 0.05)", excluded=(1,))]
+    use_rslora: bool
+    target_modules: _Names | None
+    exclude_modules: _Names | None
+    layers_to_transform: _Layer | list[_Layer] | None
+    layers_pattern: _Names | None
+
+
 def check_training_options(config: LoraConfig) -> None:
     """Refuse a configuration that asks for more than plain LoRA or rsLoRA.
 
@@ -62,25 +86,7 @@ def check_training_options(config: LoraConfig) -> None:
         raise UserError(f"`lora.task_type={config.task_type!r}`: expected CAUSAL_LM. Leave it out")
     if config.init_lora_weights not in _STARTS:
         raise UserError(f"`lora.init_lora_weights={config.init_lora_weights!r}`: expected true, false or gaussian")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(options[name], Mapping | None):
-            raise UserError(
-                f"`lora.{name}={options[name]!r}`: expected a mapping from names to values, e.g. {{w1: 32}}"
-            )
-    for name, rank in _with_pattern(options, "r", "rank_pattern"):
-        if not _is_rank(rank):
-            raise UserError(
-                f"`lora.{name}={rank!r}` must be a whole number of at least 1. Give a rank such as 64, or lora: null "
-                "to train none"
-            )
-    for name, alpha in _with_pattern(options, "lora_alpha", "alpha_pattern"):
-        if not (_is_finite(alpha) and alpha > 0):
-            raise UserError(
-                f"`lora.{name}={alpha!r}` must be a finite number of more than 0: it scales the update. Give e.g. "
-                "twice the rank"
-            )
-    if not (_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1):
-        raise UserError(f"`lora.lora_dropout={config.lora_dropout!r}`: expected 0 <= dropout < 1, e.g. 0.05")
+    check_arguments(TrainedOptions, options, "lora.")
 
 
 def check_stored_options(raw: dict[str, Any], where: str) -> None:
@@ -135,7 +141,7 @@ def _with_pattern(options: Mapping[str, Any], name: str, pattern: str) -> Iterat
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _RANK.most
 
 
 def _is_finite(value: Any) -> bool:

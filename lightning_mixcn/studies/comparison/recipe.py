@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, one_line
+from lightning_mixcn.files.configuration import read_configuration
 
 # Replaced in all values of a recipe by the folder of what `prepare` makes.
 PREPARED = "{prepared}"
@@ -109,10 +110,11 @@ def _read(path: Path, quick: bool) -> dict[str, Any]:
     """Return the values that hold."""
     if not path.is_file():
         raise MissingFileError(f"`recipe={str(path)!r}` is not there. Those of the project are under configs/studies/")
+    text = read_configuration(path, f"recipe={str(path)!r}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"`recipe={str(path)!r}` is not YAML: {error}") from error
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, a number that is too long
+        raise UserError(f"`recipe={str(path)!r}` is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"`recipe={str(path)!r}`: expected keys such as config, arms and text_bytes")
     if quick and "quick" not in content:

@@ -60,7 +60,7 @@ class StageDocuments:
             argument: parse_sources(entries, argument, kind) for argument, entries in given.items()
         }
         shares = {f"{stage}_fraction": share for stage, (_, share) in held_out.items()}
-        if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+        if not (min(shares.values()) >= 0 and sum(shares.values()) < 1):
             got = " and ".join(f"`{name}={share}`" for name, share in shares.items())
             raise UserError(f"{got}: expected shares of at least 0 that leave something for training, e.g. 0.005")
         self._fractions = {stage: 0.0 if own else share for stage, (own, share) in held_out.items()}

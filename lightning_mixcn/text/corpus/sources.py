@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from lightning_mixcn.arguments import Between, Filled, Name, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.masking import MASK
 from lightning_mixcn.text.chat.records import OBEYED_KEYS, RecordFormat
-from lightning_mixcn.text.chat.turns import ROLES
+from lightning_mixcn.text.chat.turns import Role
 
 TextFormat = Literal["jsonl", "text", "parquet", "arrow", "json"]
 RecordFileFormat = Literal["json", "jsonl", "parquet", "arrow"]
@@ -27,6 +27,12 @@ _RECORDS: dict[str, Any] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+
+
+Weight = Annotated[float, Between(0, 10**9, "(remove the source to leave it out)", excluded=(0,))]
+Epochs = Annotated[int, Between(1, 10**6, "(null is for ever)")]
+DocumentBytes = Annotated[int, Between(1, 2**40, "byte")]
+Places = Annotated[str | list[Name], Filled("a file, a folder, a glob, or a list of these")]
 
 
 # The annotations of this class are resolved by jsonargparse for the YAML, hence plain builtins.
@@ -51,15 +57,15 @@ class Source:
             is a bad record, of which no more than this is held in memory. The default is far above any page or book.
     """
 
-    name: str
-    path: str | list[str]
-    weight: float = 1.0
+    name: Name
+    path: Places
+    weight: Weight = 1.0
     format: TextFormat | None = None
-    text_key: str = DEFAULT_KEY
+    text_key: Name = DEFAULT_KEY
     document_unit: DocumentUnit = "file"
-    max_epochs: int | None = None
-    columns: dict[str, str] | None = None
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    max_epochs: Epochs | None = None
+    columns: dict[str, Name] | None = None
+    max_document_bytes: DocumentBytes = MAX_DOCUMENT_BYTES
 
     suffixes: ClassVar[dict[str, TextFormat]] = {**_RECORDS, ".txt": "text", ".text": "text"}
     records: ClassVar[None] = None
@@ -90,15 +96,15 @@ class ConversationSource:
             than this is held in memory.
     """
 
-    name: str
-    path: str | list[str]
-    weight: float = 1.0
+    name: Name
+    path: Places
+    weight: Weight = 1.0
     format: RecordFileFormat | None = None
     records: RecordFormat | None = None
-    roles: dict[str, str] | None = None
-    max_epochs: int | None = None
-    columns: dict[str, str] | None = None
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    roles: dict[str, Role] | None = None
+    max_epochs: Epochs | None = None
+    columns: dict[str, Name] | None = None
+    max_document_bytes: DocumentBytes = MAX_DOCUMENT_BYTES
 
     suffixes: ClassVar[dict[str, RecordFileFormat]] = _RECORDS
     text_key: ClassVar[str] = ""
@@ -174,47 +180,19 @@ def parse_sources(
 
 
 def _check(source: AnySource, place: str) -> None:
-    formats = get_args(TextFormat if isinstance(source, Source) else RecordFileFormat)
-    units, forms, largest = get_args(DocumentUnit), get_args(RecordFormat), source.max_document_bytes
-    name, path, weight, epochs = source.name, source.path, source.weight, source.max_epochs
-    named = isinstance(name, str) and bool(name) and "/" not in name
-    paths = [path] if isinstance(path, str) else path
-    located = isinstance(paths, list) and bool(paths) and all(isinstance(part, str) and part for part in paths)
-    if MASK in str(path):
-        raise UserError(f"`{place}.path={path!r}` is masked, as a run wrote it. Give the whole URL again")
-    weighted = isinstance(weight, (int, float)) and 0 < weight < math.inf
-    expectations = {
-        "name": (named, "a name without a slash (it is part of TensorBoard tags)"),
-        "path": (located, "a file, a folder, a glob, or a list of these"),
-        "weight": (weighted, "a positive number; remove the source to leave it out"),
-        "format": (source.format in (None, *formats), f"null or one of {', '.join(formats)}"),
-        "records": (source.records in (None, *forms), f"null or one of {', '.join(forms)}"),
-        "document_unit": (source.document_unit in units, f"one of {', '.join(units)}"),
-        "max_document_bytes": (type(largest) is int and largest >= 1, "a number of bytes, at least 1"),
-        "max_epochs": (epochs is None or (isinstance(epochs, int) and epochs >= 1), "null (for ever) or at least 1"),
-    }
-    columns = {} if source.columns is None else source.columns
-    named_keys = isinstance(columns, Mapping) and all(isinstance(key, str) and key for key in columns.values())
+    check_arguments(type(source), vars(source), f"{place}.")
+    if MASK in str(source.path):
+        raise UserError(f"`{place}.path={source.path!r}` is masked, as a run wrote it. Give the whole URL again")
     renamed = sorted({DEFAULT_KEY} if isinstance(source, Source) else OBEYED_KEYS)
-    expectations["columns"] = (
-        named_keys and all(key in renamed for key in columns),
-        f"null, or the records' name of each of these keys that is another: {', '.join(renamed)}",
-    )
-    if isinstance(source, Source):
-        keyed = isinstance(source.text_key, str) and bool(source.text_key)
-        expectations["text_key"] = (keyed, "the key or column of the text")
-        expectations["columns"] = (
-            expectations["columns"][0] and (not columns or source.text_key == DEFAULT_KEY),
-            f"{expectations['columns'][1]}; and not both `columns` and `text_key={source.text_key!r}`",
-        )
-    else:
-        expectations["roles"] = (_are_roles(source.roles), f"roles and what each means, one of {', '.join(ROLES)}")
+    keyed = not isinstance(source, Source) or not source.columns or source.text_key == DEFAULT_KEY
+    expectations = {
+        "name": ("/" not in source.name, "a name without a slash (it is part of TensorBoard tags)"),
+        "columns": (
+            all(key in renamed for key in source.columns or {}),
+            f"null, or the records' name of each of these keys that is another: {', '.join(renamed)}",
+        ),
+        "text_key": (keyed, f"null, or no `columns`: both name the text, and `columns={source.columns}`"),
+    }
     for field, (holds, expected) in expectations.items():
         if not holds:
             raise UserError(f"`{place}.{field}={getattr(source, field)!r}`: expected {expected}")
-
-
-def _are_roles(roles: Any) -> bool:
-    if roles is None:
-        return True
-    return isinstance(roles, Mapping) and all(isinstance(name, str) and role in ROLES for name, role in roles.items())

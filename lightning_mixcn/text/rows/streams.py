@@ -31,6 +31,7 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
+    get_args,
 )
 
 import numpy as np
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 
     from .encoders import DocumentEncoder, EncodedDocument
 
-PACKINGS = ("documents", "best_fit", "concatenate")
+Packing = Literal["documents", "best_fit", "concatenate"]
+PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 # With fewer streams a round of `row_shares` goes over several rows of each: of one row alone, every source would want a
 # part.
@@ -80,7 +82,7 @@ class StreamPlan:
         sequence_length: Tokens of a row.
         num_streams: Number of streams.
         seed: Seed of the permutations.
-        packing: One of `PACKINGS`.
+        packing: Layout of documents in rows.
         weight_unit: Unit of the sources' weights; bytes of text are the same for every tokenizer.
     """
 

@@ -26,9 +26,9 @@ from lightning_mixcn.testing import FixedBatches, random_batch
         ({"every_n_steps": 0}, "`every_n_steps=0`: expected at least 1"),
         ({"figure_every_n_steps": -1}, "`figure_every_n_steps=-1`"),
         ({"starving_steps": 0}, "`starving_steps=0`"),
-        ({"starving_share": 1.0}, "`starving_share=1.0`: expected 0"),
+        ({"starving_share": 1.0}, "`starving_share=1.0`: expected less than 1"),
         ({"position_boundaries": [8, 4]}, r"`position_boundaries=\[8, 4\]`: expected ascending"),
-        ({"position_boundaries": [0, 4]}, r"`position_boundaries=\[0, 4\]`"),
+        ({"position_boundaries": [0, 4]}, r"`position_boundaries\[0\]=0`: expected at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

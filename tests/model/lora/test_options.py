@@ -86,16 +86,17 @@ def test_values_that_are_not_implemented(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"r": rank}, r"`lora\.r=.*whole number of at least 1") for rank in (0, -1, 2.5, True, "x")),
+        *(({"r": rank}, r"`lora\.r=.*: expected (at least 1 \(a rank such|a whole number)")
+          for rank in (0, -1, 2.5, True, "x")),
         *(({"rank_pattern": {"w1": rank}}, r"`lora\.rank_pattern\['w1'\]=") for rank in (0, True, None, "2", 2.0)),
-        *(({"lora_alpha": alpha}, r"`lora\.lora_alpha=.*a finite number of more than 0")
+        *(({"lora_alpha": alpha}, r"`lora\.lora_alpha=.*: expected (more than 0 \(it scales|a finite number|a number)")
           for alpha in (0, -1, math.inf, math.nan, None, True, "x")),
         *(({"alpha_pattern": {"w1": alpha}}, r"`lora\.alpha_pattern\['w1'\]=")
           for alpha in (0, math.inf, math.nan, None, True, "3")),
-        *(({"lora_dropout": rate}, r"`lora\.lora_dropout=.*0 <= dropout < 1")
+        *(({"lora_dropout": rate}, r"`lora\.lora_dropout=.*: expected (at least 0|less than 1|a (finite )?number)")
           for rate in (1, 1.0, -0.1, 1.5, math.nan, None, True, "0.1")),
-        ({"rank_pattern": ["w1"]}, r"`lora\.rank_pattern=\['w1'\]`: expected a mapping"),
-        ({"alpha_pattern": 3}, r"`lora\.alpha_pattern=3`: expected a mapping"),
+        ({"rank_pattern": ["w1"]}, r"`lora\.rank_pattern=\['w1'\]`: expected null or a mapping"),
+        ({"alpha_pattern": 3}, r"`lora\.alpha_pattern=3`: expected null or a mapping"),
     ],
 )  # fmt: skip
 def test_values_that_are_no_ranks_scales_or_rates(options: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from lightning_mixcn.text import (
     parse_sources,
     read_corpus,
 )
+from lightning_mixcn.text.chat.turns import Role
 
 RECORDS = [
     {
@@ -117,6 +118,9 @@ def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
     assert len(conversations(write(tmp_path / "x.parquet", records))) == len(RECORDS)
 
 
+TOLD_ROLES: tuple[dict[str, Role], ...] = ({"用户": "user"}, {"用户": "user"}, {"用户": "user", "tool": "user"})
+
+
 def test_roles_are_the_sources_and_part_of_what_is_cached(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     turns = [
@@ -132,7 +136,7 @@ def test_roles_are_the_sources_and_part_of_what_is_cached(tmp_path: Path) -> Non
     assert conversations(path, roles={"用户": "user"}) == [[("user", "问"), ("assistant", "答")]]
     stores = [
         read_corpus(ConversationSource("zh", str(path), roles=roles), on_bad_record="skip").stores[0].folder
-        for roles in ({"用户": "user"}, {"用户": "user"}, {"用户": "user", "tool": "user"})
+        for roles in TOLD_ROLES
     ]
     assert stores[0] == stores[1] != stores[2]
     with pytest.raises(ValueError, match="the assistant speaks first"):
@@ -141,7 +145,7 @@ def test_roles_are_the_sources_and_part_of_what_is_cached(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("roles", [{"tool": "tool"}, {"tool": None}, {1: "user"}, ["tool"], "user"])
 def test_a_role_means_user_assistant_or_system(roles: Any) -> None:
-    with pytest.raises(ValueError, match=r"`sources\[0\]\.roles=.*: expected roles and what each means, one of system"):
+    with pytest.raises(ValueError, match=r"`sources\[0\]\.roles.*=.*: expected (null or a mapping|one of system|text)"):
         parse_sources([{"name": "zh", "path": "x", "roles": roles}], "sources", ConversationSource)
 
 
