@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from lightning_mixcn.arguments import Name, check_arguments
 from lightning_mixcn.data import InstructDataModule
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.json_object import read_object
@@ -155,6 +155,22 @@ def _keep_as_it_is(folder: Path, tokenizer: TextTokenizer) -> None:
     write_json(folder / _SETTINGS, names | settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
+def _check_monitor(monitor: str, trainer: Trainer, module: CausalLMModule) -> None:
+    """Refuse a value that is never logged, where all that logs is this package's; raises: ValueError."""
+    names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
+    own = ("lightning_mixcn.", "lightning.")
+    loggers = [type(module), *map(type, getattr(trainer, "callbacks", ()))]
+    if names is None or not all(kind.__module__.startswith(own) for kind in loggers):
+        return
+    metrics = ("bits_per_byte", "nll_nats_per_token")
+    logged = [f"val/{name}/{metric}" for name in names("val") for metric in metrics]
+    if monitor not in logged and not monitor.startswith(("train/", "data/", "throughput/")):
+        raise UserError(
+            f"AdapterCheckpoint: `monitor={monitor}` is not logged{did_you_mean(monitor, logged)}. Validation logs "
+            f"{', '.join(sorted(logged))}"
+        )
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     return read_object(file) if file.is_file() else {}
 
@@ -211,8 +227,10 @@ class AdapterCheckpoint(Callback):
         self._files: RunFiles | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another kind of module."""
-        causal_lm(self, pl_module)
+        """Refuse another kind of module, and a monitor that nothing will log."""
+        module = causal_lm(self, pl_module)
+        if stage == "fit" and self.monitor is not None:
+            _check_monitor(self.monitor, trainer, module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say at once what the adapter's folder will lack."""

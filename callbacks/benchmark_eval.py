@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_mixcn.arguments import Between, Filled, Name, Steps, check_arguments
+from lightning_mixcn.arguments import Between, Documents, Examples, Filled, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.long_context.rows import evaluating
 from lightning_mixcn.studies.task_files import BenchmarkFiles
@@ -48,8 +48,8 @@ class BenchmarkEval(Callback):
         self,
         tasks: Annotated[list[Name], Filled("at least one task")],
         every_n_steps: Steps | None = None,
-        num_fewshot: Annotated[int, Between(0, 1000)] | None = None,
-        limit: Annotated[float, Between(0, 10**9, "documents, or a share of them below 1", excluded=(0,))] | None = 100,
+        num_fewshot: Examples | None = None,
+        limit: Documents | None = 100,
         apply_chat_template: bool = False,
         batch_size: Annotated[int, Between(1, 2**16)] = 8,
         data_dir: Name | None = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_mixcn.arguments import Between, Filled, Name, Seed, Steps, check_arguments
+from lightning_mixcn.arguments import Between, Filled, Name, NewTokens, Seed, Steps, check_arguments
 from lightning_mixcn.data import InstructDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics import AnswerFigures, answer_figures
@@ -18,7 +18,6 @@ from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 
 from .host import causal_lm, plain_name
 
-NewTokens = Annotated[int, Between(1, 2**20)]
 Temperature = Annotated[float, Between(0, 100, "(0 for greedy)")]
 Penalty = Annotated[float, Between(0, 100, "(1 for none)", excluded=(0,))]
 

@@ -89,6 +89,10 @@ MOST_STEPS = 10**9
 Steps = Annotated[int, Between(1, MOST_STEPS)]
 Seed = Annotated[int, Between(0, 2**32 - 1)]  # Lightning's and numpy's range
 Share = Annotated[float, Between(0, 1, excluded=(1,))]
+Count = Annotated[int, Between(1, 10**12)]
+Documents = Annotated[float, Between(0, 10**9, "documents, or a share of them below 1", excluded=(0,))]
+Examples = Annotated[int, Between(0, 1000)]
+NewTokens = Annotated[int, Between(1, 2**20)]
 RowTokens = Annotated[int, Between(2, 2**20, "(each token is predicted from another)")]
 Name = Annotated[str, Filled("a name or a path")]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.files.atomic import owned
 from lightning_mixcn.masking import mask_secrets, visible
 
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mixcn {__version__}")
         return 0
     if arguments[0] not in COMMANDS and not arguments[0].startswith(_COMPLETION):
-        return _report(f"unknown subcommand {arguments[0]!r}. Expected one of {', '.join(COMMANDS)}; see mixcn --help")
+        near = did_you_mean(arguments[0], COMMANDS)
+        return _report(
+            f"unknown subcommand {arguments[0]!r}{near}. Expected one of {', '.join(COMMANDS)}; see mixcn --help"
+        )
     try:
         with _signals_raised():
             _run(arguments)

@@ -1,5 +1,6 @@
 """The subcommand ``chat``: talk to a model in the terminal, or feed it a file of questions."""
 
+from lightning_mixcn.arguments import Name, Seed
 from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.model.options import ModelOptions
 
@@ -8,9 +9,9 @@ def chat(
     src: str,
     *,
     system: str | None = None,
-    template: str | None = None,
+    template: Name | None = None,
     sampling: Sampling,
-    seed: int = 0,
+    seed: Seed = 0,
     model: ModelOptions,
 ) -> None:
     """Talk to a model in the terminal, where /help lists the commands; from a pipe, every line is a question.

@@ -1,11 +1,18 @@
 """Put what a parser or a library has to say of a configuration into one line."""
 
 import argparse
+import inspect
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
-from lightning_mixcn.errors import UserError, one_line
+from lightning.pytorch import Trainer, callbacks
+
+import lightning_mixcn.callbacks
+from lightning_mixcn.errors import UserError, did_you_mean, one_line
 
 # Lines of jsonargparse's messages that say what else it tried, or repeat the input.
 _NOISE = (
@@ -19,6 +26,7 @@ _NOISE = (
     "a class path (str)",
     "a dict with",
 )
+_OPTIONS = ("config", "model", "data", "trainer", "seed_everything", "ckpt_path", "plan", "overwrite", "weights_only")
 _UNKNOWN_CLASS = "Expected a dot import path string: "
 _REMOVED_CLASSES = {"RankWatch": "gone, since torch and the launchers end all ranks when one dies. Leave it out"}
 
@@ -45,13 +53,39 @@ def readable(message: str) -> str:
         if line.startswith(_UNKNOWN_CLASS):
             name = line.removeprefix(_UNKNOWN_CLASS)
             line = (
-                f"there is no class {name!r}. Give one of lightning_mixcn by its name, another by its full import path"
+                f"there is no class {name!r}{did_you_mean(name, _known_classes())}. Give one of lightning_mixcn by "
+                "its name, another by its full import path"
             )
         for name, why in _REMOVED_CLASSES.items():
             if name in line:
                 return f"{name} is {why}"
         kept.append(line)
-    return " ".join(kept)
+    text = " ".join(kept)
+    return text + _meant(text)
+
+
+def _known_classes() -> list[str]:
+    return [*lightning_mixcn.__all__, *lightning_mixcn.callbacks.__all__, "WarmupCosine", *callbacks.__all__]
+
+
+def _meant(message: str) -> str:
+    """Return the option that was probably meant by an unknown one, as words to follow the message."""
+    unknown = re.search(r"(?:Option|option|Key|key) '([^']+)' is not|does not accept option '([^']+)'", message)
+    typed = re.search(r"unrecognized arguments: --([^\s=]+)", message)
+    if typed is not None or (unknown is not None and unknown[2]):
+        name = typed[1] if typed is not None else unknown[2]  # type: ignore[index]  # one of them is there
+        trainer = (f"trainer.{each}" for each in inspect.signature(Trainer.__init__).parameters)
+        return did_you_mean(name, [*_OPTIONS, *trainer]) or did_you_mean(name.partition(".")[0], _OPTIONS)
+    classes = re.findall(r"class_path '([\w.]+)'", message)
+    return did_you_mean(unknown[1], _parameters(classes[-1])) if unknown is not None and classes else ""
+
+
+def _parameters(class_path: str) -> set[str]:
+    """Return the arguments of a class, and of the classes that it hands further ones to."""
+    module, _, name = class_path.rpartition(".")
+    kind: Any = getattr(import_module(module), name)
+    constructors = (vars(base).get("__init__", kind) for base in inspect.getmro(kind))
+    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
 
 
 @contextmanager
@@ -69,10 +103,15 @@ def libraries_in_one_line(caller: type) -> Iterator[None]:
     except (UserError, OSError, argparse.ArgumentError):
         raise
     except Exception as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if frames[-1].f_globals.get("__name__", "").startswith("lightning_mixcn."):
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # jsonargparse wraps what the constructor of a class raises
+            cause = cause.__cause__
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if isinstance(cause, UserError | OSError) or frames[-1].f_globals.get("__name__", "").startswith(
+            "lightning_mixcn."
+        ):
             raise
         made = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name == "__init__"]
         names = [type(value).__name__ for value in made if value is not None and not isinstance(value, caller)]
         what = names[0] if names else "the configuration"
-        raise UserError(f"`{what.lower() if what == 'Trainer' else what}` cannot be made: {one_line(error)}") from error
+        raise UserError(f"`{what.lower() if what == 'Trainer' else what}` cannot be made: {one_line(cause)}") from error

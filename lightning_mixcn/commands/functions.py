@@ -1,6 +1,7 @@
 """Subcommands that are one function: their options come from its signature, their help from its docstring."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -12,7 +13,8 @@ import yaml
 from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.arguments import check_arguments
+from lightning_mixcn.errors import UserError, did_you_mean
 
 from .table import FUNCTIONS, NESTED
 
@@ -80,9 +82,14 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
     try:
         given = parser.parse_args(_flags(arguments, function)).as_dict()
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see mixcn {command} --help") from error
+        near = ""
+        if (unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", str(error))) is not None:
+            near = did_you_mean(unknown[1], (name for action in parser._actions for name in action.option_strings))
+        raise UserError(f"{error}{near}; see mixcn {command} --help") from error
     hints = get_type_hints(function)
-    return function, {name: _value(name, hints[name], given) for name in signature(function).parameters}
+    values = {name: _value(name, hints[name], given) for name in signature(function).parameters}
+    check_arguments(function, values)
+    return function, values
 
 
 def _flags(arguments: list[str], function: Callable[..., object]) -> list[str]:

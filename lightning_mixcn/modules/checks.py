@@ -20,7 +20,7 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 
 _Some = Annotated[int, Between(0, 10**12)]
 _Batches = _Some | Annotated[float, Between(0, 1)]
-_LARGEST_RATE = 1000.0
+LARGEST_RATE = 1000.0
 
 
 class TrainerValues(TypedDict, total=False):
@@ -108,9 +108,9 @@ def make_optimizer(maker: Callable[[Any], Optimizer], parameters: list[Any]) -> 
         for name, value in group.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"`model.init_args.optimizer`: `{name}={value}`, expected a finite number")
-        if not 0 <= group.get("lr", 0) <= _LARGEST_RATE:
+        if not 0 <= group.get("lr", 0) <= LARGEST_RATE:
             raise UserError(
-                f"`model.init_args.optimizer`: `lr={group['lr']}`, expected at least 0 and at most {_LARGEST_RATE:.0f}"
+                f"`model.init_args.optimizer`: `lr={group['lr']}`, expected at least 0 and at most {LARGEST_RATE:.0f}"
             )
     return optimizer
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from lightning_mixcn.arguments import Between, Name, RowTokens, check_arguments
 from lightning_mixcn.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,18 +34,16 @@ class StudyText:
         ValueError: a number is too small.
     """
 
-    text: list[str]
-    max_tokens: int = 32_768
-    sequence_length: int = 2048
-    micro_batch_size: int = 1
-    text_key: str = "text"
+    text: list[Name]
+    max_tokens: Annotated[int, Between(2, 10**12)] = 32_768
+    sequence_length: RowTokens = 2048
+    micro_batch_size: Annotated[int, Between(1, 2**16)] = 1
+    text_key: Name = "text"
     document_unit: Literal["file", "line", "blank-line"] = "file"
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name, least in (("max_tokens", 2), ("sequence_length", 2), ("micro_batch_size", 1)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"`{name}={value}`: expected at least {least}")
+        check_arguments(StudyText, vars(self))
 
     @property
     def rows(self) -> int:

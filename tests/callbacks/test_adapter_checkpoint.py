@@ -152,6 +152,21 @@ def test_a_monitor_that_is_not_logged_is_named(falling: Falling, trainer: Make) 
         trainer(max_steps=1, limit_val_batches=1, num_sanity_val_steps=0, callbacks=[callback]).fit(falling, batches)
 
 
+class Named(FixedBatches):
+    def source_names(self, stage: str) -> list[str]:
+        return ["zh"]
+
+
+@pytest.mark.parametrize("monitor", ["val/zh/bits_per_bite", "val/en/bits_per_byte", "loss"])
+def test_a_monitor_that_nothing_logs_is_refused_before_loading(
+    monitor: str, module: PretrainModule, trainer: Make
+) -> None:
+    run = trainer(max_steps=1, callbacks=[AdapterCheckpoint(monitor=monitor)])
+    with pytest.raises(UserError, match=rf"`monitor={monitor}` is not logged.* Validation logs val/zh/bits_per_byte, "):
+        run.fit(module, Named([random_batch([20])]))
+    assert module.model is None
+
+
 def test_a_base_that_other_tools_cannot_find_is_said_at_the_start(
     tmp_path: Path, tiny_base: Path, module: PretrainModule, trainer: Make
 ) -> None:

@@ -44,6 +44,11 @@ def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_misspelt_subcommand_says_which_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evalute"]) == 2
+    assert "unknown subcommand 'evalute' (did you mean 'evaluate'?)" in capsys.readouterr().err
+
+
 def raising(error: Exception) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         raise error

@@ -1,6 +1,7 @@
 """``mixcn fit`` and the like on a tiny model, from a YAML file as a user writes it."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,21 +170,50 @@ def change(config: dict[str, Any], path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model.init_args.bsae", "x", "Option 'bsae' is not accepted"),
+        ("model.init_args.bsae", "x", "Option 'bsae' is not accepted (did you mean 'base'?)"),
         ("model.init_args.lora.rank", 4, "Option 'rank' is not accepted"),
-        ("model.class_path", "PretrainModul", "model: there is no class 'PretrainModul'"),
+        (
+            "model.class_path",
+            "PretrainModul",
+            "model: there is no class 'PretrainModul' (did you mean 'PretrainModule'?)",
+        ),
         ("model.init_args.quantization", "int8", "int8"),
-        ("data.init_args.sequence_lenght", 48, "Option 'sequence_lenght' is not accepted"),
-        ("trainer.max_step", 4, "trainer.max_step"),
-        ("modell", {"class_path": "PretrainModule"}, "modell"),
-        ("trainer.callbacks", [{"class_path": "SampleTexts"}], "there is no class 'SampleTexts'"),
+        ("data.init_args.sequence_lenght", 48, "is not accepted (did you mean 'sequence_length'?)"),
+        ("trainer.max_step", 4, "'trainer.max_step' (did you mean 'trainer.max_steps'?)"),
+        ("modell", {"class_path": "PretrainModule"}, "'modell.class_path' (did you mean 'model'?)"),
+        (
+            "trainer.callbacks",
+            [{"class_path": "SampleTexts"}],
+            "there is no class 'SampleTexts' (did you mean 'SampleText'?)",
+        ),
         ("model.init_args.base", "nowhere", "'nowhere' is not there. Give a folder"),
         ("trainer.precision", "bf16-true", "Set `trainer.precision: 32-true`"),
         ("model.init_args.lora.target_modules", ["fc1"], "'fc1', which matches nothing"),
         ("data.init_args.sources", [{"name": "zh", "path": "none*.jsonl"}], "`sources[0].path='none*.jsonl'` matches"),
         ("data.init_args.sequence_length", 0, "`sequence_length=0`"),
         ("trainer.max_steps", -1, "`trainer.max_steps=-1`"),
-        ("model.init_args.optimizer.init_args.lr", 1e30, "of optimizer step 1 (from 0) is nan"),
+        (
+            "model.init_args.optimizer.init_args.lr",
+            1e30,
+            "optimizer`: `lr=1e+30`, expected at least 0 and at most 1000",
+        ),
+        ("model.init_args.optimizer.init_args.lr", -1, "`model.init_args.optimizer` cannot be made: Invalid learning"),
+        ("model.init_args.optimizer.init_args.eps", math.inf, "`eps=inf`, expected a finite number"),
+        ("model.init_args.lr_scheduler.init_args.warmup_fraction", 2, "`warmup_fraction=2.0`: expected less than 1"),
+        ("model.init_args.seed", None, "`seed=None`: expected a whole number; see PretrainModule"),
+        ("trainer.gradient_clip_val", -1, "`trainer.gradient_clip_val=-1`: expected at least 0"),
+        ("trainer.gradient_clip_val", math.nan, "`trainer.gradient_clip_val=nan`: expected a finite number"),
+        ("trainer.accumulate_grad_batches", -3, "`trainer.accumulate_grad_batches=-3`: expected at least 1"),
+        ("trainer.val_check_interval", 10**21, "`trainer.val_check_interval=1000000000000000000000`: expected at most"),
+        (
+            "trainer.callbacks",
+            [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -5}}],
+            "`ModelCheckpoint` cannot be made: Invalid value for save_top_k=-5",
+        ),
+        ("trainer.profiler", "fastest", "`trainer` cannot be made: "),
+        ("seed_everything", -1, "`seed_everything=-1`: expected at least 0"),
+        ("ckpt_path", "best", "`--ckpt_path best`: runs/tiny has none yet"),
+        ("data", None, "`data` is missing: give a data module"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -212,7 +242,10 @@ def test_a_bad_record_is_one_line(
     assert message in error
 
 
-def test_nan_keeps_the_last_checkpoint(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_keeps_the_last_checkpoint(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mixcn.modules.checks.LARGEST_RATE", math.inf)
     assert run(config) == 0
     before = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)
     config["trainer"]["max_steps"] = 9

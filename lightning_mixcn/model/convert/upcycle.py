@@ -11,8 +11,9 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from lightning_mixcn.arguments import Between, Seed
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output
 from lightning_mixcn.files.hub import local_folder
@@ -54,11 +55,11 @@ def upcycle(
     src: str | Path,
     out: str | Path,
     *,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
-    noise: float = 0.0,
+    num_experts: Annotated[int, Between(1, 1024)] = 8,
+    num_experts_per_tok: Annotated[int, Between(1, 1024)] = 2,
+    noise: Annotated[float, Between(0, 100)] = 0.0,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Make a Mixtral of a dense Llama- or Mistral-architecture model.
 

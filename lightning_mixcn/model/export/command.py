@@ -1,8 +1,9 @@
 """`mixcn export`: write a trained model in the formats that other tools load."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from lightning_mixcn.arguments import Between
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output
 
@@ -17,7 +18,7 @@ def export(
     adapter: list[str] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     layout: Literal["per-expert", "fused"] = "per-expert",
-    max_shard_bytes: int = 1_000_000_000,
+    max_shard_bytes: Annotated[int, Between(1, 10**15)] = 1_000_000_000,
     outtype: str | None = None,
     llama_cpp: str | None = None,
     languages: list[str] | None = None,

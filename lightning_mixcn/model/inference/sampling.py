@@ -1,8 +1,9 @@
 """Settings for choosing the tokens of an answer. Imports no torch: it is part of the help of commands."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.arguments import Between, NewTokens, check_arguments
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,12 @@ class Sampling:
         ValueError: one of them is out of its range.
     """
 
-    temperature: float = 0.2
-    top_k: int = 40
-    top_p: float = 0.9
-    repetition_penalty: float = 1.1
-    max_new_tokens: int = 400
+    temperature: Annotated[float, Between(0, 100, "(0 for the likeliest token)")] = 0.2
+    top_k: Annotated[int, Between(0, 10**9, "(0 for all tokens)")] = 40
+    top_p: Annotated[float, Between(0, 1, "(1 for all tokens)", excluded=(0,))] = 0.9
+    repetition_penalty: Annotated[float, Between(0, 100, "(1 is none)", excluded=(0,))] = 1.1
+    max_new_tokens: NewTokens = 400
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, fits, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 for the likeliest token, or more"),
-            ("top_k", self.top_k >= 0, "0 for all tokens, or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0; 1 is none"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not fits:
-                raise UserError(f"`{name}={getattr(self, name)}`: expected {expected}")
+        check_arguments(Sampling, vars(self))

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.arguments import Between, Documents, Examples, Name, check_arguments
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,14 @@ class EvaluationOptions:
     """
 
     tasks: list[str]
-    num_fewshot: int | None = None
-    limit: float | None = None
+    num_fewshot: Examples | None = None
+    limit: Documents | None = None
     apply_chat_template: bool = False
-    batch_size: int | Literal["auto"] = 8
-    data_dir: str | None = None
+    batch_size: Annotated[int, Between(1, 2**16, "(or auto)")] | Literal["auto"] = 8
+    data_dir: Name | None = None
     eos_probe: Sequence[str] = ()
-    eos_probe_tokens: int = 65_536
+    eos_probe_tokens: Annotated[int, Between(2, 10**12)] = 65_536
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if isinstance(self.batch_size, int) and self.batch_size < 1:
-            raise UserError(f"`batch_size={self.batch_size}`: expected at least 1, or auto")
-        if self.eos_probe_tokens < 2:
-            raise UserError(f"`eos_probe_tokens={self.eos_probe_tokens}`: expected at least 2")
+        check_arguments(EvaluationOptions, vars(self))

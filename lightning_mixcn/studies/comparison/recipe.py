@@ -5,10 +5,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import yaml
 
+from lightning_mixcn.arguments import Between, Name, Seed, check_arguments
 from lightning_mixcn.errors import MissingFileError, UserError, one_line
 from lightning_mixcn.files.configuration import read_configuration
 
@@ -28,6 +29,17 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "evaluate": (list, "options of `mixcn evaluate`, e.g. [--tasks, ceval-valid]"),
     "quick": (dict, "values of the other keys for a run of minutes"),
 }
+
+
+class _Bounds(TypedDict, total=False):
+    """Bounds of the values, checked after their kinds."""
+
+    text_bytes: Annotated[int, Between(1, 10**15)]
+    validations: Annotated[int, Between(1, 10**6)]
+    seeds: list[Seed]
+    needs: dict[Name, Name]
+
+
 _REQUIRED = ("config", "text_bytes", "arms")
 _NAME = re.compile(r"[^\W_][\w .+-]*")
 
@@ -144,6 +156,7 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     seeds = values.get("seeds", [0])
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"`seeds={seeds}` of {str(path)!r}: expected {_KINDS['seeds'][1]}, each once")
+    check_arguments(_Bounds, values, f"{path}: ")
     arms = values["arms"]
     if len(arms) < 2 or not all(arm is None or isinstance(arm, dict) for arm in arms.values()):
         raise UserError(f"`arms` of {str(path)!r}: expected {_KINDS['arms'][1]}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from lightning_mixcn.arguments import Documents, Examples, Name
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies.texts import StudyText
 
@@ -11,13 +12,13 @@ from lightning_mixcn.studies.texts import StudyText
 def experts(
     src: str,
     *,
-    out: str,
+    out: Name,
     text: StudyText,
     tasks: Sequence[str] = (),
     mode: Literal["mask", "zero", "both"] = "mask",
-    limit: float | None = None,
-    num_fewshot: int | None = None,
-    data_dir: str | None = None,
+    limit: Documents | None = None,
+    num_fewshot: Examples | None = None,
+    data_dir: Name | None = None,
     model: ModelOptions,
 ) -> None:
     """Disable every expert in turn: what does each cost in bits per byte and accuracy? It resumes after a kill.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
+from lightning_mixcn.arguments import Count, Name, Seed
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output, new_folder
 from lightning_mixcn.model.inference.sampling import Sampling
@@ -14,11 +15,11 @@ def sheet(
     models: list[str],
     *,
     questions: str,
-    out: str,
+    out: Name,
     template: str | None = None,
-    questions_per_pair: int | None = None,
+    questions_per_pair: Count | None = None,
     sampling: Sampling,
-    seed: int = 0,
+    seed: Seed = 0,
     model: ModelOptions,
 ) -> None:
     """Let two or more models answer questions, and write blind sheets for judges. It resumes after a kill.
@@ -54,7 +55,7 @@ def sheet(
     answer_and_lay_out(models, questions, folder, template, questions_per_pair, sampling, seed, model)
 
 
-def score(sheets: list[str], *, out: str, key: str | None = None, seed: int = 0) -> None:
+def score(sheets: list[str], *, out: Name, key: str | None = None, seed: Seed = 0) -> None:
     """Write win rates, Elo and agreement of filled-in sheets of `mixcn preference sheet`. Takes seconds.
 
     Args:

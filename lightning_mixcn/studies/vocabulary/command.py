@@ -3,8 +3,9 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from lightning_mixcn.arguments import Between, Count, Name, Seed
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output, new_file, new_folder
 from lightning_mixcn.files.hub import local_folder
@@ -19,13 +20,13 @@ def train(
     corpus: list[str],
     *,
     out: str,
-    vocab_size: int = 20_000,
+    vocab_size: Annotated[int, Between(4, 10**7)] = 20_000,
     model_type: Literal["bpe", "unigram"] = "bpe",
-    character_coverage: float = 0.9995,
-    max_piece_characters: int = 16,
-    max_sentences: int = 0,
-    text_key: str = "text",
-    seed: int = 0,
+    character_coverage: Annotated[float, Between(0, 1, excluded=(0,))] = 0.9995,
+    max_piece_characters: Annotated[int, Between(1, 512)] = 16,
+    max_sentences: Annotated[int, Between(0, 10**12)] = 0,
+    text_key: Name = "text",
+    seed: Seed = 0,
 ) -> None:
     """Train SentencePiece pieces on a corpus, for `mixcn vocab merge`.
 
@@ -80,7 +81,7 @@ def merge(
     *,
     out: str,
     script: str = "Han",
-    max_pieces: int | None = None,
+    max_pieces: Count | None = None,
     unreachable: Literal["drop", "complete"] = "drop",
 ) -> None:
     """Merge new pieces into a base's tokenizer; old languages tokenize as before. Takes seconds.
@@ -126,8 +127,8 @@ def report(
     *,
     text: list[str],
     out: str | None = None,
-    max_documents: int | None = None,
-    text_key: str = "text",
+    max_documents: Count | None = None,
+    text_key: Name = "text",
     document_unit: Literal["file", "line", "blank-line"] = "file",
 ) -> None:
     """Count characters a token, and tokens that are single bytes, of several tokenizers on several texts.
