@@ -312,7 +312,7 @@ def test_an_answer_stopped_before_it_began_leaves_no_turn(base: Path, monkeypatc
     ("arguments", "message"),
     [
         (["nowhere"], "'nowhere' is not there"),
-        (["BASE", "--temperature=-1"], "`temperature=-1.0`: expected 0 for the likeliest token"),
+        (["BASE", "--temperature=-1"], "`temperature=-1.0`: expected at least 0 (0 for the likeliest token"),
         (["BASE", "--top_p=0"], "`top_p=0.0`: expected more than 0"),
         (["BASE", "--template=chatml"], "`template='chatml'` is not there. Expected mixtral, tokenizer, or a Jinja"),
         (["BASE", "--template=tokenizer"], "has no chat template. Use `template=mixtral`"),

@@ -143,7 +143,7 @@ def test_a_list_that_may_be_null(given: str, expected: list[str] | None) -> None
         (["quantize", "nowhere", "b"], "nowhere"),
         (["chat", "x", "--max_new_tokens=1000000000000"], "`max_new_tokens=1000000000000`: expected at most 1048576"),
         (["chat", "x", "--temperature=.nan"], "`temperature=nan`: expected a finite number"),
-        (["chat", "x", "--seed=null"], "`seed=None`: expected a whole number"),
+        (["chat", "x", "--seed=null"], "\"seed\": Expected a <class 'int'>. Got value: None"),
         (["chat", "x", "--temprature=1"], "--temprature=1 (did you mean '--temperature'?); see mixcn chat --help"),
         (["upcycle", "a", "b", "--noise=-1"], "`noise=-1.0`: expected at least 0"),
         (["vocab", "train", "[a", "--out=b"], "`corpus=[a` is no list"),

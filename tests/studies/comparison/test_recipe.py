@@ -77,7 +77,7 @@ def test_what_is_needed_is_there(tmp_path: Path) -> None:
         ({"validations": True}, r"`validations` of .*: expected a number of validations, 1 or more, got True"),
         ({"seeds": [0, 0]}, r"`seeds=\[0, 0\]` of .*each once"),
         ({"seeds": [{}]}, r"`seeds=\[{}\]`"),
-        ({"needs": {7: "x"}}, r"r.yaml: needs\[7\]=7`: expected text"),
+        ({"needs": {7: "x"}}, r"recipe.yaml: needs\[7\]=7`: expected text"),
         ({"arms": {"one": {}}}, r"`arms` of .*: expected at least two names"),
         ({"arms": {"a": {}, "b": 3}}, r"`arms` of"),
         ({"arms": {"a": {}, "..": {}}}, r"'..' is no name"),
