@@ -112,10 +112,10 @@ def check_arguments(declared: Callable[..., Any], values: Mapping[str, Any], pla
     for name, hint in _hints(declared).items():
         if name in values and (found := _mismatch(values[name], hint)) is not None:
             owner = f"; see {type(values['self']).__name__}" if "self" in values else ""
-            raise UserError(f"`{place}{name}{found.inside}={shown(found.value)}`: expected {found.expected}{owner}")
+            raise UserError(f"`{place}{name}{found.inside}={_shown(found.value)}`: expected {found.expected}{owner}")
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """Return a value for a message: short, whatever it is."""
     try:
         text = repr(value)

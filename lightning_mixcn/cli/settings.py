@@ -48,7 +48,7 @@ def config_path(name: str) -> str:
     return str(found)
 
 
-def check_settings(settings: Any) -> None:
+def check_run_settings(settings: Any) -> None:
     """Refuse values that no run could mean, before anything is made of them.
 
     Args:

@@ -55,7 +55,7 @@ from .run_folder import (
     was_killed_early,
 )
 from .settings import (
-    check_settings,
+    check_run_settings,
     config_path,
     expand_home,
     fetch_tokenizer,
@@ -167,7 +167,7 @@ class MixcnCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; LightningCLI's own also warns that the arguments might come from Python."""
         self.config = parser.parse_args(args)
-        check_settings(self.config[self.config.subcommand])
+        check_run_settings(self.config[self.config.subcommand])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give `fit` its own options."""
