@@ -1,5 +1,7 @@
 """Checkpoints by optimizer step, and one of the last step."""
 
+import contextlib
+import os
 import re
 import signal
 import threading
@@ -190,24 +192,43 @@ def _point_elsewhere(link: Path, path: Path) -> None:
             replace_link(link, others[-1])
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_INTERRUPTS = 3  # the last one ends at once
+_INTERRUPTED = b"""
+Ctrl-C: the step that runs is finished and saved. Press it twice more to end at once, without saving.
+"""
 
 
 class PreemptionCheckpoint(Callback):
-    """Ends `fit` on SIGTERM, SIGUSR1 or SIGHUP as if it were done: saves by StepCheckpoint, and exits with 0.
+    """Ends `fit` on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C as if it were done: saves through StepCheckpoint first.
 
-    The step that runs is finished first, with all its micro-batches, on all ranks; one of them has to get the signal. A
+    The process then exits with 0, after Ctrl-C with 130, so that a script does not take the run for whole. The step
+    that runs is finished first, with all its micro-batches, on all ranks; one of them has to get the signal. A
     validation that would follow is left out, one that runs is finished, since half of it would log wrong numbers: have
     the scheduler give notice that is longer than a step or a validation (SLURM: ``--signal=USR1@300``), or shorten the
-    latter (``trainer.limit_val_batches``). More signals change nothing. Before training, and in other subcommands, a
-    signal ends the process at once.
+    latter (``trainer.limit_val_batches``). More signals change nothing, but a third Ctrl-C ends at once, without
+    saving. Before training, and in other subcommands, a signal ends the process at once. What is ignored, as SIGHUP
+    under ``nohup``, stays ignored.
     """
 
     def __init__(self) -> None:
         self._received = 0  # the signal's number
+        self._interrupts = 0
+        self._terminals: list[int] = []
+        self._is_first_rank = True
         self._agreed = 0  # the same, on all ranks
         self._step = 0
         self._limits: tuple[Any, Any] | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Tell whether Ctrl-C ended the last `fit`."""
+        return self._agreed == signal.SIGINT
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the signals of a `fit` before this one."""
+        self._received = self._agreed = self._interrupts = 0
+        self._is_first_rank = trainer.is_global_zero
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from here on."""
@@ -215,7 +236,6 @@ class PreemptionCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from here on."""
-        self._agreed = 0
         self._step = trainer.global_step
         self._listen()
 
@@ -252,14 +272,31 @@ class PreemptionCheckpoint(Callback):
         # Lightning's own handlers, set just before this, would raise an exception in the next micro-batch, enter a
         # collective from inside the handler, and under SLURM save in the middle of a step. It remembers what was there
         # before them for every signal, and restores that in the end. Python allows handlers in the main thread only.
-        self._received = 0
         if threading.current_thread() is threading.main_thread():
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]
             for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it for SIGHUP
+                if signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         self._received = number
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts == _INTERRUPTS:
+                raise KeyboardInterrupt
+            if self._interrupts == 1 and self._is_first_rank:
+                with contextlib.suppress(OSError):  # not `print`: it may be what the signal came into
+                    os.write(2, _INTERRUPTED)
+        elif number == signal.SIGHUP:
+            self._leave_terminal()
+
+    def _leave_terminal(self) -> None:
+        """Print nowhere where the terminal is gone: the progress bar's next line would end the run, unsaved."""
+        for terminal in self._terminals:
+            if not os.isatty(terminal):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, terminal)
+                os.close(nowhere)
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:
         if self._agreed:

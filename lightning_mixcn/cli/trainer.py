@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -305,6 +306,15 @@ class MixcnCLI(LightningCLI):
                 raise MissingFileError(f"`--ckpt_path {path}` is not there. Give a checkpoint of a run, or `last`")
             if not (Path(path).is_file() or Path(path).is_dir()):
                 raise UserError(f"`--ckpt_path {path}` is neither a file nor a folder. Give a checkpoint, or `last`")
+
+    def after_fit(self) -> None:
+        """End as a command that Ctrl-C has ended, so that a script does not go on with a run that is not whole.
+
+        One rank is enough: a launcher would take another's for a crash, and end them all.
+        """
+        preempting = [callback for callback in self.trainer.callbacks if isinstance(callback, PreemptionCheckpoint)]  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and any(callback.interrupted for callback in preempting):
+            raise SystemExit(128 + signal.SIGINT)
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.

@@ -358,8 +358,9 @@ def _identity(chunk: Any) -> Any:
 
 
 def _live_as_long_as_the_run(worker: int) -> None:
-    # SLURM signals every process of a job: workers have to live until the run has ended its step and saved.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    # SLURM signals every process of a job, and a terminal every process of its group: workers have to live until the
+    # run has ended its step and saved.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     # torch's workers notice a killed parent, too, but then wait until what they have sent is read: for ever.
     end_with_parent()

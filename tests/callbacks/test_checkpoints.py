@@ -1,6 +1,7 @@
 """Checkpoints of steps and of signals, and runs that are killed anywhere."""
 
 import json
+import os
 import random
 import resource
 import signal
@@ -266,11 +267,16 @@ def saved(folder: Path) -> str:
     return (folder / "last.ckpt").resolve().name
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGUSR1,), (signal.SIGTERM, signal.SIGTERM)])
+LISTENED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "numbers", [*((number,) for number in LISTENED), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)]
+)
 def test_a_signal_ends_the_run_at_the_end_of_the_step(
     tmp_path: Path, module: PretrainModule, trainer: Make, numbers: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in LISTENED]
     with caplog.at_level("INFO"):
         run = fit_with_signals(module, trainer, tmp_path, Signals(*numbers))
     assert run.global_step == 2
@@ -279,7 +285,47 @@ def test_a_signal_ends_the_run_at_the_end_of_the_step(
     assert loops["epoch_progress"]["current"]["processed"] == 0  # the epoch is not over: data that end go on in it
     name = signal.Signals(numbers[-1]).name
     assert f"{name}: stopped after optimizer step 2; {tmp_path}/step=00000002.ckpt is its" in caplog.text
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in LISTENED] == before
+
+
+def test_a_third_interrupt_ends_at_once(
+    tmp_path: Path, module: PretrainModule, trainer: Make, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):  # Lightning's, for a KeyboardInterrupt
+        fit_with_signals(module, trainer, tmp_path, Signals(*[signal.SIGINT] * 3))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert not list(tmp_path.glob("*.ckpt"))
+    assert capfd.readouterr().err.count("Press it twice more to end at once") == 1
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = fit_with_signals(module, trainer, tmp_path, Signals(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.global_step == 6
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run() -> None:
+    """Its next line would be an error of the system."""
+    master, terminal = os.openpty()
+    callback = PreemptionCheckpoint()
+    callback._terminals = [terminal]
+    os.write(terminal, b"a line")
+    os.close(master)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(terminal, b"a line")
+    callback._receive(signal.SIGHUP, None)
+    os.write(terminal, b"a line")
+    os.close(terminal)
+
+
+def test_a_signal_during_the_first_checks_counts(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    signals = Signals(signal.SIGHUP, after_step=0, in_validation=True)
+    run = fit_with_signals(module, trainer, tmp_path, signals, num_sanity_val_steps=1, limit_val_batches=1)
+    assert run.global_step == 1
 
 
 @pytest.mark.parametrize("limits", [{"min_steps": 5}, {"min_epochs": 3}])
