@@ -16,10 +16,12 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.tensor import DTensor
 
 from lightning_mixcn.errors import UserError, one_line
 from lightning_mixcn.files.atomic import move_into_place, new_file, remove_path, write_text
@@ -270,14 +272,39 @@ class _CheckedLoad:
         if self._check is not None:
             self._check(content)
         loaded: dict[str, Any] = self._load(checkpoint_path, weights_only=True)
+        # Each rank has read its own shards, and all have to end together.
+        if self._strategy.reduce_boolean_decision(not _is_finite(self._strategy), all=False):
+            raise UserError(
+                f"The checkpoint {checkpoint_path} cannot be used: it holds NaN or infinite values. {REMEDY}"
+            )
         return loaded
 
     def _check_structure(self, content: Any, path: str | Path) -> None:
         try:
             sharded = "://" not in str(path) and Path(path).is_dir()
-            check_content(content, fitting=self._trainer.state.fn == TrainerFn.FITTING, sharded=sharded)
+            fitting = self._trainer.state.fn == TrainerFn.FITTING
+            check_content(content, fitting=fitting, sharded=sharded)
+            if fitting:
+                _check_position(self._trainer.datamodule, content)
         except UserError as error:
             raise UserError(f"The checkpoint {path} cannot be used: {error}. {REMEDY}") from error
+
+
+def _check_position(data: LightningDataModule | None, content: dict[str, Any]) -> None:
+    """Check that a data module with a state has one: without, Lightning would begin with the first row, in silence."""
+    if data is None or type(data).state_dict is LightningDataModule.state_dict or not content["global_step"]:
+        return
+    if (name := type(data).__qualname__) not in content:
+        raise UserError(f"{name}, the position in the data, is missing")
+
+
+def _is_finite(strategy: Any) -> bool:
+    """Tell whether this rank's shards of what trains, and of its optimizers' states, are finite numbers."""
+    trained = [parameter for parameter in strategy.lightning_module.parameters() if parameter.requires_grad]
+    states = [state for optimizer in strategy.optimizers for state in optimizer.state.values()]
+    values = [*trained, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
+    shards = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    return all(bool(shard.isfinite().all()) for shard in shards)
 
 
 def read_settings(path: Path) -> Any:

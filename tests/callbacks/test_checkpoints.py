@@ -364,9 +364,17 @@ def test_without_step_checkpoint_it_says_so(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (1, 2)])
-def test_mixcn_fit_exits_with_0_and_goes_on(
-    ranks: int, workers: int, forked_fits: Any, fit_config: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("ranks", "workers", "numbers"),
+    [
+        (1, 0, (signal.SIGTERM, signal.SIGUSR1)),
+        (2, 0, (signal.SIGTERM, signal.SIGINT)),
+        (1, 2, (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)),
+        pytest.param(2, 2, LISTENED, marks=pytest.mark.slow),
+    ],
+)
+def test_mixcn_fit_is_ended_by_signals_and_goes_on(
+    ranks: int, workers: int, numbers: tuple[int, ...], forked_fits: Any, fit_config: Path, tmp_path: Path
 ) -> None:
     content = json.loads(fit_config.read_text())
     content["data"]["init_args"]["num_workers"] = workers
@@ -380,14 +388,16 @@ def test_mixcn_fit_exits_with_0_and_goes_on(
         return tmp_path / folder / "checkpoints"
 
     checkpoints = start("signalled")
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in map(signal.Signals, numbers):
         forked_fits.wait_for(checkpoints, "step=*.ckpt")
         time.sleep(0.1)
         signalled = psutil.Process(forked_fits.processes()[-1])  # one rank, not the one that writes
         for process in [*signalled.children(recursive=True), signalled]:  # SLURM's way
             process.send_signal(number)
         log = forked_fits.log
-        assert forked_fits.wait() == [0] * ranks, log.read_text()[-4000:]
+        code = 130 if number == signal.SIGINT else 0
+        assert forked_fits.wait() == [code] + [0] * (ranks - 1), log.read_text()[-4000:]
+        assert "Traceback" not in log.read_text()
         assert f"{number.name}: stopped after optimizer step" in log.read_text()
         reached = (checkpoints / "last.ckpt").resolve().name
         assert reached != "step=00000060.ckpt"

@@ -7,7 +7,6 @@ to fill whole superblocks, as those of a real Mixtral do.
 Legend: N = superblocks.
 """
 
-import json
 from math import prod
 from typing import Any
 
@@ -15,6 +14,8 @@ import bitsandbytes.functional as bnb
 import torch
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.json_object import parse_object
+from lightning_mixcn.files.schema import each, real, record, whole
 from lightning_mixcn.model.nf4.codec import (
     BLOCK,
     BLOCKS_PER_SUPERBLOCK,
@@ -27,6 +28,15 @@ from .layout import StoredWeight
 
 _TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = "quant_state.bitsandbytes__nf4"
+_BLOCK = whole(1, 2**16)
+_STRUCTURE = record(
+    {
+        "shape": each(whole(1, 2**24), 2),
+        "blocksize": _BLOCK,
+        "nested_blocksize": _BLOCK,
+        "nested_offset": real(-1e30, 1e30),
+    }
+)
 
 
 def is_bitsandbytes(checkpoint: Checkpoint) -> bool:
@@ -104,6 +114,7 @@ class BitsAndBytesSource:
                 f"{where} has {numel:,} elements, no multiple of {SUPERBLOCK:,}, so that it cannot be taken over as it "
                 "is. Quantise the original instead"
             )
+        self._check_sizes(name, numel)
         tables = {"quant_map": bnb.get_4bit_type("nf4", device="cpu"), "nested_quant_map": bnb.create_dynamic_map()}  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
         for key, table in tables.items():
             if not torch.allclose(self._checkpoint.read(f"{name}.{key}").float(), table.float(), rtol=0, atol=1e-6):
@@ -116,6 +127,22 @@ class BitsAndBytesSource:
             torch.full((count,), float(state["nested_offset"])),
         )
 
+    def _check_sizes(self, name: str, numel: int) -> None:
+        """Check the size of each tensor that a weight of so many elements is stored in. Raises: ValueError."""
+        sizes = {
+            name: numel // 2,
+            f"{name}.absmax": numel // BLOCK,
+            f"{name}.nested_absmax": numel // SUPERBLOCK * 4,
+            f"{name}.quant_map": 16 * 4,
+            f"{name}.nested_quant_map": 256 * 4,
+        }
+        for part, size in sizes.items():
+            if (found := self._checkpoint.nbytes(part)) != size:
+                raise UserError(
+                    f"{self._checkpoint.path}: {part} has {found:,} bytes, expected {size:,} for {numel:,} elements. "
+                    "Download it again"
+                )
+
     def _state(self, name: str) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(bytes(self._checkpoint.read(f"{name}.{_STATE}").tolist()))
-        return state
+        content = self._checkpoint.read(f"{name}.{_STATE}").flatten().view(torch.uint8).numpy().tobytes()
+        return parse_object(content, f"{self._checkpoint.path}: {name}.{_STATE}", _STRUCTURE)

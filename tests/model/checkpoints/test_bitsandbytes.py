@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import find_model, load_found, load_mixtral
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
@@ -122,6 +123,31 @@ def test_matrices_of_no_whole_superblocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no multiple of 16,384"):
         quantize(str(folder), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        (STATE, torch.tensor(list(b"{"), dtype=torch.uint8), "is not valid JSON"),
+        (STATE, torch.tensor(list(b'{"shape": [1]}'), dtype=torch.uint8), "shape has 1 entries, expected 2"),
+        (STATE, torch.tensor(list(b'{"shape": [1, -2]}'), dtype=torch.uint8), r"shape\[1\] is -2, expected a whole"),
+        ("absmax", torch.zeros(3, dtype=torch.uint8), "absmax has 3 bytes, expected"),
+        ("quant_map", torch.zeros(2), "quant_map has 8 bytes, expected 64"),
+        ("nested_absmax", torch.zeros(()), "nested_absmax has 4 bytes, expected"),
+    ],
+)
+def test_damaged_parts_are_one_line(
+    part: str, tensor: Tensor, message: str, source: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    file = source[0] / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(f"w1.weight.{part}"))
+    save_file(tensors | {name: tensor}, file)
+    with pytest.raises(UserError, match=message):
+        quantize(str(source[0]), str(tmp_path / "out"))
 
 
 def test_a_folder_is_a_base_bit_for_bit(source: tuple[Path, dict[str, Tensor]], tmp_path: Path, ids: Tensor) -> None:

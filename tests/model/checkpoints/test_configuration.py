@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model import find_model, load_found, load_mixtral
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
+from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.text import load_tokenizer
 from lightning_mixcn.tokenizer.files import generation_end_ids
+from tests.model.adapters_on_disk import save_adapter
 
 ODD: dict[str, list[Any]] = {
     "hidden_size": [-1, 0, 10**9, 10**21, "x", None, 1.5, True],
@@ -142,14 +144,23 @@ def set_another_value(content: Any, draw: random.Random) -> Any:
     return draw.choice(WORDS)
 
 
-def use(folder: Path) -> None:
+def use_base(folder: Path) -> None:
     """Read all that a run reads of a base, and encode with its tokenizer."""
     load_mixtral(folder, quantization="none", dtype="float32")
     load_tokenizer(folder).encode_batch(["Once upon a time, 很久以前"])
     generation_end_ids(folder)
 
 
-def what_use_says(folder: Path) -> str:
+def use_adapter(folder: Path) -> None:
+    """Read all that chat and export read of an adapter, beside its tokenizer."""
+    found = find_model(str(folder))
+    load_found(found, quantization="none", dtype="float32")
+    (adapter,) = found.adapters
+    for name in adapter.names:
+        adapter.delta(name)
+
+
+def what_it_says(use: Callable[[Path], None], folder: Path) -> str:
     """Return the one line, or many where it is no error of the user's."""
     try:
         use(folder)
@@ -160,22 +171,47 @@ def what_use_says(folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [(name, 12) for name in FILES] + [pytest.param(name, 300, marks=pytest.mark.slow) for name in FILES],
-)
-def test_damaged_files_are_read_or_refused(name: str, count: int, copied: Path) -> None:
-    draw = random.Random(f"{name} {count}")
-    file = copied / name
-    if not file.is_file():
-        file.write_text('{"eos_token_id": 2, "bos_token_id": 1}')
+def damage_and_use(file: Path, count: int, use: Callable[[Path], None]) -> None:
+    draw = random.Random(f"{file.name} {count}")
     whole = file.read_bytes()
     for number in range(count):
         data = bytearray(whole)
-        if number % 2 and name.endswith(".json"):
+        if number % 2 and file.suffix == ".json":
             data = bytearray(json.dumps(set_another_value(json.loads(whole), draw)).encode())
         else:
             draw.choice(DAMAGES)(data, draw)
         file.write_bytes(data)
-        said = what_use_says(copied)
+        said = what_it_says(use, file.parent)
         assert "\n" not in said, (number, said, bytes(data[:3000]))
+
+
+def counted(names: tuple[str, ...]) -> list[Any]:
+    return [(name, 12) for name in names] + [pytest.param(name, 300, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(("name", "count"), counted(FILES))
+def test_damaged_files_of_a_base_are_read_or_refused(name: str, count: int, copied: Path) -> None:
+    (copied / "generation_config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
+    damage_and_use(copied / name, count, use_base)
+
+
+def test_a_damaged_index_is_read_or_refused(copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    names = Checkpoint(copied).names()
+    weights.rename(copied / "a.safetensors")
+    index = copied / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+    use_base(copied)
+    damage_and_use(index, 40, use_base)
+
+
+ADAPTER_FILES = ("adapter_config.json", "base_identity.json", "adapter_model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of settings that it does not know
+@pytest.mark.parametrize(("name", "count"), counted(ADAPTER_FILES))
+def test_damaged_files_of_an_adapter_are_read_or_refused(name: str, count: int, tiny: Path, tmp_path: Path) -> None:
+    save_adapter(tiny, tmp_path)
+    write_identity(tmp_path, {"path": str(tiny), "sha256": Checkpoint(tiny).sha256})
+    use_adapter(tmp_path)
+    damage_and_use(tmp_path / name, count, use_adapter)
