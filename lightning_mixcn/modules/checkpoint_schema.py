@@ -80,9 +80,10 @@ def check_content(content: Any, *, fitting: bool, sharded: bool) -> None:
     required: dict[str, Check] = {"global_step": COUNT, "pytorch-lightning_version": _VERSION}
     optional: dict[str, Check] = {
         "mixcn_lora": _LORA,
-        "mixcn_settings": _SETTINGS,
+        "mixcn_settings": _settings,
         "mixcn_accumulate_grad_batches": whole(1, 2**31),
-        "hyper_parameters": record({}, {"lora": either(NULL, record({}, {"init_args": _LORA_OPTIONS}))}),
+        "hyper_parameters": record({}, {"lora": either(NULL, _SAVED_LORA)}),
+        "loops": record({}, {"fit_loop": _FIT_LOOP}),
         "mixcn_base": record({"path": TEXT, "sha256": TEXT}),
         "lr_schedulers": each(_schedule),
         "callbacks": _callbacks,
@@ -105,6 +106,8 @@ def _disagreements(content: Mapping[str, Any]) -> Iterator[Fault]:
     manual = loop["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
     if step not in (automatic, manual):
         yield Fault("global_step", f"is {step:,}, but its loop has done {max(automatic, manual):,} optimizer steps")
+    if step and content.get("optimizer_states") == []:
+        yield Fault("optimizer_states", "has 0 entries, expected at least one")
     batches = loop["epoch_loop.batch_progress"]["total"]["ready"]
     for index, schedule in enumerate(content.get("lr_schedulers", ())):
         # One a step, or one a validation, of which there is at most one a batch.
@@ -113,18 +116,25 @@ def _disagreements(content: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def _bad_numbers(content: Mapping[str, Any]) -> Iterator[Fault]:
-    """Find NaN, infinity, and second moments below zero."""
-    tensors = {f"state_dict[{name!r}]": tensor for name, tensor in content.get("state_dict", {}).items()}
+    """Find NaN, infinity, second moments below zero, and parameters that were stepped more often than the run."""
+    values = {f"state_dict[{name!r}]": value for name, value in content.get("state_dict", {}).items()}
     for index, optimizer in enumerate(content.get("optimizer_states", ())):
         for number, state in optimizer["state"].items():
-            tensors |= {f"optimizer_states[{index}].state[{number}].{key}": value for key, value in state.items()}
-    for place, value in tensors.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            values |= {f"optimizer_states[{index}].state[{number}].{key}": value for key, value in state.items()}
+    for place, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        # A few bytes can be a view of any size.
+        if value.layout != torch.strided or value.untyped_storage().nbytes() < value.nbytes:
+            yield Fault(place, "is no plain tensor")
+        elif value.is_floating_point() and value.numel():
             low, high = torch.stack(value.aminmax()).tolist()
             if not (abs(low) < float("inf") and abs(high) < float("inf")):
                 yield Fault(place, "holds NaN or infinite values")
             elif low < 0 and place.endswith("_sq"):
                 yield Fault(place, "holds a mean of squares below zero")
+            elif place.endswith(".step") and not 0 <= low <= high <= content["global_step"]:
+                yield Fault(place, f"is {high:g}, expected at most the run's {content['global_step']:,} steps")
 
 
 def check_optimizer_states(optimizer: Optimizer, made: Mapping[str, Any]) -> None:
@@ -173,6 +183,15 @@ def _schedule(state: Any, place: str) -> Iterator[Fault]:
         yield Fault(place, "has parts of parts without end")
     elif parts is not None:
         yield from each(_schedule)(parts, f"{place}._schedulers")
+
+
+def _settings(settings: Any, place: str) -> Iterator[Fault]:
+    """Check what `ConfiguredOptimization.settings` wrote."""
+    required = {"optimizer": TEXT, "lr_scheduler": TEXT, "lr": each(_RATE)}
+    faults = list(record(required, {"lr_scheduler_parts": each(TEXT), "groups": each(MAPPING)})(settings, place))
+    yield from faults
+    if not faults and len(settings.get("groups", settings["lr"])) != len(settings["lr"]):
+        yield Fault(f"{place}.groups", f"has {len(settings['groups'])} entries, expected {len(settings['lr'])}")
 
 
 def _callbacks(states: Any, place: str) -> Iterator[Fault]:
@@ -225,12 +244,10 @@ _OPTIMIZER = record(
         "param_groups": each(record({"params": each(either(TEXT, COUNT))}, {"lr": _RATE, "initial_lr": _RATE})),
     }
 )
-_LORA_OPTIONS = record({}, {"lora_dropout": real(0, 1)})
+_LORA_DROPOUT = {"lora_dropout": real(0, 1)}
+_LORA_OPTIONS = record({}, _LORA_DROPOUT)
+_SAVED_LORA = record({}, _LORA_DROPOUT | {"init_args": _LORA_OPTIONS})  # in Python's form, or the command line's
 _LORA = record({"config": _LORA_OPTIONS, "layers": mapping_of(TEXT, row_of(whole(1, 2**20), real(-1e9, 1e9)))})
-_SETTINGS = record(
-    {"optimizer": TEXT, "lr_scheduler": TEXT, "lr": each(_RATE)},
-    {"lr_scheduler_parts": each(TEXT), "groups": each(MAPPING)},
-)
 _CHECKPOINTS = record(
     {"best_model_path": TEXT}, {"best_k_models": mapping_of(TEXT, ANYTHING), "dirpath": either(NULL, TEXT)}
 )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_mixcn.errors import UserError
 
-from .checkpoint_schema import check_optimizer_states, schedule_steps
+from .checkpoint_schema import REMEDY, check_optimizer_states, schedule_steps
 from .schedule import WarmupCosine
 
 SETTINGS_KEY = "mixcn_settings"
@@ -99,6 +99,23 @@ class ConfiguredOptimization:
             raise UserError(
                 f"The checkpoint's optimizer has {len(saved['lr'])} parameter groups, here it has {len(self.rates)}. "
                 "Make the same groups as in the run that wrote the checkpoint"
+            )
+
+    def check_groups(self, saved: list[list[int]], parameters: int) -> None:
+        """Refuse the states of other parameters than train here.
+
+        Args:
+            saved: Number of parameters in each group of each optimizer in a checkpoint; empty for a sharded one.
+            parameters: Number of parameters that train here.
+
+        Raises:
+            ValueError: another number of optimizers, groups or parameters.
+        """
+        if saved and (len(saved) != 1 or len(saved[0]) != len(self.rates) or sum(saved[0]) != parameters):
+            groups = "; ".join(", ".join(map(str, sizes)) for sizes in saved)
+            raise UserError(
+                f"The checkpoint's optimizer_states have groups of {groups} parameters, expected {len(self.rates)} "
+                f"groups of {parameters} in all. {REMEDY}"
             )
 
     def is_restorable(self, saved: Mapping[str, Any] | None) -> bool:

@@ -287,6 +287,7 @@ class SavedStateModule(LightningModule):
         self._configured = configured
         if self._resumed is not None:
             configured.check(self._resumed["settings"])
+            configured.check_groups(self._resumed["groups"], len(trainable_names(self)))
             self._drop_other_schedule()
 
     def take_configured_settings(self) -> None:
@@ -327,10 +328,11 @@ class SavedStateModule(LightningModule):
             return
         changes += lora_changes(checkpoint, self)
         changes += callback_changes(self.trainer.callbacks, checkpoint.get("callbacks", {}))  # type: ignore[attr-defined]
-        schedules = checkpoint.get("lr_schedulers", [])
+        schedules, states = checkpoint.get("lr_schedulers", []), checkpoint.get("optimizer_states", [])
         self._resumed = {
             "settings": checkpoint.get(SETTINGS_KEY),
             "changes": changes,
+            "groups": [[len(group["params"]) for group in state["param_groups"]] for state in states],
             "schedules": copy.deepcopy(schedules),
             "to_restore": schedules,
         }

@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def test_sums_of_files_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
     with sums_of(path).open("a") as sums:
         sums.write(f"{'0' * 64}  {name}\n")
     assert find_fault(path) == f"SHA256SUMS names {name!r}, which is no part of the checkpoint"
+
+
+def test_a_packed_file_is_refused(tmp_path: Path) -> None:
+    """A few bytes in it may be any number of bytes in memory."""
+    path = make(write_file, tmp_path, 2)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    sidecar(path).unlink()
+    assert find_fault(path) == f"{path.name} was not written by torch: it is compressed"
 
 
 def test_one_that_is_not_there(tmp_path: Path) -> None:

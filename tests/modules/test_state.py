@@ -214,6 +214,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     ),
     "steps": (lambda c: loop(c)[STEPS]["optimizer"]["step"]["total"].update(completed=1), "counts|global_step is 2"),
     "no optimizer": (lambda c: c.pop("optimizer_states"), "optimizer_states is missing"),
+    "optimizers": (lambda c: c.update(optimizer_states=[]), "optimizer_states has 0 entries, expected at least one"),
     "groups": (lambda c: c["optimizer_states"][0].pop("param_groups"), r"\[0\]\.param_groups is missing"),
     "lr": (lambda c: c["optimizer_states"][0]["param_groups"][0].update(lr=1e9), r"lr is 1000000000\.0, expected"),
     "lr NaN": (
@@ -223,6 +224,10 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "schedule": (lambda c: c["lr_schedulers"][0].update(last_epoch=10**9), "has taken 1,000,000,000 steps, but"),
     "schedule's lr": (lambda c: c["lr_schedulers"][0].update(base_lrs=[1e9]), r"base_lrs\[0\] is 1000000000\.0"),
     "no schedule": (lambda c: c.pop("lr_schedulers"), "lr_schedulers is missing"),
+    "sparse": (lambda c: c["state_dict"].update(x=torch.eye(3).to_sparse()), r"\['x'\] is no plain tensor"),
+    "a view": (lambda c: c["state_dict"].update(x=torch.zeros(1).expand(10**12)), r"\['x'\] is no plain tensor"),
+    "a parameter's steps": (lambda c: moments(c)["step"].fill_(1e12), r"step is 1e\+12, expected at most the run's 2"),
+    "settings' groups": (lambda c: c["mixcn_settings"].update(groups=[]), "groups has 0 entries, expected 1"),
     "no state_dict": (lambda c: c.pop("state_dict"), "state_dict is missing"),
     "no callbacks": (lambda c: c.pop("callbacks"), "callbacks is missing"),
     "patience": (
@@ -239,6 +244,10 @@ TAMPERED: dict[str, tuple[Change, str]] = {
 RESUMED: dict[str, tuple[Change, str]] = {
     "shape": (lambda c: moments(c).update(exp_avg=torch.zeros(3)), r"exp_avg has the shape \[3\], expected \[4, 32\]"),
     "no moment": (lambda c: moments(c).pop("exp_avg_sq"), "exp_avg_sq is missing, expected a tensor"),
+    "groups": (
+        lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].pop(),
+        "optimizer_states have groups",
+    ),
     "callback": (lambda c: c["callbacks"].update(AdapterCheckpoint=[1]), "state of AdapterCheckpoint: it is a list"),
     "monitor": (lambda c: c["callbacks"].update(DataMonitor={"tokens": {"a": -1}}), r"state of DataMonitor: tokens"),
     "mixcn_base": (lambda c: c.pop("mixcn_base"), "names no base model"),
