@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import signal
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -314,7 +313,7 @@ class MixcnCLI(LightningCLI):
         """
         preempting = [callback for callback in self.trainer.callbacks if isinstance(callback, PreemptionCheckpoint)]  # type: ignore[attr-defined]
         if self.trainer.is_global_zero and any(callback.interrupted for callback in preempting):
-            raise SystemExit(128 + signal.SIGINT)
+            raise KeyboardInterrupt
 
     def _default_callbacks(self, settings: Any) -> list[Callback]:
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
