@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
@@ -176,6 +177,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 _CONFIG = "config.yaml"
+
+
+def _without_paths(settings: Any) -> Any:
+    """Name files and folders of this machine without the path to them, since adapters are made to be shared."""
+    if isinstance(settings, dict):
+        return {key: _without_paths(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return list(map(_without_paths, settings))
+    local = settings.removeprefix("file://") if isinstance(settings, str) else ""
+    return Path(local).name if local.startswith(("/", "~")) else settings
+
+
 # Before the first validation the best value is infinite.
 _STATE = record({"measured": MAPPING, "best": expect("a number", lambda value: isinstance(value, int | float))})
 ADAPTER_CONFIG = "adapter_config.json"
@@ -194,7 +207,7 @@ ADAPTER_FILES = (
 class AdapterCheckpoint(Callback):
     """Writes ``adapter/`` into the run's folder with every checkpoint and at the end, and ``adapter_best/`` beside it.
 
-    A folder has the adapter in PEFT's format, the tokenizer, the run's ``config.yaml`` and a model card with what the
+    A folder has the adapter in PEFT's format, the tokenizer, the run's ``config.yaml`` without paths, and a model card with what the
     last validation measured; after instruction tuning also the chat template that answers were laid out with, and the
     tokens that end them (``generation_config.json``). `mixcn export` and `mixcn chat` take all of these from there.
     ``adapter_best/`` is written after a validation that is better than all before; there is none without validation.
@@ -305,9 +318,11 @@ class AdapterCheckpoint(Callback):
         root = Path(trainer.default_root_dir)
         with new_folder(root / name, replace=ADAPTER_FILES) as folder:
             model.save_pretrained(str(folder))
-            config = [root / _CONFIG] if (root / _CONFIG).is_file() else []
-            for file in config:
-                shutil.copyfile(file, folder / file.name)
+            if (root / _CONFIG).is_file():
+                text = _without_paths(yaml.safe_load((root / _CONFIG).read_text(encoding="utf-8")))
+                (folder / _CONFIG).write_text(
+                    yaml.safe_dump(text, allow_unicode=True, sort_keys=False), encoding="utf-8"
+                )
             self._run_files(trainer, module).write(folder)
             card = adapter_card(self._training(trainer, module), self._measured)
             (folder / CARD_NAME).write_text(card, encoding="utf-8")

@@ -1,5 +1,6 @@
 """From what a person names — a folder or a hub id — to a folder on this machine."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Never pickles. `consolidated.*` is Mistral's own second copy of the weights.
 _ALLOWED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja", "README.md"]
 _IGNORED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl"]
+
+
+def cache_root() -> Path:
+    """Get the cache folder: `$MIXCN_CACHE`, or `lightning_mixcn` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if own := os.environ.get("MIXCN_CACHE"):
+        return Path(os.path.expanduser(own)).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")).absolute() / "lightning_mixcn"
+
+
+def public_name(path: str | Path) -> str:
+    """Name a model for files that leave this machine: a hub id as it is, a folder without the path to it."""
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else str(path)
 
 
 def local_folder(path: str | Path) -> Path:

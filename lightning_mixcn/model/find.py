@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.hub import local_folder, public_name
 from lightning_mixcn.tokenizer.pieces import has_tokenizer
 
 from .checkpoints.folder import Checkpoint
@@ -82,8 +82,12 @@ def _with_base(adapter: AdapterFile) -> ModelSource:
     config, folder = adapter.config, adapter.folder
     base, loaded = config.base_model_name_or_path, read_identity(folder)
     # The configuration names the original, which other tools read. Another name is a person's, and goes first.
-    if loaded is not None and base in (None, loaded.get("original_path")) and Path(loaded["path"]).is_dir():
-        base = loaded["path"]
+    if loaded is not None:
+        ours = {key: {loaded[key], public_name(loaded[key])} for key in ("path", "original_path") if key in loaded}
+        if Path(loaded["path"]).is_dir() and (base is None or any(base in names for names in ours.values())):
+            base = loaded["path"]
+        elif base in ours.get("original_path", ()):
+            base = loaded["original_path"]
     if base and config.revision not in (None, "main") and not Path(base).is_dir():
         raise UserError(
             f"the adapter {adapter.name!r} belongs to the revision {config.revision!r} of {base!r}. Download that "

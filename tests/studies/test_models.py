@@ -75,4 +75,4 @@ def test_a_fingerprint_tells_models_apart(tiny_base: Path, adapter: Path, tmp_pa
     two = model_fingerprint(find_model(str(tmp_path / "other")))
     assert one["base_sha256"] == two["base_sha256"]
     assert one["adapter_sha256"] != two["adapter_sha256"]
-    assert peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path == str(tiny_base)
+    assert peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path == tiny_base.name

@@ -1,11 +1,14 @@
 """Record in a file which base something was made from: PEFT's own configuration has a path, but no content."""
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import write_json
+from lightning_mixcn.files.atomic import write_json, write_text
+from lightning_mixcn.files.hub import cache_root, public_name
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import TEXT, record
 
@@ -17,6 +20,7 @@ QUANTIZATION_METHOD = "mixcn_nf4"
 # with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
 QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
 _KEYS = ("path", "sha256")
+_PATHS = {"path": "sha256", "original_path": "original_sha256"}
 _ORIGINAL_KEYS = ("original_path", "original_sha256")
 _STRUCTURE = record(dict.fromkeys(_KEYS, TEXT), dict.fromkeys(_ORIGINAL_KEYS, TEXT))
 
@@ -59,13 +63,35 @@ def stock_base(base: Checkpoint) -> str | None:
 
 
 def write_identity(folder: Path, identity: dict[str, str]) -> None:
-    """Write ``base_identity.json``.
+    """Write ``base_identity.json``, which names bases without their paths: these stay in this machine's cache folder.
 
     Args:
         folder: Folder of the adapter, or of the 4-bit model.
         identity: ``path`` and ``sha256`` of the base, see `base_identity`.
     """
-    write_json(folder / IDENTITY_FILE, identity)
+    named = dict(identity)
+    for key, digest in _PATHS.items():
+        if key in identity:
+            named[key] = public_name(identity[key])
+            if Path(identity[key]).is_dir():
+                note = _note(named[key], identity[digest])
+                with suppress(OSError):  # no cache folder that can be written: a person then says where the base is
+                    note.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(note, os.path.abspath(identity[key]))
+    write_json(folder / IDENTITY_FILE, named)
+
+
+def _note(name: str, digest: str) -> Path:
+    """Get the file that says where the base of this name and content is on this machine."""
+    return cache_root() / "bases" / Path(digest).name / Path(name).name
+
+
+def _located(name: str, digest: str) -> str:
+    """Return the place of a base on this machine if it is known, else its name."""
+    if Path(name).is_absolute() or not (note := _note(name, digest)).is_file():
+        return name
+    place = note.read_text(encoding="utf-8")
+    return place if Path(place).is_dir() else name
 
 
 def read_identity(folder: Path) -> dict[str, str] | None:
@@ -77,8 +103,10 @@ def read_identity(folder: Path) -> dict[str, str] | None:
     file = folder / IDENTITY_FILE
     if not file.is_file():
         return None
-    identity = read_object(file, _STRUCTURE, remedy="Copy it again, or delete it")
-    return {key: identity[key] for key in (*_KEYS, *_ORIGINAL_KEYS) if key in identity}
+    content = read_object(file, _STRUCTURE, remedy="Copy it again, or delete it")
+    identity = {key: content[key] for key in (*_KEYS, *_ORIGINAL_KEYS) if key in content}
+    known = [(key, digest) for key, digest in _PATHS.items() if key in identity and digest in identity]
+    return identity | {key: _located(identity[key], identity[digest]) for key, digest in known}
 
 
 def check_made_from(folder: Path, base: Checkpoint) -> None:

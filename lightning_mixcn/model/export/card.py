@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.hub import public_name
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import is_own_format, read_identity, stock_base
 from lightning_mixcn.model.checkpoints.reading import mixtral_config
@@ -71,7 +72,7 @@ def adapter_card(training: Training, measured: Mapping[str, Any]) -> str:
             last validation; empty if there was none.
     """
     named = stock_base(training.base) or training.base.name
-    name, license_of = _public_name(named), _license([named, training.base.name])
+    name, license_of = public_name(named), _license([named, training.base.name])
     resizing = resizing_note(training.vocabulary_rows, mixtral_config(training.base).vocab_size)
     made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
     parts = [
@@ -105,7 +106,7 @@ def model_card(
         languages: Codes for the header; ``None`` takes those of the adapters' cards.
     """
     named = stock_base(found.base) or found.base.name
-    name, license_of = _public_name(named), _license([named, found.base.name])
+    name, license_of = public_name(named), _license([named, found.base.name])
     title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters else name
     folders = [adapter.folder for adapter in found.adapters]
     if languages is None:
@@ -128,7 +129,7 @@ def model_card(
 def public_title(found: ModelSource) -> str:
     """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``."""
     named = stock_base(found.base) or found.base.name
-    return _public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
+    return public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
 
 
 def resizing_note(rows: int | None, base_rows: int) -> str:
@@ -159,12 +160,6 @@ def _header(base: str, library: str, languages: Sequence[str] | None, license_of
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _public_name(path: str) -> str:
-    """Return a hub id as it is, a folder without the path of this machine."""
-    folder = Path(path).expanduser()
-    return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else path
-
-
 def _base_line(identity: Mapping[str, str] | None, base: str) -> str:
     digest = None if identity is None else identity.get("original_sha256", identity.get("sha256"))
     return f"Base: `{base}`{f' (content hash `{digest}`)' if digest else ''}."
@@ -174,15 +169,15 @@ def base_shortcomings(base: Checkpoint) -> list[str]:
     """Say what keeps other tools from the base of an adapter, as sentences; nothing, where they find it."""
     if not is_own_format(base.config):
         return []
-    named, folder = stock_base(base), _public_name(str(base.path))
+    named, folder = stock_base(base), public_name(str(base.path))
     if named is None:
         return [
             f"The base {folder!r} is in 4 bits and does not record what it was made from, so the adapter names no "
             "base: set base_model_name_or_path in adapter_config.json to the unquantised model for other tools"
         ]
-    if Path(named).is_absolute() and not Path(named).is_dir():
+    if not Path(named).is_dir() and (Path(named).is_absolute() or "/" not in named):
         return [
-            f"The unquantised base {_public_name(named)!r}, which {folder!r} was made from, was not there when the "
+            f"The unquantised base {public_name(named)!r}, which {folder!r} was made from, was not there when the "
             "adapter was written: set base_model_name_or_path in adapter_config.json to where it is for other tools"
         ]
     return []

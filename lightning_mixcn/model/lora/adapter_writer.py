@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import MixtralConfig
 
+from lightning_mixcn.files.hub import public_name
 from lightning_mixcn.files.safetensors import write_safetensors
 
 from .adapter_file import PREFIX, WEIGHTS_NAME, StoredFactors
@@ -42,7 +43,7 @@ def write_adapter(
         factors: Name of a matrix → its factors, of any ranks and scalings.
         saved: Name of an embedding that was trained as a whole → its values.
         config: The base's configuration.
-        base: Value of ``base_model_name_or_path``.
+        base: Base of the adapter; ``base_model_name_or_path`` is its `public_name`.
         fused: Write the fused layout instead of a pair of factors an expert.
     """
     adapter = _normalise(factors, saved, config)
@@ -202,7 +203,7 @@ def _config(adapter: _NormalisedAdapter, base: str | None) -> LoraConfig:
         lora_alpha=adapter.alpha,
         lora_dropout=0.0,  # it is for training; stock PEFT refuses any other on experts
         modules_to_save=sorted(name.removeprefix("model.") for name in adapter.saved) or None,
-        base_model_name_or_path=base,
+        base_model_name_or_path=public_name(base) if base else None,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

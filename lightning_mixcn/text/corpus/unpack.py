@@ -26,6 +26,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.hub import cache_root
 from lightning_mixcn.masking import without_secrets
 
 from .formats import iterate_documents, refuse
@@ -407,7 +408,4 @@ def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def cache_folder() -> Path:
     """Get the folder of unpacked texts: in `$MIXCN_CACHE`, `$XDG_CACHE_HOME/lightning_mixcn` or below `~/.cache`."""
-    if own := os.environ.get("MIXCN_CACHE"):
-        return Path(os.path.expanduser(own)).absolute() / "text"
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches).absolute() / "lightning_mixcn" / "text"
+    return cache_root() / "text"

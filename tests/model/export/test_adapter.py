@@ -118,7 +118,7 @@ def test_what_is_in_the_folder(tiny: Path, tmp_path: Path) -> None:
         "README.md", "adapter_config.json", "adapter_model.safetensors", "base_identity.json", "tokenizer.json",
     }  # fmt: skip
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny)
+    assert config["base_model_name_or_path"] == tiny.name
     assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
     assert set(config["target_parameters"]) == {
         "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",

@@ -44,7 +44,7 @@ def named_base(adapter: Path) -> str | None:
 
 
 def auto_peft_logits(adapter: Path, ids: Tensor) -> Tensor:
-    """Of the model that PEFT loads by the adapter's folder alone."""
+    """Of the model that PEFT loads by the adapter's folder alone, where the base is in the working folder."""
     return logits_of(peft.AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=torch.float32), ids)
 
 
@@ -56,12 +56,13 @@ def expected_logits(original: Path, adapter: Path, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("train_embeddings", [False, True], ids=["factors", "embeddings"])
 def test_auto_peft_loads_the_adapter_on_its_original(
-    original: Path, ids: Tensor, tmp_path: Path, train_embeddings: bool
+    original: Path, ids: Tensor, tmp_path: Path, train_embeddings: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was loaded on random weights, with a line among others (28.8 nats instead of 3.2 on the demo)."""
+    monkeypatch.chdir(original.parent)
     run = tmp_path / "run/adapter"
     trained = save_adapter(tmp_path / "small", run, quantization="nf4", scale=0.03, train_embeddings=train_embeddings)
-    assert named_base(run) == str(original)
+    assert named_base(run) == original.name
     folders = [run]
     for layout in ("peft", "peft-per-expert"):
         export(str(run), str(tmp_path / layout), format=layout)
@@ -70,7 +71,7 @@ def test_auto_peft_loads_the_adapter_on_its_original(
         load_mixtral(original, quantization="none", dtype="float32"), ids
     )
     for folder in folders:
-        assert named_base(folder) == str(original)
+        assert named_base(folder) == original.name
         got = auto_peft_logits(folder, ids)
         torch.testing.assert_close(got, expected_logits(original, folder, ids), rtol=1e-5, atol=1e-5)
         assert (got - logits_of(trained, ids)).norm() < 2 * quantisation.norm()
@@ -97,13 +98,13 @@ def test_a_folder_of_the_former_format_still_loads(original: Path, ids: Tensor, 
     logits = [logits_of(load_mixtral(tmp_path / name, dtype="float32"), ids) for name in ("small", "former")]
     assert torch.equal(*logits)
     save_adapter(former, tmp_path / "adapter", quantization="nf4")
-    assert named_base(tmp_path / "adapter") == str(original)
+    assert named_base(tmp_path / "adapter") == original.name
 
 
-def test_a_relative_path_is_recorded_whole(
+def test_a_base_is_found_again_from_any_folder(
     original: Path, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the adapter loads from whatever folder a program is started in."""
+    """An adapter names its base without the path, which this machine remembers by the base's content."""
     monkeypatch.chdir(tmp_path)
     quantize("original", "again", dtype="float32")
     save_adapter(Path("again"), Path("on_four_bits"), quantization="nf4")
@@ -111,9 +112,15 @@ def test_a_relative_path_is_recorded_whole(
     export("on_four_bits", "exported", format="peft-per-expert")
     monkeypatch.chdir(os.sep)
     for name in ("on_four_bits", "dense", "exported"):
-        assert named_base(tmp_path / name) == str(original)
-        assert auto_peft_logits(tmp_path / name, ids).isfinite().all()
+        assert named_base(tmp_path / name) == original.name
+        assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / name).glob("*.json"))
     assert find_model(str(tmp_path / "on_four_bits")).base.path == tmp_path / "again"
+    assert find_model(str(tmp_path / "exported")).base.path == tmp_path / "again"
+    assert find_model(str(tmp_path / "dense")).base.path == original
+    assert logits_of(load_found(find_model(str(tmp_path / "dense")), dtype="float32"), ids).isfinite().all()
+    monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "another machine"))
+    with pytest.raises(FileNotFoundError, match=r"its base .original., which is not there. Move it back"):
+        find_model(str(tmp_path / "dense"))
 
 
 def test_a_hub_id_stays_one(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
