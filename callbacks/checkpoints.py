@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.arguments import Between, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import owned, remove_leftovers, replace_link, unfinished_path
+from lightning_mixcn.files.atomic import naming_output, owned, remove_leftovers, replace_link, unfinished_path
 from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
@@ -150,7 +150,7 @@ class StepCheckpoint(ModelCheckpoint):
             _point_elsewhere(last, path)
         trainer.strategy.barrier()
         # Other callbacks write while the state is collected: a run that is killed then was writing a checkpoint.
-        with owned(path) if trainer.is_global_zero else nullcontext():
+        with naming_output(path), owned(path) if trainer.is_global_zero else nullcontext():
             self._summing = True
             trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
             self._summing = False

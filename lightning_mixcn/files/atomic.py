@@ -34,7 +34,7 @@ def owned(out: Path, shown: str = "", advice: str = WAIT) -> Iterator[None]:
         OSError: its folder cannot be written.
     """
     with ExitStack() as stack:
-        with _naming(out):
+        with naming_output(out, shown):
             stack.enter_context(locked(out, shown, advice))
             outdated = _outdated_path(out)
             if outdated.exists() and not os.path.lexists(out):
@@ -63,7 +63,7 @@ def new_folder(out: Path, *, replace: Collection[str] = ()) -> Iterator[Path]:
     """
     check_replaceable(out, replace)
     folder = partial_path(out)
-    with _naming(out), owned(out):
+    with naming_output(out), owned(out):
         try:
             folder.mkdir()
             yield folder
@@ -93,7 +93,7 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace or out.is_dir():
         check_file(out)
     unfinished = partial_path(out)
-    with _naming(out), owned(out):
+    with naming_output(out), owned(out):
         try:
             yield unfinished
             if not replace:
@@ -275,18 +275,24 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def _naming(out: Path) -> Iterator[None]:
-    """Add the output's name, and what to do, to the error of a disk that is full or cannot be written."""
+def naming_output(out: Path, shown: str = "") -> Iterator[None]:
+    """Add the output's name, and what to do, to the error of a disk that is full or cannot be written.
+
+    Args:
+        out: File or folder.
+        shown: What the error calls it; its path where this is empty.
+    """
+    shown = shown or repr(str(out))
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             # That of a file in it.
             detail = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror
-            message = f"no space to write {str(out)!r}: {detail}. Free some space or choose another disk"
+            message = f"no space to write {shown}: {detail}. Free some space or choose another disk"
             raise OSError(errno.ENOSPC, message) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and _is_part(error.filename, out):
-            message = f"{str(out)!r} cannot be written: {error.strerror}. Choose another output, or get the right to"
+            message = f"{shown} cannot be written: {error.strerror}. Choose another output, or get the right to"
             raise PermissionError(error.errno, message) from error
         raise
 

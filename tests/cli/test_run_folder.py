@@ -117,6 +117,21 @@ def test_outputs_that_would_meet_are_refused_before_anything_is_written(
     assert digests(ROOT).keys() == {"precious/thesis.txt"}
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config: dict[str, Any]) -> None:
+    assert run(config) == 0
+    (ROOT / ".fit.lock").touch()  # of a process that was killed
+    assert run(config) == 2  # there is something to go on from
+    (ROOT / ".fit.lock").touch()
+    shutil.rmtree(ROOT / "checkpoints")
+    assert run(config) == 2  # an adapter that no checkpoint has followed
+    (ROOT / ".fit.lock").touch()
+    (ROOT / "checkpoints").mkdir()
+    (ROOT / "checkpoints" / ".step=00000001.ckpt.lock").touch()  # it was following when the kill came
+    assert run(config) == 0
+    assert not list(ROOT.rglob(".*"))
+    assert run(config) == 2
+
+
 def test_a_run_s_folder_is_for_evaluation_and_for_going_on(config: dict[str, Any]) -> None:
     assert run(config, "validate", "--trainer.default_root_dir", "runs/tiny") == 0  # no run holds it
     assert run(config, "fit", "--ckpt_path=last") == 0  # there is no checkpoint yet: a requeued job's first time
