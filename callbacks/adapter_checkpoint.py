@@ -207,9 +207,10 @@ ADAPTER_FILES = (
 class AdapterCheckpoint(Callback):
     """Writes ``adapter/`` into the run's folder with every checkpoint and at the end, and ``adapter_best/`` beside it.
 
-    A folder has the adapter in PEFT's format, the tokenizer, the run's ``config.yaml`` without paths, and a model card with what the
-    last validation measured; after instruction tuning also the chat template that answers were laid out with, and the
-    tokens that end them (``generation_config.json``). `mixcn export` and `mixcn chat` take all of these from there.
+    A folder has the adapter in PEFT's format, the tokenizer, the run's ``config.yaml`` without paths, and a model card
+    with what the last validation measured; after instruction tuning also the chat template that answers were laid out
+    with, and the tokens that end them (``generation_config.json``). `mixcn export` and `mixcn chat` take all of these
+    from there.
     ``adapter_best/`` is written after a validation that is better than all before; there is none without validation.
 
     Args:

@@ -82,7 +82,6 @@ def test_a_second_run_is_refused(config: dict[str, Any], capsys: pytest.CaptureF
     assert digests(ROOT) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
@@ -132,6 +131,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config: 
     assert run(config) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
 def test_a_run_s_folder_is_for_evaluation_and_for_going_on(config: dict[str, Any]) -> None:
     assert run(config, "validate", "--trainer.default_root_dir", "runs/tiny") == 0  # no run holds it
     assert run(config, "fit", "--ckpt_path=last") == 0  # there is no checkpoint yet: a requeued job's first time
