@@ -292,3 +292,24 @@ def test_sums_name_the_checkpoint_alone(resume: Callable[[int], Trainer], tmp_pa
     with sidecar(path).open("a") as sums:
         sums.write(f"{'0' * 64}  ../../../etc/passwd\n")
     assert find_fault(path) == f"{sidecar(path).name} names '../../../etc/passwd', which is no part of the checkpoint"
+
+
+class Data(FixedBatches):
+    """Has a position, as every data module that goes on where a run stopped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": 2}
+
+
+def test_without_a_position_in_the_data_it_does_not_begin_again(
+    tiny_base: Path, lora: Make, trainer: Make, tmp_path: Path
+) -> None:
+    module = PretrainModule(str(tiny_base), dtype="float32", lora=lora())
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, filename="{step}")
+    trainer(enable_checkpointing=True, callbacks=[saving]).fit(module, datamodule=Data([random_batch([9])] * 4))
+    path = tmp_path / "step=2.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["Data"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="cannot be used: Data, the position in the data, is missing"):
+        trainer(max_steps=3).fit(module, datamodule=Data([random_batch([9])] * 4), ckpt_path=path)
