@@ -58,6 +58,8 @@ def check_run_settings(settings: Any) -> None:
         ValueError: names the key.
     """
     check_arguments(RunSettings, vars(settings))
+    if not isinstance(settings.trainer, Namespace):
+        raise UserError(f"`trainer={settings.trainer!r}`: expected a mapping, e.g. {{max_steps: 1000}}")
     check_arguments(TrainerArguments, vars(settings.trainer), "trainer.")
 
 

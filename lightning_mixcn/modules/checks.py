@@ -21,6 +21,7 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 _Some = Annotated[int, Between(0, 10**12)]
 _Batches = _Some | Annotated[float, Between(0, 1)]
 LARGEST_RATE = 1000.0
+_LARGEST_OPTION = 1_000_000
 
 
 class TrainerValues(TypedDict, total=False):
@@ -71,6 +72,8 @@ class RunSettings(TypedDict, total=False):
 
     seed_everything: bool | Seed
     ckpt_path: Name | None
+    plan: bool
+    overwrite: bool
 
 
 def check_trainer(trainer: Any) -> None:
@@ -106,8 +109,11 @@ def make_optimizer(maker: Callable[[Any], Optimizer], parameters: list[Any]) -> 
         raise UserError(f"`model.init_args.optimizer` cannot be made: {one_line(error)}") from error
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"`model.init_args.optimizer`: `{name}={value}`, expected a finite number")
+            if isinstance(value, float) and name != "lr" and not abs(value) <= _LARGEST_OPTION:
+                raise UserError(
+                    f"`model.init_args.optimizer`: `{name}={value}`, expected a finite number, "
+                    f"at most {_LARGEST_OPTION:,}"
+                )
         if not 0 <= group.get("lr", 0) <= LARGEST_RATE:
             raise UserError(
                 f"`model.init_args.optimizer`: `lr={group['lr']}`, expected at least 0 and at most {LARGEST_RATE:.0f}"
