@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import yaml
 from peft import LoraConfig
 from torch import nn
 
@@ -88,6 +89,8 @@ def _with_base(adapter: AdapterFile) -> ModelSource:
             base = loaded["path"]
         elif base in ours.get("original_path", ()):
             base = loaded["original_path"]
+        if base in set().union(*ours.values()) and not Path(base).is_dir():
+            base = _base_of_run(folder.parent) or base
     if base and config.revision not in (None, "main") and not Path(base).is_dir():
         raise UserError(
             f"the adapter {adapter.name!r} belongs to the revision {config.revision!r} of {base!r}. Download that "
@@ -108,6 +111,16 @@ def _with_base(adapter: AdapterFile) -> ModelSource:
     checkpoint = Checkpoint(base)
     check_made_from(folder, checkpoint)
     return ModelSource(checkpoint, (), checkpoint.path).with_adapter(adapter)
+
+
+def _base_of_run(root: Path) -> str | None:
+    """Return the base in the configuration of the run that an adapter lies in, where it is a folder."""
+    try:
+        settings = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+        base = str(settings["model"]["init_args"]["base"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return base if Path(base).is_dir() else None
 
 
 def load_found(

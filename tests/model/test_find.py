@@ -105,6 +105,17 @@ def test_the_base_is_known_by_its_content(tiny: Path, tmp_path: Path) -> None:
         find_model(str(tmp_path / "adapter"))
 
 
+def test_an_adapter_in_its_run_finds_the_base_of_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(tiny, tmp_path / "run" / "adapter")
+    monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "empty cache"))
+    with pytest.raises(FileNotFoundError, match="needs its base"):
+        find_model(str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({"model": {"init_args": {"base": str(tiny)}}}))
+    assert find_model(str(tmp_path / "run")).base.path == tiny
+
+
 def test_a_base_in_four_bits_counts_as_what_it_was_quantised_from(tiny: Path, tmp_path: Path) -> None:
     save_adapter(tiny, tmp_path / "adapter")
     quantize(str(tiny), str(tmp_path / "small"))
