@@ -312,7 +312,7 @@ def test_no_worker_outlives_a_killed_run(start: Start, tmp_path: Path) -> None:
         ("lightning", 0),
         pytest.param("lightning", 1, marks=pytest.mark.slow),
         pytest.param("torchrun", 0, marks=pytest.mark.slow),
-        ("torchrun", 1),
+        pytest.param("torchrun", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_rank_ends_all(rank: int, launcher: str, start: Start, tmp_path: Path) -> None:

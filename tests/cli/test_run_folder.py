@@ -5,8 +5,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.settings import forget_tokenizer, settle_tokenizer
 from lightning_mixcn.data import PretrainDataModule
+from lightning_mixcn.testing import run_distributed
 from tests.cli.test_trainer import CONFIG, run, write_source
 from tests.extended_tokenizers import HAN, extend
 
@@ -29,12 +28,34 @@ def config(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    write_source(tmp_path / "zh.jsonl", "今天天气很好。")
-    write_source(tmp_path / "en.jsonl", "The weather is fine. ")
+    return one_step(tmp_path, tiny_base)
+
+
+def one_step(folder: Path, base: Path) -> dict[str, Any]:
+    write_source(folder / "zh.jsonl", "今天天气很好。")
+    write_source(folder / "en.jsonl", "The weather is fine. ")
     content: dict[str, Any] = yaml.safe_load(CONFIG)
-    content["model"]["init_args"] |= {"base": str(tiny_base)}
+    content["model"]["init_args"] |= {"base": str(base)}
     content["trainer"] |= {"max_steps": 1, "limit_val_batches": 1, "val_check_interval": 2}
     return content
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of that configuration, for all tests that begin with one."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+        assert run(one_step(folder, tiny_base)) == 0
+    return folder / ROOT
+
+
+@pytest.fixture
+def finished(config: dict[str, Any], finished_run: Path) -> dict[str, Any]:
+    """Return the configuration, whose run is there."""
+    shutil.copytree(finished_run, ROOT, symlinks=True)
+    return config
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -48,26 +69,24 @@ def digests(folder: Path) -> dict[str, str]:
 ROOT = Path("runs/tiny")
 
 
-def test_fast_dev_run_writes_nothing(config: dict[str, Any]) -> None:
-    assert run(config) == 0
+def test_fast_dev_run_writes_nothing(finished: dict[str, Any]) -> None:
     before = digests(ROOT)
-    callbacks = [*config["trainer"]["callbacks"], {"class_path": "RunFacts"}, {"class_path": "ExpertLoadMonitor"}]
-    config["trainer"] |= {"callbacks": callbacks, "fast_dev_run": True}
-    assert run(config) == 0
-    assert run(config, "validate") == 0
-    assert run(config, "fit", "--trainer.fast_dev_run=2", "--ckpt_path=last") == 0
+    callbacks = [*finished["trainer"]["callbacks"], {"class_path": "RunFacts"}, {"class_path": "ExpertLoadMonitor"}]
+    finished["trainer"] |= {"callbacks": callbacks, "fast_dev_run": True}
+    assert run(finished) == 0
+    assert run(finished, "validate") == 0
+    assert run(finished, "fit", "--trainer.fast_dev_run=2", "--ckpt_path=last") == 0
     assert digests(ROOT) == before
-    assert run(config, "fit", "--trainer.default_root_dir=other") == 0
+    assert run(finished, "fit", "--trainer.default_root_dir=other") == 0
     assert not Path("other").exists()
 
 
-def test_a_second_run_is_refused(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(config) == 0
+def test_a_second_run_is_refused(finished: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(ROOT)
     for options in ((), ("--ckpt_path", "elsewhere.ckpt")):
         Path("elsewhere.ckpt").write_bytes(b"")
         capsys.readouterr()
-        assert run(config, "fit", *options) == 2
+        assert run(finished, "fit", *options) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mixcn: error:")]
         for way in ("'runs/tiny'", "--ckpt_path last", "--trainer.default_root_dir", "--overwrite"):
             assert way in line
@@ -76,7 +95,7 @@ def test_a_second_run_is_refused(config: dict[str, Any], capsys: pytest.CaptureF
         alone = Path("alone", name)
         alone.parent.mkdir()
         (ROOT / name).rename(alone)
-        assert run(config, "fit", "--trainer.default_root_dir=alone") == 2
+        assert run(finished, "fit", "--trainer.default_root_dir=alone") == 2
         alone.rename(ROOT / name)
         alone.parent.rmdir()
     assert digests(ROOT) == before
@@ -308,13 +327,12 @@ def test_overwrite_removes_nothing_where_no_run_is(config: dict[str, Any]) -> No
     assert {name: after[name] for name in before} == before
 
 
-def test_overwrite_keeps_other_configurations(config: dict[str, Any]) -> None:
-    assert run(config) == 0
+def test_overwrite_keeps_other_configurations(finished: dict[str, Any]) -> None:
     for command in ("validate", "test", "predict"):
-        assert run(config, command, "--ckpt_path=last") == 0
+        assert run(finished, command, "--ckpt_path=last") == 0
     (ROOT / "config.zh.yaml").write_text("mine", encoding="utf-8")
     (ROOT / "epochs.json").write_text('{"rows": 1, "order": {}}', encoding="utf-8")
-    assert run(config, "fit", "--overwrite") == 0
+    assert run(finished, "fit", "--overwrite") == 0
     names = {path.name for path in ROOT.iterdir() if path.name.startswith(("config", "epochs"))}
     assert names == {"config.yaml", "config.zh.yaml"}
 
@@ -344,13 +362,12 @@ def test_overwrite_counts_epochs_for_the_new_run(config: dict[str, Any]) -> None
     ],
 )
 def test_overwrite_does_not_remove_what_the_new_run_reads(
-    option: str, value: Any, config: dict[str, Any], tiny_base: Path, capsys: pytest.CaptureFixture[str]
+    option: str, value: Any, finished: dict[str, Any], tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(config) == 0
     Path("linked").symlink_to("runs/tiny/adapter")
     shutil.copytree(tiny_base, ROOT / "adapter/base")
     before = digests(ROOT)
-    parent: Any = config
+    parent: Any = finished
     *path, last = option.replace("[", ".").replace("]", "").split(".")
     if option == "--config":
         assert main(["fit", option, value, "--overwrite"]) == 2
@@ -358,7 +375,7 @@ def test_overwrite_does_not_remove_what_the_new_run_reads(
         for key in path:
             parent = parent[int(key)] if key.isdigit() else parent[key]
         parent[last] = value
-        assert run(config, "fit", "--overwrite") == 2
+        assert run(finished, "fit", "--overwrite") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mixcn: error:")]
     shown = value[1] if isinstance(value, list) else value
     assert f"`{option}={shown!r}` " in line
@@ -391,12 +408,11 @@ def test_a_restarted_job_does_not_overwrite_its_own_run(
 
 @pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/last.ckpt", "checkpoints/step=00000001.ckpt"])
 def test_last_without_a_checkpoint_does_not_replace_the_adapter(
-    lost: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    lost: str, finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(config) == 0
     (ROOT / lost).rename("lost")
     before = digests(ROOT)
-    assert run(config, "fit", "--ckpt_path=last") == 2
+    assert run(finished, "fit", "--ckpt_path=last") == 2
     error = capsys.readouterr().err
     assert "`--ckpt_path last`" in error
     assert "'runs/tiny' holds an adapter" in error
@@ -404,11 +420,10 @@ def test_last_without_a_checkpoint_does_not_replace_the_adapter(
 
 
 @pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
-def test_a_job_that_was_killed_before_its_first_checkpoint_begins_again(config: dict[str, Any]) -> None:
-    assert run(config) == 0
+def test_a_job_that_was_killed_before_its_first_checkpoint_begins_again(finished: dict[str, Any]) -> None:
     for name in ("checkpoints", "adapter"):
         shutil.rmtree(ROOT / name)
-    assert run(config, "fit", "--ckpt_path=last") == 0
+    assert run(finished, "fit", "--ckpt_path=last") == 0
 
 
 def test_epochs_that_no_source_takes_are_refused(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -521,12 +536,9 @@ def test_two_ranks_count_as_one_does(config: dict[str, Any]) -> None:
     config["data"]["class_path"] = "counting.Counting"
     config["trainer"] |= {"devices": 2, "strategy": "ddp"}
     Path("tiny.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-    command = [sys.executable, "-m", "lightning_mixcn", "fit", "--config", "tiny.yaml"]
+    command = ["fit", "--config", "tiny.yaml"]
     for _ in range(2):
-        done = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        assert run_distributed(main, 2, command) == [0, 0]
         assert (ROOT / "epochs.json").read_bytes() == Path("alone/epochs.json").read_bytes()
         if command[-1] != "last":
             counted = [json.loads(Path(f"counted-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]

@@ -29,7 +29,7 @@ from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 from lightning_mixcn.text import Source
 
-MICRO_BATCHES = 16  # of a step, on all ranks together
+MICRO_BATCHES = 8  # of a step, on all ranks together
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
 
 
@@ -125,7 +125,7 @@ def _train(
     base: str,
     out: str,
     *,
-    max_steps: int = 20,
+    max_steps: int = 8,
     ckpt_path: str | None = None,
     path: str | None = None,
     checkpoints: str | None = None,
@@ -133,7 +133,7 @@ def _train(
 ) -> dict[str, Any]:
     ranks = torch.distributed.get_world_size()
     model, losses, started = module(base, **changes), Losses(), time.perf_counter()
-    saving = [] if checkpoints is None else [StepCheckpoint(every_n_steps=5, keep=9, dirpath=checkpoints)]
+    saving = [] if checkpoints is None else [StepCheckpoint(every_n_steps=2, keep=9, dirpath=checkpoints)]
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy=strategy(name), max_steps=max_steps, max_epochs=-1, logger=False,
         accumulate_grad_batches=MICRO_BATCHES // ranks, use_distributed_sampler=False, gradient_clip_val=0.1,

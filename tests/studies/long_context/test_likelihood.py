@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers import MixtralForCausalLM
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill
 from lightning_mixcn.studies.long_context.likelihood import DocumentRow, evaluate_lengths, longest_documents
+from lightning_mixcn.testing import run_distributed
 from lightning_mixcn.text import (
     DocumentSet,
     Source,
@@ -126,60 +124,36 @@ def test_modes_and_random_numbers_stay(tiny_base: Path) -> None:
     assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
 
 
-RANK = """
-import json, os, sys
-import torch
-from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.inference.prefill import ChunkedPrefill
-from lightning_mixcn.studies.long_context.likelihood import DocumentRow, evaluate_lengths
+def evaluate_as_a_rank(base: str, memory: int) -> dict[str, Any]:
+    """Evaluate this rank's documents, with room for a number of tokens. Returns: what came of it."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    documents = []
+    for length in (300, 100, 64, 40, 33, 20):
+        ids = torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(length))
+        documents.append(DocumentRow(length % 2, ids, torch.ones_like(ids)))
+    mine = documents if num_ranks == 1 else [[], documents[:1], documents[1:]][rank]
+    passes, advance = 0, ChunkedPrefill.advance
 
-base, out, num_ranks, memory = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-rank = int(os.environ["LOCAL_RANK"])
-torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=num_ranks)
-documents = []
-for length in (300, 100, 64, 40, 33, 20):
-    ids = torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(length))
-    documents.append(DocumentRow(length % 2, ids, torch.ones_like(ids)))
-mine = documents if num_ranks == 1 else [[], documents[:1], documents[1:]][rank]
-model = load_mixtral(base, quantization="none", dtype="float32")
-passes, advance = 0, ChunkedPrefill.advance
-def counting(self, *arguments):
-    global passes
-    passes += 1
-    torch.distributed.barrier()  # as a sharded model would: every rank takes part in every pass
-    if self.tokens + len(arguments[0]) > memory:
-        raise torch.OutOfMemoryError
-    return advance(self, *arguments)
-ChunkedPrefill.advance = counting
-result = evaluate_lengths(model, mine, ["even", "odd"], [32, 64, 256], 48)
-with open(f"{out}.{rank}.json", "w") as file:
-    json.dump({"passes": passes, "likelihoods": result.likelihoods, "out_of_memory": result.out_of_memory}, file)
-torch.distributed.destroy_process_group()
-"""
+    def counting(self: ChunkedPrefill, *arguments: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        torch.distributed.barrier()  # as a sharded model would: every rank takes part in every pass
+        if self.tokens + len(arguments[0]) > memory:
+            raise torch.OutOfMemoryError
+        return advance(self, *arguments)
 
-
-def run(base: Path, out: Path, num_ranks: int, memory: int) -> list[dict[str, Any]]:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(base), str(out), str(num_ranks), str(memory)],
-            env=os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
-    return [json.loads(Path(f"{out}.{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
+    ChunkedPrefill.advance = counting  # type: ignore[method-assign]  # in a process of this rank's own
+    model = load_mixtral(base, quantization="none", dtype="float32")
+    result = evaluate_lengths(model, mine, ["even", "odd"], [32, 64, 256], 48)
+    return {"passes": passes, "likelihoods": result.likelihoods, "out_of_memory": result.out_of_memory}
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("memory", [1000, 200], ids=["enough", "out of memory"])
-def test_ranks_with_0_and_1_and_5_documents_give_what_one_gives(memory: int, tmp_path: Path, tiny_base: Path) -> None:
+def test_ranks_with_0_and_1_and_5_documents_give_what_one_gives(memory: int, tiny_base: Path) -> None:
     """Rank 1, with one long document, runs out of memory alone."""
-    (one,) = run(tiny_base, tmp_path / "one", 1, memory)
-    three = run(tiny_base, tmp_path / "three", 3, memory)
+    (one,) = run_distributed(evaluate_as_a_rank, 1, str(tiny_base), memory)
+    three = run_distributed(evaluate_as_a_rank, 3, str(tiny_base), memory)
     assert one["out_of_memory"] == ([] if memory == 1000 else [256])
     assert len({rank["passes"] for rank in three}) == 1
     assert three[0] == three[1] == three[2]
