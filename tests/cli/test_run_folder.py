@@ -69,15 +69,16 @@ def digests(folder: Path) -> dict[str, str]:
 ROOT = Path("runs/tiny")
 
 
-def test_fast_dev_run_writes_nothing(finished: dict[str, Any]) -> None:
+def test_fast_dev_run_writes_nothing(config: dict[str, Any]) -> None:
+    assert run(config) == 0
     before = digests(ROOT)
-    callbacks = [*finished["trainer"]["callbacks"], {"class_path": "RunFacts"}, {"class_path": "ExpertLoadMonitor"}]
-    finished["trainer"] |= {"callbacks": callbacks, "fast_dev_run": True}
-    assert run(finished) == 0
-    assert run(finished, "validate") == 0
-    assert run(finished, "fit", "--trainer.fast_dev_run=2", "--ckpt_path=last") == 0
+    callbacks = [*config["trainer"]["callbacks"], {"class_path": "RunFacts"}, {"class_path": "ExpertLoadMonitor"}]
+    config["trainer"] |= {"callbacks": callbacks, "fast_dev_run": True}
+    assert run(config) == 0
+    assert run(config, "validate") == 0
+    assert run(config, "fit", "--trainer.fast_dev_run=2", "--ckpt_path=last") == 0
     assert digests(ROOT) == before
-    assert run(finished, "fit", "--trainer.default_root_dir=other") == 0
+    assert run(config, "fit", "--trainer.default_root_dir=other") == 0
     assert not Path("other").exists()
 
 

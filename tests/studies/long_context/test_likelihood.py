@@ -142,7 +142,7 @@ def evaluate_as_a_rank(base: str, memory: int) -> dict[str, Any]:
             raise torch.OutOfMemoryError
         return advance(self, *arguments)
 
-    ChunkedPrefill.advance = counting  # type: ignore[method-assign]  # in a process of this rank's own
+    ChunkedPrefill.advance = counting  # type: ignore[method-assign, assignment]  # in a process of this rank's own
     model = load_mixtral(base, quantization="none", dtype="float32")
     result = evaluate_lengths(model, mine, ["even", "odd"], [32, 64, 256], 48)
     return {"passes": passes, "likelihoods": result.likelihoods, "out_of_memory": result.out_of_memory}
