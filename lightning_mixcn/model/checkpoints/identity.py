@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import InUseError, UserError
 from lightning_mixcn.files.atomic import write_json, write_text
 from lightning_mixcn.files.hub import cache_root, public_name
 from lightning_mixcn.files.json_object import read_object
@@ -75,7 +75,8 @@ def write_identity(folder: Path, identity: dict[str, str]) -> None:
             named[key] = public_name(identity[key])
             if Path(identity[key]).is_dir():
                 note = _note(named[key], identity[digest])
-                with suppress(OSError):  # no cache folder that can be written: a person then says where the base is
+                # Another run notes the same, or no cache folder can be written: a person then says where the base is.
+                with suppress(OSError, InUseError):
                     note.parent.mkdir(parents=True, exist_ok=True)
                     write_text(note, os.path.abspath(identity[key]))
     write_json(folder / IDENTITY_FILE, named)
