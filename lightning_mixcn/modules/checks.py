@@ -20,8 +20,9 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 
 _Some = Annotated[int, Between(0, 10**12)]
 _Batches = _Some | Annotated[float, Between(0, 1)]
-LARGEST_RATE = 1000.0
+LARGEST_RATE = 1000
 _LARGEST_OPTION = 1_000_000
+_UNBOUNDED = ("growth_rate",)  # of Prodigy and D-Adaptation, whose default is infinity
 
 
 class TrainerValues(TypedDict, total=False):
@@ -109,15 +110,14 @@ def make_optimizer(maker: Callable[[Any], Optimizer], parameters: list[Any]) -> 
         raise UserError(f"`model.init_args.optimizer` cannot be made: {one_line(error)}") from error
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if isinstance(value, float) and name != "lr" and not abs(value) <= _LARGEST_OPTION:
+            if isinstance(value, float) and name not in ("lr", *_UNBOUNDED) and not abs(value) <= _LARGEST_OPTION:
                 raise UserError(
                     f"`model.init_args.optimizer`: `{name}={value}`, expected a finite number, "
                     f"at most {_LARGEST_OPTION:,}"
                 )
-        if not 0 <= group.get("lr", 0) <= LARGEST_RATE:
-            raise UserError(
-                f"`model.init_args.optimizer`: `lr={group['lr']}`, expected at least 0 and at most {LARGEST_RATE:.0f}"
-            )
+        rate = group.get("lr")
+        if rate is not None and not 0 <= rate <= LARGEST_RATE:
+            raise UserError(f"`model.init_args.optimizer`: `lr={rate}`, expected at least 0 and at most {LARGEST_RATE}")
     return optimizer
 
 

@@ -50,6 +50,7 @@ class ConfiguredOptimization:
     ) -> None:
         self._optimizer = _SettingsOnly(optimizer)
         self.rates = [_comparable(group["lr"]) for group in self._optimizer.param_groups]
+        self._parameters = sum(len(group["params"]) for group in optimizer.param_groups)
         self.optimizer_name = _name(optimizer)
         self._scheduler = make_scheduler(self._optimizer)
         self._make_optimizer = make_optimizer
@@ -101,21 +102,20 @@ class ConfiguredOptimization:
                 "Make the same groups as in the run that wrote the checkpoint"
             )
 
-    def check_groups(self, saved: list[list[int]], parameters: int) -> None:
-        """Refuse the states of other parameters than train here.
+    def check_groups(self, saved: list[list[int]]) -> None:
+        """Refuse the states of other parameters than the optimizer's.
 
         Args:
             saved: Number of parameters in each group of each optimizer in a checkpoint; empty for a sharded one.
-            parameters: Number of parameters that train here.
 
         Raises:
             ValueError: another number of optimizers, groups or parameters.
         """
-        if saved and (len(saved) != 1 or len(saved[0]) != len(self.rates) or sum(saved[0]) != parameters):
+        if saved and (len(saved) != 1 or len(saved[0]) != len(self.rates) or sum(saved[0]) != self._parameters):
             groups = "; ".join(", ".join(map(str, sizes)) for sizes in saved)
             raise UserError(
                 f"The checkpoint's optimizer_states have groups of {groups} parameters, expected {len(self.rates)} "
-                f"groups of {parameters} in all. {REMEDY}"
+                f"groups of {self._parameters} in all. {REMEDY}"
             )
 
     def is_restorable(self, saved: Mapping[str, Any] | None) -> bool:
@@ -168,9 +168,12 @@ class ConfiguredOptimization:
             return
         device = next(iter(optimizer.state)).device
         parameter = nn.Parameter(torch.zeros((2, 2), device=device))
-        trial = self._make_optimizer([parameter])
-        parameter.grad = torch.ones_like(parameter)
-        trial.step()
+        try:
+            trial = self._make_optimizer([parameter])
+            parameter.grad = torch.ones_like(parameter)
+            trial.step()
+        except Exception:  # a function that wants the model's own parameters, or LBFGS, whose steps want a closure
+            return
         check_optimizer_states(optimizer, trial.state[parameter])
 
     def _other_schedule(self, saved: Mapping[str, Any]) -> str:

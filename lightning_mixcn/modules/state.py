@@ -287,7 +287,7 @@ class SavedStateModule(LightningModule):
         self._configured = configured
         if self._resumed is not None:
             configured.check(self._resumed["settings"])
-            configured.check_groups(self._resumed["groups"], len(trainable_names(self)))
+            configured.check_groups(self._resumed["groups"])
             self._drop_other_schedule()
 
     def take_configured_settings(self) -> None:

@@ -12,10 +12,10 @@ from bitsandbytes.optim.adamw import AdamW8bit
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
-from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop, lr_scheduler
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop, lr_scheduler
 
 from lightning_mixcn.modules import PretrainModule, WarmupCosine
-from lightning_mixcn.modules.resume import settings_changes
+from lightning_mixcn.modules.resume import ConfiguredOptimization, settings_changes
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from tests.modules import strategy_run
 
@@ -108,6 +108,32 @@ def test_an_unchanged_configuration_is_not_mentioned(runs: Runs) -> None:
     assert runs.said == []
 
 
+def stepped(optimizer: Optimizer) -> Optimizer:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step(lambda: torch.zeros(()))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "make", [Adafactor, LBFGS, lambda parameters: SGD([[*parameters][i] for i in (0, 2)], momentum=0.9)]
+)
+def test_states_that_cannot_be_compared_are_let_through(make: Any) -> None:
+    """Adafactor has other parts for one dimension, LBFGS wants a closure, a function more parameters than one."""
+    optimizer = stepped(make([nn.Parameter(torch.ones(3)) for _ in range(3)][: 1 if make is LBFGS else 3]))
+    ConfiguredOptimization(optimizer, constant, make).check_states(optimizer)
+
+
+def test_an_optimizer_of_a_part_of_what_trains_goes_on(runs: Runs) -> None:
+    def of_half(parameters: Any) -> Optimizer:
+        return AdamW([*parameters][::2], lr=1e-3)
+
+    for resume in (False, True):
+        run = runs.fit(STEPS + resume, resume=resume, optimizer=of_half, lr_scheduler=constant)
+    assert run.global_step == STEPS + 1
+
+
 class Estimating(SGD):
     """Keeps an estimate `d` and a count `k` in its parameter groups, as Prodigy, D-Adaptation and ScheduleFree do.
 
@@ -117,6 +143,7 @@ class Estimating(SGD):
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, d0: float = 1e-6) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         self.param_groups[0] |= {"d0": d0, "d": d0, "k": 0, "train_mode": False}
+        self.param_groups[0]["growth_rate"] = float("inf")  # their default
 
     def train(self) -> None:
         """Switch to training, as ScheduleFree asks for."""
