@@ -142,7 +142,8 @@ def check_optimizer_states(optimizer: Optimizer, made: Mapping[str, Any]) -> Non
 
     Args:
         optimizer: The optimizer.
-        made: State that the same optimizer makes for a parameter of two dimensions, of 2 × 2.
+        made: State that the same optimizer makes for a parameter of two dimensions, of 2 × 2. Those of other dimensions
+            may have other parts, such as Adafactor's, so only the shapes of their parts are checked.
 
     Raises:
         ValueError: a state lacks a part, or has one of another shape than its parameter.
@@ -155,9 +156,11 @@ def check_optimizer_states(optimizer: Optimizer, made: Mapping[str, Any]) -> Non
             for key, value in made.items():
                 found = state.get(key)
                 where = f"The checkpoint's optimizer state of parameter {number}: {key}"
-                if isinstance(value, Tensor) and not isinstance(found, Tensor):
+                if not isinstance(value, Tensor) or (found is None and parameter.dim() != 2):
+                    continue
+                if not isinstance(found, Tensor):
                     raise UserError(f"{where} is missing, expected a tensor. {REMEDY}")
-                if isinstance(value, Tensor) and value.shape == (2, 2) and found.shape != parameter.shape:
+                if value.shape == (2, 2) and found.shape != parameter.shape:
                     shapes = f"{list(found.shape)}, expected {list(parameter.shape)}"
                     raise UserError(f"{where} has the shape {shapes}. {REMEDY}")
 
@@ -215,7 +218,7 @@ def _progress(*names: str, **further: Check) -> Check:
     return record({"total": counts, "current": counts, **further})
 
 
-_RELEASE = re.compile(r"\d+(\.\d+){1,3}((a|b|rc)\d+|\.?dev\d*)?")
+_RELEASE = re.compile(r"\d+(\.\d+){1,3}(\.?(a|b|rc|dev|post)\d*)*(\+[\w.]+)?")
 _VERSION = expect(
     "a version such as 2.6.6", lambda value: isinstance(value, str) and _RELEASE.fullmatch(value) is not None
 )

@@ -350,7 +350,8 @@ def _check_sums(path: Path) -> None:
     if len(sums) != len(lines) or not lines:
         raise UserError(f"{file.name} is no list of SHA-256 sums, as sha256sum writes it")
     folder = path if path.is_dir() else path.parent
-    expected = {*_NEEDED, *(other.name for other in path.iterdir())} - {_SUMS} if path.is_dir() else {path.name}
+    # Hidden files are the system's own, such as .nfs… and .DS_Store.
+    expected = {*_NEEDED, *(file.name for file in path.glob("[!.]*"))} - {_SUMS} if path.is_dir() else {path.name}
     if unlisted := sorted(expected - sums.keys()):
         raise UserError(f"{file.name} does not list {', '.join(unlisted)}")
     if path.is_file():
