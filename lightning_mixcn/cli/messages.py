@@ -83,7 +83,10 @@ def _meant(message: str) -> str:
 def _parameters(class_path: str) -> set[str]:
     """Return the arguments of a class, and of the classes that it hands further ones to."""
     module, _, name = class_path.rpartition(".")
-    kind: Any = getattr(import_module(module), name)
+    try:
+        kind: Any = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # a class inside of another one, or of a script
+        return set()
     constructors = (vars(base).get("__init__", kind) for base in inspect.getmro(kind))
     return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
 
@@ -107,11 +110,13 @@ def libraries_in_one_line(caller: type) -> Iterator[None]:
         while cause.__cause__ is not None:  # jsonargparse wraps what the constructor of a class raises
             cause = cause.__cause__
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-        if isinstance(cause, UserError | OSError) or frames[-1].f_globals.get("__name__", "").startswith(
-            "lightning_mixcn."
-        ):
+        is_ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_mixcn.")
+        if is_ours or isinstance(cause, UserError | OSError):
             raise
         made = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name == "__init__"]
         names = [type(value).__name__ for value in made if value is not None and not isinstance(value, caller)]
         what = names[0] if names else "the configuration"
-        raise UserError(f"`{what.lower() if what == 'Trainer' else what}` cannot be made: {one_line(cause)}") from error
+        raise UserError(
+            f"`{what.lower() if what == 'Trainer' else what}` cannot be made: {one_line(cause)} "
+            "(MIXCN_TRACEBACK=1 shows the traceback)"
+        ) from error
