@@ -50,7 +50,7 @@ _ROPE = _or_null(
 )
 _FIELDS: Mapping[str, Check] = {
     "model_type": TEXT,
-    "architectures": each(TEXT),
+    "architectures": _or_null(each(TEXT)),
     "hidden_size": whole(1, _WIDTH),
     "intermediate_size": whole(1, 2**24),
     "num_hidden_layers": whole(1, _LAYERS),

@@ -89,10 +89,11 @@ def _note(name: str, digest: str) -> Path:
 
 def _located(name: str, digest: str) -> str:
     """Return the place of a base on this machine if it is known, else its name."""
-    if Path(name).is_absolute() or not (note := _note(name, digest)).is_file():
-        return name
-    place = note.read_text(encoding="utf-8")
-    return place if Path(place).is_dir() else name
+    if not Path(name).is_absolute():
+        with suppress(OSError, ValueError):  # none, or another person's, in a cache folder that is shared
+            place = _note(name, digest).read_text(encoding="utf-8")
+            return place if Path(place).is_dir() else name
+    return name
 
 
 def read_identity(folder: Path) -> dict[str, str] | None:

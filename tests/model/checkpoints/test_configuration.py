@@ -35,7 +35,7 @@ ODD: dict[str, list[Any]] = {
     "max_position_embeddings": [0, -1, None],
     "sliding_window": [0, -1, "x"],
     "model_type": ["llama", None, 7],
-    "architectures": [None, 7],
+    "architectures": [7],
     "tie_word_embeddings": ["x", None],
     "quantization_config": [7, {}, {"quant_method": "evil"}, {"quant_method": 7}, {"bits": 4}, "x"],
     "attention_dropout": [5, "x"],

@@ -41,3 +41,12 @@ def test_a_broken_record(tmp_path: Path) -> None:
         ValueError, match=r"base_identity\.json': path is 1, expected text\. Copy it again, or delete it"
     ):
         read_identity(tmp_path)
+
+
+def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder may be shared, and the note another person's."""
+    monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "cache"))
+    write_identity(tmp_path, base_identity(Checkpoint(save_tiny_mixtral(tmp_path / "base"))))
+    (note,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    note.write_bytes(b"\xff")
+    assert (read_identity(tmp_path) or {})["path"] == "base"
