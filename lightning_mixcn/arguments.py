@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
+from os import PathLike
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -139,7 +140,7 @@ _KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
-    str: (str, "text"),
+    str: ((str, PathLike), "text"),  # a path from Python
 }
 
 

@@ -50,11 +50,6 @@ def real(low: float, high: float) -> Check:
     return expect(f"a finite number of {low:g} to {high:g}", is_valid)
 
 
-def one_of_values(*values: Any) -> Check:
-    """Expect one of some texts."""
-    return expect(f"one of {', '.join(map(str, values))}", lambda value: isinstance(value, str) and value in values)
-
-
 def either(*checks: Check) -> Check:
     """Expect what passes one of several checks; the last one says what is wrong."""
 

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 
 import lightning_mixcn.callbacks
 from lightning_mixcn import CausalLMModule, InstructDataModule, InstructModule, PretrainDataModule, PretrainModule
-from lightning_mixcn.arguments import Between, Filled, check_arguments
+from lightning_mixcn.arguments import Between, Filled, Name, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.lora.options import TrainedOptions
 from lightning_mixcn.modules.schedule import WarmupCosine
@@ -33,6 +34,7 @@ class Values(TypedDict, total=False):
     mode: Literal["min", "max"]
     size: Annotated[int, Between(1, 8)] | Literal["auto"] | None
     names: Annotated[list[Annotated[str, Filled("a name")]], Filled("at least one name")]
+    folder: Name
     ranks: dict[str, Annotated[int, Between(1, 64)]]
     make: Callable[[int], int]
     anything: Any
@@ -44,6 +46,7 @@ class Values(TypedDict, total=False):
     [
         {"count": 64, "share": 0.5, "flag": False, "mode": "max", "size": None, "names": ("a",), "ranks": {"w1": 1}},
         {"count": np.int64(1), "share": np.float32(0.5), "size": "auto", "make": abs, "anything": math.nan},
+        {"folder": Path("models/tiny"), "names": [Path("zh")]},
         {"unknown": -1, "lora": LoraConfig()},
     ],
 )
