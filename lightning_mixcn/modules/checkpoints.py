@@ -200,6 +200,8 @@ def find_fault(path: Path) -> str | None:
             _check_archive(path, whole=not sidecar(path).exists())
     except (ValueError, OSError) as error:
         return str(error)
+    except Exception as error:  # a damaged archive raises nearly anything, and the other ranks wait for the answer
+        return f"it is damaged: {type(error).__name__}: {one_line(error)}"
     return None
 
 

@@ -152,6 +152,15 @@ def test_a_missing_file_of_a_folder_is_named(tmp_path: Path, name: str, with_sum
     assert find_fault(path) == f"{name} is missing"
 
 
+def test_whatever_a_damaged_archive_raises_is_its_fault(tmp_path: Path) -> None:
+    path = make(write_file, tmp_path, 2)
+    sums_of(path).unlink()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # "encrypted": zipfile asks for a password
+    path.write_bytes(content)
+    assert "encrypted" in str(find_fault(path))
+
+
 def test_a_file_that_the_sums_do_not_list_is_refused(tmp_path: Path) -> None:
     path = make(write_folder, tmp_path, 2)
     (path / ".nfs0001").write_bytes(b"")  # a file system's own
