@@ -339,14 +339,15 @@ def try_optimization(module: CausalLMModule, arguments: Any) -> None:
     """Make optimizer and schedule of one number, so that what they refuse is known before the model is loaded.
 
     Args:
-        module: The module.
+        module: The module. One with its own `configure_optimizers`, such as of several groups, is left alone.
         arguments: Its arguments in the configuration; an optimizer that is a function may want the model's parameters,
             and is left alone.
 
     Raises:
         ValueError: see `make_optimizer`.
     """
-    if isinstance(arguments.get("optimizer"), str):
+    is_own = type(module).configure_optimizers is not CausalLMModule.configure_optimizers
+    if is_own or isinstance(arguments.get("optimizer"), str):
         return
     optimizer = make_optimizer(module.make_optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
     make_scheduler(module.make_lr_scheduler, optimizer)

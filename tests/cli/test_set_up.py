@@ -2,15 +2,18 @@
 
 import inspect
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from lightning.pytorch import Trainer
+from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_mixcn import PretrainModule
 from lightning_mixcn.cli import main
-from lightning_mixcn.cli.trainer import MixcnCLI
+from lightning_mixcn.cli.trainer import MixcnCLI, try_optimization
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -81,3 +84,16 @@ def test_every_wrong_value_is_one_line(
     place: tuple[str, ...], name: str, value: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(place, name, value, folder, capsys)
+
+
+class TwoGroups(PretrainModule):
+    def configure_optimizers(self) -> Any:
+        """Give each half of the parameters a rate of its own."""
+        raise NotImplementedError
+
+
+def test_a_subclass_with_its_own_groups_is_not_tried() -> None:
+    schedule: Any = partial(LambdaLR, lr_lambda=[float, float])
+    with pytest.raises(ValueError, match="Expected 1 lr_lambdas, but got 2"):
+        try_optimization(PretrainModule("base", lr_scheduler=schedule), {})
+    try_optimization(TwoGroups("base", lr_scheduler=schedule), {})
