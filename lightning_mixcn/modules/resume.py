@@ -254,7 +254,10 @@ class ConfiguredOptimization:
         if not trained:
             return
         parameter = nn.Parameter(torch.zeros((2,) * max(1, trained[0].dim()), device=trained[0].device))
-        trial = self._make_optimizer([parameter])
+        try:
+            trial = self._make_optimizer([parameter])
+        except Exception:  # a function that wants the model's own parameters
+            return
         settings = trial.param_groups[0]
         settings.update({key: _copy(value) for key, value in start.items()})
         if callable(train := getattr(trial, "train", None)):

@@ -112,7 +112,7 @@ def stepped(optimizer: Optimizer) -> Optimizer:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
-    optimizer.step(lambda: torch.zeros(()))
+    optimizer.step(lambda: 0.0)
     return optimizer
 
 
@@ -126,11 +126,12 @@ def test_states_that_cannot_be_compared_are_let_through(make: Any) -> None:
 
 
 def test_an_optimizer_of_a_part_of_what_trains_goes_on(runs: Runs) -> None:
-    def of_half(parameters: Any) -> Optimizer:
-        return AdamW([*parameters][::2], lr=1e-3)
+    def of_half(parameters: Any, lr: float) -> Optimizer:
+        first, _, *others = parameters
+        return AdamW([first, *others[::2]], lr=lr)
 
-    for resume in (False, True):
-        run = runs.fit(STEPS + resume, resume=resume, optimizer=of_half, lr_scheduler=constant)
+    for resume, lr in ((False, 1e-3), (True, 1e-4)):
+        run = runs.fit(STEPS + resume, resume=resume, optimizer=partial(of_half, lr=lr), lr_scheduler=constant)
     assert run.global_step == STEPS + 1
 
 
