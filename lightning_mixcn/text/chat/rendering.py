@@ -65,6 +65,9 @@ class RenderingProcess:
                 line = process.stdout.readline()
             except BrokenPipeError:
                 line = b""
+            except BaseException:  # a signal: its answer would be taken for the next one's
+                self.close()
+                raise
             if not line:
                 raise RenderingFailed(self._ended(process))
         answer: dict[str, str] = json.loads(line)
@@ -106,10 +109,12 @@ _processes: dict[int, RenderingProcess] = {}
 
 def rendering_process() -> RenderingProcess:
     """Get the one of this process; a forked one, such as a loader's worker, has its own."""
-    if os.getpid() not in _processes:
-        _processes[os.getpid()] = RenderingProcess()
-        atexit.register(_processes[os.getpid()].close)
-    return _processes[os.getpid()]
+    return _processes.setdefault(os.getpid(), RenderingProcess())
+
+
+@atexit.register
+def _close() -> None:
+    rendering_process().close()
 
 
 def _limit_memory() -> None:

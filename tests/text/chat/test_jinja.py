@@ -7,6 +7,7 @@ import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,6 +342,23 @@ def test_a_killed_or_forked_process_renders_again(chat_tokenizer: TextTokenizer)
     assert JinjaTemplate(CHATML).encode(CONVERSATION, chat_tokenizer) == expected
     with get_context("fork").Pool(2) as pool:
         assert pool.starmap(JinjaTemplate(CHATML).encode, [(CONVERSATION, chat_tokenizer)] * 4) == [expected] * 4
+
+
+def test_an_interrupted_rendering_leaves_no_answer_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def render(text: str) -> str:
+        return rendering_process().render(
+            "{{ messages[0].content }}", [{"role": "user", "content": text}], {}, prompt=False
+        )
+
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    assert render("a") == "a"
+    monkeypatch.setattr(rendering_process()._process, "stdout", SimpleNamespace(readline=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        render("b")
+    assert render("c") == "c"
 
 
 def test_a_template_that_is_not_utf_8(chat_tokenizer: TextTokenizer, tmp_path: Path) -> None:
