@@ -17,7 +17,7 @@ _USER = re.compile(
 )
 # In other addresses than the web's a question mark is a glob's, unless a key and its value follow.
 _WEB_QUERY = re.compile(rf"(?i)(https?://(?:{MASK}@)?[^?#{_END}]*)[?#][^{_END}]+")
-_QUERY = re.compile(rf"(?i)([a-z][\w+.-]*://(?:{MASK}@)?[^?{_END}]*)\?[\w.~%+-]+=[^{_END}]*")
+_QUERY = re.compile(rf"(?i)((?<![a-z0-9+.-])[a-z0-9+.-]+://(?:{MASK}@)?[^?{_END}]*)\?[\w.~%+-]+=[^{_END}]*")
 _KEY = (
     r"[\w.-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key(?:[_-]?id)?|(?:account|private|secret)[_-]?key"
     r"|signature|credentials?|connection[_-]?string|(?:auth|api|access|hf|sas|security|session|refresh|bearer)[_-]?token)"
