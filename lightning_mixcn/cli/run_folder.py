@@ -238,7 +238,7 @@ def running(trainer: Trainer, root: Path, command: str) -> Iterator[None]:
     shown = f"`trainer.default_root_dir={str(root)!r}`"
     advice = f"Wait until that {command} has ended, stop it, or choose another folder by `--trainer.default_root_dir`"
     with ExitStack() as stack:
-        if Path(trainer.default_root_dir) == scratch_path(root):
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # one of Lightning's untyped attributes
             stack.enter_context(scratch_folder(root / _SCRATCH))
         else:
             stack.enter_context(owned(root / command, shown, advice))
@@ -246,7 +246,7 @@ def running(trainer: Trainer, root: Path, command: str) -> Iterator[None]:
                 for folder in _checkpoint_folders(trainer):
                     stack.enter_context(owned(folder / command, f"`dirpath={str(folder)!r}`", advice))
                     restore_last(folder)
-            _remove_leftovers(trainer, root)
+                _remove_leftovers(trainer, root)
         yield
 
 
@@ -283,7 +283,7 @@ class Overwrite(Callback):
     def __init__(self, root: Path, adapter_folders: list[str], inputs: Iterable[tuple[str, str]]) -> None:
         self._root, self._content = root, list(_content(root, adapter_folders)) if holds_run(root) else []
         removed = {place: path for path in self._content for place in _places(path)}
-        for name, value in inputs:
+        for name, value in inputs if removed else ():
             for place in _input_places(value):
                 for other, path in removed.items():
                     if place.is_relative_to(other) or other.is_relative_to(place):

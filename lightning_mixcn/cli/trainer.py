@@ -227,6 +227,8 @@ class MixcnCLI(LightningCLI):
         settings = self._settings
         if self.subcommand != "fit" or settings.trainer.fast_dev_run:
             return
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the machine's first one checks, which may have begun to write
+            return
         if settings.overwrite:
             check_overwrite(self.root, settings.ckpt_path)
         elif not self._begins_again:
@@ -278,7 +280,8 @@ class MixcnCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((root / CHECKPOINTS).resolve())
         check_outputs(root, callbacks, trains=self.subcommand == "fit" and not settings.fast_dev_run)
-        if (self._settings.get("overwrite") or self._begins_again) and not settings.fast_dev_run:
+        # By what all ranks know alike: a later one may find that the first has begun. Where no run is, it removes none.
+        if self.subcommand == "fit" and self._settings.ckpt_path is None and not settings.fast_dev_run:
             adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
             folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
             callbacks.insert(0, Overwrite(root, folders, input_paths(self._settings)))

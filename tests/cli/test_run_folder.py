@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.settings import forget_tokenizer, settle_tokenizer
+from lightning_mixcn.cli.trainer import MixcnCLI
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.testing import run_distributed
 from tests.cli.test_trainer import CONFIG, run, write_source
@@ -149,6 +151,28 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config: 
     assert run(config) == 0
     assert not list(ROOT.rglob(".*"))
     assert run(config) == 2
+
+
+def test_ranks_that_start_after_the_first_one_run_the_same_callbacks(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that Lightning launches, or on a slower machine, finds the first one's lock; its barriers are the same."""
+    found = list[list[type[Callback]]]()
+
+    def keep(cli: MixcnCLI, subcommand: str) -> None:
+        found.append(list(map(type, cli.trainer.callbacks)))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(MixcnCLI, "_run_subcommand", keep)
+    assert run(config) == 0
+    ROOT.mkdir(parents=True)
+    (ROOT / ".fit.lock").touch()
+    assert run(config) == 0
+    assert found[0] == found[1]
+    (ROOT / "checkpoints").mkdir()
+    for name in ("step=00000001.ckpt", "last.ckpt", ".step=00000001.ckpt.lock"):  # the first one has made the link
+        (ROOT / "checkpoints" / name).touch()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(config) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
@@ -328,6 +352,7 @@ def test_overwrite_removes_nothing_where_no_run_is(config: dict[str, Any]) -> No
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # the finished run was copied
 def test_overwrite_keeps_other_configurations(finished: dict[str, Any]) -> None:
     for command in ("validate", "test", "predict"):
         assert run(finished, command, "--ckpt_path=last") == 0
