@@ -328,6 +328,8 @@ def _names_in(folder: Path) -> list[str]:
     except FileNotFoundError:  # removed since it was listed
         return []
     except OSError as error:
+        if folder.name == "lost+found":  # at the top of every ext4 disk; root's, and nobody's data
+            return []
         raise UserError(
             f"The folder `{folder}` cannot be opened: {error.strerror}. Make it readable, or give a glob or a list of "
             "paths that leaves it out"

@@ -364,7 +364,9 @@ def _line_end(chunks: Iterator[bytes], max_bytes: int) -> tuple[bytes, list[byte
         begin.append(chunk)
         size += len(chunk)
         has_return = has_return or b"\r" in chunk
-        if b"\n" in chunk or size > max(max_bytes, CHUNK_BYTES) or (has_return and size >= CHUNK_BYTES):
+        if b"\n" in chunk or size > max(max_bytes, CHUNK_BYTES):
+            break
+        if has_return and size >= CHUNK_BYTES and not chunk.endswith(b"\r"):  # its newline may be in the next one
             break
     return b"\r" if has_return and not any(b"\n" in chunk for chunk in begin) else b"\n", begin
 

@@ -169,6 +169,24 @@ def test_a_folder_that_cannot_be_opened_is_an_error(
     assert listed(f"{tmp_path}/a/*.jsonl") == [f"{tmp_path}/a/x.jsonl"]
 
 
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/*/*.jsonl"])
+def test_the_top_of_a_disk_is_a_folder_like_others(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_text(line("a"))
+    list_folder = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert listed(f"{tmp_path}{pattern}") == [f"{tmp_path}/a/x.jsonl"]
+
+
 def test_a_path_without_files_says_what_was_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.md").touch()
     (tmp_path / ".b.jsonl").touch()

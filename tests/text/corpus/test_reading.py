@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mixcn.text.corpus.reading import (
+    CHUNK_BYTES,
     identify,
     is_url,
     match_urls,
@@ -95,3 +96,8 @@ def test_chunks_are_of_bounded_size(tmp_path: Path) -> None:
 def test_what_the_file_system_says_is_no_damage(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         list(read_chunks(tmp_path))
+
+
+def test_a_line_end_may_be_cut_between_two_pieces() -> None:
+    line = b"a" * (CHUNK_BYTES - 1)
+    assert list(split_lines([line + b"\r", b"\nb\r\n"], 1 << 30)) == [(1, line + b"\r"), (2, b"b\r")]
