@@ -56,7 +56,7 @@ def locked(out: Path, shown: str = "", advice: str = WAIT) -> Iterator[None]:
             os.close(_held.pop(path))
     finally:
         for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # it has been filled, or removed
                 folder.rmdir()
 
 
