@@ -130,9 +130,7 @@ def _is_read_right(folder: Path, tokenizer: TextTokenizer) -> bool:
 
     try:
         stock: Any = AutoTokenizer.from_pretrained(folder)
-    except (
-        Exception
-    ):  # it asks for a model's configuration where no class is stated, and fails on settings in many ways
+    except Exception:  # where no class is stated it asks for a model's configuration; settings fail in many ways
         return False
     ids = [stock(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"] for probe in PROBES]
     return bool(ids == tokenizer.encode_batch(PROBES))

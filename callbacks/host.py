@@ -8,27 +8,26 @@ from lightning.pytorch import Callback, LightningModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.modules import CausalLMModule
 
-# What a run may write into its folder, by whichever callback.
-RUN_NAMES = frozenset(
-    {
-        "config.yaml",
-        "config.validate.yaml",
-        "config.test.yaml",
-        "config.predict.yaml",
-        "checkpoints",
-        "tensorboard",
-        "long_context",
-        "epochs.json",
-        "facts.json",
-        "validate.json",
-        "test.json",
-        "predictions.jsonl",
-        "samples.jsonl",
-        "answers.jsonl",
-        "benchmarks.jsonl",
-        "experts.csv",
-    }
+# Files that a run may write into its folder, by whichever callback, and with its folders all names that are taken.
+RUN_FILES = (
+    "config.yaml",
+    "config.validate.yaml",
+    "config.test.yaml",
+    "config.predict.yaml",
+    "epochs.json",
+    "validate.json",
+    "test.json",
+    "predictions.jsonl",
+    "samples.jsonl",
+    "answers.jsonl",
+    "benchmarks.jsonl",
+    "experts.csv",
+    "facts.json",
 )
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+LONG_CONTEXT = "long_context"
+_RUN_NAMES = {*RUN_FILES, CHECKPOINTS, TENSORBOARD, LONG_CONTEXT}
 _MAX_NAME_BYTES = 200  # file systems take 255; the hidden names of unfinished output are longer
 
 
@@ -38,7 +37,7 @@ def plain_name(argument: str, name: str, own: Collection[str] = ()) -> str:
     Args:
         argument: Name of the argument.
         name: Its value.
-        own: Names of `RUN_NAMES` that are the callback's own.
+        own: Names of a run's outputs that are the callback's own.
 
     Raises:
         ValueError: it is a path, could not be typed or seen, or is the name of another output of the run.
@@ -50,7 +49,7 @@ def plain_name(argument: str, name: str, own: Collection[str] = ()) -> str:
             f"dot in front or control characters, of at most {_MAX_NAME_BYTES} bytes. Give e.g. "
             f"{next(iter(own), 'adapter')}"
         )
-    if name.casefold() in RUN_NAMES - {*own}:
+    if name.casefold() in _RUN_NAMES - {*own}:
         raise UserError(f"`{argument}={name!r}` is what a run calls another of its outputs. Choose another name")
     return name
 

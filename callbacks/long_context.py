@@ -29,7 +29,7 @@ from lightning_mixcn.text import (
     read_corpus,
 )
 
-from .host import causal_lm
+from .host import LONG_CONTEXT, causal_lm
 
 
 class Retrieval(TypedDict):
@@ -198,7 +198,7 @@ class LongContextEval(Callback):
         seed: Seed of those facts; the random numbers of training are left alone.
     """
 
-    run_files = ("long_context",)
+    run_files = (LONG_CONTEXT,)
 
     def __init__(
         self,
@@ -373,4 +373,4 @@ def _data(trainer: Trainer) -> Any:
 
 
 def _folder(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir, "long_context")
+    return Path(trainer.default_root_dir, LONG_CONTEXT)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.callbacks.adapter_checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, AdapterCheckpoint
 from lightning_mixcn.callbacks.checkpoints import restore_last
-from lightning_mixcn.callbacks.epoch_budget import EPOCHS_FILE
+from lightning_mixcn.callbacks.host import CHECKPOINTS, LONG_CONTEXT, RUN_FILES, TENSORBOARD
 from lightning_mixcn.errors import InUseError, UserError
 from lightning_mixcn.files.atomic import (
     check_replaceable,
@@ -28,9 +28,6 @@ from lightning_mixcn.text.corpus.listings import LeftOut, match_glob
 from lightning_mixcn.text.corpus.reading import LOCAL, is_url
 
 CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-TENSORBOARD = "tensorboard"
-LONG_CONTEXT = "long_context"
 _SCRATCH = "fast_dev_run"
 _KEYWORDS = ("last", "best", "hpc")
 # How often torchrun and SLURM have started this job again.
@@ -38,21 +35,7 @@ _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 # By folder, the names of the files that a run writes.
 _CONTENT = {
-    ".": (
-        CONFIG,
-        "config.validate.yaml",
-        "config.test.yaml",
-        "config.predict.yaml",
-        EPOCHS_FILE,
-        "validate.json",
-        "test.json",
-        "predictions.jsonl",
-        "samples.jsonl",
-        "answers.jsonl",
-        "benchmarks.jsonl",
-        "experts.csv",
-        "facts.json",
-    ),
+    ".": RUN_FILES,
     CHECKPOINTS: ("*.ckpt", "*.ckpt.sha256", ".*.ckpt.unfinished", ".*.ckpt.outdated", ".*.ckpt.removed"),
     TENSORBOARD: ("events.out.tfevents.*", "hparams.yaml"),
     LONG_CONTEXT: ("*.csv", "*.png", "*.json"),
@@ -261,7 +244,7 @@ def _remove_leftovers(trainer: Trainer, root: Path) -> None:
     for name in {name for callback in callbacks for name in getattr(callback, "run_files", ())}:
         with suppress(InUseError), owned(root / name):  # an adapter that was being replaced comes back
             pass
-    remove_leftovers(root, "|".join(map(re.escape, [*_CONTENT["."], _SCRATCH])))
+    remove_leftovers(root, "|".join(map(re.escape, [*RUN_FILES, _SCRATCH])))
     remove_leftovers(root / LONG_CONTEXT, r"\w+\.(?:csv|json|png)")
 
 

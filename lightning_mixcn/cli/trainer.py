@@ -31,6 +31,7 @@ from lightning_mixcn.callbacks import (
     ThroughputLogger,
     TrainabilityCheck,
 )
+from lightning_mixcn.callbacks.host import CHECKPOINTS, TENSORBOARD
 from lightning_mixcn.commands.functions import add_function_subcommands
 from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.data import PretrainDataModule
@@ -43,9 +44,7 @@ from lightning_mixcn.modules.strategies import check_strategy
 from .messages import libraries_in_one_line, readable
 from .plan import RunPlan
 from .run_folder import (
-    CHECKPOINTS,
     CONFIG,
-    TENSORBOARD,
     Overwrite,
     check_free,
     check_outputs,

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
-from lightning_mixcn.cli import main
+from lightning_mixcn.callbacks import AdapterCheckpoint
+from lightning_mixcn.cli import main, run_folder
 from lightning_mixcn.cli.settings import forget_tokenizer, settle_tokenizer
 from lightning_mixcn.cli.trainer import MixcnCLI
 from lightning_mixcn.data import PretrainDataModule
@@ -173,6 +175,23 @@ def test_ranks_that_start_after_the_first_one_run_the_same_callbacks(
         (ROOT / "checkpoints" / name).touch()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run(config) == 0
+
+
+def test_an_evaluation_takes_no_lock_of_training_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that goes on beside it would end where it finds one taken, however briefly."""
+    taken = list[Path]()
+
+    def owned(out: Path, *rest: str) -> AbstractContextManager[None]:
+        taken.append(out)
+        return nullcontext()
+
+    monkeypatch.setattr(run_folder, "owned", owned)
+    (tmp_path / ".samples.jsonl.partial").touch()
+    callbacks: list[Callback] = [AdapterCheckpoint()]
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=callbacks)
+    with run_folder.running(trainer, tmp_path, "validate"):
+        assert taken == [tmp_path / "validate"]
+        assert (tmp_path / ".samples.jsonl.partial").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
