@@ -67,8 +67,7 @@ def new_folder(out: Path, *, replace: Collection[str] = ()) -> Iterator[Path]:
         try:
             folder.mkdir()
             yield folder
-            for path in folder.rglob("*"):
-                flush_to_disk(path)
+            _flush_all(folder)
             move_into_place(folder, out, replace)
         finally:
             _delete(folder)
@@ -181,6 +180,7 @@ def move_into_place(unfinished: Path, path: Path, replace: Collection[str] = ())
         if path.is_dir() and any(path.iterdir()):
             for foreign in _foreign(path, replace):
                 _copy(foreign, unfinished / foreign.name)
+                _flush_all(unfinished / foreign.name)
             _delete(outdated)  # of a killed process
             path.rename(outdated)
     elif path.is_dir():
@@ -272,6 +272,12 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_all(path: Path) -> None:
+    for part in (path, *path.rglob("*")):
+        if not part.is_symlink():  # it may lead nowhere
+            flush_to_disk(part)
 
 
 @contextmanager

@@ -100,6 +100,26 @@ def test_what_else_is_in_a_folder_of_ours_is_kept(tmp_path: Path) -> None:
     assert tree(tmp_path) == ["folder", "folder/mark", "folder/more", "folder/more/thesis.txt"]
 
 
+def test_what_is_kept_is_on_the_disk_before_the_old_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "folder", "mark")
+    fill(tmp_path / "folder" / "more", "thesis.txt")
+    (tmp_path / "folder" / "nowhere").symlink_to("gone")
+    flushed, flush = list[str](), atomic.flush_to_disk
+
+    def keep(path: Path) -> None:
+        assert (tmp_path / "folder").exists() or (tmp_path / ".folder.outdated").exists()
+        flushed.append(path.name)
+        flush(path)
+
+    monkeypatch.setattr(atomic, "flush_to_disk", keep)
+    with new_folder(tmp_path / "folder", replace=OURS) as folder:
+        fill(folder, "mark")
+    assert {"more", "thesis.txt"} <= set(flushed)
+    assert (tmp_path / "folder" / "nowhere").is_symlink()
+
+
 def test_another_folder_is_never_replaced_nor_removed(tmp_path: Path) -> None:
     fill(tmp_path / "folder", "thesis.txt")
     fill(tmp_path / "new", "mark")
