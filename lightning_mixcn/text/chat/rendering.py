@@ -120,8 +120,10 @@ def _close() -> None:
 def _limit_memory() -> None:
     statistics = Path("/proc/self/statm")
     if statistics.is_file():  # macOS neither says nor limits it
-        used = int(statistics.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))
+        limit = int(statistics.read_text().split()[0]) * resource.getpagesize() + _MEMORY_BYTES
+        _, most = resource.getrlimit(resource.RLIMIT_AS)  # of `ulimit -v`, which cannot be raised
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _answer(request: Mapping[str, Any], render: Any) -> dict[str, str]:

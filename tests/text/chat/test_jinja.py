@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import resource
 import threading
 import time
 from multiprocessing import get_context
@@ -342,6 +343,15 @@ def test_a_killed_or_forked_process_renders_again(chat_tokenizer: TextTokenizer)
     assert JinjaTemplate(CHATML).encode(CONVERSATION, chat_tokenizer) == expected
     with get_context("fork").Pool(2) as pool:
         assert pool.starmap(JinjaTemplate(CHATML).encode, [(CONVERSATION, chat_tokenizer)] * 4) == [expected] * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="macOS limits no memory")
+def test_a_limit_of_memory_that_is_there_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = list[tuple[int, tuple[int, int]]]()
+    monkeypatch.setattr(resource, "setrlimit", lambda *given: limits.append(given))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 20, 1 << 20))
+    rendering._limit_memory()
+    assert limits == [(resource.RLIMIT_AS, (1 << 20, 1 << 20))]
 
 
 def test_an_interrupted_rendering_leaves_no_answer_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
