@@ -108,10 +108,7 @@ def was_killed_early(root: Path, checkpoint_folders: list[str]) -> bool:
     if not lock_path(root / "fit").exists() or any("://" in folder for folder in folders):
         return False
     has_adapter = any((root / name / ADAPTER_CONFIG).is_file() for name in ("adapter", "adapter_best"))
-    checkpoints = _checkpoints(root, folders, "[!.]*.ckpt")
-    if _was_writing(folders):
-        return len(checkpoints) < 2  # the first one counts once `last.ckpt` points to it
-    return not (checkpoints or has_adapter)
+    return not _checkpoints(root, folders, "[!.]*.ckpt") and (_was_writing(folders) or not has_adapter)
 
 
 def _checkpoints(root: Path, folders: list[str], names: str) -> list[Path]:

@@ -155,6 +155,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config: 
     assert run(config) == 2
 
 
+def test_a_run_that_was_killed_at_a_later_checkpoint_keeps_the_earlier_one(config: dict[str, Any]) -> None:
+    (ROOT / "checkpoints").mkdir(parents=True)
+    (ROOT / ".fit.lock").touch()
+    (ROOT / "checkpoints" / ".epoch=0-step=2.ckpt.lock").touch()
+    (ROOT / "checkpoints" / "epoch=0-step=1.ckpt").touch()  # the only one of a plain ModelCheckpoint, without a link
+    assert run(config) == 2
+    assert (ROOT / "checkpoints" / "epoch=0-step=1.ckpt").exists()
+
+
 def test_ranks_that_start_after_the_first_one_run_the_same_callbacks(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
