@@ -21,6 +21,7 @@ from lightning_mixcn.files.atomic import naming_output, owned, remove_leftovers,
 from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 CHECKPOINT_FILES = r"(?:step=\d+|last)\.ckpt(?:\.sha256)?"
 
 
@@ -44,7 +45,7 @@ class StepCheckpoint(ModelCheckpoint):
         dirpath: Name | None = None,
     ) -> None:
         check_arguments(StepCheckpoint, locals())
-        if dirpath is not None and (Path(dirpath.strip()).name in ("", "..") or not dirpath.isprintable()):
+        if dirpath is not None and (Path(dirpath.strip()).name in ("", "..") or _CONTROL.search(dirpath)):
             raise UserError(
                 f"`dirpath={dirpath!r}`: expected a folder for checkpoints, or null for the run's checkpoints/"
             )

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_mixcn.callbacks import PreemptionCheckpoint, StepCheckpoint
 from lightning_mixcn.callbacks import checkpoints as step_checkpoint
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.modules.checkpoints import check_before_loading, find_fault, publish, verify
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
@@ -511,3 +512,11 @@ def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, module: P
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_names_of_folders() -> None:
+    for name in ("检查点\u3000一", "a\xa0b", "../a"):  # an ideographic space is no control character
+        assert StepCheckpoint(dirpath=name).dirpath is not None
+    for name in (".", "..", "/", "a\nb", "a\x1b[2J"):
+        with pytest.raises(UserError, match="expected a folder for checkpoints"):
+            StepCheckpoint(dirpath=name)
