@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback, Trainer
 
-from lightning_mixcn.callbacks import AdapterCheckpoint
-from lightning_mixcn.cli import main, run_folder
+from lightning_mixcn.cli import main
 from lightning_mixcn.cli.settings import forget_tokenizer, settle_tokenizer
-from lightning_mixcn.cli.trainer import MixcnCLI
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.testing import run_distributed
 from tests.cli.test_trainer import CONFIG, run, write_source
@@ -138,69 +134,6 @@ def test_outputs_that_would_meet_are_refused_before_anything_is_written(
     assert run(config) == 2
     assert message in capsys.readouterr().err
     assert digests(ROOT).keys() == {"precious/thesis.txt"}
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config: dict[str, Any]) -> None:
-    assert run(config) == 0
-    (ROOT / ".fit.lock").touch()  # of a process that was killed
-    assert run(config) == 2  # there is something to go on from
-    (ROOT / ".fit.lock").touch()
-    shutil.rmtree(ROOT / "checkpoints")
-    assert run(config) == 2  # an adapter that no checkpoint has followed
-    (ROOT / ".fit.lock").touch()
-    (ROOT / "checkpoints").mkdir()
-    (ROOT / "checkpoints" / ".step=00000001.ckpt.lock").touch()  # it was following when the kill came
-    assert run(config) == 0
-    assert not list(ROOT.rglob(".*"))
-    assert run(config) == 2
-
-
-def test_a_run_that_was_killed_at_a_later_checkpoint_keeps_the_earlier_one(config: dict[str, Any]) -> None:
-    (ROOT / "checkpoints").mkdir(parents=True)
-    (ROOT / ".fit.lock").touch()
-    (ROOT / "checkpoints" / ".epoch=0-step=2.ckpt.lock").touch()
-    (ROOT / "checkpoints" / "epoch=0-step=1.ckpt").touch()  # the only one of a plain ModelCheckpoint, without a link
-    assert run(config) == 2
-    assert (ROOT / "checkpoints" / "epoch=0-step=1.ckpt").exists()
-
-
-def test_ranks_that_start_after_the_first_one_run_the_same_callbacks(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that Lightning launches, or on a slower machine, finds the first one's lock; its barriers are the same."""
-    found = list[list[type[Callback]]]()
-
-    def keep(cli: MixcnCLI, subcommand: str) -> None:
-        found.append(list(map(type, cli.trainer.callbacks)))  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(MixcnCLI, "_run_subcommand", keep)
-    assert run(config) == 0
-    ROOT.mkdir(parents=True)
-    (ROOT / ".fit.lock").touch()
-    assert run(config) == 0
-    assert found[0] == found[1]
-    (ROOT / "checkpoints").mkdir()
-    for name in ("step=00000001.ckpt", "last.ckpt", ".step=00000001.ckpt.lock"):  # the first one has made the link
-        (ROOT / "checkpoints" / name).touch()
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run(config) == 0
-
-
-def test_an_evaluation_takes_no_lock_of_training_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fit that goes on beside it would end where it finds one taken, however briefly."""
-    taken = list[Path]()
-
-    def owned(out: Path, *rest: str) -> AbstractContextManager[None]:
-        taken.append(out)
-        return nullcontext()
-
-    monkeypatch.setattr(run_folder, "owned", owned)
-    (tmp_path / ".samples.jsonl.partial").touch()
-    callbacks: list[Callback] = [AdapterCheckpoint()]
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=callbacks)
-    with run_folder.running(trainer, tmp_path, "validate"):
-        assert taken == [tmp_path / "validate"]
-        assert (tmp_path / ".samples.jsonl.partial").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available:UserWarning")
