@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.files.configuration import read_configuration
 from lightning_mixcn.files.hub import local_folder, public_name
 from lightning_mixcn.tokenizer.pieces import has_tokenizer
 
@@ -116,9 +117,9 @@ def _with_base(adapter: AdapterFile) -> ModelSource:
 def _base_of_run(root: Path) -> str | None:
     """Return the base in the configuration of the run that an adapter lies in, where it is a folder."""
     try:
-        settings = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load(read_configuration(root / "config.yaml", "config.yaml"))
         base = str(settings["model"]["init_args"]["base"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return base if Path(base).is_dir() else None
 

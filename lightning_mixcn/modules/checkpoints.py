@@ -327,7 +327,7 @@ def _read(path: str | Path, load: Callable[[], Any]) -> Any:
     """Read a checkpoint with torch, in whose messages the reason is one line of many."""
     try:
         return load()
-    except OSError:
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         lines = [line for line in str(error).splitlines() if line.strip()]

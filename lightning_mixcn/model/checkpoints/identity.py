@@ -20,8 +20,8 @@ QUANTIZATION_METHOD = "mixcn_nf4"
 # with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
 QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
 _KEYS = ("path", "sha256")
-_PATHS = {"path": "sha256", "original_path": "original_sha256"}
 _ORIGINAL_KEYS = ("original_path", "original_sha256")
+_PATHS = dict((_KEYS, _ORIGINAL_KEYS))
 _STRUCTURE = record(dict.fromkeys(_KEYS, TEXT), dict.fromkeys(_ORIGINAL_KEYS, TEXT))
 
 
