@@ -43,10 +43,20 @@ def bitsandbytes_roundtrip() -> Callable[[Tensor, torch.dtype], Tensor]:
 
 
 def roundtrip(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each superblock through bitsandbytes' public functions, which know nothing of superblocks."""
+    """Each superblock through bitsandbytes' public functions, which know nothing of superblocks.
+
+    The second level is bitsandbytes' `compress_statistics`, but for its mean, of which another order of the sum gives
+    another last bit, and that another scale where one lies between two of the 8-bit code.
+    """
     parts = []
     for part in values.split(nf4.SUPERBLOCK):
         padded = torch.nn.functional.pad(part, (0, -len(part) % nf4.BLOCK)).to(dtype)
-        packed, state = bnb.quantize_4bit(padded, blocksize=64, compress_statistics=True, quant_type="nf4")
+        packed, state = bnb.quantize_4bit(padded, blocksize=64, quant_type="nf4")
+        sums = torch.nn.functional.pad(state.absmax, (0, 256 - len(state.absmax)))
+        while len(sums) > 1:
+            sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+        offset = sums[0] / len(state.absmax)
+        scales, nested = bnb.quantize_blockwise(state.absmax - offset, blocksize=256)
+        state.absmax = bnb.dequantize_blockwise(scales, nested) + offset
         parts.append(bnb.dequantize_4bit(packed, state).flatten()[: len(part)])
     return torch.cat(parts)
