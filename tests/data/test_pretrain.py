@@ -122,8 +122,12 @@ def test_resume_on_other_ranks(
     state = first.state_dict()
     assert state["rows"] == 24
     steps, of_ranks = [], list[Any]()
-    # What each rank would be given of the others; the last of them has all.
-    monkeypatch.setattr(data_module, "_of_all_ranks", lambda mine: of_ranks.append(mine) or of_ranks)
+
+    def gather(mine: Any) -> list[Any]:  # the last rank has what all of them have
+        of_ranks.append(mine)
+        return of_ranks
+
+    monkeypatch.setattr(data_module, "_of_all_ranks", gather)
     for rank in range(ranks):
         module = on_rank(PretrainDataModule(**arguments(micro_batch_size=micro_batch_size)), ranks, rank)
         module.setup("fit")
