@@ -166,8 +166,8 @@ def check_outputs(root: Path, callbacks: Sequence[Callback], *, trains: bool) ->
             if other is not callback:
                 raise UserError(
                     f"`trainer.callbacks`: {type(callback).__name__} writes {name!r} into the run's folder, and so "
-                    f"does {other if isinstance(other, str) else type(other).__name__}. Leave one out, or rename its "
-                    "output"
+                    f"does {other if isinstance(other, str) else type(other).__name__}. Leave one out, or give it "
+                    "another name if it has an argument for that"
                 )
     for callback in callbacks if trains else ():
         if isinstance(callback, AdapterCheckpoint):
