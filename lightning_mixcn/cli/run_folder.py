@@ -96,19 +96,37 @@ def _check_last(root: Path, checkpoint_folders: list[str]) -> None:
 
 
 def was_killed_early(root: Path, checkpoint_folders: list[str]) -> bool:
-    """Tell whether a run was killed before it had a checkpoint, so that it can only begin again.
+    """Tell whether a run was killed or failed before it had a checkpoint, so that it can only begin again.
 
-    Its lock's file is still there then. (That of a run that goes on is, too: `running` refuses a second one.)
+    Its lock's file is still there then, or again: `mark_failure` leaves one. (That of a run that goes on is, too:
+    `running` refuses a second one.)
 
     Args:
         root: The run's folder.
         checkpoint_folders: Further folders that the run keeps checkpoints in.
     """
+    return lock_path(root / "fit").exists() and _has_nothing(root, checkpoint_folders)
+
+
+def _has_nothing(root: Path, checkpoint_folders: list[str]) -> bool:
+    """Tell whether a run has left nothing to go on from."""
     folders = [str(root / CHECKPOINTS), *checkpoint_folders]
-    if not lock_path(root / "fit").exists() or any("://" in folder for folder in folders):
+    if any("://" in folder for folder in folders):
         return False
     has_adapter = any((root / name / ADAPTER_CONFIG).is_file() for name in ("adapter", "adapter_best"))
     return not _checkpoints(root, folders, "[!.]*.ckpt") and (_was_writing(folders) or not has_adapter)
+
+
+def mark_failure(root: Path, checkpoint_folders: list[str]) -> None:
+    """Have a training run that failed before its first checkpoint look like one that was killed.
+
+    Args:
+        root: The run's folder.
+        checkpoint_folders: Further folders that the run keeps checkpoints in.
+    """
+    if _has_nothing(root, checkpoint_folders):
+        with suppress(OSError):  # a disk that is full or cannot be written
+            lock_path(root / "fit").touch()
 
 
 def _checkpoints(root: Path, folders: list[str], names: str) -> list[Path]:

@@ -49,6 +49,7 @@ from .run_folder import (
     check_free,
     check_outputs,
     check_overwrite,
+    mark_failure,
     running,
     scratch_path,
     was_killed_early,
@@ -258,10 +259,17 @@ class MixcnCLI(LightningCLI):
         if self._planning:
             print(RunPlan(self._get(self.config_init, "trainer"), self.model, self.datamodule).text())
             return
-        with running(self.trainer, self.root, subcommand):
-            if self.trainer.is_global_zero:
-                self._check_free()  # again: another run may just have ended there
-            super()._run_subcommand(subcommand)
+        trains = False
+        try:
+            with running(self.trainer, self.root, subcommand):
+                if self.trainer.is_global_zero:
+                    self._check_free()  # again: another run may just have ended there
+                    trains = subcommand == "fit" and not self._settings.trainer.fast_dev_run
+                super()._run_subcommand(subcommand)
+        except BaseException:
+            if trains:
+                mark_failure(self.root, _checkpoint_folders(self._settings.trainer.callbacks))
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks and the logger of a run where the configuration has none of its own."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, Trainer
 
-from lightning_mixcn.callbacks import AdapterCheckpoint
+from lightning_mixcn.callbacks import AdapterCheckpoint, SampleText
 from lightning_mixcn.cli import run_folder
 from lightning_mixcn.cli.trainer import MixcnCLI
 from tests.cli.test_run_folder import ROOT, one_step
@@ -36,6 +36,25 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(config: 
     assert run(config) == 0
     assert not list(ROOT.rglob(".*"))
     assert run(config) == 2
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_again(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleText, "on_train_start", fail)
+        assert run(config) == 2
+    assert (ROOT / "config.yaml").exists()
+    assert run(config) == 0
+    assert not list(ROOT.glob(".*"))
+    config["trainer"]["max_steps"] = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleText, "on_train_start", fail)
+        assert run(config, "fit", "--ckpt_path=last") == 2
+    assert run(config) == 2  # there is a checkpoint to go on from
 
 
 def test_a_run_that_was_killed_at_a_later_checkpoint_keeps_the_earlier_one(config: dict[str, Any]) -> None:
