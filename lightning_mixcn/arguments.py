@@ -73,7 +73,7 @@ class Between:
 
 @dataclass(frozen=True)
 class Filled:
-    """Text or a list that is not empty.
+    """Text, a list or a mapping that is not empty.
 
     Args:
         expects: What is expected.

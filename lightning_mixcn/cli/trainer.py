@@ -334,7 +334,7 @@ class MixcnCLI(LightningCLI):
                 callbacks.append(EpochBudget())
         if settings.enable_checkpointing is not False:
             callbacks += [StepCheckpoint(), AdapterCheckpoint()]
-        if settings.logger is not False and self.subcommand == "fit":
+        if settings.logger not in (False, []) and self.subcommand == "fit":
             callbacks += [LearningRateMonitor(logging_interval="step"), ThroughputLogger()]
         if settings.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())

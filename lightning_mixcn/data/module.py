@@ -356,7 +356,7 @@ def _check_endless(trainer: Any) -> None:
         ValueError: A share of the training batches is asked for, or accumulation that changes with the epoch.
     """
     for name in ("overfit_batches", "limit_train_batches", "val_check_interval"):
-        value = getattr(trainer, name)
+        value = getattr(trainer, name, None)  # Lightning sets no `val_check_interval` that is a time
         if isinstance(value, float) and (0.0 < value < 1.0 or (name == "overfit_batches" and value)):
             raise UserError(
                 f"`trainer.{name}={value}`: the stream of training rows has no end of which this could be a share. "

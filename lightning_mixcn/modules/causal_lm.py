@@ -222,7 +222,8 @@ class CausalLMModule(SavedStateModule):
         optimizer = run_checks.make_optimizer(self.make_optimizer, parameters)
         check_optimizer(optimizer, self.trainer.strategy)
         self.compare_with_checkpoint(ConfiguredOptimization(optimizer, self._schedule, self.make_optimizer))
-        return scheduled(optimizer, self._schedule(optimizer), self.trainer.val_check_interval)
+        interval = getattr(self.trainer, "val_check_interval", None)  # Lightning sets none where it is a time
+        return scheduled(optimizer, self._schedule(optimizer), interval)
 
     def _schedule(self, optimizer: Optimizer) -> LRSchedulerTypeUnion:
         return known_length(run_checks.make_scheduler(self.make_lr_scheduler, optimizer), self.trainer.max_steps)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mixcn.arguments import MOST_STEPS, Between, Name, Seed, check_arguments
+from lightning_mixcn.arguments import MOST_STEPS, Between, Filled, Name, Seed, check_arguments
 from lightning_mixcn.errors import NonFiniteError, UserError, one_line
 
 # Under `bf16-mixed` the module switches autocast off, so it computes exactly what `32-true` does.
@@ -44,7 +44,7 @@ class TrainerValues(TypedDict, total=False):
         Annotated[int, Between(1, 10**12)]
         | Annotated[float, Between(0, 1, excluded=(0,))]
         | Name
-        | dict[str, _Some]
+        | Annotated[dict[str, _Some], Filled("a time such as {minutes: 30}")]
         | timedelta
         | None
     )

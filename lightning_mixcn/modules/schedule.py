@@ -119,15 +119,15 @@ def known_length(scheduler: LRSchedulerTypeUnion, max_steps: int) -> LRScheduler
 
 
 def scheduled(
-    optimizer: Optimizer, scheduler: LRSchedulerTypeUnion, val_check_interval: int | float
+    optimizer: Optimizer, scheduler: LRSchedulerTypeUnion, val_check_interval: int | float | None
 ) -> OptimizerLRScheduler:
     """Return optimizer and schedule as Lightning's `configure_optimizers` does.
 
     Args:
         optimizer: The optimizer.
         scheduler: Schedule of the optimizer, stepped once a step; one that follows a value, after each validation.
-        val_check_interval: `trainer.val_check_interval`: micro-batches, or a fraction of an epoch, after which a
-            schedule that follows a value is stepped once an epoch.
+        val_check_interval: `trainer.val_check_interval`: micro-batches, or a fraction of an epoch or None for a time,
+            after which a schedule that follows a value is stepped once an epoch.
     """
     if not isinstance(scheduler, ReduceLROnPlateau):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -106,6 +106,17 @@ def test_a_run_from_training_to_prediction(config: dict[str, Any]) -> None:
     assert (root / "config.predict.yaml").is_file()
 
 
+def test_validation_after_a_time_and_an_empty_list_of_loggers(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["trainer"] |= {"val_check_interval": {"minutes": 30}, "logger": [], "max_steps": 1}
+    assert run(config) == 0
+    assert not Path("runs/tiny/tensorboard").exists()
+    capsys.readouterr()
+    assert run(config, "fit", "--trainer.val_check_interval={}", "--trainer.default_root_dir=other") == 2
+    assert "`trainer.val_check_interval={}`: expected" in capsys.readouterr().err
+
+
 def test_what_tensorboard_shows(config: dict[str, Any]) -> None:
     assert run(config) == 0
     events = EventAccumulator("runs/tiny/tensorboard").Reload()
