@@ -150,6 +150,15 @@ def test_other_places_are_refused_and_named(arguments: Callable[..., dict[str, A
         assert "\n" not in str(raised.value), name
 
 
+def test_a_state_that_comes_before_the_corpus_is_compared_with_it(arguments: Callable[..., dict[str, Any]]) -> None:
+    state = read_rows(arguments, 40).state_dict()
+    state["streams"][2]["position"] = 10**9
+    data = PretrainDataModule(**arguments())
+    data.load_state_dict(state)
+    with pytest.raises(UserError, match="stream 2 is at row 1,000,000,000 of its own"):
+        data.setup("fit")
+
+
 @pytest.mark.parametrize(("packing", "place"), [("documents", "documents"), ("best_fit", "pools")])
 def test_a_place_beyond_a_document_is_refused_where_it_is_read(
     arguments: Callable[..., dict[str, Any]], packing: str, place: str
