@@ -17,7 +17,7 @@ from typing import Any
 
 import record
 import torch
-from expert_contenders import Rows, kernels, ours, peers
+from contenders.experts import Rows, kernels, ours, peers
 from limits import expert_products, flops, timed
 from random_base import PRESETS, config_of
 

@@ -9,7 +9,7 @@ All train LoRA of the same base on the same rows, loss with the auxiliary term; 
 restart at each. With a preset the base and the token ids are random; where only ours and the limit take part it is made
 in memory, else in a temporary folder (94 GB at full size). Each runs in a process of its own, as a user would run it:
 ours with the allocator settings of `mixcn fit`. They take turns, and the one that waits sleeps. A step is timed from
-the forward pass to the optimizer's end. `limits.py` has the limit, `step_models.py` the
+the forward pass to the optimizer's end. `limits.py` has the limit, `contenders/step.py` the
 peers and what they leave out; a peer that is not here or breaks is named with the reason.
 """
 
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import record
+from contenders.step import CONTESTANTS, NOTES
 from random_base import config_of, write_random_base
-from step_models import CONTESTANTS, NOTES
 
 # 32,768 tokens a micro-batch, and a row of 131,072 tokens, are the
 # two largest things that a GPU of 80 GB is meant to train.

@@ -10,6 +10,9 @@ import math
 import os
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import TEXT, expect, first_fault, mapping_of, record
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 from .grouped import GroupedExperts, decoding_product, stack_product
@@ -32,9 +37,56 @@ PATHS: dict[str, Callable[..., Tensor]] = {
 
 # Capabilities on which `torch._grouped_mm` (2.11 to 2.13) does not fall back to one product a group.
 _GROUPED_PRODUCT = ((9, 0), (10, 0))
-# Device type to (rows per expert below which, path), in ascending order: the winners that benchmarks/expert_block.py
-# prints. No GPU has been measured yet, so CUDA has the path that needs no measurement to be right.
-FASTEST: dict[str, tuple[tuple[float, str], ...]] = {"cpu": ((math.inf, "loop"),), "cuda": ((math.inf, "loop"),)}
+# Rows of an expert below which a path is the fastest, ascending; the last one has no bound.
+Table = tuple[tuple[float, str], ...]
+
+
+class FastestPaths(NamedTuple):
+    """The paths that win on a device: forward with backward, and forward alone."""
+
+    training: Table
+    forward: Table
+
+
+def read_fastest(file: Path) -> dict[str, FastestPaths]:
+    """Read which paths win where, as benchmarks/gpu_all.py writes it.
+
+    Args:
+        file: JSON object with ``cpu``, ``cuda`` (any GPU that is not listed) and compute capabilities such as ``9.0``.
+            Each has the lists ``training`` and ``forward`` of ``[rows of an expert below which it wins, path]``; null,
+            in the last entry only, stands for no bound.
+
+    Raises:
+        ValueError: it is missing or is something else; the message names the file.
+    """
+    expected = f"pairs of rows and one of {', '.join(PATHS)}, rows ascending, null last"
+    lists = record({kind: expect(expected, _is_table) for kind in FastestPaths._fields})
+    remedy = "Copy the package's file again, or measure it with benchmarks/gpu_all.py"
+    found = read_object(file, remedy=remedy)
+    for check in (record({"cpu": lists, "cuda": lists}), mapping_of(TEXT, lists)):
+        if fault := first_fault(found, check):
+            raise UserError(f"{str(file)!r}: {fault}. {remedy}")
+    return {
+        device: FastestPaths(*(_table(tables[kind]) for kind in FastestPaths._fields))
+        for device, tables in found.items()
+    }
+
+
+def _is_table(value: Any) -> bool:
+    """Tell whether JSON is `Table`."""
+    if not isinstance(value, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
+        return False
+    bounds, paths = [entry[0] for entry in value], [entry[1] for entry in value]
+    numbers = all(type(bound) in (int, float) and bound > 0 for bound in bounds[:-1])
+    ascending = numbers and all(one < other for one, other in pairwise(bounds[:-1]))
+    return bounds[-1:] == [None] and ascending and all(isinstance(path, str) and path in PATHS for path in paths)
+
+
+def _table(entries: list[Any]) -> Table:
+    return tuple((math.inf if below is None else float(below), path) for below, path in entries)
+
+
+FASTEST = read_fastest(Path(__file__).with_name("fastest.json"))
 
 
 def choose_expert_path(x: Tensor, index: Tensor, weights: ExpertWeights, factors: ExpertFactors) -> str:
@@ -59,7 +111,9 @@ def choose_expert_path(x: Tensor, index: Tensor, weights: ExpertWeights, factors
             raise UserError(f"`MIXCN_EXPERT_PATH={wanted}` cannot run here: {obstacle}. Unset it, or set it to loop")
         return wanted
     rows_per_expert = index.numel() / weights[0].shape[0]
-    table = FASTEST.get(x.device.type, FASTEST["cpu"])
+    device = ".".join(map(str, _capability(x.device))) if x.is_cuda else "cpu"
+    fastest = FASTEST.get(device, FASTEST["cuda"])
+    table = fastest.training if torch.is_grad_enabled() else fastest.forward
     path = next(path for below, path in table if rows_per_expert < below)
     return "loop" if _obstacle(path, x, weights, factors) else path
 
@@ -84,6 +138,7 @@ def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFacto
     return None
 
 
+@cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 

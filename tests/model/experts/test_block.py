@@ -1,5 +1,6 @@
 """The expert block against dense float64 autograd with W + BA written out."""
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -16,9 +17,10 @@ import transformers
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing, shard_model
 from lightning_mixcn.model.experts import block as expert_path
-from lightning_mixcn.model.experts.block import PATHS, choose_expert_path
+from lightning_mixcn.model.experts.block import PATHS, FastestPaths, Table, choose_expert_path, read_fastest
 from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors, ExpertWeights
 from lightning_mixcn.model.experts.routing import route_rows
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
@@ -236,7 +238,7 @@ def test_grouped_products_only_where_torch_has_a_kernel(
 ) -> None:
     monkeypatch.setattr(expert_path, "_capability", lambda device: capability)
     monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
-    monkeypatch.setitem(expert_path.FASTEST, "cuda", ((math.inf, "grouped"),))
+    monkeypatch.setitem(expert_path.FASTEST, "cuda", fastest(((math.inf, "grouped"),)))
     assert chosen_path(on_gpu) == path  # the fastest gives way
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "grouped")  # a wish is refused
     if path == "loop":
@@ -268,9 +270,66 @@ def test_sizes_that_grouped_products_cannot_take(sizes: dict[str, int], monkeypa
 def test_the_table_is_read_by_rows_of_an_expert(below: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
-    monkeypatch.setitem(expert_path.FASTEST, "cpu", ((below, "decode"), (math.inf, "grouped")))
+    monkeypatch.setitem(expert_path.FASTEST, "cpu", fastest(((below, "decode"), (math.inf, "grouped"))))
     assert chosen_path() == chosen
     assert chosen_path(rank=3) == "loop"
+
+
+def fastest(training: Table, forward: Table = ((math.inf, "loop"),)) -> FastestPaths:
+    return FastestPaths(training, forward)
+
+
+def test_without_gradients_another_path_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(expert_path.FASTEST, "cpu", fastest(((math.inf, "loop"),), ((math.inf, "grouped"),)))
+    assert chosen_path() == "loop"
+    with torch.no_grad():
+        assert chosen_path() == "grouped"
+
+
+def test_a_gpu_has_the_winners_of_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
+    monkeypatch.setitem(expert_path.FASTEST, "cuda", fastest(((math.inf, "loop"),)))
+    monkeypatch.setitem(expert_path.FASTEST, "9.0", fastest(((4, "loop"), (math.inf, "grouped"))))
+    for capability, path in (((9, 0), "grouped"), ((10, 0), "loop")):
+        monkeypatch.setattr(expert_path, "_capability", lambda device, found=capability: found)
+        assert chosen_path(on_gpu) == path
+
+
+WINNERS: dict[str, Any] = {"training": [[64, "loop"], [None, "grouped"]], "forward": [[None, "loop"]]}
+
+
+def test_the_fastest_paths_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "fastest.json"
+    file.write_text(json.dumps({"cpu": WINNERS, "cuda": WINNERS, "9.0": WINNERS}))
+    expected = FastestPaths(((64.0, "loop"), (math.inf, "grouped")), ((math.inf, "loop"),))
+    assert read_fastest(file) == {"cpu": expected, "cuda": expected, "9.0": expected}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ([], "holds a JSON list, expected an object"),
+        ({"cpu": WINNERS}, "cuda is missing"),
+        ({"cpu": WINNERS, "cuda": {"training": WINNERS["training"]}}, "cuda.forward is missing"),
+        ({"cpu": WINNERS, "cuda": WINNERS, "9.0": []}, r"\['9.0'\] is a list of 0 entries, expected a mapping"),
+        *[
+            ({"cpu": WINNERS, "cuda": WINNERS | {"training": table}}, "cuda.training is .*, expected pairs of rows")
+            for table in (
+                [], "loop", [[64, "loop"]], [[None, "fast"]], [[None, ["loop"]]], [[None]], [[None, "loop"]] * 2,
+                [[64, "loop"], [32, "grouped"], [None, "loop"]], [["64", "loop"], [None, "loop"]],
+                [[-1, "loop"], [None, "loop"]], [[True, "loop"], [None, "loop"]],
+            )
+        ],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_table_that_is_broken_is_one_line(content: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "fastest.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=rf"fastest\.json'.*{message}") as error:
+        read_fastest(file)
+    assert "\n" not in str(error.value)
 
 
 def gradients(base: Path, ids: Tensor, quantization: str, mode: str) -> dict[str, Tensor]:
