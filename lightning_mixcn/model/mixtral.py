@@ -3,6 +3,8 @@
 RoPE, attention back ends, masks, the KV cache and ``generate`` stay transformers' own.
 """
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -13,7 +15,7 @@ from peft import PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, load_balancing_loss_func
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm, load_balancing_loss_func
 
 from lightning_mixcn.errors import UserError
 
@@ -44,6 +46,15 @@ class FusedRMSNorm(MixtralRMSNorm):
 
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# transformers 5.24 renamed the argument that holds the KV cache; it takes the old name, with a warning, until 5.40.
+_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_ARGUMENT = next(name for name in _CACHE_NAMES if name in inspect.signature(MixtralAttention.forward).parameters)
+
+
+def has_cache(arguments: Mapping[str, Any]) -> bool:
+    """Tell if the named arguments of a model, a layer or its attention hold a KV cache."""
+    return any(arguments.get(name) is not None for name in _CACHE_NAMES)
 
 
 @dataclass
@@ -82,7 +93,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         Returns:
             transformers' output; with labels a `CausalLMOutput` whose ``logits`` is ``None``.
         """
-        if kwargs.get("position_ids") is not None and kwargs.get("past_key_values") is None:
+        if kwargs.get("position_ids") is not None and not has_cache(kwargs):
             # transformers isolates the documents of a row only where it makes no KV cache, and by default it makes one.
             kwargs.setdefault("use_cache", False)
         if labels is None:

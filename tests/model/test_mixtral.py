@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model.mixtral import CACHE_ARGUMENT
 
 
 @pytest.fixture
@@ -89,6 +90,22 @@ def test_greedy_generation_equals_transformers(base: Path, stock: Any, ids: Tens
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
     ours, theirs = (generating.generate(ids[:1, :9], **options) for generating in (model, stock))
     assert ours.tolist() == theirs.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_a_cache_takes_the_tokens_of_both_calls(base: Path, stock: Any, ids: Tensor, with_positions: bool) -> None:
+    """By transformers' name of the argument, which is another one since 5.24."""
+    caches, logits = [], []
+    for model in (load_mixtral(base, quantization="none", dtype="float32"), stock):
+        cache = transformers.DynamicCache(config=stock.config)
+        for start, stop in ((0, 9), (9, 12)):
+            positions = {"position_ids": torch.arange(start, stop)[None]} if with_positions else {}
+            output = model(input_ids=ids[:1, start:stop], **{CACHE_ARGUMENT: cache}, **positions)
+        caches.append(cache.get_seq_length())
+        logits.append(output.logits)
+    assert caches == [12, 12]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
 def test_saving_the_frozen_base_is_refused(tiny: Path, tmp_path: Path) -> None:

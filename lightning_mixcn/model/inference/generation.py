@@ -24,7 +24,7 @@ from transformers import (
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.memory.budget import usable_bytes
-from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.mixtral import CACHE_ARGUMENT, base_of
 from lightning_mixcn.model.nf4.storage import GemvStack, NF4Weight
 
 from .sampling import Sampling
@@ -70,10 +70,10 @@ class PrefixCache:
                 with torch.no_grad():
                     output = model(
                         input_ids=torch.tensor([chunk], device=device),
-                        past_key_values=self._states,
                         use_cache=True,
                         logits_to_keep=1,
                         output_router_logits=False,
+                        **{CACHE_ARGUMENT: self._states},
                     )
                 self._ids += chunk
         except BaseException:  # Ctrl-C too: some layers may have the chunk, and others not

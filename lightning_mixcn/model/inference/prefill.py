@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.attention.documents import no_mask
-from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.mixtral import CACHE_ARGUMENT, base_of
 
 _NAME = "prefill_sdpa"
 # Logits in float32 at a time: 24 MiB at a vocabulary of 49,152.
@@ -94,11 +94,11 @@ class ChunkedPrefill:
         with _prefill_attention(self.config):
             output = self.model(
                 input_ids=ids_C[None].to(self.device),
-                past_key_values=self._cache,
                 use_cache=True,
                 # Any mask of four dimensions keeps transformers from making one; the attention below needs none.
                 attention_mask=no_mask(self.device),
                 output_router_logits=False,
+                **{CACHE_ARGUMENT: self._cache},
             )
         return _score(output.logits[0], next_C.to(self.device))
 

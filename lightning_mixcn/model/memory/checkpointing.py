@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.mixtral import has_cache
 
 
 class HostCopy:
@@ -101,7 +102,7 @@ def _checkpoint(module: nn.Module, on_host: bool) -> None:
 
 def _checkpointed(module: nn.Module, on_host: bool, *args: Any, **kwargs: Any) -> Any:
     forward = partial(type(module).forward, module)
-    if not module.training or kwargs.get("past_key_values") is not None:
+    if not module.training or has_cache(kwargs):  # which running again would fill a second time
         return forward(*args, **kwargs)
     if not args:  # `checkpoint` keeps random states of the devices of positional tensors only; the CPU's always
         args = (kwargs.pop("hidden_states"),)  # transformers gives attention its input by keyword

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
@@ -16,6 +17,7 @@ from lightning_mixcn.model.experts.observe import observe_routing
 from lightning_mixcn.model.memory import checkpointing as activation_checkpointing
 from lightning_mixcn.model.memory.checkpointing import HostCopy, kept_on_host
 from lightning_mixcn.model.memory.optimizer import MemoryTracker
+from lightning_mixcn.model.mixtral import CACHE_ARGUMENT
 from lightning_mixcn.testing import random_batch, tiny_mixtral_config
 
 MODES: list[str | list[str]] = ["selective", "full", "offload", ["full", "selective"], ["none", "offload"]]
@@ -123,6 +125,15 @@ def test_every_checkpoint_gets_a_positional_tensor(
     layers = sum(chosen != "none" for chosen in activation_checkpointing.layer_modes(mode, 2))
     assert len(positional) == 2 * layers
     assert all(positional)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cache_is_not_filled_again_by_backward(tiny: Path, ids: Tensor, mode: str | list[str]) -> None:
+    model: Any = load_mixtral(tiny, dtype="float32", lora=peft.LoraConfig(target_modules="all-linear")).train()
+    set_activation_checkpointing(model, mode)
+    cache = DynamicCache()
+    model(input_ids=ids, **{CACHE_ARGUMENT: cache}).logits.sum().backward()
+    assert cache.get_seq_length() == ids.shape[1]
 
 
 @pytest.mark.gpu
