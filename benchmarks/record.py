@@ -1,10 +1,10 @@
 """Results of benchmarks: each with where and with what it was measured; the tables and the picture made of them.
 
-    python benchmarks/record.py                       # the table of docs/benchmarks.md, and three of its rows: README
+    python benchmarks/record.py                       # the tables of docs/benchmarks.md, and three rows of it: README
     python benchmarks/record.py --curves runs/demo    # the README's picture of a run
 
-Both tables are between two marks. A benchmark without a result has no row. Figures are medians, with the least and the
-most of the rounds in brackets.
+Each table is between two marks. A benchmark without a result has no row. Figures that are measured are medians, with
+the least and the most of the rounds in brackets; those by count have a table of their own.
 """
 
 import argparse
@@ -24,10 +24,16 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs/benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COUNTED_BEGIN, COUNTED_END = "<!-- counted:begin -->", "<!-- counted:end -->"
 _HEAD = (
     "| | lightning_mixcn | beside it | ratio | share of the limit | peak memory, ours and beside |\n"
     "|---|---|---|---|---|---|\n"
 )
+_COUNTED_HEAD = (
+    "| by count, ms a layer | frozen products | LoRA and router | attention | element-wise | decoding | layer "
+    "| launches and waits | tokens/s by count |\n|---|---|---|---|---|---|---|---|---|\n"
+)
+_COUNTED_KINDS = ("frozen product", "LoRA and router", "attention", "element-wise", "decoding")
 # The README's rows: the first of each kind.
 _SHOWN = ("step of 512 tokens", "step of 4,096 tokens", "decoding, 1 row")
 _STEPS = ("train_step", "train_step_1024", "train_step_4096", "train_step_1024_peers", "train_step_4096_peers")
@@ -146,23 +152,36 @@ def _load(what: str, figures: dict[str, Any]) -> Iterator[str]:
     yield row(what, "GB/s", rates["ours"], peer=peer, share=figures["share_of_limit"])
 
 
+def counted_row(figures: dict[str, Any]) -> str:
+    """Return a line of the table of what gpu_count.py counted; what runs on a second stream is in brackets."""
+    case, layer, whole = figures["case"], figures["layer"], figures["micro_batch"]
+    cells = [f"`{case['path']}`, {case['tokens']:,} tokens, `{case['memory']}`, dropout {case['dropout']:g}"]
+    for name in _COUNTED_KINDS:
+        kinds = [layer[phase]["kinds"][name] for phase in ("forward", "backward") if name in layer[phase]["kinds"]]
+        cell = number(sum(kind["milliseconds"] for kind in kinds))
+        cells.append(f"({cell})" if any(kind["second_stream"] for kind in kinds) else cell)
+    cells += [number(layer["milliseconds"]), f"{whole['launches']:,}, {whole['waits']}"]
+    return "| " + " | ".join([*cells, f"{whole['tokens_per_second']:,.0f}"]) + " |\n"
+
+
 def shown(lines: list[str]) -> list[str]:
     """Choose the README's lines: the first that begins with each of `_SHOWN`."""
     found = (next((line for line in lines if line.startswith(f"| {begin}")), None) for begin in _SHOWN)
     return [line for line in found if line is not None]
 
 
-def replaced(text: str, lines: str) -> str:
+def replaced(text: str, lines: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """Return a page with another table between the marks.
 
     Raises:
         ValueError: the marks are not there, once each and in this order.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in tail:
-        raise ValueError(f"The page needs {BEGIN} and after it {END}, once each. Put them around the table")
-    return f"{head}{BEGIN}\n{lines}{END}{tail}"
+    first, last = marks
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
+    if not begin or not end or first in rest or last in tail:
+        raise ValueError(f"The page needs {first} and after it {last}, once each. Put them around the table")
+    return f"{head}{first}\n{lines}{last}{tail}"
 
 
 def draw_curves(run: Path) -> None:
@@ -194,8 +213,12 @@ def main() -> None:
         return
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     lines = list(rows(results))
-    for path, chosen in ((PAGE, lines), (README, shown(lines))):
-        path.write_text(replaced(path.read_text(encoding="utf-8"), _HEAD + "".join(chosen)), encoding="utf-8")
+    counted = [counted_row(figures) for figures in results.get("gpu_count", {}).get("cases", [])]
+    page = replaced(PAGE.read_text(encoding="utf-8"), _HEAD + "".join(lines))
+    page = replaced(page, _COUNTED_HEAD + "".join(counted), (COUNTED_BEGIN, COUNTED_END))
+    readme = replaced(README.read_text(encoding="utf-8"), _HEAD + "".join(shown(lines)))
+    for path, text in ((PAGE, page), (README, readme)):
+        path.write_text(text, encoding="utf-8")
         print("written to", path.name)
 
 

@@ -69,6 +69,20 @@ def test_rows_of_every_kind(table: Any) -> None:
     ]
 
 
+def test_a_row_by_count(table: Any) -> None:
+    kinds = {"frozen product": 5.0, "attention": 0.5, "element-wise": 2.5, "decoding": 1.5}
+    one = {"kinds": {kind: {"milliseconds": value, "second_stream": False} for kind, value in kinds.items()}}
+    figures: dict[str, Any] = {
+        "case": {"path": "loop", "tokens": 4096, "memory": "selective", "dropout": 0.05},
+        "layer": {"forward": one, "backward": one, "milliseconds": 19.0},
+        "micro_batch": {"launches": 26551, "waits": 33, "tokens_per_second": 5054.6},
+    }
+    begin = "| `loop`, 4,096 tokens, `selective`, dropout 0.05 | 10.0 | 0.00 | 1.00 | 5.00 | "
+    assert table.counted_row(figures) == f"{begin}3.00 | 19.0 | 26,551, 33 | 5,055 |\n"
+    one["kinds"]["decoding"]["second_stream"] = True
+    assert table.counted_row(figures) == f"{begin}(3.00) | 19.0 | 26,551, 33 | 5,055 |\n"
+
+
 def test_only_what_is_between_the_marks_changes(table: Any) -> None:
     text = f"a\n{table.BEGIN}\nold\n{table.END}\nb\n"
     assert table.replaced(text, "new\n") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb\n"
