@@ -17,6 +17,8 @@ from peft import LoraConfig
 
 from lightning_mixcn.modules import PretrainModule
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def module(tiny_base: Path) -> PretrainModule:
@@ -53,7 +55,9 @@ class ForkedFits:
         self._answers: subprocess.Popen[str] | None = None
         self._folder = folder
 
-    def start(self, folder: Path, arguments: list[str], ranks: int = 1, kill_at: int = -1) -> None:
+    def start(
+        self, folder: Path, arguments: list[str], ranks: int = 1, kill_at: int = -1, cache: str = "", prepare: str = ""
+    ) -> None:
         """Start a run.
 
         Args:
@@ -61,6 +65,8 @@ class ForkedFits:
             arguments: Of `mixcn`.
             ranks: Processes that form a gloo group; the arguments have to say so, too.
             kill_at: Number of the call to the file system before which the run kills itself; 0 only lists them.
+            cache: Folder of unpacked texts; empty for the one of all tests.
+            prepare: Function of the tests, ``module:name``, that is called once before this run and those after it.
         """
         if self._runs:  # a test that failed has left it
             self.kill()
@@ -68,7 +74,7 @@ class ForkedFits:
         self._number += 1
         self.log = self._folder / f"{self._number}.log"
         run = {"ranks": ranks, "folder": str(folder), "arguments": arguments, "log": str(self.log)}
-        run |= {"kill_at": kill_at}
+        run |= {"kill_at": kill_at, "cache": cache, "prepare": prepare}
         server = self._server()
         assert server.stdin is not None
         server.stdin.write(json.dumps(run) + "\n")
@@ -83,9 +89,19 @@ class ForkedFits:
             time.sleep(0.01)
         return list(json.loads(file.read_text()))
 
-    def calls(self) -> list[str]:
-        """Return the calls to the file system of a run that has ended."""
-        return Path(f"{self.log}.calls").read_text().splitlines()
+    def calls(self) -> list[tuple[int, str]]:
+        """Return the calls to the file system of a run that has ended, with their numbers.
+
+        Only those before which something in the working folder has changed since the one before: to be killed at any of
+        the others leaves the same files.
+        """
+        lines = [json.loads(line) for line in Path(f"{self.log}.calls").read_text().splitlines()]
+        states = [None, *(state for _, state in lines)]
+        return [
+            (number, call)
+            for number, ((call, state), before) in enumerate(zip(lines, states, strict=False), start=1)
+            if state != before
+        ]
 
     def running(self) -> bool:
         """Whether no rank has ended."""
@@ -122,8 +138,8 @@ class ForkedFits:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                # A killed run leaves there the checkpoint that it was writing.
-                env=os.environ | {"TMPDIR": str(self._folder)},
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)},
             )
         return self._answers
 

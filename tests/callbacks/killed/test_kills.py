@@ -5,7 +5,7 @@ A fixed sample of the calls in the quick run, all of them in the slow one.
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,27 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.callbacks.conftest import ForkedFits
+from tests.studies.benchmark_data import harness, write_ceval
+from tests.studies.comparison.compare_recipes import write_study
 
-Command = Callable[[Path], list[str]]
-COMMANDS = ["fit", "quantize", "export", "quantization", "experts", "sheet", "vocab", "upcycle"]
+# Command to a function that prepares the process for it, see `ForkedFits.start`.
+COMMANDS = {
+    "fit": "",
+    "quantize": "",
+    "export": "",
+    "quantization": "",
+    "experts": "",
+    "sheet": "",
+    "score": "",
+    "vocab train": "",
+    "vocab merge": "",
+    "upcycle": "",
+    "compare": "tests.studies.comparison.compare_recipes:run_in_this_process",
+    "evaluate": "tests.studies.benchmark_data:index_few_tasks",
+}
+
+# What a run took, and the configuration, which says whether it was resumed.
+DIFFERENT = ("config.yaml", "costs.csv", "facts.json", "comparison.md")
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +49,28 @@ def commands(
     (folder / "questions.txt").write_text("天气？\n", encoding="utf-8")
     models, read = [str(tiny_base), str(folder / "run")], ["--text", f"zh={text}"]
     few = ["--sequence_length=16", "--max_tokens=32"]
+    sheet = ["preference", "sheet", *models, f"--questions={folder}/questions.txt", "--max_new_tokens=1"]
+    vocab = ["vocab", "train", text, "--vocab_size=24"]
+    for made in ([*sheet, "--out=sheet"], [*vocab, "--out=pieces.model"]):
+        assert run(forked_fits, folder, made) == 0, forked_fits.log.read_text()[-4000:]
+    (item,) = json.loads((folder / "sheet" / "key.json").read_text())["items"]
+    (folder / "judge.csv").write_text(f"item,verdict\n{item['name']},left\n", encoding="utf-8")
+    write_ceval(folder / "ceval", questions=2)
+    recipe = write_study(folder, tiny_base, validations=1)
     return {
         "fit": [*fit, "out"],
         "quantize": ["quantize", str(tiny_base), "out"],
         "export": ["export", str(folder / "run"), "out"],
         "quantization": ["quantization", str(tiny_base), *read, "--out=out", *few],
         "experts": ["experts", str(tiny_base), *read, "--out=out", *few],
-        "sheet": ["preference", "sheet", *models, f"--questions={folder}/questions.txt", "--out=out",
-                  "--max_new_tokens=1"],
-        "vocab": ["vocab", "train", text, "--out=out", "--vocab_size=24"],
+        "sheet": [*sheet, "--out=out"],
+        "score": ["preference", "score", f"{folder}/judge.csv", f"--key={folder}/sheet/key.json", "--out=out"],
+        "vocab train": [*vocab, "--out=out"],
+        "vocab merge": ["vocab", "merge", str(tiny_base), f"{folder}/pieces.model", "--out=out"],
         "upcycle": ["upcycle", str(save_dense(folder / "dense")), "out", "--num_experts=2"],
+        "compare": ["compare", str(recipe), "--out=out"],
+        "evaluate": ["evaluate", str(folder / "run"), "--tasks=ceval_two", f"--data_dir={folder}/ceval", "--out=out",
+                     "--quantization=none", "--dtype=float32", "--device=cpu"],
     }  # fmt: skip
 
 
@@ -52,9 +82,9 @@ def save_dense(folder: Path) -> Path:
     return folder
 
 
-def run(forked_fits: ForkedFits, folder: Path, arguments: list[str], kill_at: int = -1) -> int:
+def run(forked_fits: ForkedFits, folder: Path, arguments: list[str], prepare: str = "", kill_at: int = -1) -> int:
     folder.mkdir(exist_ok=True)
-    forked_fits.start(folder, arguments, kill_at=kill_at)
+    forked_fits.start(folder, arguments, kill_at=kill_at, cache=str(folder / "cache"), prepare=prepare)
     (code,) = forked_fits.wait()
     return code
 
@@ -63,8 +93,7 @@ def content(folder: Path) -> dict[str, str]:
     """Digests of what the same command writes twice."""
     out, found = folder / "out", {}
     for path in [out, *sorted(out.rglob("*"))]:
-        # The configuration says whether a run was resumed.
-        if path.is_file() and path.suffix not in (".png", ".ckpt", ".sha256") and path.name != "config.yaml":
+        if path.is_file() and path.suffix not in (".png", ".ckpt", ".sha256") and path.name not in DIFFERENT:
             written = path.read_bytes()
             if path.name == "experts.json":
                 written = json.dumps(json.loads(written) | {"seconds": 0}).encode()
@@ -73,25 +102,30 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("every", [80, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_next_run_is_as_if_nothing_had_been_killed(
     name: str, every: int, forked_fits: ForkedFits, commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    assert run(forked_fits, tmp_path / "whole", commands[name], 0) == 0, forked_fits.log.read_text()[-4000:]
+    if name == "evaluate":
+        harness()
+    prepare = COMMANDS[name]
+    code = run(forked_fits, tmp_path / "whole", commands[name], prepare, kill_at=0)
+    assert code == 0, forked_fits.log.read_text()[-4000:]
     wanted, calls = content(tmp_path / "whole"), forked_fits.calls()
     assert wanted
     assert len(calls) > 2
-    for number in range(min(every, len(calls)) // 2 + 1, len(calls) + 1, every):
+    for number, call in calls[min(every, len(calls)) // 2 :: every]:
         killed = tmp_path / str(number)
-        assert run(forked_fits, killed, commands[name], number) == -9, calls[number - 1]
+        assert run(forked_fits, killed, commands[name], prepare, kill_at=number) == -9, call
         again = ["--ckpt_path=last"] if any(killed.glob("out/checkpoints/step=*.ckpt")) else []
-        code, log = run(forked_fits, killed, [*commands[name], *again]), forked_fits.log.read_text()
+        code, log = run(forked_fits, killed, [*commands[name], *again], prepare), forked_fits.log.read_text()
         # A command that had just finished refuses to replace its output.
         assert code == 0 or (code == 2 and "is not empty" in log) or "is a file, expected a new" in log, log[-4000:]
-        assert content(killed) == wanted, calls[number - 1]
+        assert content(killed) == wanted, call
         left = [str(path.relative_to(killed)) for path in killed.rglob(".*")]
-        assert not left, f"{calls[number - 1]} left {left}"
+        assert not left, f"{call} left {left}"
+        shutil.rmtree(killed)
 
 
 def test_a_second_run_is_refused_while_the_first_one_works(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from lightning_mixcn.cli import main
@@ -119,6 +120,11 @@ class InThisProcess:
         monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         for name in ("run_mixcn", "output_of_mixcn"):
             monkeypatch.setattr(commands, name, getattr(self, name))
+
+
+def run_in_this_process() -> None:
+    """Let this process run all of a study's commands, for good."""
+    InThisProcess().patch(pytest.MonkeyPatch())
 
 
 def lines_of(file: Path) -> list[dict[str, str]]:
