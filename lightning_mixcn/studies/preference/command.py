@@ -50,7 +50,7 @@ def sheet(
     """
     from .study import answer_and_lay_out
 
-    _check_numbers(models, questions_per_pair)
+    _check_models(models)
     folder = Path(out).expanduser().resolve()
     answer_and_lay_out(models, questions, folder, template, questions_per_pair, sampling, seed, model)
 
@@ -85,10 +85,8 @@ def score(sheets: list[str], *, out: Name, key: str | None = None, seed: Seed = 
     print(preference_table(scores))
 
 
-def _check_numbers(models: Sequence[str], questions_per_pair: int | None) -> None:
+def _check_models(models: Sequence[str]) -> None:
     if len(models) < 2:
         raise UserError(f"`models` names {len(models)}. Give at least two models to compare")
     if twice := [one for one, other in combinations(models, 2) if one == other]:
         raise UserError(f"`models` names {twice[0]!r} twice. Leave one out")
-    if questions_per_pair is not None and questions_per_pair < 1:
-        raise UserError(f"`questions_per_pair={questions_per_pair}`: expected at least 1, or null for all")

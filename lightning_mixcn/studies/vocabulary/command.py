@@ -22,7 +22,7 @@ def train(
     out: str,
     vocab_size: Annotated[int, Between(4, 10**7)] = 20_000,
     model_type: Literal["bpe", "unigram"] = "bpe",
-    character_coverage: Annotated[float, Between(0, 1, excluded=(0,))] = 0.9995,
+    character_coverage: Annotated[float, Between(0.98, 1)] = 0.9995,
     max_piece_characters: Annotated[int, Between(1, 512)] = 16,
     max_sentences: Annotated[int, Between(0, 10**12)] = 0,
     text_key: Name = "text",
@@ -55,14 +55,8 @@ def train(
 
     target = Path(out).expanduser().resolve()
     check_file(target)
-    limits = {"vocab_size": (vocab_size, 4), "max_piece_characters": (max_piece_characters, 1)}
-    for name, (value, least) in (limits | {"max_sentences": (max_sentences, 0), "seed": (seed, 0)}).items():
-        if value < least:
-            raise UserError(f"`{name}={value}`: expected at least {least}")
-    if 0 < max_sentences <= 100:  # SentencePiece's own bounds, here and below
+    if 0 < max_sentences <= 100:  # SentencePiece's own bound, as the others
         raise UserError(f"`max_sentences={max_sentences}`: expected more than 100, or 0 for all")
-    if not 0.98 <= character_coverage <= 1:
-        raise UserError(f"`character_coverage={character_coverage}`: expected a share from 0.98 to 1")
     lines = sentences(iterate_texts(corpus_files(corpus, text_key), "reading"))
     model = train_pieces(
         lines, vocab_size=vocab_size, model_type=model_type, character_coverage=character_coverage,
@@ -113,8 +107,6 @@ def merge(
 
     target = Path(out).expanduser().resolve()
     check_output(target)
-    if max_pieces is not None and max_pieces < 1:
-        raise UserError(f"`max_pieces={max_pieces}`: expected at least 1, or null for all")
     keeps, candidates, folder = ScriptFilter(script), read_pieces(pieces), local_folder(base_tokenizer)
     base = mergeable_base(folder)
     chosen = choose_pieces(base, candidates, keeps, max_pieces=max_pieces, unreachable=unreachable)
@@ -156,8 +148,6 @@ def report(
     target = None if out is None else Path(out).expanduser().resolve()
     if target is not None:
         check_output(target)
-    if max_documents is not None and max_documents < 1:
-        raise UserError(f"`max_documents={max_documents}`: expected at least 1, or null for all")
     files = named_files(text, text_key, document_unit)
     paths = [_tokenizer(path) for path in tokenizer]
     names = [path.name for path in paths]
