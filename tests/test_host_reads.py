@@ -142,8 +142,6 @@ def test_what_the_progress_bar_shows_is_on_the_host(monkeypatch: pytest.MonkeyPa
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_micro_batch_on_a_gpu(checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     module, batch = module_on("cuda", PretrainModule, checkpointing), batch_on("cuda")
     documents = attention.locate_documents(batch["position_ids"], module.model.config, torch.bfloat16)
     monkeypatch.setattr(attention, "locate_documents", lambda *_: documents)
@@ -160,8 +158,6 @@ def test_a_micro_batch_on_a_gpu(checkpointing: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_documents_are_found_with_one_wait() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     batch, config = batch_on("cuda"), tiny_mixtral_config()
     torch.cuda.set_sync_debug_mode("warn")
     try:

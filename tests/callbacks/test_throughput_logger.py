@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
@@ -176,7 +175,6 @@ def test_wrong_arguments_and_hosts(trainer: Make) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(trainer: Make, module: PretrainModule, tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path), name="", version="")
     settings: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "log_every_n_steps": 1}

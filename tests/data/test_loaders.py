@@ -320,8 +320,6 @@ def test_where_cuda_is_in_use_memory_is_page_locked(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 def test_page_locked_memory() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     torch.cuda.init()
     made = batch_tensors(arrays())
     assert all(tensor.is_pinned() for tensor in made.values())

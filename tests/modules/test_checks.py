@@ -185,8 +185,6 @@ def test_fsdp2_is_refused_before_anything_trains(tiny_base: Path, tmp_path: Path
 @pytest.mark.parametrize("optimizer", [AdamW8bit, PagedAdamW8bit])
 def test_on_a_gpu(optimizer: Any, tiny_base: Path, lora: Make, trainer: Make, tmp_path: Path) -> None:
     """As near to AdamW as on the CPU; a checkpoint of it is read again."""
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     curves: list[list[float]] = []
     for make in (partial(torch.optim.AdamW, lr=3e-3), partial(optimizer, lr=3e-3, min_8bit_size=1)):
         watch, saving = Losses(), StepCheckpoint(every_n_steps=40, dirpath=str(tmp_path / str(len(curves))))

@@ -197,8 +197,6 @@ def test_dropout_of_attention_is_left_to_a_call_for_each_document(
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("heads", "size"), [(4, 8), (32, 128)])
 def test_the_kernel_equals_the_reference(window: int | None, heads: int, size: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     documents = pack_documents(POSITIONS.cuda())
     weight = torch.arange(float(size), device="cuda") / size
     results = []
@@ -230,8 +228,6 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scale: float, window: i
 
 @pytest.mark.gpu
 def test_a_model_s_loss_on_the_gpu(tiny: Path, ids: Tensor) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     results = []
     for implementation in (attention.NAME, "eager"):
         model = load_mixtral(tiny, quantization="none", dtype="bfloat16", device="cuda")

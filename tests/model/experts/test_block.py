@@ -148,7 +148,6 @@ def test_gradients_equal_dense_float64(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("path", ["loop", "grouped", "decode"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("probability", [0.0, 0.3])

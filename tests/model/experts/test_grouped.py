@@ -43,7 +43,6 @@ def test_no_value_is_read() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("path", ["grouped", "decode"])
 def test_the_host_never_waits_for_the_gpu(path: str) -> None:
     if path == "grouped" and torch.cuda.get_device_capability() < (9, 0):

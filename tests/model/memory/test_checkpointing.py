@@ -137,7 +137,6 @@ def test_a_cache_is_not_filled_again_by_backward(tiny: Path, ids: Tensor, mode: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_on_a_gpu_are_the_same(
@@ -224,7 +223,6 @@ def test_unknown_mode(tiny: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_it_comes_back_as_it_was() -> None:
     """The tensor is overwritten right after, as its memory would be."""
     for _ in range(20):
@@ -236,7 +234,6 @@ def test_it_comes_back_as_it_was() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_autograd_keeps_nothing_on_the_gpu() -> None:
     x = torch.randn(1024, 1024, device="cuda", requires_grad=True)
     with kept_on_host():

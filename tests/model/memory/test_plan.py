@@ -144,7 +144,6 @@ def test_ranks_share() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 def test_the_peak_of_a_gpu(mode: str) -> None:
     lora = LoraConfig(r=16, target_modules="all-linear")

@@ -60,7 +60,6 @@ def test_a_question_without_room_is_named_before_any_weight_is_read(base: Path) 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_an_answer_is_the_seed_s(base: Path) -> None:
     answering, sampling = AnsweringModel(str(base), QUESTIONS, "mixtral"), Sampling(temperature=1.0, max_new_tokens=12)
     model = load_found(answering.found, dtype="float32", device="cuda")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral
@@ -162,7 +161,6 @@ def test_help_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("no_picture")
 def test_a_gpu_gives_the_figures_of_the_cpu(base: Path, texts: list[Path], tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
