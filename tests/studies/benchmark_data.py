@@ -36,8 +36,8 @@ def index_few_tasks() -> None:
     """Let this process know only `few_tasks`, for good."""
     from lightning_mixcn.studies import tasks
 
-    found = few_tasks()
-    tasks.task_manager = lambda: found
+    few_tasks()  # read before the process is forked
+    tasks.task_manager = few_tasks
 
 
 def real_files() -> Path:
