@@ -8,7 +8,7 @@ through each rank, and twice that of one that is all-reduced; N is the ranks of 
 
 The table is arithmetic for Mixtral-8x7B, LoRA r 64 on everything, from the sizes of the model on the meta device:
 
-* memory = base/N + 16 bytes a trained weight/N (float32 master, gradient, two moments) + two gathered layers + an
+* memory = base/N + 16 bytes a trained weight/N (float32 master, gradient, two moments) + three gathered layers + an
   unsharded gradient of the adapters while micro-batches accumulate + activations (boundaries of `full` checkpointing)
 * gathered = (N-1)/N x base x 2 a micro-batch (forward and backward); reduced = (N-1)/N x 4 bytes x trained a step
 * time of a micro-batch = FLOPs / (half the peak), beside the time of its traffic at the link's rate.
@@ -46,7 +46,8 @@ TOKENS, FLOPS_PER_TOKEN = 8192, 81.9e9
 MACHINES = (
     ("8 x H100 80 GB, NVLink", 8, 1, 989.4e12, 450e9, None, 80),
     ("8 x A100 40 GB, NVLink", 8, 1, 312e12, 300e9, None, 40),
-    ("4 x RTX 4090 24 GB, PCIe 4", 4, 1, 165.2e12, 25e9, None, 24),
+    # A GeForce has no peer-to-peer over PCIe: NCCL goes through the host's memory, at half of the link's rate or less.
+    ("4 x RTX 4090 24 GB, PCIe 4", 4, 1, 165.2e12, 11e9, None, 24),
     ("2 nodes x 8 x H100, 400 Gbit/s a GPU, FSDP2", 16, 1, 989.4e12, 50e9, None, 80),
     ("2 nodes x 8 x H100, 400 Gbit/s a GPU, HSDP", 8, 2, 989.4e12, 450e9, 50e9, 80),
 )
@@ -136,7 +137,7 @@ def table() -> list[dict[str, Any]]:
         share = (ranks - 1) / ranks
         whole_layer = (base + 4 * trained) / 32
         activations = 32 * TOKENS * 4096 * 2 + 3 * TOKENS * 2 * 14336 * 2
-        held = (base + 16 * trained) / ranks + 2 * whole_layer + 4 * trained + activations
+        held = (base + 16 * trained) / ranks + 3 * whole_layer + 4 * trained + activations
         gathered = share * (base + 4 * trained) * 2
         reduced = share * 4 * trained
         crossing = 2 * (groups - 1) / groups * 4 * trained / ranks

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
@@ -104,18 +105,22 @@ def choose_expert_path(x: Tensor, index: Tensor, weights: ExpertWeights, factors
     Raises:
         ValueError: ``MIXCN_EXPERT_PATH`` is no path, or one that cannot compute these sizes.
     """
-    if wanted := os.environ.get("MIXCN_EXPERT_PATH"):
-        if wanted not in PATHS:
-            raise UserError(f"`MIXCN_EXPERT_PATH={wanted!r}` is not known. Expected one of {', '.join(PATHS)}")
+    if wanted := _wanted_path():
         if obstacle := _obstacle(wanted, x, weights, factors):
             raise UserError(f"`MIXCN_EXPERT_PATH={wanted}` cannot run here: {obstacle}. Unset it, or set it to loop")
         return wanted
-    rows_per_expert = index.numel() / weights[0].shape[0]
     device = ".".join(map(str, _capability(x.device))) if x.is_cuda else "cpu"
     fastest = FASTEST.get(device, FASTEST["cuda"])
     table = fastest.training if torch.is_grad_enabled() else fastest.forward
-    path = next(path for below, path in table if rows_per_expert < below)
+    path = _winner(table, index.numel(), weights)
     return "loop" if _obstacle(path, x, weights, factors) else path
+
+
+def _wanted_path() -> str | None:
+    wanted = os.environ.get("MIXCN_EXPERT_PATH")
+    if wanted and wanted not in PATHS:
+        raise UserError(f"`MIXCN_EXPERT_PATH={wanted!r}` is not known. Expected one of {', '.join(PATHS)}")
+    return wanted
 
 
 def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFactors) -> str | None:
@@ -146,6 +151,34 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def training_path(experts: "Experts", tokens: int, top_k: int, dtype: torch.dtype, device_type: str) -> str:
+    """Return the path that a training step will take, from sizes alone.
+
+    Args:
+        experts: An expert block, on any device.
+        tokens: T.
+        top_k: K.
+        dtype: Compute dtype.
+        device_type: ``cpu`` or ``cuda``. Without a GPU at hand, ``cuda`` is one that no table of `FASTEST` has.
+
+    Raises:
+        ValueError: as `choose_expert_path`.
+    """
+    weights = experts.gate_proj.storage, experts.up_proj.storage, experts.down_proj.storage
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return _wanted_path() or _winner(FASTEST["cuda"].training, tokens * top_k, weights)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        x, index = torch.empty(tokens, weights[0].shape[2], dtype=dtype, device=device_type), torch.empty(tokens, top_k)
+        adapted = (experts.gate_proj, experts.up_proj, experts.down_proj)
+        gate, up, down = (None if not (pair := module.factors(dtype)) else pair.b for module in adapted)
+        return choose_expert_path(x, index, weights, ExpertFactors(None, gate, up, None, down))
+
+
+def _winner(table: Table, rows: int, weights: ExpertWeights) -> str:
+    rows_per_expert = rows / weights[0].shape[0]
+    return next(path for below, path in table if rows_per_expert < below)
 
 
 class Router(MixtralTopKRouter):

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_mixcn.model.experts.block import training_path
 from lightning_mixcn.model.experts.routing import padded_rows, row_step
 from lightning_mixcn.model.head import chunk_positions
 from lightning_mixcn.model.lora.attach import adapter_rank
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight
+
+from .paths import PATH_MEMORY, BlockSizes
 
 
 class MicroBatch(NamedTuple):
@@ -102,12 +105,14 @@ class LayerCounter:
         dtype: Compute dtype.
         device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout keeps.
         top_k: Experts a token.
+        path: Path of the expert block, see `experts.block.PATHS`.
     """
 
     batch: MicroBatch
     dtype: torch.dtype
     device_type: str
     top_k: int
+    path: str
 
     @property
     def tokens(self) -> int:
@@ -134,6 +139,7 @@ class LayerCounter:
         normed = self._shared_input(inputs) * hidden
         norms = self._norm(hidden) * (needs_gradient + after)
         moe = self._moe(layer.mlp, after) if needed else 0
+        path, sizes = PATH_MEMORY[self.path], self.block_sizes(experts)
         width = 2 * attention.q_proj.out_features + 2 * attention.k_proj.out_features
         found = LayerActivations(
             boundary=hidden * needed + router,
@@ -142,8 +148,8 @@ class LayerCounter:
             attention=attention_graph + normed,
             experts=moe,
             attention_input=hidden * after,
-            experts_forward=self._experts_forward(experts) + hidden,
-            experts_backward=self._experts_backward(experts) + hidden if needed else 0,
+            experts_forward=path.forward(sizes) + hidden,
+            experts_backward=path.backward(sizes) + hidden if needed else 0,
             # Gradients of output and input; q, k, v and attention's result (`width`) beside their gradients.
             attention_backward=2 * hidden + 2 * self.tokens * width * self.size + self.decoded(attention.q_proj),
         )
@@ -211,46 +217,29 @@ class LayerCounter:
         )
         return kept + scores * router_trains + self._adapter(mlp.gate.linear, needs_gradient, tokens)
 
-    def _experts_forward(self, experts: Any) -> int:
-        """Return the peak of forward: results of all rows, scales, and one expert's tensors or the sum of choices."""
-        gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
-        hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
-        dropped = any(_drops(module) for module in self._stack(experts))
-        # Of an expert's n rows: input and output [n, H], silu(gate) and its product with up [n, I].
-        one = 2 * each * (hidden + inner) * self.size + self.decoded(gate)
-        if dropped:  # the dropped product, the noise, and its mask of bytes
-            one += each * inner * (2 * self.size + 1)
-        held: int = rows * hidden * self.size + sum(map(self.scales, self._stack(experts)))
-        return (
-            held
-            + tokens * hidden * self.size * dropped
-            + max(one, self._sum_of_choices(hidden) + each * (hidden + inner) * self.size)
-        )
-
-    def _experts_backward(self, experts: Any) -> int:
-        """Return the peak of backward: gradients of all rows and factors, scales, and one expert's tensors."""
-        gate, tokens, rows = experts.gate_proj, self.tokens, self._rows(experts)
-        hidden, inner, each = int(gate.in_features), int(gate.out_features), rows // int(gate.groups)
-        stack = self._stack(experts)
-        dropped = any(_drops(module) for module in stack)
+    def block_sizes(self, experts: Any) -> BlockSizes:
+        """Return the sizes of an expert block, for `PATH_MEMORY`."""
+        gate, stack = experts.gate_proj, self._stack(experts)
         factors = sum(m.groups * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size
-        # Of an expert's n rows: the gradient [n, H]; silu, h and dh [n, I], beside dup, dh and dgate of the expert
-        # before, which live until their successors are there. With dropout the last six are the new silu, h and dh, the
-        # old dup, dgate and mask, while the next mask is made of float32 numbers and bytes.
-        one = each * ((6 * self.size + (4 + 1) * dropped) * inner + hidden * self.size) + self.decoded(gate)
-        # For each row its dx, its weight in the compute dtype and the float32 gradient of that.
-        held: int = rows * (hidden * self.size + self.size + 4) + factors + sum(map(self.scales, stack))
-        held += tokens * hidden * self.size * (1 + dropped)  # the gradient that comes in, and the mask
-        return held + max(one, self._sum_of_choices(hidden) + 4 * each * inner * self.size)
-
-    def _sum_of_choices(self, hidden: int) -> int:
-        """Count the float32 sum, one choice in float32, and where that is not the compute dtype, as it is gathered."""
-        return self.tokens * hidden * (8 + self.size * (self.size < 4))
+        return BlockSizes(
+            self.tokens,
+            self._rows(experts),
+            hidden=int(gate.in_features),
+            inner=int(gate.out_features),
+            experts=int(gate.groups),
+            size=self.size,
+            matrix=self.decoded(gate),
+            scales=sum(map(self.scales, stack)),
+            factors=factors,
+            drops_input=_drops(gate) or _drops(experts.up_proj),
+            drops_inner=_drops(experts.down_proj),
+            is_packed=isinstance(gate.storage, NF4Weight),
+        )
 
     def _rows(self, experts: Any) -> int:
         """Return the routed rows when experts have equal shares, which padding on the CPU rounds up by half a step."""
         rows, groups = self.tokens * self.top_k, int(experts.gate_proj.groups)
-        if self.device_type == "cpu" and self.size < 4:
+        if self.path == "loop" and self.device_type == "cpu" and self.size < 4:
             each = -(-rows // groups)
             return groups * padded_rows(each) if each < 32 else rows + groups * row_step(each) // 2
         return rows
@@ -313,9 +302,14 @@ def model_activations(model: nn.Module, batch: MicroBatch, device_type: str) -> 
         model: A `MixtralForCausalLM` or the PeftModel around it.
         batch: Shape of a micro-batch.
         device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout and attention keep.
+
+    Raises:
+        ValueError: ``MIXCN_EXPERT_PATH`` is no path, or one that cannot compute these sizes here.
     """
     base: Any = base_of(model)
-    count = LayerCounter(batch, base.model.embed_tokens.output_dtype, device_type, base.config.num_experts_per_tok)
+    dtype, top_k = base.model.embed_tokens.output_dtype, base.config.num_experts_per_tok
+    path = training_path(base.model.layers[0].mlp.experts, batch.tokens, top_k, dtype, device_type)
+    count = LayerCounter(batch, dtype, device_type, top_k, path)
     needs_gradient, layers = base.model.embed_tokens.weight.requires_grad, []
     for layer in base.model.layers:
         activations, needs_gradient = count.layer(layer, needs_gradient)

@@ -44,19 +44,22 @@ class Sharing:
         """Return the bytes that a rank holds of ``size`` that train, of their reduced gradients, or their moments."""
         return size if self.kind == "whole" else -(-size // self.ranks)
 
-    def gathered(self, frozen: int, trained: int, layers: int) -> int:
+    def gathered(self, frozen: int, trained: int, layers: int, *, forward: bool) -> int:
         """Return the bytes beside its own that a rank holds while a layer computes.
 
         Args:
             frozen: Bytes of the layer that do not train.
             trained: Bytes of its masters.
-            layers: Number of layers of the model.
+            layers: Number of layers that are gathered in turn; 1 for the head, which is gathered alone.
+            forward: It computes forward, not backward.
         """
         if self.kind == "whole" or self.ranks == 1:
             return 0
         # Backward gathers one layer ahead whatever `prefetch` says.
-        at_once = 1 + max(1, self.prefetch) if self.reshard_after_forward else layers
-        return (frozen + trained) * min(at_once, layers)
+        ahead = max(1, self.prefetch) if self.reshard_after_forward else layers - 1
+        # Parameters are cut out of what was gathered in one piece, which forward keeps until the next layer's have
+        # been, so that the device need not wait: FSDPParamGroup.wait_for_unshard.
+        return (frozen + trained) * (min(1 + ahead, layers) + forward)
 
     def moved(self, whole: int, trained: int, micro_batches: int) -> dict[str, float]:
         """Return the bytes that a rank sends in a step under FSDP2, when collectives go round a ring.
@@ -112,7 +115,7 @@ class MemoryPlan:
         optimizer_states: States of the optimizer, moments mostly.
         gradients: All gradients at a step's end.
         activations: Activations kept at the end of forward.
-        host: Activations kept on the host instead.
+        host: Pinned memory of activations kept on the host instead.
         logits_chunk: Logits that the loss holds at a time, in the workspace of its moment.
         decoded: Largest decoded weight, in the workspace of every layer.
         moments: Moments of a step, in order.
@@ -182,7 +185,7 @@ def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
         optimizer_states=share.trained(run.optimizer.states),
         gradients=step.gradients,
         activations=activations.shared + sum(step.kept) + activations.tail,
-        host=sum(layer.host(mode) for layer, mode in zip(activations.layers, run.modes, strict=True)),
+        host=sum(_pinned(layer.host(mode)) for layer, mode in zip(activations.layers, run.modes, strict=True)),
         logits_chunk=activations.logits_chunk,
         decoded=activations.decoded,
         moments=tuple(step.moments()),
@@ -202,17 +205,18 @@ class _Step:
         """Yield the moments of a step in order."""
         activations, run = self.activations, self.run
         kept = activations.shared + sum(self.kept)
-        forward = activations.layers[-1].forward(run.modes[-1])
-        yield Moment("forward of the last layer", self.gradients, kept, forward, self._gathered(self.layers[-1]))
-        tail, head = kept + activations.tail, self._gathered(self.head, layers=1)
-        yield Moment("loss", self.gradients, tail, activations.head, head)
+        last, forward = self._gathered(self.layers[-1], forward=True), activations.layers[-1].forward(run.modes[-1])
+        yield Moment("forward of the last layer", self.gradients, kept, forward, last)
+        tail = kept + activations.tail
+        yield Moment("loss", self.gradients, tail, activations.head, self._gathered(self.head, 1, forward=True))
         there = self.gradients if run.accumulates else 0
+        head = self._gathered(self.head, 1, forward=False)
         yield Moment("backward of the loss", there, tail, activations.head_backward, head)
         there += 0 if run.accumulates else self._gradients(self.head)
         for index in reversed(range(len(self.layers))):
             layer, own = self.layers[index], self._gradients(self.layers[index])
             work = activations.layers[index].backward(run.modes[index]) + self._reducing(layer)
-            yield Moment(f"backward of layer {index + 1}", there, kept, work, self._gathered(layer))
+            yield Moment(f"backward of layer {index + 1}", there, kept, work, self._gathered(layer, forward=False))
             kept -= self.kept[index]
             there += 0 if run.accumulates else own
         yield Moment("update", self.gradients, 0, run.sharing.trained(run.optimizer.workspace))
@@ -226,9 +230,14 @@ class _Step:
         """Return the bytes of a layer's gradients before they are reduced, and of the buffer they are sent from."""
         return 0 if self.run.sharing.kind == "whole" else 2 * _bytes(module, trained=True)
 
-    def _gathered(self, module: Any, layers: int | None = None) -> int:
-        layers = len(self.layers) if layers is None else layers
-        return self.run.sharing.gathered(_bytes(module, trained=False), _bytes(module, trained=True), layers)
+    def _gathered(self, module: Any, layers: int | None = None, *, forward: bool) -> int:
+        frozen, trained = _bytes(module, trained=False), _bytes(module, trained=True)
+        return self.run.sharing.gathered(frozen, trained, layers or len(self.layers), forward=forward)
+
+
+def _pinned(size: int) -> int:
+    """Return the bytes that torch pins for a tensor: the next power of two (CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _bytes(module: nn.Module, trained: bool) -> int:

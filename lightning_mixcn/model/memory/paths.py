@@ -1,0 +1,158 @@
+"""Count what each way to compute the expert block needs beside its input and what backward keeps: the one place.
+
+A path of `experts.block.PATHS` has a line in `PATH_MEMORY`; `tests/model/memory/test_paths.py` follows the tensors of
+each and compares. Vectors, and tensors as small as a factor's rows, are left out.
+
+Legend: T tokens, H hidden, I intermediate, E experts, S routed rows, n = S / E rows of one expert, c bytes of the
+compute dtype.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class BlockSizes(NamedTuple):
+    """Sizes of an expert block and its micro-batch.
+
+    Args:
+        tokens: T.
+        rows: S, padding on the CPU included.
+        hidden: H.
+        inner: I.
+        experts: E.
+        size: c.
+        matrix: Bytes of one decoded matrix; 0 where it is stored as it is used.
+        scales: Bytes of the decoded scales of all matrices.
+        factors: Bytes of all factors in the compute dtype.
+        drops_input: LoRA drops rows of x, for gate or up.
+        drops_inner: LoRA drops rows of h, for down.
+        is_packed: Weights are in 4 bits.
+    """
+
+    tokens: int
+    rows: int
+    hidden: int
+    inner: int
+    experts: int
+    size: int
+    matrix: int
+    scales: int
+    factors: int
+    drops_input: bool
+    drops_inner: bool
+    is_packed: bool
+
+    @property
+    def drops(self) -> bool:
+        """LoRA drops any inputs."""
+        return self.drops_input or self.drops_inner
+
+    @property
+    def rows_hidden(self) -> int:
+        """Bytes of ``[S, H]``."""
+        return self.rows * self.hidden * self.size
+
+    @property
+    def rows_inner(self) -> int:
+        """Bytes of ``[S, I]``."""
+        return self.rows * self.inner * self.size
+
+    @property
+    def tokens_hidden(self) -> int:
+        """Bytes of ``[T, H]``."""
+        return self.tokens * self.hidden * self.size
+
+    @property
+    def each(self) -> int:
+        """Rows of one expert when all have equal shares."""
+        return self.rows // self.experts
+
+    @property
+    def sum_of_choices(self) -> int:
+        """Bytes of the float32 sum, one choice in float32, and where that is not c, as it is gathered."""
+        return self.tokens * self.hidden * (8 + self.size * (self.size < 4))
+
+
+class PathMemory(NamedTuple):
+    """A path's peaks, in bytes.
+
+    Args:
+        forward: Peak of forward beside what it keeps for backward, without its result.
+        backward: Peak of backward, with the gradient that comes in and those of the factors, without the result's.
+    """
+
+    forward: Callable[[BlockSizes], int]
+    backward: Callable[[BlockSizes], int]
+
+
+def _loop_forward(block: BlockSizes) -> int:
+    """Count results of all rows, scales, and one expert's tensors or the sum of choices."""
+    each, hidden, inner, drops = block.each, block.hidden, block.inner, block.drops_inner
+    # Of an expert's n rows: input and output [n, H], silu(gate) and its product with up [n, I].
+    one = 2 * each * (hidden + inner) * block.size + block.matrix
+    if drops:  # the dropped product, the noise, and its mask of bytes
+        one += each * inner * (2 * block.size + 1)
+    # The last expert's tensors live until the end.
+    last = each * (hidden + (1 + drops) * inner) * block.size
+    held = block.rows_hidden + block.scales + block.tokens_hidden * block.drops
+    return held + max(one, block.sum_of_choices + last)
+
+
+def _loop_backward(block: BlockSizes) -> int:
+    """Count gradients of all rows and factors, scales, and one expert's tensors or the sum of choices."""
+    each, hidden, inner, size, drops = block.each, block.hidden, block.inner, block.size, block.drops_inner
+    # Of an expert's n rows: the gradient [n, H]; silu, h and dh [n, I], beside dup, dh and dgate of the expert
+    # before, which live until their successors are there. With dropout the last six are the new silu, h and dh, the
+    # old dup, dgate and mask, while the next mask is made of float32 numbers and bytes.
+    one = each * ((6 * size + (4 + 1) * drops) * inner + hidden * size) + block.matrix
+    # The last expert's gradient, h, dh, dup and dgate, and its two masks.
+    last = each * ((1 + block.drops_input) * hidden + (4 + drops) * inner) * size
+    # For each row its dx, its weight in the compute dtype and the float32 gradient of that.
+    held = block.rows_hidden + block.rows * (size + 4) + block.factors + block.scales
+    held += block.tokens_hidden * (1 + block.drops)  # the gradient that comes in, and the mask
+    return held + max(one, block.sum_of_choices + last)
+
+
+def _grouped_forward(block: BlockSizes, stack: int) -> int:
+    """Count input, h and results of all rows, and a decoded stack or the sum of choices."""
+    held = 2 * block.rows_hidden + block.rows_inner
+    dropped, masked = block.rows_hidden * block.drops_input, block.rows_inner * block.drops_inner
+    # With dropout: the dropped input until there is a dropped h; masks of all experts, and those side by side.
+    drawn = 2 * masked + dropped * block.drops_inner
+    last = masked if block.drops_inner else dropped
+    return held + max(stack + dropped, drawn, max(block.rows_hidden, block.sum_of_choices) + last)
+
+
+def _grouped_backward(block: BlockSizes, stack: int) -> int:
+    """Count gradients of all rows and factors, and a decoded stack or the sum of choices."""
+    hidden, inner = block.rows_hidden, block.rows_inner
+    mask, drops = inner * block.drops_inner, block.drops_input  # h's mask is there to the end
+    moments = (
+        hidden + inner + stack,  # the product with down
+        hidden + 3 * inner + 2 * mask,  # h, dgate and dup; h dropped, and the mask
+        2 * inner + mask + 2 * hidden + stack,  # the product with up beside that with gate
+        2 * inner + mask + (2 + 2 * drops) * hidden + block.tokens_hidden * drops,  # rows of x as A reads them
+        2 * inner + mask + hidden + block.tokens_hidden * drops + block.sum_of_choices,
+    )
+    return block.tokens_hidden + block.factors + max(moments)
+
+
+def _stack(block: BlockSizes) -> int:
+    return block.experts * block.matrix
+
+
+def _stack_of_decode(block: BlockSizes) -> int:
+    """Return the bytes of a stack that its kernel cannot read as it is: one in another dtype."""
+    return 0 if block.is_packed else _stack(block)
+
+
+PATH_MEMORY = {
+    "loop": PathMemory(_loop_forward, _loop_backward),
+    "grouped": PathMemory(
+        lambda block: _grouped_forward(block, _stack(block)), lambda block: _grouped_backward(block, _stack(block))
+    ),
+    "decode": PathMemory(
+        lambda block: _grouped_forward(block, _stack_of_decode(block)),
+        lambda block: _grouped_backward(block, _stack_of_decode(block)),
+    ),
+}
