@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,14 @@ from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import TEXT, expect, first_fault, mapping_of, record
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
+from .fused import FusedLoop, fused_experts
 from .grouped import GroupedExperts, decoding_product, stack_product
 from .loop import Dropout, ExpertFactors, ExpertLoop, ExpertWeights
 from .routing import route_rows, sum_choices
 
 PATHS: dict[str, Callable[..., Tensor]] = {
     "loop": ExpertLoop.apply,
+    "fused": fused_experts,
     "grouped": partial(GroupedExperts.apply, stack_product),
     "decode": partial(GroupedExperts.apply, decoding_product),
 }
@@ -87,6 +89,8 @@ def _table(entries: list[Any]) -> Table:
     return tuple((math.inf if below is None else float(below), path) for below, path in entries)
 
 
+# No GPU has been measured yet. On CUDA it is the path that takes the fewest products and passes over memory by
+# arithmetic, and whose kernels were compared in Triton's interpreter; `loop` where that path cannot run.
 FASTEST = read_fastest(Path(__file__).with_name("fastest.json"))
 
 
@@ -127,10 +131,12 @@ def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFacto
     """Tell why ``path`` cannot compute the block; ``None`` where it can."""
     if path == "loop":
         return None
-    if path == "decode" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its kernel runs on a GPU, not on {x.device.type}"
-    if (path == "decode" or x.is_cuda) and not _has_triton():
+    if path in ("fused", "decode") and x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels run on a GPU, not on {x.device.type}"
+    if (path in ("fused", "decode") or x.is_cuda) and not _has_triton():
         return "Triton is not installed (torch's CUDA builds for Linux bring it)"
+    if path == "fused":
+        return _obstacle_of_fused(x, weights)
     if x.is_cuda and (x.dtype != torch.bfloat16 or _capability(x.device) not in _GROUPED_PRODUCT):
         return (
             "torch's grouped product is one call in bfloat16 on GPUs of capability 9.0 and 10.0 (H100, B200) only, not "
@@ -141,6 +147,13 @@ def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFacto
     if odd:
         return f"rows of {odd[0]} numbers of {x.element_size()} bytes are no multiple of 16 bytes"
     return None
+
+
+def _obstacle_of_fused(x: Tensor, weights: ExpertWeights) -> str | None:
+    if x.is_cuda and _capability(x.device) < (8, 0):
+        return f"its kernels need a GPU of capability 8.0 (A100), not {'.'.join(map(str, _capability(x.device)))}"
+    odd = [weight.shape[2] for weight in weights if weight.shape[2] % 2]
+    return f"rows of {odd[0]} weights begin inside a byte of two" if odd else None
 
 
 @cache
@@ -253,20 +266,30 @@ class Experts(nn.Module):
             weight.gemv is not None and weight.gemv.serves(hidden_states) for weight in weights
         ):
             return self._forward_gemv(hidden_states, top_k_index, top_k_weights)
-        gate, up, down = (projection.factors(hidden_states.dtype) for projection in projections)
+        masters = [projection.active_masters() for projection in projections]
+        gate, up, down = (pair and pair.b for pair in masters)
+        path = choose_expert_path(hidden_states, top_k_index, weights, ExpertFactors(None, gate, up, None, down))
+        probability = max((pair.dropout for pair in masters if pair is not None), default=0.0)
+        # Drawn from torch's CPU generator, which activation checkpointing restores: recomputation sees the same masks.
+        dropout = Dropout(probability, int(torch.randint(2**31, (), device="cpu"))) if probability > 0.0 else Dropout()
+        operands = hidden_states, top_k_index, top_k_weights, weights, dropout
+        if path == "fused":  # casts the masters itself, where it copies them anyway
+            scales = tuple(1.0 if pair is None else pair.scale for pair in masters)
+            pairs = [(None, None) if pair is None else (pair.a, pair.b) for pair in masters]
+            y: Tensor = FusedLoop.apply(*operands, scales, *chain.from_iterable(pairs))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+            return y
+        return PATHS[path](*operands, *self._factors(hidden_states.dtype))
+
+    def _factors(self, dtype: torch.dtype) -> ExpertFactors:
+        gate, up, down = (projection.factors(dtype) for projection in (self.gate_proj, self.up_proj, self.down_proj))
         a_gate_up = [pair.a for pair in (gate, up) if pair is not None]
-        factors = ExpertFactors(
+        return ExpertFactors(
             torch.cat(a_gate_up, dim=1) if a_gate_up else None,
             gate and gate.b,
             up and up.b,
             down and down.a,
             down and down.b,
         )
-        probability = max((pair.dropout for pair in (gate, up, down) if pair is not None), default=0.0)
-        # Drawn from torch's CPU generator, which activation checkpointing restores: recomputation sees the same masks.
-        dropout = Dropout(probability, int(torch.randint(2**31, (), device="cpu"))) if probability > 0.0 else Dropout()
-        path = PATHS[choose_expert_path(hidden_states, top_k_index, weights, factors)]
-        return path(hidden_states, top_k_index, top_k_weights, weights, dropout, *factors)
 
     def _forward_gemv(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Compute the block for a few tokens without gradients, by the kernel of `GemvStack`."""

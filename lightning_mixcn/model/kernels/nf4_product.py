@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mixcn.model.nf4 import codec as nf4
 
-from .nf4_decode import block_maxima, element_values
+from .nf4_decode import block_maxima
 
 _TILE = nf4.BLOCK  # of W, both ways: a row of a tile is then in one block where `in` is a multiple of 64
 
@@ -66,7 +66,7 @@ def _expert_of(tile, ends, experts, EXPERTS: tl.constexpr, BLOCK_ROWS: tl.conste
 
 @triton.jit
 def _weight_tile(
-    first, row, column, width_out, width_in, codes, scales, super_scale, super_offset, dynamic_code, nf4_code,
+    first, row, column, width_out, width_in, codes, scales, super_scale, super_offset, dynamic_code, table,
     ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Decode W[row, column : column + TILE] to float32; ``first`` is W's first element in its first superblock."""
@@ -79,7 +79,17 @@ def _weight_tile(
         maxima = block_maxima(block, scales, super_scale, super_offset, dynamic_code, row < width_out)[:, None]
     else:
         maxima = block_maxima(element // 64, scales, super_scale, super_offset, dynamic_code, inside)
-    return element_values(pairs, maxima, nf4_code)
+    return _element_values(pairs, maxima, table)
+
+
+@triton.jit
+def _element_values(codes, maxima, table):
+    """Decode as `element_values`, from a table in registers: a load of four bytes in a loop becomes a `cp.async`."""
+    codes = codes.to(tl.int32)
+    size: tl.constexpr = codes.shape[0] * codes.shape[1]
+    earlier = tl.gather(table, tl.reshape(codes >> 4, (size,)), 0)
+    later = tl.gather(table, tl.reshape(codes & 15, (size,)), 0)
+    return tl.interleave(tl.reshape(earlier, codes.shape) * maxima, tl.reshape(later, codes.shape) * maxima)
 
 
 @triton.jit
@@ -99,12 +109,13 @@ def _product(
     column, inner = tl.program_id(1) * TILE, tl.arange(0, TILE)
     width, columns = (width_in, width_out) if TRANSPOSED else (width_out, width_in)
     total = tl.zeros((BLOCK_ROWS, TILE), dtype=tl.float32)
+    table = tl.load(nf4_code + tl.arange(0, 16))
     for start in range(0, width, TILE):
         place, inside = rows + row * width + start + inner[None, :], (row < stop) & (start + inner < width)[None, :]
         left = tl.load(place, mask=inside, other=0.0)
         tile = _weight_tile(
             first, (column if TRANSPOSED else start) + inner, start if TRANSPOSED else column, width_out, width_in,
-            codes, scales, super_scale, super_offset, dynamic_code, nf4_code, ALIGNED, TILE,
+            codes, scales, super_scale, super_offset, dynamic_code, table, ALIGNED, TILE,
         ).to(left.dtype)  # fmt: skip
         total = tl.dot(left, tl.trans(tile) if TRANSPOSED else tile, total, input_precision="ieee")
     place, inside = result + row * columns + column + inner[None, :], (row < stop) & (column + inner < columns)[None, :]

@@ -29,7 +29,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
 from lightning_mixcn.model.mixtral import MixtralForCausalLM
-from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors
+from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors, LoraMasters
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 from lightning_mixcn.model.sharding import copy_to_shard, full_tensor
 
@@ -129,16 +129,37 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
             dtype: Compute dtype.
             groups: Groups whose factors are wanted; the others' are not converted.
         """
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or not names:
+        names = self._used_adapters()
+        if not names:
             return None
         masters = [self.masters(name) for name in names]
-        a = [a[groups].to(dtype) for a, _ in masters]
-        b = [b[groups].to(dtype) * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
-        dropout = max(cast(nn.Dropout, self.lora_dropout[name]).p for name in names) if self.training else 0.0
+        if groups != slice(None):  # indexing with all of them would copy, and their gradients, too
+            masters = [(a[groups], b[groups]) for a, b in masters]
+        a = [a.to(dtype) for a, _ in masters]
+        b = [b.to(dtype) * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
         if len(names) == 1:
-            return LoraFactors(a[0], b[0], dropout)
-        return LoraFactors(torch.cat(a, 1), torch.cat(b, 2), dropout)
+            return LoraFactors(a[0], b[0], self._dropout(names))
+        return LoraFactors(torch.cat(a, 1), torch.cat(b, 2), self._dropout(names))
+
+    def active_masters(self) -> LoraMasters | None:
+        """Return the active adapters' factors side by side, as they train; ``None`` when disabled or merged."""
+        names = self._used_adapters()
+        if not names:
+            return None
+        masters = [self.masters(name) for name in names]
+        if len(names) == 1:
+            return LoraMasters(*masters[0], self.scaling[names[0]], self._dropout(names))
+        b = [b * self.scaling[name] for name, (_, b) in zip(names, masters, strict=True)]
+        return LoraMasters(torch.cat([a for a, _ in masters], 1), torch.cat(b, 2), 1.0, self._dropout(names))
+
+    def _used_adapters(self) -> list[str]:
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _dropout(self, names: list[str]) -> float:
+        """Return the probability that applies now."""
+        return max(cast(nn.Dropout, self.lora_dropout[name]).p for name in names) if self.training else 0.0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` (one group; stacks of experts run in `experts.block`)."""

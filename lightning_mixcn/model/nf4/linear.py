@@ -35,6 +35,22 @@ class LoraFactors(NamedTuple):
     dropout: float
 
 
+class LoraMasters(NamedTuple):
+    """LoRA factors of a stack as they train.
+
+    Args:
+        a: ``[G, R, in]`` float32.
+        b: ``[G, out, R]`` float32.
+        scale: Factor of the product, α/r.
+        dropout: Probability that applies now (0 in evaluation).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
+
+
 class FrozenLinear(nn.Module):
     """``groups`` bias-free linear maps of one shape that are never trained (LoRA trains beside them).
 
@@ -77,6 +93,10 @@ class FrozenLinear(nn.Module):
 
     def factors(self, dtype: torch.dtype, groups: slice = slice(None)) -> LoraFactors | None:
         """Return no LoRA factors; `LoraFrozenLinear.factors`, which PEFT puts in this layer's place, has them."""
+        return None
+
+    def active_masters(self) -> LoraMasters | None:
+        """Return no LoRA factors, as `factors`."""
         return None
 
     def extra_repr(self) -> str:

@@ -25,6 +25,7 @@ from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors, ExpertWei
 from lightning_mixcn.model.experts.routing import route_rows
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from lightning_mixcn.testing import run_distributed
+from tests.model.philox import dropout_mask
 
 HIDDEN, INTERMEDIATE, RANK = 32, 48, 8
 Names = tuple[str, ...]
@@ -52,8 +53,29 @@ def make_inputs(tokens: int, experts: int, top_k: int, dtype: torch.dtype, devic
     return [value.to(device, dtype).requires_grad_() for value, dtype in zip(inputs, dtypes, strict=True)]
 
 
+# (stream, tokens of the rows, rows with padding, width, tensor of the dtype) → the rows' dropout masks.
+Masks = Callable[[int, Tensor, int, int, Tensor], Tensor]
+
+
+def drawn_masks(dropout: Dropout, tokens: int) -> Masks:
+    """Masks of `loop` and `grouped`: of torch's generator, for all tokens, and for the rows of an expert in turn."""
+
+    def masks(stream: int, token: Tensor, rows: int, width: int, like: Tensor) -> Tensor:
+        found = dropout.mask((rows if stream else tokens, width), stream, like)
+        if found is None:
+            return torch.ones_like(like[:1, :1])
+        return found[: len(token)] if stream else found[token]
+
+    return masks
+
+
+def keyed_masks(dropout: Dropout, tokens: int) -> Masks:
+    """Masks of `fused`."""
+    return lambda stream, token, rows, width, like: dropout_mask(token, width, *dropout, stream).to(like)
+
+
 def reference(
-    inputs: list[Tensor], index: Tensor, weights: ExpertWeights, dropout: Dropout, padded: bool = False
+    inputs: list[Tensor], index: Tensor, weights: ExpertWeights, masks: Masks, padded: bool = False
 ) -> Tensor:
     """Σₖ weight·down(silu(gate x)·up x), one dense expert at a time, in the dtype of the inputs."""
     x, routing, a_gate_up, b_gate, b_up, a_down, b_down = inputs
@@ -61,17 +83,15 @@ def reference(
     routed = {
         expert: slice(rows.start, rows.stop) for expert, rows in route_rows(index, len(a_gate_up), padded).experts()
     }
-    mask_x = dropout.mask(x.shape, 0, x)
     decode_gate, decode_up, decode_down = (weight.decoder(torch.float32) for weight in weights)
     for expert, rows in routed.items():
         token, choice = torch.where(index == expert)
-        dropped = x[token] if mask_x is None else x[token] * mask_x[token]
+        dropped = x[token] * masks(0, token, len(x), HIDDEN, x)
         a_gate, a_up = a_gate_up[expert].split(RANK)
         gate = x[token] @ decode_gate(expert).to(dtype).t() + dropped @ (b_gate[expert] @ a_gate).t()
         up = x[token] @ decode_up(expert).to(dtype).t() + dropped @ (b_up[expert] @ a_up).t()
         h = F.silu(gate) * up
-        mask_h = dropout.mask((rows.stop - rows.start, INTERMEDIATE), 1 + expert, h)
-        h_dropped = h if mask_h is None else h * mask_h[: len(token)]
+        h_dropped = h * masks(1 + expert, token, rows.stop - rows.start, INTERMEDIATE, h)
         out = h @ decode_down(expert).to(dtype).t() + h_dropped @ (b_down[expert] @ a_down[expert]).t()
         y = y.index_add(0, token, routing[token, choice, None] * out)
     return y
@@ -94,7 +114,7 @@ CASES = [
 # Norm of the error over the norm of the truth: a few units in the last place (2⁻²⁴, 2⁻⁹) for a chain of products.
 FLOAT32, BFLOAT16 = (torch.float32, 1e-5), (torch.bfloat16, 2e-2)
 # `grouped` decodes to 16 bits or not as `loop` does; `decode` meets dense weights never, and Triton's interpreter
-# multiplies bfloat16 as integers.
+# multiplies bfloat16 as integers and cuts it off instead of rounding.
 RUNS = [
     ("loop", "none", FLOAT32), ("loop", "none", BFLOAT16), ("loop", "nf4", FLOAT32), ("loop", "nf4", BFLOAT16),
     ("grouped", "none", FLOAT32), ("grouped", "none", BFLOAT16), ("grouped", "nf4", BFLOAT16),
@@ -121,7 +141,8 @@ def check(
     y = PATHS[path](inputs[0], index, inputs[1], weights, dropout, *inputs[2:])
     y.backward(upstream)
     exact = [value.detach().double().requires_grad_() for value in inputs]
-    expected = reference(exact, index, weights, dropout, padded)
+    masks = (keyed_masks if path == "fused" else drawn_masks)(dropout, tokens)
+    expected = reference(exact, index, weights, masks, padded)
     expected.backward(upstream.double())
     assert relative_error(y, expected) <= tolerance, "output"
     for name, value, truth in zip(NAMES, inputs, exact, strict=True):
@@ -130,8 +151,12 @@ def check(
         assert relative_error(value.grad, truth.grad) <= tolerance, name
 
 
-@pytest.mark.parametrize(("path", "quantization", "precision"), RUNS)
-@pytest.mark.parametrize("probability", [0.0, 0.3])
+RUNS_WITH_DROPOUT = [(*run, probability) for run in RUNS for probability in (0.0, 0.3)] + [
+    ("fused", "nf4", FLOAT32, 0.3)  # without dropout: test_fused.py
+]
+
+
+@pytest.mark.parametrize(("path", "quantization", "precision", "probability"), RUNS_WITH_DROPOUT)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_dense_float64(
     case: tuple[str, int, int, int],
@@ -140,15 +165,19 @@ def test_gradients_equal_dense_float64(
     quantization: str,
     path: str,
 ) -> None:
-    if path == "decode":
-        pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("Triton's interpreter is off; on a GPU, test_gradients_on_a_gpu has this path")
+    if path in ("fused", "decode"):
+        needs_interpreter()
     check(path, case, quantization, precision, probability, "cpu", path == "loop" and precision == BFLOAT16)
 
 
+def needs_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off; on a GPU, test_gradients_on_a_gpu has this path")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["loop", "grouped", "decode"])
+@pytest.mark.parametrize("path", ["loop", "fused", "grouped", "decode"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("probability", [0.0, 0.3])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -160,8 +189,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth.detach()).norm() / truth.detach().norm().clamp_min(1e-12))
 
 
-@pytest.mark.parametrize("path", ["loop", "grouped"])
+@pytest.mark.parametrize("path", ["loop", "fused", "grouped"])
 def test_a_projection_without_adapter(path: str) -> None:
+    if path == "fused":
+        needs_interpreter()
     torch.manual_seed(0)
     weights, inputs = make_weights(4, "none", torch.float32), make_inputs(9, 4, 2, torch.float32)
     index = chosen("random", 9, 4, 2)
@@ -171,12 +202,14 @@ def test_a_projection_without_adapter(path: str) -> None:
     with torch.no_grad():
         padded = [inputs[0], inputs[1], torch.cat([torch.zeros_like(a_up), a_up], 1)]
         padded += [torch.zeros_like(inputs[3]), inputs[4], torch.zeros_like(inputs[5]), torch.zeros_like(inputs[6])]
-        torch.testing.assert_close(y, reference(padded, index, weights, Dropout()))
+        torch.testing.assert_close(y, reference(padded, index, weights, drawn_masks(Dropout(), 9)))
     assert a_up.grad is not None
 
 
-@pytest.mark.parametrize("path", ["loop", "grouped"])
+@pytest.mark.parametrize("path", ["loop", "fused", "grouped"])
 def test_an_input_that_needs_no_gradient(path: str) -> None:
+    if path == "fused":
+        needs_interpreter()
     torch.manual_seed(0)
     weights, inputs = make_weights(4, "nf4", torch.float32), make_inputs(9, 4, 2, torch.float32)
     index = chosen("random", 9, 4, 2)
@@ -207,7 +240,7 @@ def test_on_the_cpu_it_is_the_loop() -> None:
     assert chosen_path() == "loop"
 
 
-@pytest.mark.parametrize("path", ["loop", "grouped", "decode"])
+@pytest.mark.parametrize("path", ["loop", "fused", "grouped", "decode"])
 def test_the_environment_decides(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -216,7 +249,7 @@ def test_the_environment_decides(path: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("interpreter", "triton", "message"), [("0", True, "runs on a GPU, not on cpu"), ("1", False, "not installed")]
+    ("interpreter", "triton", "message"), [("0", True, "on a GPU, not on cpu"), ("1", False, "not installed")]
 )
 def test_a_kernel_that_cannot_run(
     interpreter: str, triton: bool, message: str, monkeypatch: pytest.MonkeyPatch
@@ -254,7 +287,7 @@ def on_gpu(x: Tensor) -> Any:
 
 def test_an_unknown_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "fast")
-    with pytest.raises(ValueError, match=r"`MIXCN_EXPERT_PATH='fast'` .* loop, grouped, decode"):
+    with pytest.raises(ValueError, match=r"`MIXCN_EXPERT_PATH='fast'` .* loop, fused, grouped, decode"):
         chosen_path()
 
 
