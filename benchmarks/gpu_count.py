@@ -87,11 +87,8 @@ class Counted:
 
 
 _COMPARED = [(4096, "selective", 0.05), (4096, "selective", 0.0), (32768, "full", 0.0)]
-CASES = [
-    *(Case(*setting, path) for path in PATHS for setting in _COMPARED),
-    Case(8192, "full", 0.0),
-    Case(32768, "full", 0.05),
-]
+_TRAINING = [*_COMPARED, (32768, "full", 0.05), (8192, "full", 0.0)]
+CASES = [Case(*setting, path) for path in PATHS for setting in (_TRAINING if path in ("loop", "fused") else _COMPARED)]
 
 
 def count(case: Case, **sizes: int | None) -> Counted:

@@ -1,6 +1,7 @@
 """A step on a GPU by count: operations against a formula by hand, bytes and launches of known operations."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def test_operations_are_those_of_a_formula(gpu_count: Any, memory: str, path: st
     counted = gpu_count.count(tiny(gpu_count, memory, path), **SIZES)
     assert sum(work.flops * times for work, times in counted.layer.items()) == layer_flops(memory)
     assert all(times > 0 for times in counted.layer.values())
+
+
+def test_the_fused_path_decodes_on_a_second_stream(gpu_count: Any) -> None:
+    counted = gpu_count.count(tiny(gpu_count, path="fused", dropout=0.1), **SIZES)
+    # The Bs of gate and up are one matrix, half of which is zeros: 2R columns for 2I rows, forward and backward.
+    zeros = 2 * T * K * R * 2 * I
+    assert sum(work.flops * times for work, times in counted.layer.items()) == layer_flops("none") + 2 * zeros
+    codes_and_scales = H * I // 2 + H * I // 64 + H * I // 16384 * 8
+    gate_or_up = codes_and_scales + I * (H + 2 * R) * 2 + I * R * 4  # [W | B] in bfloat16, B in float32
+    down = codes_and_scales + H * (I + R) * 2 + H * R * 4
+    beside = [(work.name, work.bytes) for work in counted.layer.elements() if work.side]
+    assert Counter(beside) == {("decode_operand", gate_or_up): 2 * 2 * E, ("decode_operand", down): 2 * E}
+    gathered = [work.bytes for work in counted.layer.elements() if work.name == "gather_rows"]
+    rows, tokens = T * K // E * H * 2, T * K // E * 8
+    # x as it is and after dropout; in backward the gradient, and x after dropout.
+    assert sorted(gathered) == sorted(E * [3 * rows + tokens] + 2 * E * [2 * rows + tokens])
 
 
 def test_the_rest_has_head_and_optimizer(gpu_count: Any) -> None:
