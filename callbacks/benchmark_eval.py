@@ -1,6 +1,5 @@
 """How the model does on benchmarks, while it trains."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from lightning_mixcn.studies.task_scores import (
 )
 from lightning_mixcn.studies.tasks import Benchmarks, load_benchmarks, split_names
 
-from .host import causal_lm
+from .host import StepRecords, causal_lm
 from .samples import run_tokenizer
 
 
@@ -82,9 +81,9 @@ class BenchmarkEval(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the start of a run; a resumed one goes on."""
+        if trainer.is_global_zero:
+            _records(trainer).start(trainer.global_step)
         if trainer.global_step == 0:
-            if trainer.is_global_zero:
-                _file(trainer).unlink(missing_ok=True)
             self._evaluate(trainer, pl_module)
         self._evaluated_at = trainer.global_step
 
@@ -127,14 +126,8 @@ class BenchmarkEval(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        _append(_file(trainer), {"step": trainer.global_step, "tasks": figures})
+        _records(trainer).append(trainer.global_step, [{"tasks": figures}])
 
 
-def _file(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir, "benchmarks.jsonl")
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+def _records(trainer: Trainer) -> StepRecords:
+    return StepRecords(Path(trainer.default_root_dir, "benchmarks.jsonl"))

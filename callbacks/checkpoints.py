@@ -17,7 +17,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.arguments import Between, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import naming_output, owned, remove_leftovers, replace_link, unfinished_path
+from lightning_mixcn.files.atomic import (
+    naming_output,
+    owned,
+    remove_leftovers,
+    removed_after_error,
+    replace_link,
+    unfinished_path,
+)
 from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
@@ -152,10 +159,11 @@ class StepCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
         # Other callbacks write while the state is collected: a run that is killed then was writing a checkpoint.
         with naming_output(path), owned(path) if trainer.is_global_zero else nullcontext():
-            self._summing = True
-            trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
-            self._summing = False
-            publish(unfinished_path(path), path)
+            with removed_after_error(unfinished_path(path)):
+                self._summing = True
+                trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
+                self._summing = False
+                publish(unfinished_path(path), path)
             # Before ModelCheckpoint removes the oldest, which may be what it points to.
             self._link_checkpoint(trainer, filepath, str(last))
         self._last_global_step_saved = trainer.global_step

@@ -1,11 +1,15 @@
-"""Check the module that a callback of this package runs in, and the names of the files that it writes."""
+"""What callbacks have in common: a module that is checked, names of files that are checked, records of steps."""
 
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import append_lines, keep_lines
 from lightning_mixcn.modules import CausalLMModule
 
 # Files that a run may write into its folder, by whichever callback, and with its folders all names that are taken.
@@ -70,3 +74,38 @@ def causal_lm(callback: Callback, module: LightningModule) -> CausalLMModule:
             "Subclass CausalLMModule, or leave the callback out"
         )
     return module
+
+
+class StepRecords:
+    """JSON Lines in a run's folder, in which every step is there once, however often the run is resumed.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def start(self, step: int) -> None:
+        """Begin or go on: remove what a resumed run will write again.
+
+        Args:
+            step: Optimizer steps done; 0 begins a new file.
+        """
+        if step == 0:
+            self._path.unlink(missing_ok=True)
+        elif self._path.exists():
+            keep_lines(self._path, lambda line: _step(line) <= step)
+
+    def append(self, step: int, records: Iterable[dict[str, Any]]) -> None:
+        """Add records of a step, a line each."""
+        lines = [json.dumps({"step": step, **record}, ensure_ascii=False, default=str) for record in records]
+        append_lines(self._path, [f"{line}\n" for line in lines])
+
+
+def _step(line: str) -> float:
+    """Return the step of a line, or infinity where a stranger has written it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return float("inf")

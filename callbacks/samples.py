@@ -1,6 +1,5 @@
 """Text that the model writes while it trains: when, how, and where it is kept."""
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 
-from .host import causal_lm, plain_name
+from .host import StepRecords, causal_lm, plain_name
 
 Temperature = Annotated[float, Between(0, 100, "(0 for greedy)")]
 Penalty = Annotated[float, Between(0, 100, "(1 for none)", excluded=(0,))]
@@ -64,9 +63,9 @@ class PeriodicSampling(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the start of a run; a resumed one goes on."""
+        if trainer.is_global_zero:
+            self._records(trainer).start(trainer.global_step)
         if trainer.global_step == 0:
-            if trainer.is_global_zero:
-                self._path(trainer).unlink(missing_ok=True)
             self._sample(trainer, pl_module)
         self._sampled_at = trainer.global_step
 
@@ -124,11 +123,7 @@ class PeriodicSampling(Callback):
         """
         if not trainer.is_global_zero:
             return
-        path = self._path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps({"step": trainer.global_step, **record}, ensure_ascii=False) + "\n")
+        self._records(trainer).append(trainer.global_step, records)
         for logger in trainer.loggers:
             if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
                 for tag, text in texts.items():
@@ -138,8 +133,8 @@ class PeriodicSampling(Callback):
         self._sampled_at = trainer.global_step
         self.sample(trainer, causal_lm(self, pl_module))
 
-    def _path(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir, self._file)
+    def _records(self, trainer: Trainer) -> StepRecords:
+        return StepRecords(Path(trainer.default_root_dir, self._file))
 
 
 def run_tokenizer(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:

@@ -1,13 +1,14 @@
 """Tokens of each expert as a file, a figure and tags of TensorBoard."""
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.files.atomic import append_lines, keep_lines
 from lightning_mixcn.metrics.expert_load import LoadSums, shares
 
 
@@ -63,18 +64,16 @@ class ExpertLoadFile:
         if lines and lines[0].step <= self._started_at:
             # Lightning repeats the validation of the step that a run is resumed from, or not: it depends on where.
             self._keep(lambda at, stage: (at, stage) != lines[0][:2])
-        with self._path.open("a", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        append_lines(self._path, [text.getvalue()])
 
     def _keep(self, is_kept: Callable[[int, str], bool]) -> None:
-        before = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
-        kept = []
-        for line in before[1:]:
+        def is_ours(line: str) -> bool:
             step, stage, _ = line.split(",", 2) if line.count(",") > 1 else ("", "", "")
-            # A kill can leave half a line.
-            if line.endswith("\n") and step.isdigit() and is_kept(int(step), stage):
-                kept.append(line)
-        write_text(self._path, _HEADER + "".join(kept))
+            return step.isdigit() and is_kept(int(step), stage)
+
+        keep_lines(self._path, is_ours, _HEADER)
 
 
 _BRIGHTEST = 2.0  # uniform shares; above it, colours are alike, so that one busy expert does not darken all others

@@ -27,6 +27,7 @@ _NOISE = (
     "a dict with",
 )
 _OPTIONS = ("config", "model", "data", "trainer", "seed_everything", "ckpt_path", "plan", "overwrite", "weights_only")
+_NO_MAPPING = re.compile(r"'\w+' object has no attribute 'keys'")
 _UNKNOWN_CLASS = "Expected a dot import path string: "
 _REMOVED_CLASSES = {"RankWatch": "gone, since torch and the launchers end all ranks when one dies. Leave it out"}
 
@@ -59,8 +60,10 @@ def readable(message: str) -> str:
         for name, why in _REMOVED_CLASSES.items():
             if name in line:
                 return f"{name} is {why}"
-        kept.append(line)
+        kept.append(_NO_MAPPING.sub("expected a mapping as `init_args`", line))
     text = " ".join(kept)
+    if text.endswith(":"):  # it says no more than that this is no class
+        text += " expected the name of a class, or a mapping of `class_path` and `init_args` with no other key"
     return text + _meant(text)
 
 
@@ -70,14 +73,18 @@ def _known_classes() -> list[str]:
 
 def _meant(message: str) -> str:
     """Return the option that was probably meant by an unknown one, as words to follow the message."""
-    unknown = re.search(r"(?:Option|option|Key|key) '([^']+)' is not|does not accept option '([^']+)'", message)
-    typed = re.search(r"unrecognized arguments: --([^\s=]+)", message)
-    if typed is not None or (unknown is not None and unknown[2]):
-        name = typed[1] if typed is not None else unknown[2]  # type: ignore[index]  # one of them is there
-        trainer = (f"trainer.{each}" for each in inspect.signature(Trainer.__init__).parameters)
-        return did_you_mean(name, [*_OPTIONS, *trainer]) or did_you_mean(name.partition(".")[0], _OPTIONS)
+    unknown = re.search(
+        r"(?:[Oo]ption|[Kk]ey) '([^']+)' is not|does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)",
+        message,
+    )
+    if unknown is None:
+        return ""
+    name = next(filter(None, unknown.groups()))
     classes = re.findall(r"class_path '([\w.]+)'", message)
-    return did_you_mean(unknown[1], _parameters(classes[-1])) if unknown is not None and classes else ""
+    if classes:
+        return did_you_mean(name, _parameters(classes[-1]))
+    trainer = (f"trainer.{each}" for each in inspect.signature(Trainer.__init__).parameters)
+    return did_you_mean(name, [*_OPTIONS, *trainer]) or did_you_mean(name.partition(".")[0], _OPTIONS)
 
 
 def _parameters(class_path: str) -> set[str]:

@@ -1,51 +1,19 @@
 """The settings of a run as they are given, made consistent before anything is made of them."""
 
 import os
-import re
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from lightning_mixcn.arguments import check_arguments
-from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.configuration import check_yaml, read_configuration
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.masking import MASK, without_secrets
 from lightning_mixcn.model.vocabulary import tokenizer_for
-from lightning_mixcn.modules.checks import RunSettings, TrainerArguments
+from lightning_mixcn.modules.run_settings import RunSettings, TrainerArguments
 from lightning_mixcn.modules.state import adapter_folder
-
-
-def config_path(name: str) -> str:
-    """Return the file of a configuration that is named on the command line.
-
-    Args:
-        name: Path, URL or content of a configuration, which is returned as it is; or, where there is no such file, the
-            name of one that this package carries, such as ``demo``, ``trainer/fsdp2.yaml`` or ``configs/demo.yaml``.
-
-    Raises:
-        FileNotFoundError: neither a file nor such a name.
-        ValueError: the file, or the content, is not YAML that can be used.
-    """
-    path = os.path.expanduser(name)
-    if os.path.isfile(path):
-        read_configuration(Path(path), f"--config {name}")
-    elif re.search(r"[{\n]", name):
-        check_yaml(name, "--config")
-    if re.search(r"[:{\n]", name) or (os.path.exists(path) and not os.path.isdir(path)):  # a pipe is no regular file
-        return name
-    folder = Path(str(files("lightning_mixcn.configs")))
-    carried = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-    found = carried.get(name.removeprefix("configs/").removesuffix(".yaml"))
-    if found is None:
-        raise MissingFileError(
-            f"`--config {name}` is no file, and no configuration of this package. Give a path, or one of "
-            f"{', '.join(carried)}"
-        )
-    return str(found)
 
 
 def check_run_settings(settings: Any) -> None:
@@ -61,6 +29,10 @@ def check_run_settings(settings: Any) -> None:
     if not isinstance(settings.trainer, Namespace):
         raise UserError(f"`trainer={settings.trainer!r}`: expected a mapping, e.g. {{max_steps: 1000}}")
     check_arguments(TrainerArguments, vars(settings.trainer), "trainer.")
+    lora = _arguments(settings, "model").get("lora")
+    kind = _arguments({"lora": lora}, "lora").get("peft_type") if isinstance(lora, Namespace) else None
+    if kind not in (None, "LORA"):  # PEFT writes its own over it
+        raise UserError(f"`lora.peft_type={kind!r}`: expected LORA. Leave it out")
 
 
 def expand_home(settings: Any) -> None:

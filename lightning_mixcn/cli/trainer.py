@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]  # its __all__ is computed
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -38,10 +38,12 @@ from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.modules import CausalLMModule
-from lightning_mixcn.modules.checks import check_precision, make_optimizer, make_scheduler
+from lightning_mixcn.modules.checks import make_optimizer, make_scheduler
+from lightning_mixcn.modules.run_settings import check_precision
 from lightning_mixcn.modules.strategies import check_strategy
 
 from .messages import libraries_in_one_line, readable
+from .parser import ConfigOption, ConfigurationParser, check_what_is_loaded
 from .plan import RunPlan
 from .run_folder import (
     CONFIG,
@@ -56,7 +58,6 @@ from .run_folder import (
 )
 from .settings import (
     check_run_settings,
-    config_path,
     expand_home,
     fetch_tokenizer,
     forget_tokenizer,
@@ -118,15 +119,6 @@ class RunConfig(SaveConfigCallback):
                 add_text("config", f"```yaml\n{text}```")
 
 
-class ConfigOption(ActionConfigFile):
-    """Reads a configuration by its path or by its name."""
-
-    @staticmethod
-    def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
-        """Find the file, and read it as jsonargparse does."""
-        ActionConfigFile.apply_config(parser, cfg, dest, config_path(value))
-
-
 class MixcnCLI(LightningCLI):
     """LightningCLI that knows this project's modules by their short names and keeps a run in one folder.
 
@@ -146,6 +138,7 @@ class MixcnCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
+            parser_class=ConfigurationParser,
             parser_kwargs={"prog": "mixcn", **_PARSING}
             | {command: {"prog": f"mixcn {command}", **_PARSING} for command in self.subcommands()},
             args=args,
@@ -166,7 +159,13 @@ class MixcnCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; LightningCLI's own also warns that the arguments might come from Python."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:  # of a file that is named in place of a part, or of a pipe
+            raise UserError(
+                f"a configuration is not UTF-8 (byte {error.start:,} is 0x{error.object[error.start]:02x}). Save it as "
+                "UTF-8"
+            ) from error
         check_run_settings(self.config[self.config.subcommand])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -374,6 +373,7 @@ def run_trainer(arguments: list[str]) -> None:
     """
     _quieten()
     set_parsing_settings(add_print_completion_argument=True)
+    check_what_is_loaded()
     try:
         MixcnCLI(arguments)
     except argparse.ArgumentError as error:

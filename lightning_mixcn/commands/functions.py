@@ -159,7 +159,7 @@ def _items(name: str, text: str) -> list[str]:
         return [text]
     try:
         items = yaml.load(text, yaml.BaseLoader)  # it leaves `no` a string
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         items = None
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise UserError(f"`{name}={text}` is no list. Give its items one by one, or as [a, b]")

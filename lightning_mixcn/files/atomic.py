@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -103,6 +103,16 @@ def new_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def removed_after_error(unfinished: Path) -> Iterator[None]:
+    """Remove a hidden file or folder if its writing ends early: the disk may be full, and the space is needed."""
+    try:
+        yield
+    except BaseException:
+        _delete(unfinished)
+        raise
+
+
+@contextmanager
 def scratch_folder(name: Path) -> Iterator[Path]:
     """Have a hidden folder that is removed in the end, and after a kill by the next one of this name.
 
@@ -129,12 +139,50 @@ def write_json(path: Path, content: Any, *, indent: int = 2, sort_keys: bool = F
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent, sort_keys=sort_keys) + "\n")
 
 
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a text file, after its last whole one: a kill, or a full disk, leaves half of a line.
+
+    Args:
+        path: The file; it and its folder are made if need be.
+        lines: Each with its line feed.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    with naming_output(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write("".join(lines).encode())
+
+
+def keep_lines(path: Path, is_kept: Callable[[str], bool], header: str = "") -> None:
+    """Remove lines from a text file in one step, half of a line at its end too; other lines stay as they are.
+
+    Args:
+        path: The file; without one there are no lines.
+        is_kept: Function of a line, which tells whether it stays.
+        header: First line, which is not asked for, and is made if need be.
+    """
+    # Half of a character, at the end of half of a line, is no UTF-8.
+    before = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    lines = [f"{line}\n" for line in before.split("\n")[:-1]][1 if header else 0 :]
+    write_text(path, header + "".join(line for line in lines if is_kept(line)))
+
+
 def check_output(out: Path) -> None:
     """Raise FileExistsError unless a folder can be made (absent, or an empty folder)."""
     if out.is_dir() and any(out.iterdir()):
         raise ExistingFileError(f"{str(out)!r} is a folder that is not empty. Delete it or choose another output")
     if out.exists() and not out.is_dir():
         raise ExistingFileError(f"{str(out)!r} is a file, expected a new folder. Delete it or choose another output")
+    if os.path.ismount(out):
+        raise ExistingFileError(
+            f"{str(out)!r} is the top of a file system, with no room beside it. Give a folder in it"
+        )
 
 
 def check_replaceable(out: Path, replace: Collection[str]) -> None:

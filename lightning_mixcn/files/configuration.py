@@ -48,9 +48,11 @@ def check_yaml(text: str, argument: str) -> None:
         argument: Argument that gave it, for messages.
 
     Raises:
-        ValueError: it is not YAML, or has a key twice, of which loaders keep the last; two documents; nesting that no
-            configuration has; or an alias that leads to itself or multiplies to too many values.
+        ValueError: it is too long or not YAML, or has a key twice, of which loaders keep the last; two documents;
+            nesting that no configuration has; or an alias that leads to itself or multiplies to too many values.
     """
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"`{argument}` has {len(text):,} characters, expected at most {_MOST_BYTES:,}")
     reader = _Reader(argument)
     try:
         for event in yaml.parse(text, yaml.SafeLoader):

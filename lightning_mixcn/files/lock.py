@@ -20,8 +20,12 @@ _warned: set[Path] = set()
 
 
 def lock_path(out: Path) -> Path:
-    """Return the hidden file, beside an output, whose lock is the output's."""
-    return out.with_name(f".{out.name}.lock")
+    """Return the hidden file whose lock is an output's: beside it, but in the top folder of a file system.
+
+    What such a folder lies in is another file system, and often cannot be written.
+    """
+    name = f".{out.name}.lock"
+    return out / name if os.path.ismount(out) else out.with_name(name)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from .checkpoints import check_before_loading
 from .checks import check_optimizer
 from .memory import budgeted_modes
 from .resume import ConfiguredOptimization
+from .run_settings import check_activation_settings, check_precision, check_trainer
 from .schedule import WarmupCosine, known_length, scheduled
 from .state import SavedStateModule, adapter_folder, make_plain
 from .step import (
@@ -107,7 +108,7 @@ class CausalLMModule(SavedStateModule):
         self.given_tokenizer, self.new_rows = tokenizer, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.router_aux_loss_coef = router_aux_loss_coef
-        run_checks.check_activation_settings(activation_checkpointing, activation_memory)
+        check_activation_settings(activation_checkpointing, activation_memory)
         self.activation_memory = activation_memory
         # Once the model is there and `activation_memory` is given, a mode for each layer.
         self.activation_checkpointing: str | list[str] = activation_checkpointing
@@ -191,9 +192,9 @@ class CausalLMModule(SavedStateModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy or precision that cannot be used; have checkpoints checked."""
-        run_checks.check_trainer(self.trainer)
+        check_trainer(self.trainer)
         check_strategy(self.trainer.strategy)
-        run_checks.check_precision(self.trainer.precision)
+        check_precision(self.trainer.precision)
         check_before_loading(self.trainer, self.check_checkpoint)
 
     @property

@@ -512,6 +512,7 @@ def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, module: P
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob(".*")), "what was written takes the space that the next try needs"
 
 
 def test_names_of_folders() -> None:

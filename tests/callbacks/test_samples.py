@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
@@ -144,6 +145,25 @@ def test_before_during_and_after(tmp_path: Path, module: PretrainModule, trainer
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"samples/0/text_summary", "samples/1/text_summary"} <= set(events.Tags()["tensors"])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")  # a stand-in
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # as in every resumed run
+def test_a_resumed_run_has_every_step_once(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    """As after a kill in the middle of the line of step 3, whose checkpoint was that of step 2."""
+    whole = SampleText(["ab", "中"], every_n_steps=1, max_new_tokens=3)
+    saver = ModelCheckpoint(str(tmp_path), filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer(max_steps=4, callbacks=[whole, saver], enable_checkpointing=True).fit(module, batches())
+    want = (tmp_path / "samples.jsonl").read_bytes()
+    lines = want.splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    (tmp_path / "samples.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:-9] + b"\xe4")
+    again = PretrainModule(module.base, dtype="float32", lora=module.lora)
+    resumed = SampleText(["ab", "中"], every_n_steps=1, max_new_tokens=3)
+    trainer(max_steps=4, callbacks=[resumed, saver], enable_checkpointing=True).fit(
+        again, batches(), ckpt_path=str(tmp_path / "step=2.ckpt"), weights_only=True
+    )
+    assert (tmp_path / "samples.jsonl").read_bytes() == want
 
 
 def test_they_are_the_model_s_greedy_continuation(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:

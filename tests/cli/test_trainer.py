@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.cli.settings import config_path
+from lightning_mixcn.cli.parser import config_path
 
 
 def write_source(path: Path, sentence: str, documents: int = 40) -> Path:
@@ -183,6 +183,7 @@ def change(config: dict[str, Any], path: str, value: Any) -> None:
     [
         ("model.init_args.bsae", "x", "Option 'bsae' is not accepted (did you mean 'base'?)"),
         ("model.init_args.lora.rank", 4, "Option 'rank' is not accepted"),
+        ("model.init_args.lora.peft_type", "LORE", "`lora.peft_type='LORE'`: expected LORA. Leave it out"),
         (
             "model.class_path",
             "PretrainModul",

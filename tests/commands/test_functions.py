@@ -147,6 +147,7 @@ def test_a_list_that_may_be_null(given: str, expected: list[str] | None) -> None
         (["chat", "x", "--temprature=1"], "--temprature=1 (did you mean '--temperature'?); see mixcn chat --help"),
         (["upcycle", "a", "b", "--noise=-1"], "`noise=-1.0`: expected at least 0"),
         (["vocab", "train", "[a", "--out=b"], "`corpus=[a` is no list"),
+        (["vocab", "train", "[" * 3000, "--out=b"], "[[[` is no list"),
         (["vocab", "train", "[a, [b]]", "--out=b"], "`corpus=[a, [b]]` is no list"),
     ],
 )

@@ -14,6 +14,8 @@ import pytest
 
 from lightning_mixcn.files import atomic
 from lightning_mixcn.files.atomic import (
+    append_lines,
+    keep_lines,
     move_into_place,
     new_file,
     new_folder,
@@ -37,6 +39,33 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
         write_text(path, text)
         assert path.read_text(encoding="utf-8") == text
     assert tree(path.parent) == ["file.txt"]
+
+
+def test_lines_follow_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    append_lines(path, ["一\n", "2\n"])
+    append_lines(path, ["3\n"])
+    assert path.read_text(encoding="utf-8") == "一\n2\n3\n"
+    for half in ("半".encode()[:2], b"half", b"\x00" * 5000):
+        with path.open("ab") as file:  # as a kill leaves it
+            file.write(half)
+        append_lines(path, ["4\n"])
+        assert path.read_text(encoding="utf-8") == "一\n2\n3\n4\n"
+        path.write_bytes(path.read_bytes()[:-2])
+    path.write_bytes(b"half of the only one")
+    append_lines(path, ["1\n"])
+    assert path.read_bytes() == b"1\n"
+
+
+def test_lines_that_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "lines.csv"
+    keep_lines(path, lambda line: True, "header\n")
+    assert path.read_bytes() == b"header\n"
+    path.write_bytes("header\n一\u2028\n2\n三\n半".encode()[:-1])
+    keep_lines(path, lambda line: line != "2\n", "header\n")
+    assert path.read_text(encoding="utf-8") == "header\n一\u2028\n三\n"
+    keep_lines(path, lambda line: line == "三\n")
+    assert path.read_text(encoding="utf-8") == "三\n"
 
 
 def test_json_is_written_as_readable_text(tmp_path: Path) -> None:
@@ -263,6 +292,24 @@ def test_a_folder_that_cannot_be_written_names_the_output(tmp_path: Path) -> Non
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match=r"/a' cannot be written: Permission denied. Choose another output"):
         write_text(tmp_path / "a", "text")
+
+
+def test_the_top_of_a_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not renamed, and where it lies cannot be written: by root, in this test, neither can be tried."""
+    top = tmp_path / "disk"
+    top.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == top)
+    with owned(top):
+        assert tree(tmp_path) == ["disk", "disk/.disk.lock"]
+    assert tree(tmp_path) == ["disk"]
+    with (
+        pytest.raises(FileExistsError, match="is the top of a file system, with no room"),
+        new_folder(top),
+    ):
+        pass
+    with new_folder(top / "in it"):
+        pass
+    assert tree(tmp_path) == ["disk", "disk/in it"]
 
 
 def test_a_full_disk_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import yaml
 from lightning_mixcn.commands import process as commands
 from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import new_file, write_json, write_text
+from lightning_mixcn.files.lock import lock_path
 from lightning_mixcn.studies.parts import check_settings, say
 from lightning_mixcn.studies.tables import csv_text
 from lightning_mixcn.studies.tasks import require_harness
@@ -137,7 +138,10 @@ class _Study:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _STUDY).is_file():
+    # What is there of its own accord in the top folder of a file system, and this process's lock.
+    expected = ("lost+found", lock_path(folder.absolute()).name)
+    there = folder.is_dir() and any(path.name not in expected for path in folder.iterdir())
+    if there and not (folder / _STUDY).is_file():
         raise ExistingFileError(f"`out={str(folder)!r}` is a folder with something else in it. Choose another")
     if folder.exists() and not folder.is_dir():
         raise ExistingFileError(f"`out={str(folder)!r}` is a file, expected a folder. Choose another")

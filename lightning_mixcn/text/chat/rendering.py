@@ -20,6 +20,7 @@ from typing import Any
 CPU_SECONDS = 5.0
 _MEMORY_BYTES = 1 << 29  # beyond what the process has when it begins
 _MOST_CHARACTERS = 1 << 26  # of a text
+_MOST_SAID = 300  # characters of what the process said last
 
 
 class RenderingFailed(Exception):  # noqa: N818  # reads as what happened
@@ -90,7 +91,7 @@ class RenderingProcess:
                 [sys.executable, "-P", str(Path(__file__).resolve())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,
             )
@@ -98,10 +99,13 @@ class RenderingProcess:
 
     def _ended(self, process: subprocess.Popen[bytes]) -> str:
         code = process.wait()
+        assert process.stderr is not None
+        said = process.stderr.read().decode(errors="replace").split("\n")
         self.close()
         if code == -signal.SIGPROF:
             return f"it took more than {CPU_SECONDS:g} seconds. Does it loop without end?"
-        return f"it ended the process that rendered it (exit code {code}). Is it nested too deeply, or too large?"
+        last = next((f": {line.strip()[:_MOST_SAID]}" for line in reversed(said) if line.strip()), "")
+        return f"it ended the process that rendered it (exit code {code}{last}). Is it nested too deeply, or too large?"
 
 
 _processes: dict[int, RenderingProcess] = {}
@@ -145,6 +149,8 @@ def _answer(request: Mapping[str, Any], render: Any) -> dict[str, str]:
 
 
 def _serve() -> None:
+    os.set_blocking(2, False)  # nobody reads it before the process ends, and a pipe has 64 kB
+
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()

@@ -122,7 +122,9 @@ def open_file(path: str | Path) -> Iterator[IO[bytes]]:
             yield data
     else:
         system, remote = _file_system(path, "path")
-        with system.open(remote, "rb") as data:
+        with _naming(path):
+            opened = system.open(remote, "rb")
+        with opened as data:
             yield data
 
 
@@ -138,6 +140,7 @@ def identify(path: str | Path) -> dict[str, int | str]:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: The driver of an URL cannot reach it.
     """
     if isinstance(path, Path):
         stat = path.stat()
@@ -146,7 +149,8 @@ def identify(path: str | Path) -> dict[str, int | str]:
         member = _member_of(*inside)
         return {**identify(inside[0]), "member_crc": member.CRC, "size": member.file_size}
     system, remote = _file_system(path, "path")
-    known = system.info(remote)
+    with _naming(path):
+        known = system.info(remote)
     identity: dict[str, int | str] = {key: str(known[key]) for key in _IDENTITY_KEYS if known.get(key) is not None}
     return {**identity, "size": int(known.get("size") or 0)}
 
@@ -162,16 +166,21 @@ def list_zip(archive: str | Path, place: str) -> dict[str, str]:
         Name of each member, and its path for `open_file` and `identify`.
 
     Raises:
-        ValueError: The archive is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The archive is damaged, or cannot be read.
     """
     try:
         members, _ = _directory(archive)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"`{place}.path`: `{archive}` is not there. Give an archive that is") from error
     except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, UnicodeError) as error:
         example = f"{str(archive).rpartition('/')[0] or '.'}/*.jsonl"
         raise UserError(
             f"`{place}.path`: `{archive}` is not a readable zip archive: {error}. "
             f"Get it again, or give a glob that leaves it out, e.g. {example}"
         ) from error
+    except (OSError, UserError) as error:
+        raise UserError(f"`{place}.path`: `{archive}` cannot be read: {one_line(error)}") from error
     outside = archive if isinstance(archive, str) else archive.absolute()
     return {name: f"{_ZIP}{name}::{outside}" for name in members}
 
@@ -247,7 +256,20 @@ def _file_system(url: str, argument: str) -> tuple[Any, str]:
         raise UserError(
             f"`{argument}={url!r}`: {error}. Give a local path, or an URL that fsspec knows, e.g. s3:// or https://"
         ) from error
+    except Exception as error:  # some connect at once, or want arguments that an URL does not give
+        raise UserError(f"`{argument}={url!r}` cannot be reached: {type(error).__name__}: {one_line(error)}") from error
     return system, path
+
+
+@contextmanager
+def _naming(url: str) -> Iterator[None]:
+    """Name the URL in the errors of its driver, which has exceptions of its own; what is not there stays that."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"`{url}` is not there, or cannot be reached") from error
+    except Exception as error:
+        raise UserError(f"`{url}` cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _package_of(url: str) -> str:

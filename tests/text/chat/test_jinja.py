@@ -21,7 +21,7 @@ from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
 from lightning_mixcn.text.chat import rendering
 from lightning_mixcn.text.chat.jinja import JinjaTemplate
-from lightning_mixcn.text.chat.rendering import rendering_process
+from lightning_mixcn.text.chat.rendering import RenderingFailed, RenderingProcess, rendering_process
 from lightning_mixcn.text.chat.templates import load_template
 from lightning_mixcn.text.chat.turns import Turn, TurnTokens
 
@@ -343,6 +343,20 @@ def test_a_killed_or_forked_process_renders_again(chat_tokenizer: TextTokenizer)
     assert JinjaTemplate(CHATML).encode(CONVERSATION, chat_tokenizer) == expected
     with get_context("fork").Pool(2) as pool:
         assert pool.starmap(JinjaTemplate(CHATML).encode, [(CONVERSATION, chat_tokenizer)] * 4) == [expected] * 4
+
+
+def test_what_a_process_that_ends_said_last_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformers.py").write_text(
+        "import sys\nfor _ in range(200_000): sys.stderr.write('noise ')\nraise ImportError('half installed')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    process = RenderingProcess()
+    with pytest.raises(RenderingFailed, match=r"^it ended the process that rendered it \(exit code 1: .*noise"):
+        process.render("", [], {}, prompt=False)
+    (tmp_path / "transformers.py").write_text("raise ImportError('half installed')")
+    with pytest.raises(RenderingFailed, match=r"\(exit code 1: ImportError: half installed\)\. Is it nested"):
+        process.render("", [], {}, prompt=False)
+    process.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="macOS limits no memory")

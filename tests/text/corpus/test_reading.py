@@ -59,6 +59,25 @@ def test_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         match_urls("memory://x", "sources[0]", lambda names, _: names)
 
 
+def test_a_driver_that_fails_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose credentials expire between listing and reading."""
+
+    def fail(*arguments: object, **options: object) -> bool:
+        raise RuntimeError("expired")
+
+    with pytest.raises(FileNotFoundError, match="`memory://none` is not there, or cannot be reached"):
+        identify("memory://none")
+    for name in ("info", "open"):
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), name, fail)
+    with pytest.raises(ValueError, match=r"^`memory://x` cannot be read: RuntimeError: expired"):
+        identify("memory://x")
+    with (
+        pytest.raises(ValueError, match=r"^`memory://x` cannot be read: RuntimeError: expired"),
+        open_file("memory://x"),
+    ):
+        pass
+
+
 @given(st.lists(st.binary(max_size=5) | st.sampled_from([b"\n", b"a\r\nb", b"\n\n"])))
 def test_lines_do_not_depend_on_the_pieces(chunks: list[bytes]) -> None:
     lines = b"".join(chunks).split(b"\n")

@@ -133,6 +133,13 @@ def test_urls(tree: Path) -> None:
         ("nothing://b/x.jsonl", r"path='nothing://b/x.jsonl'`: Protocol not known: nothing. Give a local path"),
         ("memory://nothing/*.jsonl", r"path='memory://nothing/\*.jsonl'` matches no file with a known suffix"),
         pytest.param("gdrive://x.jsonl", r"gdrive.*not installed: pip install gdrive", id="no driver"),
+        ("ftp://127.0.0.1:9/x.jsonl", r"path='ftp://127.0.0.1:9/x.jsonl'` cannot be reached: .*Connection refused"),
+        ("blockcache::ftp://127.0.0.1:9/x", r"path='blockcache::.*` cannot be reached: .*Connection refused"),
+        ("reference://x", r"path='reference://x'` cannot be reached: TypeError: .*'fo'"),
+        ("tar://x.jsonl::no.tar", r"path='tar://x.jsonl::no.tar'` cannot be reached: .*no.tar"),
+        ("zip://x.jsonl::no.zip", r"`sources\[0\].path`: `no.zip` is not there. Give an archive that is"),
+        ("zip://x.jsonl::/", r"`sources\[0\].path`: `/` cannot be read: .*Is a directory"),
+        ("zip://x::memory://no.zip", r"`sources\[0\].path`: `memory://no.zip` is not there"),
     ],
 )
 def test_bad_urls(url: str, message: str) -> None:
