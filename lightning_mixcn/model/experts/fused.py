@@ -122,9 +122,20 @@ class _Product:
             torch.mm(rows, self.a[expert].t(), out=hidden_nR)
             wide[:, self.width :].copy_(hidden_nR)
 
-    def through_a(self, expert: int, dwide: Tensor, out: Tensor | None = None) -> Tensor | None:
-        """Return the gradient ``[n, in]`` that comes through A, from that of ``wide``; ``None`` without adapter."""
-        return None if self.a is None else torch.mm(dwide[:, self.width :], self.a[expert], out=out)
+    def through_a(self, expert: int, dwide: Tensor, dropped: Tensor | None) -> None:
+        """Take the gradient that comes through A, from that of ``wide``.
+
+        Args:
+            expert: Number of the expert.
+            dwide: ``[n, in + R]``; without dropout, what comes through A is added to the columns of the rows.
+            dropped: ``[n, in]`` for what comes to the dropped rows, if rows are dropped.
+        """
+        if self.a is None:
+            return
+        if dropped is None:
+            dwide[:, : self.width].addmm_(dwide[:, self.width :], self.a[expert])
+        else:
+            torch.mm(dwide[:, self.width :], self.a[expert], out=dropped)
 
     def scaled(self, hidden_SR: Tensor, weight_S: Tensor | None = None) -> Tensor:
         """Return ``hidden`` as the gradients of B need it: scaled with α/r, and with routing weights if given."""
@@ -292,14 +303,16 @@ class FusedLoop(torch.autograd.Function):
         operands = _Operands([(product, expert) for expert, _ in experts for product in (gate_up, down)], x)
         for expert, rows in experts:
             token = routing.token[rows]
-            wide, x_nH, dropped = _rows_of(gate_up, len(token), x, drop.threshold > 0)
-            gather_rows(x, token, x_nH, dropped, drop)
+            wide, dropped = _rows_of(gate_up, len(token), x, drop.threshold > 0)
+            gather_rows(x, token, wide[:, : gate_up.width], dropped, drop)
             gate_up.multiply_a(expert, wide, dropped, hidden_gate_up[rows])
             torch.mm(wide, operands.take(gate_up).t(), out=gate_up_S2I[rows])
-            wide, h_nI, dropped = _rows_of(down, len(token), x, drop.threshold > 0)
-            expert_swiglu(gate_up_S2I[rows], token, expert, drop, h_nI, dropped)
+            del wide, dropped
+            wide, dropped = _rows_of(down, len(token), x, drop.threshold > 0)
+            expert_swiglu(gate_up_S2I[rows], token, expert, drop, wide[:, : down.width], dropped)
             down.multiply_a(expert, wide, dropped, hidden_down[rows])
             torch.mm(wide, operands.take(down).t(), out=y_SH[rows])
+            del wide, dropped
         ctx.weights, ctx.scales, ctx.drop, ctx.offsets = weights, scales, drop, routing.offsets
         ctx.save_for_backward(x, weight, gate_up_S2I, hidden_gate_up, hidden_down, routing.token, routing.row, *masters)
         return sum_rows(y_SH, routing.row, weight)
@@ -320,7 +333,8 @@ class FusedLoop(torch.autograd.Function):
         hidden_gate_up, hidden_down = gate_up.scaled(hidden_gate_up), down.scaled(hidden_down, weight_S)
         dweight_S = x.new_empty(rows_S, -(-down.width // COLUMNS), dtype=torch.float32)
         dx_SH = x.new_empty(rows_S, gate_up.width + gate_up.rank)
-        lora_dx_SH = x.new_empty(rows_S, gate_up.width) if gate_up.rank and ctx.needs_input_grad[0] else None
+        drops, wants_dx = ctx.drop.threshold > 0, ctx.needs_input_grad[0]
+        dx_dropped_SH = x.new_empty(rows_S, gate_up.width) if gate_up.rank and drops else None
         experts = list(Routing(token_S, row_TK, ctx.offsets).experts())
         operands = _Operands([(product, expert) for expert, _ in experts for product in (down, gate_up)], x)
         for expert, rows in experts:
@@ -328,27 +342,30 @@ class FusedLoop(torch.autograd.Function):
             dy_nH = x.new_empty(len(token), x.shape[1])
             gather_rows(grad_TH, token, dy_nH, None, ctx.drop)
             dh = torch.mm(dy_nH, operands.take(down))
+            dh_dropped = x.new_empty(len(token), down.width) if down.rank and drops else None
+            down.through_a(expert, dh, dh_dropped)
             dy_n2I, dropped = expert_swiglu_backward(
-                gate_up_S2I[rows], dh[:, : down.width], down.through_a(expert, dh), weight_S[rows], token, expert,
-                ctx.drop, dweight_S[rows],
+                gate_up_S2I[rows], dh[:, : down.width], dh_dropped, weight_S[rows], token, expert, ctx.drop,
+                dweight_S[rows], adapted=down.rank > 0,
             )  # fmt: skip
             ddown.write(expert, dy_nH, hidden_down[rows], dh, dropped)
+            del dy_nH, dh, dh_dropped, dropped
             dx_nH = torch.mm(dy_n2I, operands.take(gate_up), out=dx_SH[rows])
-            if lora_dx_SH is not None:
-                gate_up.through_a(expert, dx_nH, lora_dx_SH[rows])
             if gate_up.rank:
-                dropped = x.new_empty(len(token), gate_up.width)
-                gather_rows(x, token, None, dropped, ctx.drop)
-                dgate_up.write(expert, dy_n2I, hidden_gate_up[rows], dx_nH, dropped)
+                x_nH = x.new_empty(len(token), gate_up.width)
+                gather_rows(x, token, None, x_nH, ctx.drop)
+                dgate_up.write(expert, dy_n2I, hidden_gate_up[rows], dx_nH, x_nH)
+                if wants_dx:
+                    gate_up.through_a(expert, dx_nH, None if dx_dropped_SH is None else dx_dropped_SH[rows])
+                del x_nH
+            del dy_n2I
         used = [expert for expert, _ in experts]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = sum_rows(dx_SH[:, : gate_up.width], row_TK, None, lora_dx_SH, ctx.drop)
+        dx = sum_rows(dx_SH[:, : gate_up.width], row_TK, None, dx_dropped_SH, ctx.drop) if wants_dx else None
         dweight = dweight_S.sum(1)[row_TK].to(weight_TK.dtype)
         return dx, None, dweight, None, None, None, *dgate_up.of_masters(used), *ddown.of_masters(used)
 
 
-def _rows_of(product: _Product, count: int, like: Tensor, drops: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return memory for ``count`` rows ``[n, in + R]``, its columns ``[n, in]``, and for dropped rows if there are."""
+def _rows_of(product: _Product, count: int, like: Tensor, drops: bool) -> tuple[Tensor, Tensor | None]:
+    """Return memory for ``count`` rows ``[n, in + R]``, and for dropped rows ``[n, in]`` if there are."""
     wide = like.new_empty(count, product.width + product.rank)
-    return wide, wide[:, : product.width], like.new_empty(count, product.width) if drops and product.rank else None
+    return wide, like.new_empty(count, product.width) if drops and product.rank else None

@@ -46,6 +46,7 @@ def expert_swiglu_backward(
     expert: int,
     drop: Drop,
     dweight: Tensor,
+    adapted: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gradients of gate and up, and h again for the factor that reads it.
 
@@ -53,27 +54,29 @@ def expert_swiglu_backward(
         gate_up: ``[n, 2 I]``, rows contiguous.
         dh: ``[n, I]``, rows contiguous, the gradient of h through the frozen matrix before it is scaled with the
             routing weight.
-        through_lora: ``[n, I]``, rows contiguous, the gradient of h after dropout, through the adapter.
+        through_lora: ``[n, I]``, rows contiguous, the gradient of h after dropout, through the adapter; ``None`` where
+            there is none, or where nothing is dropped and ``dh`` has it.
         weight: ``[n]`` float32, the rows' routing weights.
         token: ``[n]`` int64.
         expert: Number of the expert.
         drop: Probability and seed, as in forward.
         dweight: ``[n, tiles]`` float32, contiguous, for ⟨dh, h⟩ of each tile of `COLUMNS` columns.
+        adapted: A factor reads h.
 
     Returns:
-        The gradients of gate and up ``[n, 2 I]``, and weight · dropout(h) ``[n, I]`` if there is an adapter.
+        The gradients of gate and up ``[n, 2 I]``, and weight · dropout(h) ``[n, I]`` if ``adapted``.
     """
     rows, width = dh.shape
     dgate_up = gate_up.new_empty(rows, 2 * width)
-    dropped = None if through_lora is None else gate_up.new_empty(rows, width)
+    dropped = gate_up.new_empty(rows, width) if adapted else None
     if gate_up.is_meta or rows == 0:
         return dgate_up, dropped
-    more, again = (dh, dh) if through_lora is None or dropped is None else (through_lora, dropped)
+    more, again = dh if through_lora is None else through_lora, dh if dropped is None else dropped
     with torch.cuda.device_of(dh):
         _backward[(triton.cdiv(rows, _ROWS), triton.cdiv(width, COLUMNS))](
             gate_up, dh, more, weight, token, dgate_up, again, dweight, gate_up.stride(0), dh.stride(0),
             more.stride(0), rows, width, 1 + expert, *drop,
-            LORA=through_lora is not None, DROPPED=drop.threshold > 0, ROWS=_ROWS, RUN=RUN,
+            LORA=through_lora is not None, AGAIN=adapted, DROPPED=drop.threshold > 0, ROWS=_ROWS, RUN=RUN,
         )  # fmt: skip
     return dgate_up, dropped
 
@@ -103,14 +106,15 @@ def _forward(
 @triton.jit(do_not_specialize=["seed", "rows", "stream", "threshold"])
 def _backward(
     gate_up, dh, through_lora, weight, token, dgate_up, dropped, dweight, stride, dh_stride, lora_stride, rows, width,
-    stream, seed, threshold, scale, LORA: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
+    stream, seed, threshold, scale, LORA: tl.constexpr, AGAIN: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
     place = row.to(tl.int64)[:, None]
     routing = tl.load(weight + row, mask=row < rows, other=0.0)[:, None]
     inner = tl.zeros((ROWS,), dtype=tl.float32)
-    if LORA and DROPPED:
+    if (LORA or AGAIN) and DROPPED:
         words = random_words(seed, stream, tl.load(token + row, mask=row < rows, other=0), tile, RUN)
     for word in tl.static_range(4):
         column = ((tile * 4 + word) * RUN + tl.arange(0, RUN))[None, :]
@@ -121,14 +125,11 @@ def _backward(
         sigmoid = tl.sigmoid(g)
         silu = g * sigmoid
         value = silu * u
+        factor = kept(words[word], threshold, scale) if (LORA or AGAIN) and DROPPED else 1.0
         if LORA:
-            lora = tl.load(through_lora + place * lora_stride + column, mask=inside, other=0.0).to(tl.float32)
-            again = value * routing
-            if DROPPED:
-                factor = kept(words[word], threshold, scale)
-                lora *= factor
-                again *= factor
-            d += lora
+            d += tl.load(through_lora + place * lora_stride + column, mask=inside, other=0.0).to(tl.float32) * factor
+        if AGAIN:
+            again = value * routing * factor
             tl.store(dropped + place * width + column, again.to(dropped.dtype.element_ty), mask=inside)
         inner += tl.sum(value * d, 1)
         d *= routing

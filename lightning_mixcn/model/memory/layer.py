@@ -209,7 +209,9 @@ class LayerCounter:
         scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
         router_trains = needs_gradient or adapter_rank(mlp.gate.linear) > 0
         adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in self._stack(experts))
-        if self.size == 4:  # gate's and up's As are put side by side, whatever their type
+        if self.path == "fused":  # products with A alone: the masters are there anyway
+            adapters = sum(rows * adapter_rank(module) * self.size for module in self._stack(experts))
+        elif self.size == 4:  # gate's and up's As are put side by side, whatever their type
             pair = [experts.gate_proj, experts.up_proj]
             adapters += sum(4 * module.groups * adapter_rank(module) * module.in_features for module in pair)
         kept = int(
@@ -233,6 +235,7 @@ class LayerCounter:
             factors=factors,
             drops_input=_drops(gate) or _drops(experts.up_proj),
             drops_inner=_drops(experts.down_proj),
+            adapts_inner=adapter_rank(experts.down_proj) > 0,
             is_packed=isinstance(gate.storage, NF4Weight),
         )
 

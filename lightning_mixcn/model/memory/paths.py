@@ -26,6 +26,7 @@ class BlockSizes(NamedTuple):
         factors: Bytes of all factors in the compute dtype.
         drops_input: LoRA drops rows of x, for gate or up.
         drops_inner: LoRA drops rows of h, for down.
+        adapts_inner: LoRA reads rows of h.
         is_packed: Weights are in 4 bits.
     """
 
@@ -40,6 +41,7 @@ class BlockSizes(NamedTuple):
     factors: int
     drops_input: bool
     drops_inner: bool
+    adapts_inner: bool
     is_packed: bool
 
     @property
@@ -90,8 +92,8 @@ def _loop_forward(block: BlockSizes) -> int:
     each, hidden, inner, drops = block.each, block.hidden, block.inner, block.drops_inner
     # Of an expert's n rows: input and output [n, H], silu(gate) and its product with up [n, I].
     one = 2 * each * (hidden + inner) * block.size + block.matrix
-    if drops:  # the dropped product, the noise, and its mask of bytes
-        one += each * inner * (2 * block.size + 1)
+    if drops:  # input, h, h dropped of the expert before, the noise and its mask of bytes, while no matrix is there
+        one = max(one, each * (hidden * block.size + inner * (2 * block.size + 4 + 1)))
     # The last expert's tensors live until the end.
     last = each * (hidden + (1 + drops) * inner) * block.size
     held = block.rows_hidden + block.scales + block.tokens_hidden * block.drops
@@ -111,6 +113,28 @@ def _loop_backward(block: BlockSizes) -> int:
     held = block.rows_hidden + block.rows * (size + 4) + block.factors + block.scales
     held += block.tokens_hidden * (1 + block.drops)  # the gradient that comes in, and the mask
     return held + max(one, block.sum_of_choices + last)
+
+
+def _fused_operands(block: BlockSizes) -> int:
+    """Count one expert's decoded matrices with the Bs beside them, and all As, in the compute dtype."""
+    # Experts' Bs are small beside a matrix, and the As are about half of the factors.
+    return 3 * block.hidden * block.inner * block.size + block.factors // 2
+
+
+def _fused_forward(block: BlockSizes) -> int:
+    """Count operands, results of all rows, and one expert's rows of x or of h, dropped rows beside them."""
+    inner = block.each * block.inner * (1 + block.drops_inner) * block.size
+    one = max(block.each * block.hidden * (1 + block.drops_input) * block.size, inner)
+    return _fused_operands(block) + block.rows_hidden + max(one, block.tokens_hidden)
+
+
+def _fused_backward(block: BlockSizes) -> int:
+    """Count operands, gradients of all rows and (in float32) of masters, and one expert's tensors."""
+    # Of an expert's n rows: the gradient [n, H]; dh, dgate and dup [n, I], what comes through A where rows are dropped,
+    # and h again for the factor that reads it.
+    width = block.hidden + (3 + block.drops_inner + block.adapts_inner) * block.inner
+    held = block.rows_hidden * (1 + block.drops_input) + block.factors // block.size * 4 + block.tokens_hidden
+    return _fused_operands(block) + held + max(block.each * width * block.size, block.tokens_hidden)
 
 
 def _grouped_forward(block: BlockSizes, stack: int) -> int:
@@ -148,6 +172,7 @@ def _stack_of_decode(block: BlockSizes) -> int:
 
 PATH_MEMORY = {
     "loop": PathMemory(_loop_forward, _loop_backward),
+    "fused": PathMemory(_fused_forward, _fused_backward),
     "grouped": PathMemory(
         lambda block: _grouped_forward(block, _stack(block)), lambda block: _grouped_backward(block, _stack(block))
     ),

@@ -77,7 +77,7 @@ def check_rows(capability: int, dropped: bool) -> None:
     assert vectors(compiled(capability, rows._sum, constants, {"rows": "*bf16"})) == (8 + 8 * dropped, 4)
     assert vectors(compiled(capability, expert_swiglu._forward, run)) == (8, 4 + 4 * dropped)
     for lora in (True, False):
-        ptx = compiled(capability, expert_swiglu._backward, {"LORA": lora} | run)
+        ptx = compiled(capability, expert_swiglu._backward, {"LORA": lora, "AGAIN": lora} | run)
         assert vectors(ptx) == (12 + 4 * lora, 8 + 4 * lora)
 
 

@@ -106,7 +106,7 @@ def test_swiglu_with_dropout_equals_autograd(
     h, dropped = gate_up.new_empty(rows, width + 8)[:, :width], gate_up.new_empty(rows, width)
     expert_swiglu(gate_up, token, expert, drop, h, dropped if probability else None)
     dgate_up, again = expert_swiglu_backward(
-        gate_up, dh, through_lora if adapted else None, weight, token, expert, drop, dweight
+        gate_up, dh, through_lora if adapted else None, weight, token, expert, drop, dweight, adapted
     )
     exact, exact_weight = gate_up.double().requires_grad_(), weight.double().requires_grad_()
     mask = dropout_mask(token, width, probability, 2**31 - 1, 1 + expert).to(device)
@@ -187,7 +187,7 @@ def test_nothing_is_launched_on_meta() -> None:
     weight = NF4Weight((2, 32, 64), "meta")
     decode_operand(weight.packed(), weight.shape, 1, empty(32, 72), empty(32, 8), 1.0, 64)
     dgate_up, again = expert_swiglu_backward(
-        empty(6, 64), empty(6, 32), empty(6, 32), empty(6), token, 0, drop, empty(6, 1)
+        empty(6, 64), empty(6, 32), empty(6, 32), empty(6), token, 0, drop, empty(6, 1), True
     )
     assert dgate_up.shape == (6, 64)
     assert again is not None

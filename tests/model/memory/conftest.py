@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_mixcn.model import head, mixtral
 from lightning_mixcn.model.attention import documents
 from lightning_mixcn.model.attention.packed import PackedDocuments
-from lightning_mixcn.model.experts import block, grouped, loop
+from lightning_mixcn.model.experts import block, fused, grouped, loop
 from lightning_mixcn.model.experts.routing import DeviceRouting, Routing, route_rows_on_device
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
@@ -86,6 +86,7 @@ def cuda_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(mixtral.FusedRMSNorm, "forward", lambda _, x: _FusedNorm.apply(x))
     monkeypatch.setattr(loop, "route_rows", _route_evenly)
+    monkeypatch.setattr(fused, "route_rows", _route_evenly)
     monkeypatch.setattr(grouped, "route_rows_on_device", _Ends.route)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda ends: _Ends.read(ends))
     monkeypatch.setattr(loop.Dropout, "mask", _mask)
