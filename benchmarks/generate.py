@@ -1,12 +1,14 @@
 """Tokens per second of decoding: ours with 4-bit experts beside stock transformers in bf16, and the limit of memory.
 
     python benchmarks/generate.py --preset cpu-small
+    python benchmarks/generate.py --preset full-8x7b      # ours alone: stock in bf16 takes 94 GB
 
 Both run transformers' `generate` with a KV cache, greedily, on the same random prompts. The seconds of one new token
 are subtracted from those of all, so that reading the prompt does not count. The limit is a GPU's or a CPU's memory: the
 bytes of the weights that a token needs (those of the experts that a batch is expected to choose, in 4 bits), over the
 rate of a copy measured in turn with the rest: nothing that reads these weights from memory for each token is faster.
-Each runs in a process of its own; they take turns.
+Each runs in a process of its own; they take turns. The base is random: a folder where stock takes part, else drawn in
+memory, since a GPU's machine may have no disk for 94 GB.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-from random_base import PRESETS, config_of, write_random_base
+from random_base import PRESETS, config_of, random_model, write_random_base
 
 _COPIED = 2**28  # bytes of the buffer that is copied to and fro
 _STORED_BYTES = 0.516  # of a weight in NF4, double quantised
@@ -37,8 +39,8 @@ def bytes_per_step(config: Any, batch: int) -> float:
     return layers * (quantised * _STORED_BYTES + 2 * hidden * experts) + 2 * hidden * config.vocab_size
 
 
-def model_of(name: str, base: str, device: str) -> Any:
-    """Return a contestant's model."""
+def model_of(name: str, config: Any, base: str | None, device: str) -> Any:
+    """Return a contestant's model: of a folder, or of random weights in memory without one."""
     import torch
     import transformers
 
@@ -48,17 +50,15 @@ def model_of(name: str, base: str, device: str) -> Any:
         from lightning_mixcn.model.inference.generation import prepare_for_generation
 
         keep_freed_memory()
-        model = load_mixtral(base, device=device).eval()
-        prepare_for_generation(model)
+        model = load_mixtral(base, device=device) if base else random_model(config, None, torch.device(device))
+        prepare_for_generation(model.eval())
         return model
     return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device).eval()
 
 
-def decoder(name: str, base: str, device: str, options: argparse.Namespace) -> Callable[[int], float]:
+def decoder(model: Any, device: str, prompt_tokens: int, new_tokens: int) -> Callable[[int], float]:
     """Return a function of the batch: seconds that the tokens after the first take."""
     import torch
-
-    model = model_of(name, base, device)
 
     def seconds(ids: Any, count: int) -> float:
         start = time.perf_counter()
@@ -76,20 +76,17 @@ def decoder(name: str, base: str, device: str, options: argparse.Namespace) -> C
 
     def run(batch: int) -> float:
         generator = torch.Generator().manual_seed(batch)
-        shape = (batch, options.prompt_tokens)
-        ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+        ids = torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=generator).to(device)
         prompt = seconds(ids, 1)
-        return seconds(ids, 1 + options.new_tokens) - prompt
+        return seconds(ids, 1 + new_tokens) - prompt
 
     return run
 
 
-def memory(base: str, device: str, options: argparse.Namespace) -> Callable[[int], float]:
+def memory(config: Any, device: str, new_tokens: int) -> Callable[[int], float]:
     """Return the same of a memory that reads every weight once a token."""
     import torch
-    import transformers
 
-    config = transformers.AutoConfig.from_pretrained(base)
     source, target = (torch.empty(_COPIED, dtype=torch.uint8, device=device) for _ in range(2))
 
     def run(batch: int) -> float:
@@ -99,27 +96,31 @@ def memory(base: str, device: str, options: argparse.Namespace) -> Callable[[int
         if device == "cuda":
             torch.cuda.synchronize()
         rate = 8 * 2 * _COPIED / (time.perf_counter() - start)
-        return options.new_tokens * bytes_per_step(config, batch) / rate
+        return new_tokens * bytes_per_step(config, batch) / rate
 
     return run
 
 
-def serve(connection: Connection, name: str, base: str, device: str, options: argparse.Namespace) -> None:
+def serve(connection: Connection, name: str, base: str | None, options: argparse.Namespace) -> None:
     """Run a contestant's process: it answers a batch size with seconds, and ``None`` with its peak memory."""
     from train_step import peak_bytes
 
-    run = memory(base, device, options) if name == "limit" else decoder(name, base, device, options)
+    config, device = config_of(options.preset), options.device
+    if name == "limit":
+        run = memory(config, device, options.new_tokens)
+    else:
+        run = decoder(model_of(name, config, base, device), device, options.prompt_tokens, options.new_tokens)
     while (batch := connection.recv()) is not None:
         connection.send(run(batch))
     connection.send(peak_bytes(device))
 
 
-def measure(base: str, device: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(base: str | None, options: argparse.Namespace) -> dict[str, Any]:
     """Let them take turns, batch size by batch size; print, and give what is recorded."""
     context, connections = multiprocessing.get_context("spawn"), {}
-    for name in ("ours", "stock", "limit"):
+    for name in (*options.contestants, "limit"):
         connections[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, name, base, device, options), daemon=True).start()
+        context.Process(target=serve, args=(theirs, name, base, options), daemon=True).start()
     figures: dict[str, Any] = {"by_batch": {}}
     for batch in options.batches:
         seconds: dict[str, list[float]] = {name: [] for name in connections}
@@ -132,22 +133,26 @@ def measure(base: str, device: str, options: argparse.Namespace) -> dict[str, An
     for name, connection in connections.items():
         connection.send(None)
         peak[name] = connection.recv()
-    figures["peak_bytes"] = {name: peak[name] for name in ("ours", "stock")}
+    figures["peak_bytes"] = {name: peak[name] for name in options.contestants}
     print(", ".join(f"{name}: peak {peak[name] / 1e9:.2f} GB" for name in figures["peak_bytes"]))
     return figures
 
 
 def report(batch: int, seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one batch size."""
+    """Print a batch size, and return what is recorded."""
     tokens = batch * options.new_tokens
     rates = {name: record.spread([tokens / value for value in values]) for name, values in seconds.items()}
     print(f"batch {batch}, prompt {options.prompt_tokens}, {options.new_tokens} new tokens a row:")
     for name, rate in rates.items():
         print(f"  {name:6} {rate['median']:8.1f} tokens/s ({rate['min']:.1f} to {rate['max']:.1f})")
-    ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
     share = record.spread([a / b for a, b in zip(seconds["limit"], seconds["ours"], strict=True)])
-    print(f"  ours / stock {ratio['median']:.2f}, ours / limit {share['median']:.2f}, pair by pair")
-    return {"tokens_per_second": rates, "ratio": ratio, "share_of_limit": share}
+    figures = {"tokens_per_second": rates, "share_of_limit": share}
+    print(f"  ours / limit {share['median']:.2f}, pair by pair")
+    if "stock" in seconds:
+        ratio = record.spread([a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)])
+        figures["ratio"] = ratio
+        print(f"  ours / stock {ratio['median']:.2f}, pair by pair")
+    return figures
 
 
 def main() -> None:
@@ -161,11 +166,22 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64, help="timed tokens of each row, after the first")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each, after one that is not")
     parser.add_argument("--result", default="generate", help="name of the JSON under benchmarks/results")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=["ours", "stock"],
+        help="beside the limit; both, with full-8x7b ours alone",
+    )
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.contestants = options.contestants or (["ours"] if options.preset == "full-8x7b" else ["ours", "stock"])
+    if "ours" not in options.contestants:
+        parser.error("--contestants needs ours: ratios are to it")
     with tempfile.TemporaryDirectory() as folder:
-        write_random_base(config_of(options.preset), Path(folder))
-        figures = measure(folder, device, options)
+        written = "stock" in options.contestants
+        if written:
+            write_random_base(config_of(options.preset), Path(folder))
+        figures = measure(folder if written else None, options)
     print("written to", record.write(options.result, {"settings": vars(options)} | figures))
 
 

@@ -2,19 +2,23 @@
 
     python benchmarks/long_context.py
     python benchmarks/long_context.py --base Mixtral-8x7B-v0.1/ --chunk 2048
+    python benchmarks/long_context.py --preset full-8x7b      # random weights, drawn on the GPU
 
 The row is of random tokens, which cost what text costs. Peak memory is the process's resident set, and on a GPU what
-torch reserved. Without --base, the weights are random, in the demo's sizes (SmolLM2-135M with 4 experts).
+torch reserved. Without --base, the weights are random, in a preset's sizes or the demo's (SmolLM2-135M, 4 experts).
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
+from random_base import PRESETS, config_of, random_model
+from torch import nn
 from transformers import MixtralConfig
 
 from lightning_mixcn.commands.process import peak_resident_bytes
@@ -42,32 +46,48 @@ def peak_bytes() -> dict[str, int]:
     return peaks | ({"cuda_reserved": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {})
 
 
+def prefilled(model: nn.Module, tokens: int, chunk: int) -> Iterator[tuple[int, float, float]]:
+    """Run a row of random tokens chunk by chunk.
+
+    Yields:
+        Tokens so far, seconds since the beginning, and the sum of their nats.
+    """
+    vocabulary = base_of(model).config.vocab_size
+    row = torch.randint(3, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+    start, nats = time.perf_counter(), 0.0
+    with torch.no_grad():
+        prefill = ChunkedPrefill(model.eval(), tokens)
+        for place in range(0, tokens, chunk):
+            scores = prefill.advance(row[place : place + chunk], row[place + 1 : place + 1 + chunk])
+            nats += float(scores.nats.sum())
+            yield prefill.tokens, time.perf_counter() - start, nats
+
+
 def main() -> None:
     """Measure and write results/long_context.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="Hugging Face or 4-bit folder; random weights of the demo's size without it")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--base", help="Hugging Face or 4-bit folder")
+    source.add_argument("--preset", choices=list(PRESETS), help="sizes of random weights; the demo's without it")
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the row")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a forward pass")
+    parser.add_argument("--chunk", type=int, help="tokens of a forward pass; 512, on a GPU 4096")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = (
-        load_mixtral(options.base, device=device)
-        if options.base
-        else build_mixtral(MixtralConfig(**DEMO), device=device)
-    )
-    vocabulary = base_of(model).config.vocab_size
-    row = torch.randint(3, vocabulary, (options.tokens,), generator=torch.Generator().manual_seed(0))
-    before, start, nats, passed = peak_bytes(), time.perf_counter(), 0.0, {}
-    with torch.no_grad():
-        prefill = ChunkedPrefill(model.eval(), options.tokens)
-        for place in range(0, options.tokens, options.chunk):
-            scores = prefill.advance(row[place : place + options.chunk], row[place + 1 : place + 1 + options.chunk])
-            nats += float(scores.nats.sum())
-            if prefill.tokens & (prefill.tokens - 1) == 0 or prefill.tokens == options.tokens:
-                passed[prefill.tokens] = time.perf_counter() - start
-                print(f"{prefill.tokens} tokens: {passed[prefill.tokens]:.1f} s, {peak_bytes()}", flush=True)
+    options.chunk = options.chunk or (4096 if device == "cuda" else 512)
+    if options.base:
+        model: nn.Module = load_mixtral(options.base, device=device)
+    elif options.preset:
+        model = random_model(config_of(options.preset), None, torch.device(device))
+    else:
+        model = build_mixtral(MixtralConfig(**DEMO), device=device)
+    before, passed = peak_bytes(), {}
+    for tokens, seconds, nats in prefilled(model, options.tokens, options.chunk):
+        if tokens & (tokens - 1) == 0 or tokens == options.tokens:
+            passed[tokens] = seconds
+            print(f"{tokens} tokens: {seconds:.1f} s, {nats / tokens:.2f} nats a token, {peak_bytes()}", flush=True)
+    named = Path(options.base).name if options.base else f"{options.preset or 'the demo'}, random weights"
     figures = {
-        "settings": vars(options) | {"base": Path(options.base).name if options.base else "demo's size, random"},
+        "settings": vars(options) | {"base": named},
         "seconds_to_context": passed,
         "tokens_per_second": options.tokens / passed[options.tokens],
         "nll_nats_per_token": nats / (options.tokens - 1),

@@ -76,7 +76,13 @@ def write_random_base(config: transformers.MixtralConfig, folder: Path) -> None:
 
 
 def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.device) -> nn.Module:
-    """Make ours in 4 bits with adapters, its weights drawn on the device; no 16-bit model is held."""
+    """Make ours in 4 bits, its weights drawn on the device and quantised chunk by chunk; no 16-bit model is held.
+
+    Args:
+        config: Sizes; embedding and head are not tied.
+        lora: PEFT's configuration, or ``None`` for no adapters.
+        device: Device of the model.
+    """
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
     from lightning_mixcn.model import build_mixtral
@@ -91,14 +97,23 @@ def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.de
     generator = torch.Generator(device).manual_seed(0)
     for module in base.modules():
         if isinstance(module, FrozenLinear):
-            for start, values in _drawn(module.storage.shape, config.initializer_range, generator):
+            for start, values in drawn_values(module.storage.shape, config.initializer_range, generator):
                 module.storage.write(start, values)
         elif isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=config.initializer_range, generator=generator)
         elif isinstance(module, MixtralRMSNorm):
             nn.init.ones_(module.weight)
-    reset_lora(model, 0)  # type: ignore[arg-type]  # it has adapters
+    if lora is not None:
+        reset_lora(model, 0)  # type: ignore[arg-type]  # it has adapters
     return model
+
+
+def drawn_values(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """Draw a weight chunk by chunk; yield where each begins in the flattened weight, and its float32 values."""
+    numel = torch.Size(shape).numel()
+    for start in range(0, numel, _CHUNK):
+        size = (min(_CHUNK, numel - start),)
+        yield start, torch.empty(size, device=generator.device).normal_(std=std, generator=generator)
 
 
 def _layer(config: transformers.MixtralConfig, layer: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -127,10 +142,3 @@ def _values(shape: tuple[int, ...], std: float, generator: torch.Generator) -> T
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std, generator=generator)
-
-
-def _drawn(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    numel = torch.Size(shape).numel()
-    for start in range(0, numel, _CHUNK):
-        size = (min(_CHUNK, numel - start),)
-        yield start, torch.empty(size, device=generator.device).normal_(std=std, generator=generator)

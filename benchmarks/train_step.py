@@ -9,11 +9,13 @@ All train LoRA of the same base on the same rows, loss with the auxiliary term; 
 restart at each. With a preset the base and the token ids are random; where only ours and the limit take part it is made
 in memory, else in a temporary folder (94 GB at full size). Each runs in a process of its own, as a user would run it:
 ours with the allocator settings of `mixcn fit`. They take turns, and the one that waits sleeps. A step is timed from
-the forward pass to the optimizer's end. `limits.py` has the limit, `contenders/step.py` the
-peers and what they leave out; a peer that is not here or breaks is named with the reason.
+the forward pass to the optimizer's end. `limits.py` has the limit, which takes turns with the others on a CPU. A GPU
+has no room for both: there ours measures it in the end, when its model is freed. `contenders/step.py` has the peers and
+what they leave out; a peer that is not here or breaks is named with the reason.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import sys
@@ -74,6 +76,7 @@ DEFAULTS: dict[str, Any] = {
     "sequence_length": 512,
     "micro_batch_size": 1,
     "rank": 16,
+    "dropout": 0.0,
     "warmup": 4,
     "rounds": 12,
     "activation_checkpointing": "none",
@@ -92,6 +95,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, help="tokens a row")
     parser.add_argument("--micro_batch_size", type=int, help="rows")
     parser.add_argument("--rank", type=int, help="of LoRA on attention, router and experts")
+    parser.add_argument("--dropout", type=float, help="probability of LoRA's dropout; shipped 8x7B configs have 0.05")
     parser.add_argument("--activation_checkpointing", choices=["none", "selective", "full", "offload"])
     parser.add_argument("--optimizer", choices=["adamw", "adamw8bit"])
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="beside the limit")
@@ -150,16 +154,21 @@ def random_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def contestant(name: str, options: argparse.Namespace) -> tuple[Callable[[], float], int]:
     """Return a function that makes one step of a contestant and returns its seconds, and the trained parameters."""
     if name == "limit":
-        from limits import limit
-
-        tokens = options.micro_batch_size * options.sequence_length
-        return limit(options.config, tokens, options.rank, options.activation_checkpointing, options.device), 0
+        return step_limit(options), 0
     if name in options.packages:
         sys.path.insert(0, options.packages[name])
     model = CONTESTANTS[name](options)
     batches = random_rows(options) if options.preset else packed_rows(options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return stepper(model, batches, options), trained
+
+
+def step_limit(options: argparse.Namespace) -> Callable[[], float]:
+    """Return a function that measures the seconds of a step's limit."""
+    from limits import limit
+
+    tokens = options.micro_batch_size * options.sequence_length
+    return limit(options.config, tokens, options.rank, options.activation_checkpointing, options.device)
 
 
 def stepper(model: Any, batches: Iterator[dict[str, Any]], options: argparse.Namespace) -> Callable[[], float]:
@@ -208,7 +217,8 @@ def peak_bytes(device: str) -> int:
 def serve(connection: Connection, name: str, options: argparse.Namespace) -> None:
     """Run a contestant's process: a step for every ``True``, answered with seconds; ``None`` asks for peak memory.
 
-    Before that it says how many parameters it trains. A text instead of an answer says why it cannot take part.
+    Before that it says how many parameters it trains. A number in the end asks for as many measurements of the limit,
+    without the model. A text instead of an answer says why it cannot take part.
     """
     try:
         step, trained = contestant(name, options)
@@ -216,20 +226,35 @@ def serve(connection: Connection, name: str, options: argparse.Namespace) -> Non
         while connection.recv() is not None:
             connection.send(step())
         connection.send(peak_bytes(options.device))
+        del step
+        if rounds := connection.recv():
+            free_memory(options.device)
+            run = step_limit(options)
+            connection.send([run() for _ in range(1 + rounds)][1:])
     except Exception as error:  # whatever breaks in a peer is its result
         connection.send(f"{type(error).__name__}: {error}".split("\n")[0])
         if name in ("ours", "limit"):
             raise
 
 
+def free_memory(device: str) -> None:
+    """Give a GPU back what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def measure(options: argparse.Namespace) -> None:
     """Let the contestants take turns, and report."""
-    context, connections = multiprocessing.get_context("spawn"), {}
+    context, connections, processes = multiprocessing.get_context("spawn"), {}, {}
     absent: dict[str, str] = {}
     trained: dict[str, int] = {}
-    for name in (*options.contestants, "limit"):
+    for name in (*options.contestants, *(["limit"] if options.device == "cpu" else [])):
         connections[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, name, options), daemon=True).start()
+        processes[name] = context.Process(target=serve, args=(theirs, name, options), daemon=True)
+        processes[name].start()
         # One after the other: models are larger while they are loaded.
         answer = connections[name].recv()
         if isinstance(answer, str):
@@ -249,9 +274,16 @@ def measure(options: argparse.Namespace) -> None:
     for name in [name for name in seconds if name not in absent]:
         connections[name].send(None)
         memory[name] = connections[name].recv()
-    if not {"ours", "limit"} <= set(memory):
-        raise SystemExit(f"no result: {absent}")
-    report(options, {name: seconds[name][options.warmup :] for name in memory}, memory, trained, absent)
+    timed = {name: seconds[name][options.warmup :] for name in memory}
+    for name in sorted(memory, key="ours".__eq__):  # ours is the last: nobody else has memory then
+        alone = name == "ours" and "limit" not in connections
+        connections[name].send(options.rounds if alone else 0)
+        if alone:
+            timed["limit"] = connections[name].recv()
+        processes[name].join()
+    if not {"ours", "limit"} <= set(timed) or isinstance(timed["limit"], str):
+        raise SystemExit(f"no result: {timed.get('limit', absent)}")
+    report(options, timed, memory, trained, absent)
 
 
 def report(

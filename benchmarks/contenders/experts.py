@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from random_base import drawn_values
 from torch import Tensor
 
 from lightning_mixcn.model.experts.block import PATHS
@@ -16,7 +17,8 @@ from lightning_mixcn.model.experts.grouped import swiglu_backward_in_torch
 from lightning_mixcn.model.experts.loop import Dropout
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
-Contender = Callable[[bool], None]
+Contender = Callable[[bool], Any]
+_NO_DROPOUT = Dropout()
 
 
 class Rows:
@@ -35,49 +37,68 @@ class Rows:
         self.weight = torch.rand(self.index.shape, device=device, requires_grad=True)
         self.gradient = torch.randn(tokens, config.hidden_size).bfloat16().to(device)
 
-    def run(self, block: Callable[[], Tensor], trained: list[Tensor], training: bool) -> None:
-        """Call ``block``, with backward if ``training``, and forget the gradients."""
-        with torch.set_grad_enabled(training):
-            y = block()
-            if training:
-                y.backward(self.gradient)
-        for tensor in (self.x, self.weight, *trained):
-            tensor.grad = None
+    def run(self, block: Callable[[], Tensor], trained: list[Tensor], training: bool) -> list[Tensor]:
+        """Call ``block``, with backward if ``training``; return its result and the gradients, which are taken away."""
+        inputs = [self.x, self.weight, *trained]
+        try:
+            with torch.set_grad_enabled(training):
+                y = block()
+                if training:
+                    y.backward(self.gradient)
+            return [y.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
+        finally:
+            for tensor in inputs:
+                tensor.grad = None
 
 
-def ours(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
-    """Make our block in NF4: on the CPU ``ours``, expert by expert; on a GPU each path, by its name."""
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+class Block:
+    """Our block in NF4 with LoRA on every expert, all weights random.
 
-    def frozen(rows: int, columns: int) -> NF4Weight:
-        weight = NF4Weight((experts, rows, columns), device)
-        weight.write(0, torch.randn(experts * rows * columns, device=device) * 0.02)
+    Args:
+        config: Sizes.
+        rank: Rank of LoRA.
+        device: Device.
+    """
+
+    def __init__(self, config: Any, rank: int, device: str) -> None:
+        hidden, inner, self.experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+        self.device, self._generator = device, torch.Generator(device).manual_seed(0)
+        self.weights = self._frozen(inner, hidden), self._frozen(inner, hidden), self._frozen(hidden, inner)
+        sizes = ((2 * rank, hidden), (inner, rank), (inner, rank), (rank, inner), (hidden, rank))
+        self.factors = [self._factor(*size) for size in sizes]
+
+    def run(self, path: str, rows: Rows, training: bool, dropout: Dropout = _NO_DROPOUT) -> list[Tensor]:
+        """Compute the block on a path; return its result and, if ``training``, its gradients."""
+        operands = rows.x, rows.index, rows.weight, self.weights, dropout, *self.factors
+        return rows.run(lambda: PATHS[path](*operands), self.factors, training)
+
+    def _frozen(self, rows: int, columns: int) -> NF4Weight:
+        weight = NF4Weight((self.experts, rows, columns), self.device)
+        for start, values in drawn_values(weight.shape, 0.02, self._generator):
+            weight.write(start, values)
         return weight
 
-    def factor(*shape: int) -> Tensor:
-        return (torch.randn(experts, *shape, device=device) * 0.02).bfloat16().requires_grad_()
+    def _factor(self, *shape: int) -> Tensor:
+        return (torch.randn(self.experts, *shape, device=self.device) * 0.02).bfloat16().requires_grad_()
 
-    weights = frozen(inner, hidden), frozen(inner, hidden), frozen(hidden, inner)
-    factors = [factor(2 * rank, hidden), factor(inner, rank), factor(inner, rank), factor(rank, inner)]
-    factors.append(factor(hidden, rank))
+
+def ours(config: Any, rows: Rows, rank: int, dropout: float, device: str) -> dict[str, Contender]:
+    """Make our block: on the CPU ``ours``, expert by expert; on a GPU each path, by its name."""
+    block, masks = Block(config, rank, device), Dropout(dropout, seed=0)
 
     def on(path: str) -> Contender:
-        def run(training: bool) -> None:
-            operands = rows.x, rows.index, rows.weight, weights, Dropout(), *factors
-            rows.run(lambda: PATHS[path](*operands), factors, training)
-
-        return run
+        return lambda training: block.run(path, rows, training, masks)
 
     return {"ours": on("loop")} if device == "cpu" else {path: on(path) for path in PATHS}
 
 
-def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Contender]:
-    """Return those that can be imported; none on the CPU, where ``train_step.py`` measures stock."""
+def peers(config: Any, rows: Rows, rank: int, device: str) -> dict[str, Callable[[], Contender]]:
+    """Return makers of those that can be imported; none on the CPU, where ``train_step.py`` measures stock."""
     if device == "cpu":
         return {}
-    found = {"transformers bf16, no LoRA": _transformers(config, rows, device)}
+    found = {"transformers bf16, no LoRA": lambda: _transformers(config, rows, device)}
     if importlib.util.find_spec("experts4bit_qlora"):
-        found["experts4bit-qlora"] = _experts4bit(config, rows, rank, device)
+        found["experts4bit-qlora"] = lambda: _experts4bit(config, rows, rank, device)
     return found
 
 

@@ -24,11 +24,13 @@ NOTES = {
 }
 
 
-def lora(rank: int, targets: list[str] = TARGETS) -> Any:
+def lora(rank: int, dropout: float = 0.0, targets: list[str] = TARGETS) -> Any:
     """Return PEFT's configuration."""
     import peft
 
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
 
 
 def ours(options: argparse.Namespace) -> Any:
@@ -40,10 +42,11 @@ def ours(options: argparse.Namespace) -> Any:
     from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
 
     keep_freed_memory()
+    adapters = lora(options.rank, options.dropout)
     if options.base is None:
-        model: Any = random_model(options.config, lora(options.rank), torch.device(options.device))
+        model: Any = random_model(options.config, adapters, torch.device(options.device))
     else:
-        model = load_mixtral(options.base, lora=lora(options.rank), device=options.device)
+        model = load_mixtral(options.base, lora=adapters, device=options.device)
     set_activation_checkpointing(model, options.activation_checkpointing)
     return model.train()
 
@@ -52,7 +55,7 @@ def stock(options: argparse.Namespace) -> Any:
     """Make experts of transformers in bf16; PEFT adapts them as parameters and materialises W + BA."""
     import peft
 
-    return _checkpointed(peft.get_peft_model(_transformers(options), lora(options.rank)), options)
+    return _checkpointed(peft.get_peft_model(_transformers(options), lora(options.rank, options.dropout)), options)
 
 
 def bitsandbytes(options: argparse.Namespace) -> Any:
@@ -60,12 +63,14 @@ def bitsandbytes(options: argparse.Namespace) -> Any:
     import peft
 
     model = _quantised_experts(options)
-    return _checkpointed(peft.get_peft_model(model, lora(options.rank, ATTENTION)), options)
+    return _checkpointed(peft.get_peft_model(model, lora(options.rank, options.dropout, ATTENTION)), options)
 
 
 def experts4bit(options: argparse.Namespace) -> Any:
     """Make PyPI's experts4bit-qlora."""
     _needs("experts4bit_qlora", "pip install 'experts4bit-qlora[train,fast]'")
+    if options.dropout:
+        raise ValueError("its adapters of experts have no dropout")
     import torch
     from experts4bit_qlora import add_attention_lora, load_moe_4bit_streaming
 
@@ -87,7 +92,12 @@ def unsloth(options: argparse.Namespace) -> Any:
     )
     targets = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
     return library.FastModel.get_peft_model(
-        model, r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, use_gradient_checkpointing=False
+        model,
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        use_gradient_checkpointing=False,
     ).train()
 
 
@@ -101,6 +111,7 @@ def axolotl(options: argparse.Namespace) -> Any:
     config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=2 * options.rank,
+        lora_dropout=options.dropout,
         target_modules=ATTENTION,
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         task_type="CAUSAL_LM",

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model.memory.optimizer import MemoryTracker
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -65,3 +66,23 @@ def test_traffic_and_recomputation(imported: Callable[[str], Any], mode: str, pa
     # Two of eight experts see each token.
     again = 2 * (passes[0] - 2) * attention + 2 * (passes[1] - 2) * experts * 2 / 8
     assert flops == 2 * 64 * again
+
+
+def test_operands_of_a_limit_are_no_more_than_its_largest(
+    imported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = imported("limits")
+    made = list[tuple[Any, ...]]()
+    multiply = torch.mm
+
+    def spied(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        made.append((tuple(left.shape), tuple(right.shape), tuple(out.shape), left.untyped_storage().data_ptr()))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", spied)
+    with MemoryTracker() as live:
+        run = limits.timed([((4, 8, 2), 2), ((2, 3, 16), 1)])
+    assert run() > 0
+    assert [shapes[:3] for shapes in made] == [((4, 8), (8, 2), (4, 2))] * 2 + [((2, 3), (3, 16), (2, 16))]
+    assert len({storage for *_, storage in made}) == 1
+    assert live.now == 2 * (4 * 8 + 3 * 16 + 2 * 16)
