@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-instruct test test-full lint docs bench clean
+.PHONY: help venv demo demo-instruct test test-full lint docs bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ bench: venv  ## every measurement that a CPU can make, beside peers and limits; 
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/record.py
+
+# Where `make gpu` writes.
+OUT ?= runs/gpu
+
+gpu: venv  ## every measurement that one GPU of 80 GB can make, in 10 minutes; gpu.json in runs/gpu (docs/gpu.md)
+	$(BIN)/python benchmarks/gpu_all.py --out $(OUT) --minutes 9.3
 
 clean:  ## remove what was built and cached; runs/ and .venv stay
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
