@@ -244,6 +244,7 @@ def running(trainer: Trainer, root: Path, command: str) -> Iterator[None]:
                 for folder in _checkpoint_folders(trainer):
                     stack.enter_context(owned(folder / command, f"`dirpath={str(folder)!r}`", advice))
                     restore_last(folder)
+                    remove_leftovers(folder, r".+\.ckpt(?:\.\w+)?")
                 _remove_leftovers(trainer, root)
         yield
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.atomic import new_folder
+from lightning_mixcn.files.atomic import new_folder, remove_leftovers
 from lightning_mixcn.text.corpus.unpack import cache_folder
 
 Rows = list[dict[str, Any]]
@@ -249,6 +249,7 @@ def _converted(dataset: str, release: Release, parts: Sequence[_Part]) -> Path:
     """Write the dataset as the hub has it, parquet and a README that names its configurations, to the cache."""
     target = _cache("hub", sorted({part.stamp for part in parts})) / dataset
     if target.is_dir():
+        remove_leftovers(target.parent, re.escape(target.name))
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(target) as folder:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import yaml
 
 from lightning_mixcn.commands import process as commands
 from lightning_mixcn.errors import ExistingFileError, UserError
-from lightning_mixcn.files.atomic import new_file, write_json, write_text
+from lightning_mixcn.files.atomic import new_file, remove_leftovers, write_json, write_text
 from lightning_mixcn.files.lock import lock_path
 from lightning_mixcn.studies.parts import check_settings, say
 from lightning_mixcn.studies.tables import csv_text
@@ -36,6 +37,8 @@ from .results import (
 from .run import ComparedRun, check_inputs, config_fingerprint, files_fingerprint
 
 _STUDY, _TABLE, _REPORT = "study.json", "comparison.md", "comparison.json"
+_CURVES, _RESULTS, _COSTS = "comparison.png", "comparison.csv", "costs.csv"
+_WRITTEN = (_STUDY, _TABLE, _REPORT, _CURVES, _RESULTS, _COSTS)
 
 
 def run_study(recipe: Path, folder: Path, quick: bool) -> None:
@@ -129,15 +132,16 @@ class _Study:
         """Write tables and figure, each whole or not at all, the report last."""
         results, costs = [run_result(run) for run in runs], [run_cost(run) for run in runs]
         title = self.recipe.title
-        with new_file(self.folder / "comparison.png", replace=True) as unfinished:
+        with new_file(self.folder / _CURVES, replace=True) as unfinished:
             save_curves(unfinished, results, title)
-        write_text(self.folder / "comparison.csv", runs_as_csv(results))
-        write_text(self.folder / "costs.csv", csv_text(costs))
+        write_text(self.folder / _RESULTS, runs_as_csv(results))
+        write_text(self.folder / _COSTS, csv_text(costs))
         write_text(self.folder / _TABLE, as_markdown(title, results, costs))
         write_text(self.folder / _REPORT, as_json(settings, results))
 
 
 def _check_folder(folder: Path) -> None:
+    remove_leftovers(folder, "|".join(map(re.escape, _WRITTEN)))
     # What is there of its own accord in the top folder of a file system, and this process's lock.
     expected = ("lost+found", lock_path(folder.absolute()).name)
     there = folder.is_dir() and any(path.name not in expected for path in folder.iterdir())
