@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lightning_mixcn import load_mixtral
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import find_model, load_found
+from lightning_mixcn.model.lora.adapter_file import EMBEDDINGS
 from lightning_mixcn.testing import run_distributed
 from tests.extended_tokenizers import HAN, TALES
 from tests.modules.strategy_run import train
@@ -147,9 +148,8 @@ def test_two_ranks_train_the_same_rows(tiny_base: Path) -> None:
     (one,) = run_distributed(partial(train, **settings), 1, ["one"], str(tiny_base), str(Path.cwd()))
     for rank in run_distributed(partial(train, **settings), 2, ["fsdp2"], str(tiny_base), str(Path.cwd())):
         assert rank["fsdp2"]["losses"] == pytest.approx(one["one"]["losses"], rel=1e-5)
-        for name in ("model.embed_tokens", "lm_head"):
-            key = f"base_model.model.{name}.weight"
-            ours, theirs = rank["fsdp2"]["adapter"][key], one["one"]["adapter"][key]
+        for name in EMBEDDINGS:
+            ours, theirs = rank["fsdp2"]["adapter"][name], one["one"]["adapter"][name]
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
