@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_mixcn.arguments import Between, RowTokens, Seed, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_file, write_text
+from lightning_mixcn.model.inference.prefill import default_chunk
 from lightning_mixcn.studies.long_context.likelihood import (
     DocumentRow,
     LengthLikelihood,
@@ -187,7 +188,8 @@ class LongContextEval(Callback):
         sources: Texts; null takes the validation documents of the data module.
         lengths: Context lengths in tokens, BOS included, also beyond the trained one; null is 512, 1024, …, 131072.
         documents: Documents of each source, those with most bytes first.
-        chunk: Tokens of a forward pass; more are faster and take more memory.
+        chunk: Tokens of a forward pass; more are faster and take more memory; null is 4,096 on a GPU, which decodes
+            all weights for each chunk, and 512 on the CPU.
         every_n_steps: Optimizer steps between evaluations, which also come before the first step and after the last;
             null evaluates whenever validation runs.
         retrieval: Facts to search for: any of passkey_zh, passkey_en, needle_zh, needle_en; none by default, since
@@ -205,7 +207,7 @@ class LongContextEval(Callback):
         sources: list[Source] | None = None,
         lengths: list[RowTokens] | None = None,
         documents: Annotated[int, Between(1, 10**6)] = 4,
-        chunk: Annotated[int, Between(1, 2**20)] = 512,
+        chunk: Annotated[int, Between(1, 2**20)] | None = None,
         every_n_steps: Steps | None = None,
         retrieval: list[str] | None = None,
         retrieval_lengths: list[RowTokens] | None = None,
@@ -288,14 +290,14 @@ class LongContextEval(Callback):
                 self._sets, self._tokenizer, documents=self.documents, max_tokens=self.lengths[-1],
                 rank=rank, num_ranks=num_ranks,
             )  # fmt: skip
-        names = [part.name for part in self._sets]
-        result = evaluate_lengths(model, self._rows, names, self.lengths, self.chunk)
+        names, chunk = [part.name for part in self._sets], self.chunk or default_chunk(pl_module.device)
+        result = evaluate_lengths(model, self._rows, names, self.lengths, chunk)
         retrieval: Retrieval | None = None
         out_of_memory = list(result.out_of_memory)
         if self.retrieval:
             found = evaluate_retrieval(
                 model, self._tokenizer, tasks=self.retrieval, lengths=self.retrieval_lengths,
-                depths=self.retrieval_depths, prompts=self.retrieval_prompts, chunk=self.chunk, seed=self.seed,
+                depths=self.retrieval_depths, prompts=self.retrieval_prompts, chunk=chunk, seed=self.seed,
                 rank=rank, num_ranks=num_ranks,
             )  # fmt: skip
             accuracy = {task: share_DL.tolist() for task, share_DL in found.accuracy.items()}

@@ -21,7 +21,7 @@ from lightning_mixcn.callbacks.clocks import StepClock
 from lightning_mixcn.callbacks.long_context import LongContextReport, perplexity_figure, retrieval_figure
 from lightning_mixcn.cli import main
 from lightning_mixcn.data import PretrainDataModule
-from lightning_mixcn.model.inference.prefill import ChunkedPrefill
+from lightning_mixcn.model.inference.prefill import ChunkedPrefill, default_chunk
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from lightning_mixcn.text import (
@@ -345,3 +345,9 @@ def test_heatmaps_have_depths_down_and_lengths_across() -> None:
     assert passkey.images[0].get_array().tolist() == [[1.0, 0.5], [0.0, 0.25]]
     assert [label.get_text() for label in passkey.get_xticklabels()] == ["512", "4096"]
     assert [label.get_text() for label in passkey.get_yticklabels()] == ["0", "1"]
+
+
+def test_a_gpu_gets_longer_chunks() -> None:
+    """It decodes all weights for each of them."""
+    assert [default_chunk(torch.device(device)) for device in ("cpu", "cuda")] == [512, 4096]
+    assert LongContextEval().chunk is None

@@ -23,14 +23,16 @@ from transformers import (
 )
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.lora.attach import lora_layers
 from lightning_mixcn.model.memory.budget import usable_bytes
 from lightning_mixcn.model.mixtral import CACHE_ARGUMENT, base_of
-from lightning_mixcn.model.nf4.storage import GemvStack, NF4Weight
+from lightning_mixcn.model.nf4.storage import GemmStack, NF4Weight, few_rows_kernel
 
 from .sampling import Sampling
 
-# Tokens of a prompt in one forward pass, which bounds its attention mask and the experts' activations.
-_CHUNK = 1024
+# Tokens of a prompt in one forward pass, which bounds its attention mask and the experts' activations; a GPU decodes
+# all weights for each.
+_CHUNK = {"cpu": 1024, "cuda": 4096}
 
 
 class PrefixCache:
@@ -64,9 +66,10 @@ class PrefixCache:
         self._crop(ids)
         base: Any = base_of(model)
         device, output = base.get_input_embeddings().weight.device, None
+        size = _CHUNK.get(device.type, _CHUNK["cpu"])
         try:
-            for start in range(len(self._ids), len(ids), _CHUNK):
-                chunk = list(ids[start : start + _CHUNK])
+            for start in range(len(self._ids), len(ids), size):
+                chunk = list(ids[start : start + size])
                 with torch.no_grad():
                     output = model(
                         input_ids=torch.tensor([chunk], device=device),
@@ -93,25 +96,39 @@ class PrefixCache:
 
 
 def prepare_for_generation(model: nn.Module) -> int:
-    """Make generation on a CPU fast, at the price of the 4 bits' memory once more; see `GemvStack`.
+    """Make generation fast: products of a few rows decode 4-bit weights inside the kernel, see `few_rows_kernel`.
 
-    Nothing changes on a GPU, on a CPU without bfloat16 instructions, for weights that are not in 4 bits, or where the
-    copies would take more than half of the free memory. A weight that is written later is no longer served by its copy.
+    A GPU keeps the decoded scales, an eighth of the 4 bits' memory, and LoRA factors in the compute dtype; a CPU keeps
+    copies of the 4 bits. Nothing is kept on a CPU without bfloat16 instructions, for weights that are not in 4 bits or
+    are sharded, or where it would take more than half of the free memory. A weight that is written later is no longer
+    served by what is kept, and ``model.train()`` frees it.
 
     Args:
-        model: A Mixtral of `load_mixtral`, or the PeftModel around it.
+        model: A Mixtral of `load_mixtral`, or the PeftModel around it, in evaluation mode.
 
     Returns:
-        Bytes of the copies.
+        Bytes of what is kept.
     """
-    stacks = [module for module in model.modules() if isinstance(module, NF4Weight) and GemvStack.can_hold(module)]
-    free = usable_bytes(torch.device("cpu")) - psutil.Process().memory_info().rss
-    needed = GemvStack.planned_bytes(stacks)
-    if needed > free // 2:
+    base: Any = base_of(model)
+    device, dtype = base.lm_head.weight.device, base.model.embed_tokens.output_dtype
+    stacks = [(module, few_rows_kernel(module)) for module in model.modules() if isinstance(module, NF4Weight)]
+    held = [(stack, kernel) for stack, kernel in stacks if kernel is not None]
+    # A CPU casts two experts' factors in less time than it multiplies with them.
+    adapted = [layer for _, layer in lora_layers(model) if any(kernel is GemmStack for _, kernel in held)]
+    needed = sum(kernel.planned_bytes(stack) for stack, kernel in held)
+    needed += sum(layer.factor_bytes(dtype) for layer in adapted)
+    if needed > _free_bytes(device) // 2:
         return 0
-    for stack in stacks:
-        stack.gemv = GemvStack(stack)
+    for stack, kernel in held:
+        stack.gemv = kernel(stack)
+    for layer in adapted:
+        layer.keep_factors(dtype)
     return needed
+
+
+def _free_bytes(device: torch.device) -> int:
+    taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return usable_bytes(device) - taken
 
 
 def stream_tokens(

@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,13 @@ from .options import check_training_options
 from .targets import adapted_modules
 
 
+class _KeptFactors(NamedTuple):
+    """Factors in a compute dtype, and what they depend on."""
+
+    factors: LoraFactors
+    state: tuple[Any, ...]
+
+
 class LoraFrozenLinear(nn.Module, LoraLayer):
     """The PEFT layer around a `FrozenLinear`; parameters ``lora_A [G·R, in]`` and ``lora_B [G·out, R]``, float32.
 
@@ -50,6 +57,8 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         lora_alpha: The update is scaled with ``lora_alpha / r`` (``/ √r`` under rsLoRA).
         kwargs: Further keywords that PEFT passes and this layer does not need.
     """
+
+    _kept: _KeptFactors | None = None
 
     def __init__(
         self, base_layer: FrozenLinear, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **kwargs: Any
@@ -129,6 +138,9 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
             dtype: Compute dtype.
             groups: Groups whose factors are wanted; the others' are not converted.
         """
+        kept = self._kept
+        if kept is not None and not (self.training or torch.is_grad_enabled()) and kept.state == self._state(dtype):
+            return LoraFactors(kept.factors.a[groups], kept.factors.b[groups], 0.0)
         names = self._used_adapters()
         if not names:
             return None
@@ -160,6 +172,34 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
     def _dropout(self, names: list[str]) -> float:
         """Return the probability that applies now."""
         return max(cast(nn.Dropout, self.lora_dropout[name]).p for name in names) if self.training else 0.0
+
+    @torch.no_grad()
+    def keep_factors(self, dtype: torch.dtype) -> None:
+        """Cast the factors now, for all calls without gradients until ``train()``.
+
+        They are cast again in a call where masters, adapters or dtype are others by then.
+        """
+        self._kept = None
+        if (factors := self.factors(dtype)) is not None:
+            self._kept = _KeptFactors(factors, self._state(dtype))
+
+    def factor_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes that `keep_factors` takes."""
+        linear = cast(FrozenLinear, self.get_base_layer())
+        return adapter_rank(self) * self.groups * (linear.in_features + linear.out_features) * dtype.itemsize
+
+    def train(self, mode: bool = True) -> Self:
+        """Free the factors that `keep_factors` cast when training begins."""
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def _state(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Return all that the factors depend on."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        versions = [tuple(weight._version for weight in self.weights(name)) for name in names]
+        scales = [self.scaling[name] for name in names]
+        return dtype, names, versions, scales, self.disable_adapters, list(self.merged_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` (one group; stacks of experts run in `experts.block`)."""

@@ -5,8 +5,9 @@ special, and both answer the same calls: ``decoder`` to use, ``held`` and ``writ
 Under FSDP2 a rank fills its shard with ``write``; ``decoder`` and ``flat`` need the gathered whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
+from typing import Self
 
 import bitsandbytes.functional as bnb
 import torch
@@ -29,7 +30,7 @@ class NF4Weight(nn.Module):
     scales: Tensor
     super_scale: Tensor
     super_offset: Tensor
-    gemv: "GemvStack | None" = None  # see `generation.prepare_for_generation`
+    gemv: "GemvStack | GemmStack | None" = None  # see `generation.prepare_for_generation`
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -45,6 +46,12 @@ class NF4Weight(nn.Module):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
             )
+
+    def train(self, mode: bool = True) -> Self:
+        """Free what `prepare_for_generation` made when training begins."""
+        if mode:
+            self.gemv = None
+        return super().train(mode)
 
     def decoder(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
         """Return a function that decodes matrix ``index`` to ``[out, in]`` in ``dtype``.
@@ -180,6 +187,51 @@ class GemvStack:
         return fits and bool(bnb.has_avx512bf16())  # type: ignore[no-untyped-call]  # bitsandbytes is untyped
 
     @staticmethod
-    def planned_bytes(weights: Sequence[NF4Weight]) -> int:
-        """Return the bytes of the copies: half a byte a weight, and two bytes for each block's scale."""
-        return sum(prod(weight.shape) // 2 + 2 * prod(weight.shape) // nf4.BLOCK for weight in weights)
+    def planned_bytes(weight: NF4Weight) -> int:
+        """Return the bytes of the copy: half a byte a weight, and two bytes for each block's scale."""
+        return prod(weight.shape) // 2 + 2 * prod(weight.shape) // nf4.BLOCK
+
+
+class GemmStack:
+    """A stack of 4-bit matrices ``[G, out, in]`` on a GPU, as bitsandbytes' kernel for a few rows reads it.
+
+    The kernel decodes inside the product, and takes the codes as they are. Blocks' scales are decoded here, once:
+    a step of generation uses two of eight experts, and would decode the scales of all.
+
+    Args:
+        weight: With ``in`` a multiple of 64, so that a row of a matrix is whole blocks.
+    """
+
+    def __init__(self, weight: NF4Weight) -> None:
+        groups, rows, columns = weight.shape
+        self._codes = weight.codes.detach().flatten()[: prod(weight.shape) // 2].view(groups, -1)
+        scales = nf4.dequantize_scales(weight.packed()).flatten()
+        self._scales = scales[: prod(weight.shape) // nf4.BLOCK].view(groups, -1)
+        self._source, self._version, self._shape = weight.codes, weight.codes._version, (rows, columns)
+
+    def serves(self, rows: Tensor) -> bool:
+        """Tell if it may replace the weight: few rows, no gradient is wanted, and the weight has not changed."""
+        few = rows.device == self._source.device and rows[..., 0].numel() <= GEMV_ROWS
+        return few and not torch.is_grad_enabled() and self._source._version == self._version
+
+    def product(self, rows_nI: Tensor, group: int = 0) -> Tensor:
+        """Multiply ``[.., in]`` with the transposed matrix ``group`` to ``[.., out]``, in the dtype of the rows."""
+        y: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+            rows_nI, self._codes[group], self._shape, self._scales[group], nf4.BLOCK, "nf4"
+        )
+        return y
+
+    @staticmethod
+    def can_hold(weight: NF4Weight) -> bool:
+        """Tell if there is a kernel for this weight on its device."""
+        return type(weight.codes.data) is Tensor and weight.codes.is_cuda and weight.shape[2] % nf4.BLOCK == 0
+
+    @staticmethod
+    def planned_bytes(weight: NF4Weight) -> int:
+        """Return the bytes of the scales, float32."""
+        return 4 * weight.scales.numel()
+
+
+def few_rows_kernel(weight: NF4Weight) -> type[GemvStack] | type[GemmStack] | None:
+    """Return what multiplies a few rows with this weight fastest, or ``None``: decoding it first."""
+    return next((kernel for kernel in (GemvStack, GemmStack) if kernel.can_hold(weight)), None)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model.inference import generation
 from lightning_mixcn.model.inference.generation import PrefixCache, stream_tokens
 from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.testing import save_tiny_mixtral
@@ -154,7 +155,7 @@ def test_a_prompt_that_is_cached_already_is_answered(model: nn.Module, length: i
 
 def test_a_long_prompt_is_run_in_chunks(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(stream(model, PROMPT))
-    monkeypatch.setattr("lightning_mixcn.model.inference.generation._CHUNK", 7)
+    monkeypatch.setitem(generation._CHUNK, "cpu", 7)
     assert list(stream(model, PROMPT)) == expected
 
 
