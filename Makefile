@@ -27,15 +27,15 @@ demo-instruct: venv  ## teach the same base to answer in Chinese, and ask it; re
 	$(BIN)/python -m lightning_mixcn.demo instruct
 
 # Two processes of one thread each: threads of both would wait for one another.
-QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (slow or gpu or multigpu)" -n 2 --dist loadfile
 
 test: lint  ## every quick check (what CI runs)
 	$(QUICK)
 
-test-full: lint  ## every check, slow ones too, with lm-evaluation-harness; those of a GPU where there is one
+test-full: lint  ## every check, slow ones too, with lm-evaluation-harness; those of one GPU or several where they are
 	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet -c constraints.txt -e '.[dev,demo,eval]'
 	$(QUICK)
-	$(BIN)/python -m pytest -m "slow or gpu"
+	$(BIN)/python -m pytest -m "slow or gpu or multigpu"
 
 lint: venv  ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check .

@@ -27,14 +27,19 @@ Train = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of a GPU where there is none."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
+    """Skip the tests of a GPU where there is none, and those of several where there is one."""
+    needed = {"gpu": 1, "multigpu": 2}
+    marked = [(item, count) for item in items for name, count in needed.items() if item.get_closest_marker(name)]
     if marked:
         import torch
 
-        if not torch.cuda.is_available():
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+        there = torch.cuda.device_count()
+        for item, count in marked:
+            if there < count:
+                reason = (
+                    "there is no CUDA device" if count == 1 else f"{count} CUDA devices are needed, {there} are here"
+                )
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

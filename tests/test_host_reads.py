@@ -139,7 +139,6 @@ def test_what_the_progress_bar_shows_is_on_the_host(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_micro_batch_on_a_gpu(checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, batch = module_on("cuda", PretrainModule, checkpointing), batch_on("cuda")
@@ -156,7 +155,6 @@ def test_a_micro_batch_on_a_gpu(checkpointing: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_documents_are_found_with_one_wait() -> None:
     batch, config = batch_on("cuda"), tiny_mixtral_config()
     torch.cuda.set_sync_debug_mode("warn")

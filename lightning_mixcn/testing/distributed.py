@@ -1,4 +1,4 @@
-"""Functions run by several ranks on this machine, connected by gloo."""
+"""Functions run by several ranks on this machine, connected by gloo, or on GPUs by NCCL."""
 
 import multiprocessing
 import os
@@ -6,10 +6,10 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,7 +21,11 @@ _PRELOADED = ["lightning_mixcn.callbacks", "lightning_mixcn.data", "lightning_mi
 
 
 def run_distributed(
-    function: Callable[..., Result], ranks: int, *arguments: Any, timeout_seconds: float = 300.0
+    function: Callable[..., Result],
+    ranks: int,
+    *arguments: Any,
+    timeout_seconds: float = 300.0,
+    backend: Literal["gloo", "nccl"] = "gloo",
 ) -> list[Result]:
     """Call a function in several processes at once, as ranks of one group; a Trainer in it uses this group.
 
@@ -30,6 +34,7 @@ def run_distributed(
         ranks: Number of processes.
         arguments: Arguments, which can be pickled.
         timeout_seconds: After this long, ranks that have not ended are killed.
+        backend: ``nccl``: each rank has the GPU of its number.
 
     Returns:
         What each rank's call returned.
@@ -37,11 +42,13 @@ def run_distributed(
     Raises:
         RuntimeError: a rank failed, ended or took too long; has the traceback of each that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = [_start(context, folder, rank, ranks, function, arguments) for rank in range(ranks)]
+        context, processes = _context(backend), list[BaseProcess]()
+        for rank in range(ranks):
+            call = (folder, rank, ranks, backend, function, arguments)
+            processes.append(context.Process(target=_run_rank, args=call))
+            processes[-1].start()
         for process in processes:
             process.join(timeout_seconds)
         for process in processes:
@@ -53,27 +60,30 @@ def run_distributed(
     return [result for _, result in outcomes]
 
 
-def _start(
-    context: ForkServerContext,
-    folder: Path,
-    rank: int,
-    ranks: int,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> BaseProcess:
-    process = context.Process(target=_run_rank, args=(folder, rank, ranks, function, arguments))
-    process.start()
-    return process
+def _context(backend: str) -> ForkServerContext | SpawnContext:
+    """Return how processes start; one that was forked from where CUDA was asked for has no CUDA."""
+    if backend == "nccl":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
-def _run_rank(folder: Path, rank: int, ranks: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run_rank(
+    folder: Path, rank: int, ranks: int, backend: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     # LOCAL_RANK also tells Lightning that the processes are there already.
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
     torch.set_num_threads(1)
     try:
         # Ranks meet through a file instead of a port, which another process might take.
         meeting = f"file://{folder / 'meeting'}"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+        device = torch.device("cuda", rank) if backend == "nccl" else None
+        if device is not None:
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group(
+            backend, init_method=meeting, rank=rank, world_size=ranks, device_id=device
+        )
         outcome = True, function(*arguments)
         torch.distributed.destroy_process_group()
     except BaseException:

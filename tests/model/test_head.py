@@ -67,7 +67,6 @@ def test_the_loss_on_a_gpu(vocabulary: int, trained: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_loss_on_a_gpu_waits_for_nothing_and_holds_its_bound() -> None:
     head = Head(512, 32_000, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     hidden = torch.randn(1, 8192, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)

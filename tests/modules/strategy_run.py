@@ -134,10 +134,11 @@ def _train(
     ranks = torch.distributed.get_world_size()
     model, losses, started = module(base, **changes), Losses(), time.perf_counter()
     saving = [] if checkpoints is None else [StepCheckpoint(every_n_steps=2, keep=9, dirpath=checkpoints)]
+    accelerator = "gpu" if torch.distributed.get_backend() == "nccl" else "cpu"
     trainer = Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy(name), max_steps=max_steps, max_epochs=-1, logger=False,
+        accelerator=accelerator, devices=ranks, strategy=strategy(name), max_steps=max_steps, max_epochs=-1,
         accumulate_grad_batches=MICRO_BATCHES // ranks, use_distributed_sampler=False, gradient_clip_val=0.1,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=out,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=out,
         enable_checkpointing=bool(saving), callbacks=[losses, ExpertLoadMonitor(), TrainabilityCheck(), *saving],
     )  # fmt: skip
     data = SharedBatches(batches()) if path is None else text(base, path)
@@ -186,5 +187,5 @@ def _digest(model: torch.nn.Module) -> str:
     frozen = hashlib.sha256()
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            frozen.update(full_tensor(parameter).contiguous().view(torch.uint8).numpy().tobytes())
+            frozen.update(full_tensor(parameter).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return frozen.hexdigest()

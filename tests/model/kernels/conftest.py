@@ -3,15 +3,13 @@
 import os
 
 import pytest
-import torch
 
 
-@pytest.fixture
-def device() -> str:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
     """Return the device; skips where there is no Triton."""
     pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("torch sees no GPU, and Triton's interpreter is off: set TRITON_INTERPRET=1")
-    return "cpu"
+    chosen: str = request.param
+    if chosen == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off: set TRITON_INTERPRET=1")
+    return chosen
