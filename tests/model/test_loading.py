@@ -149,10 +149,12 @@ def test_wrong_shape_is_named(tiny: Path, tmp_path: Path) -> None:
         load_mixtral(folder)
 
 
-def test_nan_in_a_weight_is_named(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nan_in_a_weight_is_named(device: str, tiny: Path, tmp_path: Path) -> None:
+    """A GPU looks for it itself."""
     folder = rewrite(tiny, tmp_path / "x", **{W1: torch.full((48, 32), float("nan"))})
     with pytest.raises(ValueError, match="NaN or infinite"):
-        load_mixtral(folder)
+        load_mixtral(folder, device=device)
 
 
 @pytest.mark.parametrize(

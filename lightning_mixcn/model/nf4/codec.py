@@ -7,6 +7,8 @@ so any range of superblocks can be quantised, stored, sharded and decoded withou
 Legend: N = superblocks, 64 elements a block, 256 blocks a superblock.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -80,10 +82,26 @@ def quantize_nf4(values: Tensor) -> NF4Tensors:
         offset_N[-1] = total_N[-1] / (BLOCKS_PER_SUPERBLOCK - empty_blocks)
         absmax_NB[-1, -empty_blocks:] = offset_N[-1]
     centred = (absmax_NB - offset_N[:, None]).flatten()
-    scales, super_scale = _ops.quantize_blockwise(centred, dynamic_code(values.device), BLOCKS_PER_SUPERBLOCK)
+    with default_stream(values.device):
+        scales, super_scale = _ops.quantize_blockwise(centred, dynamic_code(values.device), BLOCKS_PER_SUPERBLOCK)
     return NF4Tensors(
         codes.view(num_superblocks, SUPERBLOCK // 2), scales.view(num_superblocks, -1), super_scale.float(), offset_N
     )
+
+
+@contextmanager
+def default_stream(device: torch.device) -> Iterator[None]:
+    """Let a GPU's default stream wait for the current one, and the current one for it afterwards.
+
+    bitsandbytes launches the kernels that quantise on the default stream, whatever stream is the current one.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)
 
 
 def _sum_blocks(absmax_NB: Tensor) -> Tensor:
@@ -106,7 +124,8 @@ def quantize_codes(values: Tensor) -> tuple[Tensor, Tensor]:
         Codes ``[n / 2]`` uint8 and the blocks' absolute maxima ``[n / 64]`` float32.
     """
     if values.device.type != "cpu":
-        codes, absmax = _ops.quantize_4bit(values.contiguous(), BLOCK, "nf4", torch.uint8)
+        with default_stream(values.device):
+            codes, absmax = _ops.quantize_4bit(values.contiguous(), BLOCK, "nf4", torch.uint8)
         return codes.flatten(), absmax.float()
     codes = torch.empty(values.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(values.numel() // BLOCK)

@@ -69,6 +69,43 @@ def test_a_gpu_quantises_bit_for_bit_as_the_cpu(dtype: torch.dtype) -> None:
         assert torch.equal(one, other.cpu())
 
 
+class Stream:
+    """Keeps who waited for whom."""
+
+    def __init__(self, name: str, waits: list[str]) -> None:
+        self.name, self.waits = name, waits
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waits.append(f"{self.name} for {other.name}")
+
+
+def test_kernels_of_the_default_stream_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    current, default = Stream("current", waits), Stream("default", waits)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: default)
+    with nf4.default_stream(torch.device("cuda")):
+        assert waits == ["default for current"]
+    assert waits == ["default for current", "current for default"]
+    with nf4.default_stream(torch.device("cpu")):
+        assert len(waits) == 2
+
+
+@pytest.mark.gpu
+def test_quantising_on_another_stream() -> None:
+    values = torch.randn(37 * nf4.SUPERBLOCK, generator=torch.Generator().manual_seed(0)).cuda()
+    expected = nf4.quantize_nf4(values)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        late = values * 0
+        for _ in range(200):  # long enough for a kernel that does not wait to read zeros
+            late.add_(values).sub_(values)
+        found = nf4.quantize_nf4(late.copy_(values))
+    torch.cuda.synchronize()
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_relative_error_is_that_of_double_quantised_nf4() -> None:
     values = torch.randn(64 * nf4.SUPERBLOCK, generator=torch.Generator().manual_seed(0))
     error = (nf4.dequantize_nf4(nf4.quantize_nf4(values), torch.float32) - values).norm() / values.norm()
