@@ -90,7 +90,16 @@ def run(settings: Settings, figures: Figures) -> None:
 
 
 def marked_files() -> list[str]:
-    """Return the test files that have a mark `gpu`: to collect all others takes longer than to run these."""
+    """Return the test files that have a mark `gpu`, or whose folder's fixtures have one.
+
+    To collect all others takes longer than to run these.
+    """
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    marked = [str(file.relative_to(ROOT)) for file in files if re.search(r"\bmark\.gpu\b", file.read_text("utf-8"))]
+    marked = [
+        str(file.relative_to(ROOT)) for file in files if _is_marked(file) or _is_marked(file.with_name("conftest.py"))
+    ]
     return sorted(marked, key=lambda name: [not name.startswith(folder) for folder in _FIRST])
+
+
+def _is_marked(file: Path) -> bool:
+    return file.is_file() and re.search(r"\bmark\.gpu\b", file.read_text("utf-8")) is not None

@@ -50,6 +50,12 @@ def ids(batch: int = 2, length: int = 24) -> Tensor:
     return torch.randint(3, 258, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+def total(counter: FlopCounterMode) -> int:
+    """Return all operations but those of the rotary tables, which transformers 5.17 computes by a product."""
+    rotary = [counts for name, counts in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(sum(counts.values()) for counts in rotary)
+
+
 def test_forward_is_what_torch_counts_of_stock_transformers() -> None:
     """Torch counts the whole square of attention, where a causal kernel computes the pairs only."""
     config = tiny_mixtral_config()
@@ -58,7 +64,7 @@ def test_forward_is_what_torch_counts_of_stock_transformers() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         stock(input_ids=ids(), use_cache=False)
     per_token, per_pair = counted(config)
-    assert counter.get_total_flops() == per_token.forward * 48 + per_pair.forward * 2 * 24 * 24
+    assert total(counter) == per_token.forward * 48 + per_pair.forward * 2 * 24 * 24
 
 
 @pytest.mark.parametrize("train_embeddings", [False, True])
@@ -75,7 +81,7 @@ def test_a_step_is_what_torch_counts_of_ours(quantization: str, train_embeddings
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         model(input_ids=labels, labels=labels, output_router_logits=True).loss.backward()
     # Nor does it count the attention of a CPU.
-    assert counter.get_total_flops() == count_training_flops(model, "none").per_token.total * 48
+    assert total(counter) == count_training_flops(model, "none").per_token.total * 48
 
 
 def test_only_what_lies_above_an_adapter_has_a_backward() -> None:
@@ -119,7 +125,7 @@ def test_layers_of_different_modes() -> None:
         counter = FlopCounterMode(display=False, custom_mapping=in_place)
         with torch.utils.checkpoint.set_checkpoint_early_stop(False), counter:
             model(input_ids=labels, labels=labels, output_router_logits=True).loss.backward()
-        assert counter.get_total_flops() == count_training_flops(model, modes).per_token.total * 48
+        assert total(counter) == count_training_flops(model, modes).per_token.total * 48
 
 
 def test_pairs() -> None:
