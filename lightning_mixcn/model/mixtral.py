@@ -1,6 +1,6 @@
 """transformers' Mixtral with frozen, possibly 4-bit experts and projections, and a loss that never holds all logits.
 
-RoPE, attention back ends, masks, the KV cache and ``generate`` stay transformers' own.
+Attention back ends, masks, the KV cache and ``generate`` stay transformers' own, and off CUDA RoPE and norms do.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 from lightning_mixcn.errors import UserError
 
 from .attention import documents as attention
+from .attention.fused import FusedAttention
 from .experts.block import Experts, Router
 from .head import IGNORED, Embedding, Head
 from .nf4.codec import superblocks
@@ -168,7 +169,8 @@ def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> 
 
 
 def _replace_layer(layer: Any, config: MixtralConfig, quantization: str, dtype: torch.dtype) -> None:
-    attention = layer.self_attn
+    attention = FusedAttention(config, layer.self_attn.layer_idx).to(dtype)
+    layer.self_attn = attention
     for name in ATTENTION_PROJECTIONS:
         linear: nn.Linear = getattr(attention, name)
         replacement = FrozenLinear(linear.in_features, linear.out_features, quantization=quantization, dtype=dtype)

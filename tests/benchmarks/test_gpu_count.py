@@ -75,6 +75,14 @@ def test_the_fused_path_decodes_on_a_second_stream(gpu_count: Any) -> None:
     assert sorted(gathered) == sorted(E * [3 * rows + tokens] + 2 * E * [2 * rows + tokens])
 
 
+def test_rope_is_one_kernel_forward_and_one_backward(gpu_count: Any) -> None:
+    counted = gpu_count.count(tiny(gpu_count), **SIZES)
+    rotated = [(work.phase, work.bytes) for work in counted.layer.elements() if work.name == "rotate"]
+    # q and k, a quarter of it, are read and written; a token has 8 cosines and 8 sines.
+    moved = 2 * T * (H + H // 4) * 2 + 2 * T * H // 16 * 2
+    assert sorted(rotated) == [("backward", moved), ("forward", moved)]
+
+
 def test_the_rest_has_head_and_optimizer(gpu_count: Any) -> None:
     counted = gpu_count.count(tiny(gpu_count), **SIZES, num_hidden_layers=3)
     head = sum(work.flops * times for work, times in counted.rest.items() if V in work.shape)

@@ -1,6 +1,7 @@
 """Attention of all documents in one call: offsets by hand, numbers against masks, and what torch's own call accepts."""
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.attention import documents as attention
+from lightning_mixcn.model.attention import fused
 from lightning_mixcn.model.attention import packed as packed_attention
 from lightning_mixcn.model.attention.packed import PackedDocuments, pack_documents, serves
 
@@ -122,12 +125,23 @@ def test_it_equals_a_call_for_each_document(packed_on_cpu: Callable[[], None]) -
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("checkpointing", "kernel"), [("none", False), ("selective", False), ("full", False), ("selective", True)]
+)
 def test_loss_and_gradients_of_a_model(
-    checkpointing: str, base: Path, ids: Tensor, packed_on_cpu: Callable[[], None]
+    checkpointing: str,
+    kernel: bool,
+    base: Path,
+    ids: Tensor,
+    packed_on_cpu: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With RoPE in transformers' steps, and in Triton's interpreter."""
     from lightning_mixcn.model import set_activation_checkpointing
 
+    if kernel and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off: set TRITON_INTERPRET=1")
+    monkeypatch.setattr(fused, "_runs_triton", lambda _: kernel)
     model = load_mixtral(
         base, quantization="none", dtype="float32", lora=peft.LoraConfig(r=4, target_modules="all-linear")
     )
@@ -154,6 +168,32 @@ def test_a_sliding_window_needs_no_mask(tiny: Path, ids: Tensor, packed_on_cpu: 
         torch.testing.assert_close(
             model(input_ids=ids, labels=ids, position_ids=POSITIONS).nll, expected, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(("triton", "packed"), [(True, False), (False, True), (True, True)])
+def test_where_rope_is_one_kernel(
+    triton: bool, packed: bool, tiny: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With packed documents and Triton; else the whole forward is transformers'."""
+    layer: Any = load_mixtral(tiny, quantization="none", dtype="float32").model.layers[0].self_attn
+    offsets = PackedDocuments(torch.tensor(OFFSETS, dtype=torch.int32), 23)
+    calls: list[str] = []
+
+    def stock(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        calls.append("transformers")
+        return ids, None
+
+    def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append("kernel")
+        return query, key
+
+    monkeypatch.setattr(fused, "_runs_triton", lambda _: triton)
+    monkeypatch.setattr(MixtralAttention, "forward", stock)
+    monkeypatch.setattr(fused._Rotation, "apply", rotated)
+    monkeypatch.setattr(packed_attention, "varlen_attn", dense_varlen)
+    hidden = torch.zeros(2, 40, layer.q_proj.in_features)
+    layer(hidden_states=hidden, position_embeddings=(hidden, hidden), documents=offsets if packed else None)
+    assert calls == ["kernel" if triton and packed else "transformers"]
 
 
 @pytest.mark.parametrize("window", [None, 5])

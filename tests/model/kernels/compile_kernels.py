@@ -14,17 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_mixcn.model.kernels import dropout, expert_swiglu, nf4_decode, nf4_product, operand, rows, swiglu
+from lightning_mixcn.model.kernels import dropout, expert_swiglu, nf4_decode, nf4_product, operand, rotary, rows, swiglu
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Numbers that kernels do not specialise, or that have any value; pointers and strides of real tensors are multiples
 # of 16.
 ODD = (
-    "seed", "threshold", "stream", "column", "rows", "tokens", "decoding", "rank", "behind", "experts",
+    "seed", "threshold", "stream", "column", "rows", "tokens", "decoding", "rank", "behind", "experts", "table",
 )  # fmt: skip
 EVEN = (
     "count", "width", "stride", "out_stride", "dropped_stride", "more_stride", "h_stride", "dh_stride", "lora_stride",
-    "first", "b_row", "height", "width_out", "width_in",
+    "first", "b_row", "height", "width_out", "width_in", "query_stride", "key_stride",
 )  # fmt: skip
 TYPES = dict.fromkeys((*ODD, *EVEN), "i32") | {
     "scale": "fp32", "token": "*i64", "row": "*i64", "weight": "*fp32", "dweight": "*fp32", "b": "*fp32",
@@ -81,6 +81,13 @@ def check_rows(capability: int, dropped: bool) -> None:
         assert vectors(ptx) == (12 + 4 * lora, 8 + 4 * lora)
 
 
+def check_rotation(capability: int) -> None:
+    """Count accesses for Mixtral's heads: both halves of 32 x 128 numbers by 128 threads, and of both tables."""
+    for backwards in (True, False):
+        constants = {"HEADS": 32, "KEY_HEADS": 8, "SIZE": 128, "BACKWARDS": backwards}
+        assert vectors(compiled(capability, rotary._rotate, constants)) == (4 + 2, 4)
+
+
 def check_decoding(capability: int) -> None:
     """Products and sums are rounded one by one; 16 bytes of codes make 32 numbers."""
     assert "fma.rn.f32" not in compiled(capability, nf4_decode._decode, {"BLOCKS": 64})
@@ -110,6 +117,7 @@ def main() -> None:
     compiled(capability, swiglu._backward, {"BLOCK": 1024})
     check_rows(capability, dropped=True)
     check_rows(capability, dropped=False)
+    check_rotation(capability)
     check_decoding(capability)
     check_product(capability)
 
