@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
-from lightning_mixcn.errors import UserError, did_you_mean
+from lightning_mixcn.errors import UserError, did_you_mean, one_line
 from lightning_mixcn.files.atomic import owned
 from lightning_mixcn.masking import mask_secrets, visible
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process where it is ``None``.
 
     Returns:
-        Exit code: 0, or 2 where what the user gave cannot be used, 1 where a loader worker was lost, and 128 + N where
-        signal N ended the command, which one line on stderr explains.
+        Exit code: 0, or 2 where what the user gave cannot be used, 1 where a loader worker or another rank was lost,
+        and 128 + N where signal N ended the command, which one line on stderr explains.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
             raise
-        return _report(message, 1 if _lost_worker(error) else 2)
+        return _report(message, 1 if _lost_worker(error) or _lost_rank(error) else 2)
     return 0
 
 
@@ -190,12 +190,25 @@ def _explained(error: BaseException | None) -> str | None:
             f"{error.__cause__ or error} It may have run out of memory: lower `data.init_args.num_workers`, or look "
             "into the system's log"
         )
+    if isinstance(error, Exception) and _lost_rank(error):
+        return (
+            f"another rank of this run ended, and said why, or was killed. torch says here: {one_line(error)} "
+            "Start all ranks again, to go on with `--ckpt_path last`"
+        )
     return _explained(error.__cause__)  # jsonargparse wraps what the constructor of a class raises
 
 
 def _lost_worker(error: Exception) -> bool:
     """Tell whether torch says that a loader's worker was killed or crashed, wherever the training process was."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def _lost_rank(error: Exception) -> bool:
+    """Tell whether torch says, by gloo or NCCL, that another rank's process is gone."""
+    message = str(error)
+    return isinstance(error, RuntimeError) and (
+        "remote process exited" in message or ("gloo" in message and "by peer" in message)
+    )
 
 
 def __getattr__(name: str) -> Callable[..., object]:

@@ -167,6 +167,24 @@ def test_a_lost_loader_worker_is_one_line_and_no_fault_of_the_user_s(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:47260. This is typically …",
+        "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.27.5",
+    ],
+)
+def test_a_lost_rank_is_one_line_that_leads_to_the_others(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The messages are those of torch, whose traceback would hide what the rank that failed has said."""
+    monkeypatch.setattr(cli, "_run", raising(RuntimeError(message)))
+    assert cli.main(["fit"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mixcn: error: another rank of this run ended, and said why, or was killed")
+    assert error.count("\n") == 1
+
+
 def test_a_command_that_failed_has_said_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
