@@ -163,6 +163,9 @@ class StepCheckpoint(ModelCheckpoint):
                 self._summing = True
                 trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
                 self._summing = False
+                if trainer.is_global_zero and not last.exists():
+                    # The first one: a kill between the two would leave a checkpoint that is not the last one.
+                    replace_link(last, path)
                 publish(unfinished_path(path), path)
             # Before ModelCheckpoint removes the oldest, which may be what it points to.
             self._link_checkpoint(trainer, filepath, str(last))
@@ -187,10 +190,17 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 def restore_last(folder: Path) -> None:
-    """Make the newest checkpoint of a folder the last one where a process was killed between the two."""
+    """Make the newest checkpoint of a folder the last one where a process was killed between the two.
+
+    Without any, a last one leads nowhere: to the first, which was not written.
+    """
     found, last = sorted(folder.glob("step=*.ckpt")), folder / "last.ckpt"
-    if found and not last.exists() and any(folder.glob(".step=*.ckpt.lock")):
+    if last.exists() or not any(folder.glob(".step=*.ckpt.lock")):
+        return
+    if found:
         replace_link(last, found[-1])
+    elif last.is_symlink():
+        last.unlink()
 
 
 def _point_elsewhere(link: Path, path: Path) -> None:

@@ -515,6 +515,29 @@ def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path: Path, module: P
     assert not list(tmp_path.rglob(".*")), "what was written takes the space that the next try needs"
 
 
+def test_a_first_checkpoint_is_the_last_one_from_its_first_moment(
+    tmp_path: Path, module: PretrainModule, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a job that is killed between the two has a checkpoint, and nothing under the name that it resumes from."""
+    seen = list[tuple[str, str]]()
+
+    def noting(unfinished: Path, path: Path) -> None:
+        seen.append((path.name, os.readlink(path.with_name("last.ckpt"))))
+        publish(unfinished, path)
+
+    monkeypatch.setattr(step_checkpoint, "publish", noting)
+    saver = StepCheckpoint(1, keep=1, dirpath=str(tmp_path))
+    data = FixedBatches([random_batch([20])] * 3)
+    trainer(max_steps=3, enable_checkpointing=True, callbacks=[saver]).fit(module, data)
+    one, two, three = (f"step=0000000{step}.ckpt" for step in (1, 2, 3))
+    assert seen == [(one, one), (two, one), (three, two)]
+    # Killed before the first one had its name.
+    (tmp_path / three).unlink()
+    (tmp_path / f".{three}.lock").touch()
+    step_checkpoint.restore_last(tmp_path)
+    assert not os.path.lexists(tmp_path / "last.ckpt")
+
+
 def test_names_of_folders() -> None:
     for name in ("检查点\u3000一", "a\xa0b", "../a"):  # an ideographic space is no control character
         assert StepCheckpoint(dirpath=name).dirpath is not None
