@@ -74,11 +74,13 @@ def write_identity(folder: Path, identity: dict[str, str]) -> None:
         if key in identity:
             named[key] = public_name(identity[key])
             if Path(identity[key]).is_dir():
-                note = _note(named[key], identity[digest])
+                note, place = _note(named[key], identity[digest]), os.path.abspath(identity[key])
                 # Another run notes the same, or no cache folder can be written: a person then says where the base is.
                 with suppress(OSError, InUseError):
                     note.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(note, os.path.abspath(identity[key]))
+                    # Once: what a kill leaves of the last note of a run, no later run of it would remove.
+                    if not note.is_file() or note.read_bytes() != os.fsencode(place):
+                        write_text(note, place)
     write_json(folder / IDENTITY_FILE, named)
 
 

@@ -50,3 +50,17 @@ def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch: pytest.
     (note,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
     note.write_bytes(b"\xff")
     assert (read_identity(tmp_path) or {})["path"] == "base"
+
+
+def test_a_note_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a kill at the last one of a run would leave a hidden file that no later run of it removes."""
+    monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "cache"))
+    identity = base_identity(Checkpoint(save_tiny_mixtral(tmp_path / "base")))
+    write_identity(tmp_path, identity)
+    (note,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    before = note.stat().st_ino
+    write_identity(tmp_path, identity)
+    assert note.stat().st_ino == before
+    note.write_bytes(b"\xff")
+    write_identity(tmp_path, identity)
+    assert note.read_text(encoding="utf-8") == str(tmp_path / "base")
