@@ -159,7 +159,7 @@ class StepCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
         # Other callbacks write while the state is collected: a run that is killed then was writing a checkpoint.
         with naming_output(path), owned(path) if trainer.is_global_zero else nullcontext():
-            with removed_after_error(unfinished_path(path)):
+            with removed_after_error(unfinished_path(path)) if trainer.is_global_zero else nullcontext():
                 self._summing = True
                 trainer.save_checkpoint(unfinished_path(path), self.save_weights_only)
                 self._summing = False
