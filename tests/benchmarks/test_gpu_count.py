@@ -41,11 +41,11 @@ def layer_flops(memory: str) -> int:
 
     frozen, lora = (sum(kind) for kind in zip(products([*attention, (H, E)], T), products(experts, T * K), strict=True))
     attended = 2 * 2 * H * (T // S) * S * (S + 1) // 2  # q kᵀ and p v, of causal pairs
-    flops = 2 * frozen + 3 * lora + attended * 7 // 2
+    flops = 2 * frozen + 3 * lora + attended * 7 // 2 + 2 * T * K * R * I  # backward makes h @ Aᵀ of down_proj again
     if memory == "selective":  # but for what comes after the last tensor that backward needs: o_proj's hidden @ Bᵀ
         flops += sum(products(attention, T)) + attended - 2 * T * R * H
-    if memory == "full":
-        flops += frozen + lora + attended
+    if memory == "full":  # but for the down product
+        flops += frozen + lora + attended - sum(products([(I, H)], T * K))
     return flops
 
 

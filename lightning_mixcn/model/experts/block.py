@@ -26,16 +26,16 @@ from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import TEXT, expect, first_fault, mapping_of, record
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
-from .fused import FusedLoop, fused_experts
-from .grouped import GroupedExperts, decoding_product, stack_product
-from .loop import Dropout, ExpertFactors, ExpertLoop, ExpertWeights
+from .fused import fused_experts, fused_loop
+from .grouped import decoding_product, grouped_experts, stack_product
+from .loop import Dropout, ExpertFactors, ExpertWeights, expert_loop
 from .routing import route_rows, sum_choices
 
 PATHS: dict[str, Callable[..., Tensor]] = {
-    "loop": ExpertLoop.apply,
+    "loop": expert_loop,
     "fused": fused_experts,
-    "grouped": partial(GroupedExperts.apply, stack_product),
-    "decode": partial(GroupedExperts.apply, decoding_product),
+    "grouped": partial(grouped_experts, stack_product),
+    "decode": partial(grouped_experts, decoding_product),
 }
 
 # Capabilities on which `torch._grouped_mm` (2.11 to 2.13) does not fall back to one product a group.
@@ -274,10 +274,9 @@ class Experts(nn.Module):
         dropout = Dropout(probability, int(torch.randint(2**31, (), device="cpu"))) if probability > 0.0 else Dropout()
         operands = hidden_states, top_k_index, top_k_weights, weights, dropout
         if path == "fused":  # casts the masters itself, where it copies them anyway
-            scales = tuple(1.0 if pair is None else pair.scale for pair in masters)
+            gate_scale, up_scale, down_scale = (1.0 if pair is None else pair.scale for pair in masters)
             pairs = [(None, None) if pair is None else (pair.a, pair.b) for pair in masters]
-            y: Tensor = FusedLoop.apply(*operands, scales, *chain.from_iterable(pairs))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-            return y
+            return fused_loop(*operands, (gate_scale, up_scale, down_scale), *chain.from_iterable(pairs))
         return PATHS[path](*operands, *self._factors(hidden_states.dtype))
 
     def _factors(self, dtype: torch.dtype) -> ExpertFactors:

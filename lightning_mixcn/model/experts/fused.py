@@ -10,18 +10,22 @@ Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, S = T�
 R LoRA rank of a product: gate's and up's side by side, or down's, and zeros up to a multiple of 8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 
+from .finish import finish, pending_output
 from .loop import Dropout, ExpertFactors, ExpertWeights
 from .routing import Routing, route_rows
+
+if TYPE_CHECKING:  # its import needs Triton
+    from lightning_mixcn.model.kernels.dropout import Drop
 
 _EIGHT = 8  # a row of [W | B] is a multiple of 16 bytes, which tensor cores read at once, where W's is
 
@@ -53,15 +57,14 @@ Scales = tuple[float, float, float]
 def fused_experts(
     x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor | None
 ) -> Tensor:
-    """Run the path with the arguments of `ExpertLoop`; `FusedLoop` itself takes masters."""
+    """Run the path with the arguments of `expert_loop`; `fused_loop` itself takes masters."""
     a_gate_up, b_gate, b_up, a_down, b_down = ExpertFactors(*factors)
     ranks = [0 if b is None else b.shape[2] for b in (b_gate, b_up)]
     a_gate, a_up = (None, None) if a_gate_up is None else torch.split(a_gate_up, ranks, dim=1)
     masters = ExpertMasters(
         None if b_gate is None else a_gate, b_gate, None if b_up is None else a_up, b_up, a_down, b_down
     )
-    y: Tensor = FusedLoop.apply(x, index, weight, weights, dropout, (1.0, 1.0, 1.0), *masters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-    return y
+    return fused_loop(x, index, weight, weights, dropout, (1.0, 1.0, 1.0), *masters)
 
 
 class _Part(NamedTuple):
@@ -115,12 +118,19 @@ class _Product:
         for (weight, _, b, scale, columns), rows in zip(self.parts, outs, strict=True):
             _write_operand(weight, expert, rows, None if b is None else b[expert], scale, self.width + columns.start)
 
-    def multiply_a(self, expert: int, wide: Tensor, dropped: Tensor | None, hidden_nR: Tensor) -> None:
-        """Write ``dropout(rows) Aᵀ`` to ``hidden`` and behind the columns of the rows ``wide [n, in + R]``."""
+    def multiply_a(self, expert: int, wide: Tensor, dropped: Tensor | None) -> Tensor:
+        """Write ``dropout(rows) Aᵀ`` behind the columns of the rows ``wide [n, in + R]``, and return these columns."""
+        hidden_nR = wide[:, self.width :]
         if self.a is not None:
-            rows = wide[:, : self.width] if dropped is None else dropped
-            torch.mm(rows, self.a[expert].t(), out=hidden_nR)
-            wide[:, self.width :].copy_(hidden_nR)
+            torch.mm(wide[:, : self.width] if dropped is None else dropped, self.a[expert].t(), out=hidden_nR)
+        return hidden_nR
+
+    def scaled_hidden(self, expert: int, dropped: Tensor) -> Tensor:
+        """Return ``dropped Aᵀ`` as the gradient of B needs it, scaled with α/r; of a product of one projection."""
+        assert self.a is not None
+        (part,) = self.parts
+        hidden_nR = dropped.new_empty(len(dropped), self.rank)
+        return hidden_nR.addmm_(dropped, self.a[expert].t(), beta=0.0, alpha=part.scale)
 
     def through_a(self, expert: int, dwide: Tensor, dropped: Tensor | None) -> None:
         """Take the gradient that comes through A, from that of ``wide``.
@@ -137,12 +147,11 @@ class _Product:
         else:
             torch.mm(dwide[:, self.width :], self.a[expert], out=dropped)
 
-    def scaled(self, hidden_SR: Tensor, weight_S: Tensor | None = None) -> Tensor:
-        """Return ``hidden`` as the gradients of B need it: scaled with α/r, and with routing weights if given."""
+    def scaled(self, hidden_SR: Tensor) -> Tensor:
+        """Return ``hidden`` as the gradients of B need it, scaled with α/r."""
         factors = hidden_SR.new_ones(self.rank, dtype=torch.float32)
         for part in self.parts:
             factors[part.columns] = part.scale
-        factors = factors if weight_S is None else factors * weight_S[:, None]
         return (hidden_SR * factors).to(hidden_SR.dtype)
 
 
@@ -161,7 +170,7 @@ class _Gradients:
         Args:
             expert: Number of the expert.
             dy: ``[n, out]``, the gradient of the product.
-            hidden: ``[n, R]``, see `_Product.scaled`.
+            hidden: ``[n, R]``, scaled with α/r.
             dwide: ``[n, in + R]``, the gradient of ``[rows | dropout(rows) Aᵀ]``.
             dropped: ``[n, in]``, the dropped rows, scaled as ``dy`` is.
         """
@@ -194,13 +203,13 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def _products(
-    weights: ExpertWeights, scales: Scales, masters: ExpertMasters, dtype: torch.dtype
-) -> tuple[_Product, _Product]:
-    (gate, up, down), (gate_scale, up_scale, down_scale) = weights, scales
-    a_gate, b_gate, a_up, b_up, a_down, b_down = masters
-    both = _Product([(gate, a_gate, b_gate, gate_scale), (up, a_up, b_up, up_scale)], dtype)
-    return both, _Product([(down, a_down, b_down, down_scale)], dtype)
+def _gate_up(weights: ExpertWeights, scales: Scales, masters: ExpertMasters, dtype: torch.dtype) -> _Product:
+    gate = weights[0], masters.a_gate, masters.b_gate, scales[0]
+    return _Product([gate, (weights[1], masters.a_up, masters.b_up, scales[1])], dtype)
+
+
+def _down(weights: ExpertWeights, scales: Scales, masters: ExpertMasters, dtype: torch.dtype) -> _Product:
+    return _Product([(weights[2], masters.a_down, masters.b_down, scales[2])], dtype)
 
 
 def _write_operand(weight: Weight, index: int, out: Tensor, b: Tensor | None, scale: float, column: int) -> None:
@@ -220,18 +229,18 @@ def _write_operand(weight: Weight, index: int, out: Tensor, b: Tensor | None, sc
 class _Operands:
     """Decoded operands of a sequence of products, each decoded on a stream of its own while the one before is computed.
 
-    Two buffers: products take turns, and a buffer is overwritten when its last reader has been enqueued before.
+    Two buffers take turns, and a buffer is overwritten when its last reader has been enqueued before.
     The stream waits for whatever is enqueued when a decoding is asked for, and every decoding is waited for before its
     product; so memory and weights that only the main stream knows are safe without `record_stream`.
 
     Args:
-        order: Products and experts, in turns of two products.
+        order: Products and experts: of one product, or of two in turns.
         like: Tensor of the device and dtype.
     """
 
     def __init__(self, order: list[tuple[_Product, int]], like: Tensor) -> None:
         self._order, self._next = order, 0
-        self._buffers = {id(product): product.new_operand(like) for product, _ in order[:2]}
+        self._buffers = [product.new_operand(like) for product, _ in order[:2]]
         self._stream = _decoding_stream(like.device) if like.is_cuda else None
         self._events: list[torch.cuda.Event] = []
         if order:
@@ -245,14 +254,14 @@ class _Operands:
             self._decode(self._next)
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._events[step])
-        return self._buffers[id(product)]
+        return self._buffers[step % 2]
 
     def _decode(self, step: int) -> None:
         product, expert = self._order[step]
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            product.decode(expert, self._buffers[id(product)])
+            product.decode(expert, self._buffers[step % 2])
             if self._stream is not None:
                 self._events.append(self._stream.record_event())
 
@@ -262,10 +271,18 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-class FusedLoop(torch.autograd.Function):
-    """The path ``fused``.
+def fused_loop(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    weights: ExpertWeights,
+    dropout: Dropout,
+    scales: Scales,
+    *masters: Tensor | None,
+) -> Tensor:
+    """Compute the block by the path ``fused``.
 
-    Args (of apply):
+    Args:
         x: ``[T, H]`` in the compute dtype.
         index: ``[T, K]`` int64, the chosen experts.
         weight: ``[T, K]``, their routing weights; float32 or the compute dtype.
@@ -277,6 +294,11 @@ class FusedLoop(torch.autograd.Function):
     Returns:
         ``[T, H]`` in the dtype of ``x``: Σₖ weight · down(silu(gate x) ⊙ up x).
     """
+    return finish(*_FusedLoop.apply(x, index, weight, weights, dropout, scales, *masters))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+
+
+class _FusedLoop(torch.autograd.Function):
+    """All but the output, see `finish`."""
 
     @staticmethod
     def forward(
@@ -288,49 +310,44 @@ class FusedLoop(torch.autograd.Function):
         dropout: Dropout,
         scales: Scales,
         *masters: Tensor | None,
-    ) -> Tensor:
-        """Run the block."""
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Compute gate and up."""
         from lightning_mixcn.model.kernels.dropout import drop_arguments
-        from lightning_mixcn.model.kernels.expert_swiglu import expert_swiglu
-        from lightning_mixcn.model.kernels.rows import gather_rows, sum_rows
+        from lightning_mixcn.model.kernels.rows import gather_rows
 
         x, drop = x.contiguous(), drop_arguments(*dropout)
-        gate_up, down = _products(weights, scales, ExpertMasters(*masters), x.dtype)
+        product = _gate_up(weights, scales, ExpertMasters(*masters), x.dtype)
         routing = route_rows(index, weights[0].shape[0], padded=False)
         rows_S, experts = len(routing.token), list(routing.experts())
-        gate_up_S2I, y_SH = x.new_empty(rows_S, 2 * down.width), x.new_empty(rows_S, x.shape[1])
-        hidden_gate_up, hidden_down = (x.new_empty(rows_S, product.rank) for product in (gate_up, down))
-        operands = _Operands([(product, expert) for expert, _ in experts for product in (gate_up, down)], x)
+        gate_up_S2I = x.new_empty(rows_S, weights[0].shape[1] + weights[1].shape[1])
+        hidden_SR = x.new_empty(rows_S, product.rank)
+        operands = _Operands([(product, expert) for expert, _ in experts], x)
         for expert, rows in experts:
             token = routing.token[rows]
-            wide, dropped = _rows_of(gate_up, len(token), x, drop.threshold > 0)
-            gather_rows(x, token, wide[:, : gate_up.width], dropped, drop)
-            gate_up.multiply_a(expert, wide, dropped, hidden_gate_up[rows])
-            torch.mm(wide, operands.take(gate_up).t(), out=gate_up_S2I[rows])
-            del wide, dropped
-            wide, dropped = _rows_of(down, len(token), x, drop.threshold > 0)
-            expert_swiglu(gate_up_S2I[rows], token, expert, drop, wide[:, : down.width], dropped)
-            down.multiply_a(expert, wide, dropped, hidden_down[rows])
-            torch.mm(wide, operands.take(down).t(), out=y_SH[rows])
+            wide, dropped = _rows_of(product, len(token), x, drop.threshold > 0)
+            gather_rows(x, token, wide[:, : product.width], dropped, drop)
+            hidden_SR[rows] = product.multiply_a(expert, wide, dropped)
+            torch.mm(wide, operands.take(product).t(), out=gate_up_S2I[rows])
             del wide, dropped
         ctx.weights, ctx.scales, ctx.drop, ctx.offsets = weights, scales, drop, routing.offsets
-        ctx.save_for_backward(x, weight, gate_up_S2I, hidden_gate_up, hidden_down, routing.token, routing.row, *masters)
-        return sum_rows(y_SH, routing.row, weight)
+        ctx.save_for_backward(x, weight, gate_up_S2I, hidden_SR, routing.token, routing.row, *masters)
+        return pending_output(x), partial(_output, gate_up_S2I, routing, weight, weights, drop, scales, masters)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, the routing weights and the masters."""
         from lightning_mixcn.model.kernels.dropout import COLUMNS
         from lightning_mixcn.model.kernels.expert_swiglu import expert_swiglu_backward
         from lightning_mixcn.model.kernels.rows import gather_rows, sum_rows
 
-        x, weight_TK, gate_up_S2I, hidden_gate_up, hidden_down, token_S, row_TK, *masters = ctx.saved_tensors
-        gate_up, down = _products(ctx.weights, ctx.scales, ExpertMasters(*masters), x.dtype)
+        x, weight_TK, gate_up_S2I, hidden_SR, token_S, row_TK, *masters = ctx.saved_tensors
+        operands_of = ctx.weights, ctx.scales, ExpertMasters(*masters), x.dtype
+        gate_up, down = _gate_up(*operands_of), _down(*operands_of)
         dgate_up, ddown = _Gradients(gate_up), _Gradients(down)
         grad_TH, rows_S = grad_TH.contiguous(), len(token_S)
         weight_S = x.new_empty(rows_S, dtype=torch.float32)
         weight_S.index_copy_(0, row_TK.flatten(), weight_TK.flatten().float())
-        hidden_gate_up, hidden_down = gate_up.scaled(hidden_gate_up), down.scaled(hidden_down, weight_S)
+        hidden_SR = gate_up.scaled(hidden_SR)
         dweight_S = x.new_empty(rows_S, -(-down.width // COLUMNS), dtype=torch.float32)
         dx_SH = x.new_empty(rows_S, gate_up.width + gate_up.rank)
         drops, wants_dx = ctx.drop.threshold > 0, ctx.needs_input_grad[0]
@@ -348,13 +365,15 @@ class FusedLoop(torch.autograd.Function):
                 gate_up_S2I[rows], dh[:, : down.width], dh_dropped, weight_S[rows], token, expert, ctx.drop,
                 dweight_S[rows], adapted=down.rank > 0,
             )  # fmt: skip
-            ddown.write(expert, dy_nH, hidden_down[rows], dh, dropped)
+            if dropped is not None:
+                # Made again: saved, it would have recomputation run until there is h. It has the routing weight of h.
+                ddown.write(expert, dy_nH, down.scaled_hidden(expert, dropped), dh, dropped)
             del dy_nH, dh, dh_dropped, dropped
             dx_nH = torch.mm(dy_n2I, operands.take(gate_up), out=dx_SH[rows])
             if gate_up.rank:
                 x_nH = x.new_empty(len(token), gate_up.width)
                 gather_rows(x, token, None, x_nH, ctx.drop)
-                dgate_up.write(expert, dy_n2I, hidden_gate_up[rows], dx_nH, x_nH)
+                dgate_up.write(expert, dy_n2I, hidden_SR[rows], dx_nH, x_nH)
                 if wants_dx:
                     gate_up.through_a(expert, dx_nH, None if dx_dropped_SH is None else dx_dropped_SH[rows])
                 del x_nH
@@ -363,6 +382,33 @@ class FusedLoop(torch.autograd.Function):
         dx = sum_rows(dx_SH[:, : gate_up.width], row_TK, None, dx_dropped_SH, ctx.drop) if wants_dx else None
         dweight = dweight_S.sum(1)[row_TK].to(weight_TK.dtype)
         return dx, None, dweight, None, None, None, *dgate_up.of_masters(used), *ddown.of_masters(used)
+
+
+def _output(
+    gate_up_S2I: Tensor,
+    routing: Routing,
+    weight_TK: Tensor,
+    weights: ExpertWeights,
+    drop: "Drop",
+    scales: Scales,
+    masters: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Compute the output ``[T, H]`` from gate and up."""
+    from lightning_mixcn.model.kernels.expert_swiglu import expert_swiglu
+    from lightning_mixcn.model.kernels.rows import sum_rows
+
+    product = _down(weights, scales, ExpertMasters(*masters), gate_up_S2I.dtype)
+    experts = list(routing.experts())
+    y_SH = gate_up_S2I.new_empty(len(gate_up_S2I), weights[2].shape[1])
+    operands = _Operands([(product, expert) for expert, _ in experts], y_SH)
+    for expert, rows in experts:
+        token = routing.token[rows]
+        wide, dropped = _rows_of(product, len(token), y_SH, drop.threshold > 0)
+        expert_swiglu(gate_up_S2I[rows], token, expert, drop, wide[:, : product.width], dropped)
+        product.multiply_a(expert, wide, dropped)
+        torch.mm(wide, operands.take(product).t(), out=y_SH[rows])
+        del wide, dropped
+    return sum_rows(y_SH, routing.row, weight_TK)
 
 
 def _rows_of(product: _Product, count: int, like: Tensor, drops: bool) -> tuple[Tensor, Tensor | None]:

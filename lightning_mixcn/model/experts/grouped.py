@@ -15,6 +15,7 @@ from torch.nn.functional import grouped_mm
 
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 
+from .finish import finish, pending_output
 from .loop import Dropout, ExpertFactors, ExpertWeights, masked
 from .routing import route_rows_on_device, sum_choices
 
@@ -104,8 +105,21 @@ def swiglu_backward_in_torch(
     return h, torch.ops.aten.silu_backward(dh.mul_(up), gate), dup, dweight
 
 
-class GroupedExperts(torch.autograd.Function):
-    """The paths ``grouped`` and ``decode``: apply takes the product of one, then the arguments of `ExpertLoop`."""
+def grouped_experts(product: FrozenProduct, *operands: Any) -> Tensor:
+    """Compute the block by the paths ``grouped`` and ``decode``.
+
+    Args:
+        product: Product with frozen weights, which makes the difference of the two.
+        operands: Arguments of `expert_loop`.
+
+    Returns:
+        ``[T, H]`` as `expert_loop`.
+    """
+    return finish(*_GroupedExperts.apply(product, *operands))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """All but the output, see `finish`."""
 
     @staticmethod
     def forward(
@@ -117,35 +131,40 @@ class GroupedExperts(torch.autograd.Function):
         weights: ExpertWeights,
         dropout: Dropout,
         *factors: Tensor,
-    ) -> Tensor:
-        """Run the block."""
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Compute gate and up."""
         lora, (gate, up, down) = ExpertFactors(*factors), weights
         token_S, row_TK, ends_E = route_rows_on_device(index, gate.shape[0])
         x_SH = x[token_S]
         gate_SI = product(x_SH, gate, ends_E, True)
         up_SI = product(x_SH, up, ends_E, True)
-        hidden_gate_up = hidden_down = offsets = None
+        hidden_gate_up = offsets = None
         if lora.a_gate_up is not None:
             dropped = masked(x_SH, dropout.mask(x.shape, 0, x), token_S)
             hidden_gate_up = grouped_mm(dropped, lora.a_gate_up.transpose(1, 2), offs=ends_E)
             for result, b, rank in lora.halves(gate_SI, up_SI):
                 result.add_(grouped_mm(hidden_gate_up[:, rank], b.transpose(1, 2), offs=ends_E))
-        h_SI = swiglu(gate_SI, up_SI)
-        y_SH = product(h_SI, down, ends_E, True)
-        if lora.a_down is not None and lora.b_down is not None:
+        if lora.a_down is not None and dropout.probability > 0.0:
             # Masks are drawn expert by expert: the one case in which the host must know their rows.
-            offsets = [0, *ends_E.tolist()] if dropout.probability > 0.0 else None
-            dropped = masked(h_SI, _hidden_mask(dropout, offsets, h_SI))
-            hidden_down = grouped_mm(dropped, lora.a_down.transpose(1, 2), offs=ends_E)
-            y_SH.add_(grouped_mm(hidden_down, lora.b_down.transpose(1, 2), offs=ends_E))
+            offsets = [0, *ends_E.tolist()]
         ctx.product, ctx.weights, ctx.dropout, ctx.offsets = product, weights, dropout, offsets
-        ctx.save_for_backward(x, weight, gate_SI, up_SI, hidden_gate_up, hidden_down, token_S, row_TK, ends_E, *factors)
-        return sum_choices(y_SH, row_TK, weight, x.dtype)
+        ctx.save_for_backward(x, weight, gate_SI, up_SI, hidden_gate_up, token_S, row_TK, ends_E, *factors)
+
+        def output() -> Tensor:
+            h_SI = swiglu(gate_SI, up_SI)
+            y_SH = product(h_SI, down, ends_E, True)
+            if lora.a_down is not None and lora.b_down is not None:
+                dropped = masked(h_SI, _hidden_mask(dropout, offsets, h_SI))
+                hidden = grouped_mm(dropped, lora.a_down.transpose(1, 2), offs=ends_E)
+                y_SH.add_(grouped_mm(hidden, lora.b_down.transpose(1, 2), offs=ends_E))
+            return sum_choices(y_SH, row_TK, weight, x.dtype)
+
+        return pending_output(x), output
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, the routing weights and the factors."""
-        x, weight_TK, gate_SI, up_SI, hidden_gate_up, hidden_down, token_S, row_TK, ends, *factors = ctx.saved_tensors
+        x, weight_TK, gate_SI, up_SI, hidden_gate_up, token_S, row_TK, ends, *factors = ctx.saved_tensors
         lora, (gate, up, down) = ExpertFactors(*factors), ctx.weights
         grad_SH = grad_TH[token_S]
         weight_S = torch.empty_like(weight_TK.flatten())
@@ -157,9 +176,13 @@ class GroupedExperts(torch.autograd.Function):
             through_b = grouped_mm(grad_SH, lora.b_down, offs=ends)
             dh.add_(masked(grouped_mm(through_b, lora.a_down, offs=ends), mask))
         h_SI, dgate, dup, dweight_S = swiglu_backward(gate_SI, up_SI, dh, weight_S)
-        if through_b is not None:
-            db_down = outer_product(grad_SH, hidden_down * weight_S[:, None], ends)
-            da_down = outer_product(through_b * weight_S[:, None], masked(h_SI, mask), ends)
+        if through_b is not None and lora.a_down is not None:
+            dropped = masked(h_SI, mask)
+            # Made again: saved, it would have recomputation run until there is h.
+            hidden_down = grouped_mm(dropped, lora.a_down.transpose(1, 2), offs=ends)
+            db_down = outer_product(grad_SH, hidden_down.mul_(weight_S[:, None]), ends)
+            da_down = outer_product(through_b * weight_S[:, None], dropped, ends)
+            del dropped
         del dh, h_SI, grad_SH
         dx_SH = dx = da_gate_up = None
         if ctx.needs_input_grad[1]:

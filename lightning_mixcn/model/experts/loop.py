@@ -8,6 +8,8 @@ Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, R LoRA
 with each expert's share padded, n = rows of one expert.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from lightning_mixcn.model.nf4.storage import Weight
 
+from .finish import finish, pending_output
 from .routing import Routing, route_rows, sum_choices
 
 # Frozen weights of gate and up ``[E, I, H]``, and down ``[E, H, I]``.
@@ -77,10 +80,12 @@ def masked(rows: Tensor, mask: Tensor | None, token: Tensor | None = None) -> Te
     return rows * (mask if token is None else mask[token])
 
 
-class ExpertLoop(torch.autograd.Function):
-    """The path ``loop``.
+def expert_loop(
+    x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor | None
+) -> Tensor:
+    """Compute the block by the path ``loop``.
 
-    Args (of apply):
+    Args:
         x: ``[T, H]`` in the compute dtype.
         index: ``[T, K]`` int64, the chosen experts.
         weight: ``[T, K]``, their routing weights; float32 or the compute dtype.
@@ -91,12 +96,17 @@ class ExpertLoop(torch.autograd.Function):
     Returns:
         ``[T, H]`` in the dtype of ``x``: Σₖ weight · down(silu(gate x) ⊙ up x).
     """
+    return finish(*_ExpertLoop.apply(x, index, weight, weights, dropout, *factors))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """All but the output, see `finish`."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor
-    ) -> Tensor:
-        """Run the block."""
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Compute gate and up."""
         lora = ExpertFactors(*factors)
         padded = x.device.type == "cpu" and x.dtype != torch.float32  # float32 products run in MKL, not in oneDNN
         routing = route_rows(index, weights[0].shape[0], padded)
@@ -104,11 +114,9 @@ class ExpertLoop(torch.autograd.Function):
         # Halves of one buffer, as transformers computes them: SiLU's last bit depends on the stride.
         gate_up_P2I = x.new_empty(rows_P, 2 * weights[0].shape[1])
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
-        y_PH = x.new_empty(rows_P, x.shape[1])
         hidden_gate_up = None if lora.a_gate_up is None else x.new_empty(rows_P, lora.a_gate_up.shape[1])
-        hidden_down = None if lora.a_down is None else x.new_empty(rows_P, lora.a_down.shape[1])
         mask_TH = dropout.mask(x.shape, 0, x)
-        decode_gate, decode_up, decode_down = (weight.decoder(x.dtype) for weight in weights)
+        decode_gate, decode_up = (weight.decoder(x.dtype) for weight in weights[:2])
         for expert, rows in routing.experts():
             token = routing.token[rows]
             x_nH, gate, up = x[token], gate_PI[rows], up_PI[rows]
@@ -119,20 +127,14 @@ class ExpertLoop(torch.autograd.Function):
                 torch.mm(masked(x_nH, mask_TH, token), lora.a_gate_up[expert].t(), out=hidden)
                 for result, b, rank in lora.halves(gate, up):
                     result.addmm_(hidden[:, rank], b[expert].t())
-            h_nI = F.silu(gate).mul_(up)
-            y = torch.mm(h_nI, decode_down(expert).t(), out=y_PH[rows])
-            if lora.a_down is not None and lora.b_down is not None and hidden_down is not None:
-                h_dropped = masked(h_nI, dropout.mask(h_nI.shape, 1 + expert, x))
-                hidden = torch.mm(h_dropped, lora.a_down[expert].t(), out=hidden_down[rows])
-                y.addmm_(hidden, lora.b_down[expert].t())
         ctx.weights, ctx.dropout, ctx.offsets = weights, dropout, routing.offsets
-        ctx.save_for_backward(x, weight, gate_up_P2I, hidden_gate_up, hidden_down, routing.token, routing.row, *factors)
-        return sum_choices(y_PH, routing.row, weight, x.dtype)
+        ctx.save_for_backward(x, weight, gate_up_P2I, hidden_gate_up, routing.token, routing.row, *factors)
+        return pending_output(x), partial(_down, gate_up_P2I, routing, weight, weights[2], dropout, lora)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, the routing weights and the factors."""
-        x, weight_TK, gate_up_P2I, hidden_gate_up, hidden_down, token_P, row_TK, *factors = ctx.saved_tensors
+        x, weight_TK, gate_up_P2I, hidden_gate_up, token_P, row_TK, *factors = ctx.saved_tensors
         lora = ExpertFactors(*factors)
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
         weight_P = weight_TK.new_zeros(len(token_P)).index_copy_(0, row_TK.flatten(), weight_TK.flatten()).to(x.dtype)
@@ -146,9 +148,9 @@ class ExpertLoop(torch.autograd.Function):
             silu, grad_nH = F.silu(gate), grad_TH[token]
             h_nI = silu * up
             dh = grad_nH @ decode_down(expert)
-            if hidden_down is not None:
+            if lora.a_down is not None:
                 mask_nI = ctx.dropout.mask(h_nI.shape, 1 + expert, h_nI)
-                _train_down(lora, dlora, expert, h_nI, hidden_down[rows], grad_nH, weight, dh, mask_nI)
+                _train_down(lora, dlora, expert, h_nI, grad_nH, weight, dh, mask_nI)
             torch.sum(h_nI.mul_(dh), dim=1, dtype=torch.float32, out=dweight_P[rows])
             dh.mul_(weight)
             dup = silu.mul_(dh)
@@ -164,12 +166,26 @@ class ExpertLoop(torch.autograd.Function):
         return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *dlora
 
 
+def _down(
+    gate_up_P2I: Tensor, routing: Routing, weight_TK: Tensor, down: Weight, dropout: Dropout, lora: ExpertFactors
+) -> Tensor:
+    """Compute the output ``[T, H]`` from gate and up."""
+    gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
+    decode, y_PH = down.decoder(gate_up_P2I.dtype), gate_up_P2I.new_empty(len(gate_up_P2I), down.shape[1])
+    for expert, rows in routing.experts():
+        h_nI = F.silu(gate_PI[rows]).mul_(up_PI[rows])
+        y = torch.mm(h_nI, decode(expert).t(), out=y_PH[rows])
+        if lora.a_down is not None and lora.b_down is not None:
+            h_dropped = masked(h_nI, dropout.mask(h_nI.shape, 1 + expert, h_nI))
+            y.addmm_(h_dropped @ lora.a_down[expert].t(), lora.b_down[expert].t())
+    return sum_choices(y_PH, routing.row, weight_TK, y_PH.dtype)
+
+
 def _train_down(
     lora: ExpertFactors,
     dlora: ExpertFactors,
     expert: int,
     h_nI: Tensor,
-    hidden_nR: Tensor,
     grad_nH: Tensor,
     weight_n1: Tensor,
     dh_nI: Tensor,
@@ -184,9 +200,12 @@ def _train_down(
     assert b is not None
     assert da is not None
     assert db is not None
-    through_b = grad_nH @ b[expert]
-    torch.mm(grad_nH.t(), hidden_nR * weight_n1, out=db[expert])
-    torch.mm((through_b * weight_n1).t(), masked(h_nI, mask_nI), out=da[expert])
+    through_b, h_dropped = grad_nH @ b[expert], masked(h_nI, mask_nI)
+    # Made again: saved, it would have recomputation run until there is h.
+    hidden = h_dropped @ a[expert].t()
+    torch.mm(grad_nH.t(), hidden.mul_(weight_n1), out=db[expert])
+    torch.mm((through_b * weight_n1).t(), h_dropped, out=da[expert])
+    del h_dropped  # before as much is taken again
     if mask_nI is None:
         dh_nI.addmm_(through_b, a[expert])
     else:

@@ -30,7 +30,8 @@ class Flops:
     Args:
         forward: Operations of the forward pass.
         backward: Operations of the backward pass, without what it computes again.
-        recompute: Operations that backward computes again: activation checkpointing, and the logits of a trained head.
+        recompute: Operations that backward computes again: activation checkpointing, the product of the down projection
+            with LoRA's A, and the logits of a trained head.
     """
 
     forward: int = 0
@@ -90,10 +91,11 @@ def count_training_flops(model: nn.Module, activation_checkpointing: str | Seque
         layer_token, layer_pair = _attention(layer.self_attn, chain, pair)
         if mode == "selective" and chain.needs_gradient:
             layer_token, layer_pair = _again(layer_token), _again(layer_pair)
-        layer_token += _experts(layer.mlp, chain, base.config.num_experts_per_tok)
-        if mode in ("full", "offload") and chain.needs_gradient:
+        gate_up, down = _experts(layer.mlp, chain, base.config.num_experts_per_tok)
+        layer_token += gate_up
+        if mode in ("full", "offload") and chain.needs_gradient:  # but for the down product, see `experts.finish`
             layer_token, layer_pair = _again(layer_token), _again(layer_pair)
-        token, attention, needs_gradient = token + layer_token, attention + layer_pair, chain.needs_gradient
+        token, attention, needs_gradient = token + layer_token + down, attention + layer_pair, chain.needs_gradient
     return TrainingFlops(token + _head(base.lm_head, needs_gradient), attention)
 
 
@@ -146,15 +148,17 @@ def _attention(attention: Any, chain: _Chain, pair: int) -> tuple[Flops, Flops]:
     return sum((flops for flops, _ in inputs), output), Flops(pair, 5 * pair // 2 if inner.needs_gradient else 0)
 
 
-def _experts(mlp: Any, chain: _Chain, top_k: int) -> Flops:
-    """Count the cost a token of the router and of the ``top_k`` experts that it chooses."""
+def _experts(mlp: Any, chain: _Chain, top_k: int) -> tuple[Flops, Flops]:
+    """Count the cost a token of the router with gate and up of the ``top_k`` experts that it chooses, and of down."""
     router, router_adapted = chain.run(mlp.gate.linear)
     inputs = [chain.run(projection) for projection in (mlp.experts.gate_proj, mlp.experts.up_proj)]
     adapted = router_adapted or any(adapted for _, adapted in inputs) or adapter_rank(mlp.experts.down_proj) > 0
     # Routing weights, and the adapters of gate and up, need the gradient of the hidden rows.
     output, _ = _Chain(chain.needs_gradient or adapted).run(mlp.experts.down_proj)
     chain.needs_gradient = chain.needs_gradient or adapted
-    return router + sum((flops for flops, _ in inputs), output) * top_k
+    down: Any = mlp.experts.down_proj
+    output += Flops(recompute=2 * adapter_rank(down) * down.in_features)
+    return router + sum((flops for flops, _ in inputs), Flops()) * top_k, output * top_k
 
 
 def _head(head: Any, needs_gradient: bool) -> Flops:

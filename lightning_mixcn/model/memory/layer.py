@@ -208,11 +208,12 @@ class LayerCounter:
         # division, whose result is counted below; the float32 sum that divides.
         scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
         router_trains = needs_gradient or adapter_rank(mlp.gate.linear) > 0
-        adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in self._stack(experts))
+        pair = [experts.gate_proj, experts.up_proj]
+        adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in pair)
+        adapters += self._adapter(experts.down_proj, needs_gradient, rows=0)  # backward makes the product with A again
         if self.path == "fused":  # products with A alone: the masters are there anyway
-            adapters = sum(rows * adapter_rank(module) * self.size for module in self._stack(experts))
+            adapters = sum(rows * adapter_rank(module) * self.size for module in pair)
         elif self.size == 4:  # gate's and up's As are put side by side, whatever their type
-            pair = [experts.gate_proj, experts.up_proj]
             adapters += sum(4 * module.groups * adapter_rank(module) * module.in_features for module in pair)
         kept = int(
             tokens * experts.gate_proj.in_features * self.size + gate_up + routing + 4 * tokens * top_k + adapters

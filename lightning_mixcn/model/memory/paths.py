@@ -88,16 +88,17 @@ class PathMemory(NamedTuple):
 
 
 def _loop_forward(block: BlockSizes) -> int:
-    """Count results of all rows, scales, and one expert's tensors or the sum of choices."""
+    """Count scales and one expert's tensors, and after gate and up results of all rows, or the sum of choices."""
     each, hidden, inner, drops = block.each, block.hidden, block.inner, block.drops_inner
-    # Of an expert's n rows: input and output [n, H], silu(gate) and its product with up [n, I].
-    one = 2 * each * (hidden + inner) * block.size + block.matrix
-    if drops:  # input, h, h dropped of the expert before, the noise and its mask of bytes, while no matrix is there
-        one = max(one, each * (hidden * block.size + inner * (2 * block.size + 4 + 1)))
-    # The last expert's tensors live until the end.
-    last = each * (hidden + (1 + drops) * inner) * block.size
-    held = block.rows_hidden + block.scales + block.tokens_hidden * block.drops
-    return held + max(one, block.sum_of_choices + last)
+    # Of an expert's n rows: input [n, H], and with dropout its mask and their product; the mask of all tokens.
+    gate_up = block.scales * 2 // 3 + block.tokens_hidden * block.drops
+    gate_up += each * hidden * block.size * (1 + 2 * block.drops_input) + block.matrix
+    # h [n, I], dropped h; those of the last expert live until the end.
+    last = each * (1 + drops) * inner * block.size
+    one = last + block.matrix
+    if drops:  # h, h dropped of the expert before, the noise and its mask of bytes, while no matrix is there
+        one = max(one, last + each * inner * (4 + 1))
+    return max(gate_up, block.rows_hidden + block.scales // 3 + max(one, block.sum_of_choices + last))
 
 
 def _loop_backward(block: BlockSizes) -> int:
@@ -115,17 +116,17 @@ def _loop_backward(block: BlockSizes) -> int:
     return held + max(one, block.sum_of_choices + last)
 
 
-def _fused_operands(block: BlockSizes) -> int:
-    """Count one expert's decoded matrices with the Bs beside them, and all As, in the compute dtype."""
+def _fused_operands(block: BlockSizes, matrices: int) -> int:
+    """Count decoded matrices with the Bs beside them, and As, in the compute dtype."""
     # Experts' Bs are small beside a matrix, and the As are about half of the factors.
-    return 3 * block.hidden * block.inner * block.size + block.factors // 2
+    return matrices * block.hidden * block.inner * block.size + block.factors // 2
 
 
 def _fused_forward(block: BlockSizes) -> int:
-    """Count operands, results of all rows, and one expert's rows of x or of h, dropped rows beside them."""
-    inner = block.each * block.inner * (1 + block.drops_inner) * block.size
-    one = max(block.each * block.hidden * (1 + block.drops_input) * block.size, inner)
-    return _fused_operands(block) + block.rows_hidden + max(one, block.tokens_hidden)
+    """Count two operands and one expert's rows of x, and after gate and up results of all rows and one's rows of h."""
+    gate_up = _fused_operands(block, 4) + block.each * block.hidden * (1 + block.drops_input) * block.size
+    one = block.each * block.inner * (1 + block.drops_inner) * block.size
+    return max(gate_up, _fused_operands(block, 2) + block.rows_hidden + max(one, block.tokens_hidden))
 
 
 def _fused_backward(block: BlockSizes) -> int:
@@ -134,17 +135,14 @@ def _fused_backward(block: BlockSizes) -> int:
     # and h again for the factor that reads it.
     width = block.hidden + (3 + block.drops_inner + block.adapts_inner) * block.inner
     held = block.rows_hidden * (1 + block.drops_input) + block.factors // block.size * 4 + block.tokens_hidden
-    return _fused_operands(block) + held + max(block.each * width * block.size, block.tokens_hidden)
+    return _fused_operands(block, 3) + held + max(block.each * width * block.size, block.tokens_hidden)
 
 
 def _grouped_forward(block: BlockSizes, stack: int) -> int:
-    """Count input, h and results of all rows, and a decoded stack or the sum of choices."""
-    held = 2 * block.rows_hidden + block.rows_inner
-    dropped, masked = block.rows_hidden * block.drops_input, block.rows_inner * block.drops_inner
-    # With dropout: the dropped input until there is a dropped h; masks of all experts, and those side by side.
-    drawn = 2 * masked + dropped * block.drops_inner
-    last = masked if block.drops_inner else dropped
-    return held + max(stack + dropped, drawn, max(block.rows_hidden, block.sum_of_choices) + last)
+    """Count h and results of all rows, and a decoded stack, what is dropped, or the sum of choices."""
+    masked = block.rows_inner * block.drops_inner
+    # With dropout: masks of all experts, and those side by side.
+    return block.rows_inner + block.rows_hidden + max(stack, 2 * masked, block.sum_of_choices + masked)
 
 
 def _grouped_backward(block: BlockSizes, stack: int) -> int:

@@ -2,7 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.experts import fused
 from lightning_mixcn.model.experts.block import PATHS
-from lightning_mixcn.model.experts.fused import FusedLoop
+from lightning_mixcn.model.experts.fused import fused_loop
 from lightning_mixcn.model.experts.loop import Dropout, ExpertWeights
 from lightning_mixcn.model.experts.routing import Routing, route_rows_on_device
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
@@ -103,7 +104,7 @@ def test_masters_are_factors(
     index[:, 0].clamp_(max=1)
     weight = torch.rand(TOKENS, 2).requires_grad_()
     upstream = torch.randn(TOKENS, HIDDEN).to(dtype)
-    y = cast(Tensor, FusedLoop.apply(x, index, weight, weights, dropout, scales, *masters))
+    y = fused_loop(x, index, weight, weights, dropout, scales, *masters)
     y.backward(upstream)
     leaves = [None if leaf is None else leaf.detach().double().requires_grad_() for leaf in (x, weight, *masters)]
     matrices = [part.flat(dtype).view(part.shape).double() for part in weights]
@@ -129,7 +130,7 @@ def test_masks_do_not_depend_on_other_rows() -> None:
 
     def run(tokens: int) -> Tensor:
         operands = x[:tokens], index[:tokens], weight[:tokens], weights, DROPOUT, (1.0, 1.0, 1.0)
-        return cast(Tensor, FusedLoop.apply(*operands, *masters))
+        return fused_loop(*operands, *masters)
 
     torch.testing.assert_close(run(TOKENS)[:5], run(5))
 
@@ -146,16 +147,18 @@ def test_it_keeps_what_loop_keeps_but_no_factors() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        FusedLoop.apply(x, index, weight, weights, DROPOUT, (1.0, 1.0, 1.0), *masters)
+        fused_loop(x, index, weight, weights, DROPOUT, (1.0, 1.0, 1.0), *masters)
     parameters = {tensor.data_ptr() for tensor in masters if tensor is not None}
     kept = sum(size for place, size in storages.items() if place not in parameters)
-    # Input and gate and up; products with A; routing weights, and int64 token and row of each choice.
-    in_dtype = TOKENS * HIDDEN + rows * 2 * INTERMEDIATE + rows * (8 + 8 + 8)
+    # Input and gate and up; their products with A; routing weights, and int64 token and row of each choice.
+    in_dtype = TOKENS * HIDDEN + rows * 2 * INTERMEDIATE + rows * (8 + 8)
     assert kept == in_dtype * dtype.itemsize + 4 * rows + 2 * 8 * rows
 
 
-def test_recomputation_drops_the_same() -> None:
-    """Forward runs twice, as under `full`, the second time within backward."""
+def test_recomputation_drops_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward runs twice, as under `full`, the second time within backward and without the output."""
+    output = Mock(wraps=fused._output)
+    monkeypatch.setattr(fused, "_output", output)
     torch.manual_seed(2)
     weights, masters = make_weights("nf4"), make_masters((4, 2, 3))
     x, index = torch.randn(TOKENS, HIDDEN).requires_grad_(), torch.rand(TOKENS, EXPERTS).topk(2).indices
@@ -163,11 +166,12 @@ def test_recomputation_drops_the_same() -> None:
     leaves = [leaf for leaf in (x, weight, *masters) if leaf is not None]
 
     def run(x: Tensor, weight: Tensor) -> Any:
-        return FusedLoop.apply(x, index, weight, weights, DROPOUT, (1.0, 1.0, 1.0), *masters)
+        return fused_loop(x, index, weight, weights, DROPOUT, (1.0, 1.0, 1.0), *masters)
 
     for again in (False, True):
         y = checkpoint(run, x, weight, use_reentrant=False) if again else run(x, weight)
         found.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert output.call_count == 2
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -177,12 +181,12 @@ def test_it_can_be_traced_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         return Routing(token, row, [index.numel() * expert // experts for expert in range(experts + 1)])
 
     monkeypatch.setattr(fused, "route_rows", route_evenly)
-    weights = tuple(NF4Weight(shape, "meta") for shape in ((8, 96, 64), (8, 96, 64), (8, 64, 96)))
+    gate, up, down = (NF4Weight(shape, "meta") for shape in ((8, 96, 64), (8, 96, 64), (8, 64, 96)))
     sizes = [(8, 64), (96, 8)] * 2 + [(8, 96), (64, 8)]
     masters = [torch.empty(8, *shape, device="meta", requires_grad=True) for shape in sizes]
     x = torch.empty(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     index, weight = torch.empty(32, 2, dtype=torch.int64, device="meta"), torch.empty(32, 2, device="meta")
-    y = cast(Tensor, FusedLoop.apply(x, index, weight, weights, DROPOUT, (1.0, 1.0, 1.0), *masters))
+    y = fused_loop(x, index, weight, (gate, up, down), DROPOUT, (1.0, 1.0, 1.0), *masters)
     y.sum().backward()
     assert x.grad is not None
     assert all(master.grad is not None and master.grad.shape == master.shape for master in masters)

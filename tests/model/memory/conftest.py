@@ -94,4 +94,4 @@ def cuda_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "_decoded", _decoded)
     monkeypatch.setattr(grouped, "swiglu", _swiglu)
     monkeypatch.setattr(grouped, "swiglu_backward", _swiglu_backward)
-    monkeypatch.setitem(block.PATHS, "decode", lambda *args: grouped.GroupedExperts.apply(_decoding_product, *args))
+    monkeypatch.setitem(block.PATHS, "decode", lambda *args: grouped.grouped_experts(_decoding_product, *args))
