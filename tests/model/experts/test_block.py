@@ -426,8 +426,12 @@ def trained_gradients(base: str, ids: Tensor, path: str, sharded: bool) -> dict[
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_sharded_weights(tiny: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = run_distributed(trained_gradients, 2, str(tiny), ids, "grouped", True)
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+def test_sharded_weights(path: str, tiny: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "fused":
+        needs_interpreter()
+        ids = ids[:, :8]
+    ranks = run_distributed(trained_gradients, 2, str(tiny), ids, path, True)
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "loop")
     alone = trained_gradients(str(tiny), ids, "loop", False)
     # Both ranks see the same rows, so the mean of their gradients is the gradient of one process.

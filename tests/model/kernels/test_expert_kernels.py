@@ -13,7 +13,7 @@ from tests.model.philox import dropout_mask, philox
 PRECISIONS = [(torch.float32, 1e-6), (torch.float16, 6e-4)] + [(torch.bfloat16, 5e-3)] * torch.cuda.is_available()
 PROBABILITIES = [0.0, 0.3]
 # Below a program's tile, more than one, and not a multiple of it; the columns of Mixtral's hidden size are a multiple.
-SIZES = [(1, 48), (7, 600), (19, 1024)]
+SIZES = [(1, 48), (7, 600), (9, 1024)]
 
 
 def close(value: Tensor, truth: Tensor, tolerance: float) -> bool:
@@ -130,7 +130,7 @@ def test_the_rate_of_dropout(probability: float, device: str) -> None:
     from lightning_mixcn.model.kernels.dropout import drop_arguments
     from lightning_mixcn.model.kernels.rows import gather_rows
 
-    x, token = torch.ones(64, 2048, device=device), torch.arange(64, device=device)
+    x, token = torch.ones(32, 1024, device=device), torch.arange(32, device=device)
     dropped = []
     for seed in (1, 2):
         out = torch.empty_like(x)
