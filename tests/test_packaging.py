@@ -129,7 +129,8 @@ def test_an_installed_wheel_finds_its_configs_by_name(tmp_path: Path) -> None:
     (own,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     # A folder that a .pth file adds comes after the environment's own, and its .pth files are not read.
     (own / "others.pth").write_text("\n".join(getsitepackages()) + "\n", encoding="utf-8")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--ignore-installed"]
+    install += ["--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command in (
