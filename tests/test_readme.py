@@ -76,7 +76,6 @@ def test_hardware_rows_say_whether_they_were_measured() -> None:
     assert {cells[-1] for cells in hardware()} == {"planned", "measured"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cells", PLANNED, ids=lambda cells: "-".join(cells[:4]))
 def test_planned_memory_is_what_the_plan_says(
     cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
