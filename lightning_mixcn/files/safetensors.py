@@ -10,11 +10,12 @@ https://github.com/huggingface/safetensors#format
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
@@ -40,6 +41,9 @@ DTYPES: dict[str, torch.dtype] = {
 """The dtypes of the format that torch can hold and this project reads and writes."""
 
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+_SUM = "xxh3_128"  # key of the header's metadata, which other readers pass over
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,19 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Read and check the header."""
         self.path = path
-        self.entries = _read_header(path)
+        self.entries, self._sum = _read_header(path)
+
+    def check_sum(self) -> None:
+        """Compare all tensors with the sum in the header, if `write_safetensors` wrote one; reads the whole file.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self._sum is not None and self._sum != _sum_of((name, self.read(name)) for name in sorted(self.entries)):
+            raise UserError(
+                f"{str(self.path)!r} was changed or damaged after it was written: its tensors have another sum than "
+                "its header says. Copy or download the file again"
+            )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read elements ``[start, stop)`` of the flattened tensor ``name``; returns a private 1-D tensor."""
@@ -101,7 +117,16 @@ class SafetensorsFile:
                 filled += count
 
 
-def _read_header(path: Path) -> dict[str, TensorHeader]:
+def _sum_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return XXH3's 128 bits of names and bytes, in the order given: against accidents, not attackers."""
+    found = xxhash.xxh3_128()
+    for name, tensor in tensors:
+        found.update(f"{name}\n{tensor.nbytes}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorHeader], str | None]:
     if not path.is_file():
         raise MissingFileError(f"{str(path)!r} is not there. Copy or download the checkpoint again")
     size = path.stat().st_size
@@ -110,7 +135,7 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
             length = int.from_bytes(file.read(8), "little")
             raw = file.read(length) if 8 + length <= size and length <= LARGEST_JSON_BYTES else b""
         header = parse_object(raw, repr(str(path)))
-        header.pop("__metadata__", None)
+        recorded = (header.pop("__metadata__", None) or {}).get(_SUM)
         spans = {name: tuple(value["data_offsets"]) for name, value in header.items()}
         end = 8 + length + max((stop for _, stop in spans.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -132,7 +157,7 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
                 "Save the checkpoint in one of these"
             )
         entries[name] = TensorHeader(DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + spans[name][0])
-    return entries
+    return entries, recorded
 
 
 def _check_by_library(path: Path) -> None:
@@ -146,7 +171,7 @@ def _check_by_library(path: Path) -> None:
         ) from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, with_sum: bool = False) -> None:
     """Write tensors as one safetensors file, byte for byte what ``safetensors.torch.save_file`` writes.
 
     Unlike that function it accepts tensors that share memory (identical experts), each written in full. The data is
@@ -155,6 +180,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         path: File to make.
         tensors: Name to tensor, on any device.
+        with_sum: Have the header hold a sum of the tensors for `SafetensorsFile.check_sum`, for a file that no list of
+            sums goes with.
 
     Raises:
         OSError: the disk is full, or cannot be written.
@@ -170,10 +197,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
         for name, tensor in tensors.items()
     }
+    metadata = {"format": "pt"} | ({_SUM: _sum_of(sorted(tensors.items()))} if with_sum else {})
     path.touch(exist_ok=False)
     mode = path.stat().st_mode  # as the umask says; the library's files are their owner's alone
     try:
-        serialize_file(specs, path, metadata={"format": "pt"})
+        serialize_file(specs, path, metadata=metadata)
     except SafetensorError as error:  # which has the system's error in its text alone
         if (found := re.search(r"os error (\d+)", str(error))) is None:
             raise

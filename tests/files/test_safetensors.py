@@ -123,3 +123,21 @@ def test_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="ended while tensor 'w' was read"):
         file.read("w")
+
+
+def test_changed_bytes_are_found_by_the_sum(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", tensors_of_all_dtypes()
+    write_safetensors(path, tensors, with_sum=True)
+    SafetensorsFile(path).check_sum()
+    assert load_file(path).keys() == tensors.keys()
+    written = path.read_bytes()
+    for place in (len(written) - 1, SafetensorsFile(path).entries["名"].offset):
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(ValueError, match=r"a.safetensors' was changed or damaged after it was written"):
+            SafetensorsFile(path).check_sum()
+
+
+def test_another_program_s_file_has_no_sum_to_compare(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, with_sum=True)
+    save_file({"x": load_file(tmp_path / "a.safetensors")["x"] * 2}, tmp_path / "a.safetensors")
+    SafetensorsFile(tmp_path / "a.safetensors").check_sum()

@@ -187,6 +187,7 @@ class AdapterFile:
                 raise MissingFileError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
         self.config = self._read_config()
         self._file = SafetensorsFile(self.folder / WEIGHTS_NAME)
+        self._is_checked = False
         found: dict[str, set[str]] = {}
         saved = {f"{PREFIX}{name}.weight": name for name in EMBEDDINGS}
         for key in self._file.entries:
@@ -299,7 +300,10 @@ class AdapterFile:
         return self._file.entries[key].shape
 
     def _read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Read a tensor of two dimensions, or some rows of it."""
+        """Read a tensor of two dimensions, or some rows of it; the first time, the whole file's sum is checked."""
+        if not self._is_checked:
+            self._file.check_sum()
+            self._is_checked = True
         height, width = self._file.entries[key].shape
         first, last = rows or (0, height)
         values = self._file.read(key, first * width, last * width).view(last - first, width)

@@ -51,7 +51,7 @@ def write_adapter(
     tensors, lora = layout(adapter, _config(adapter, base), config.num_hidden_layers)
     # safetensors' own `save_file` gives the file mode 600, whatever the umask: nobody else could read it.
     (folder / WEIGHTS_NAME).unlink(missing_ok=True)
-    write_safetensors(folder / WEIGHTS_NAME, tensors)
+    write_safetensors(folder / WEIGHTS_NAME, tensors, with_sum=True)
     lora.save_pretrained(str(folder))
 
 

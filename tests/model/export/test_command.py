@@ -326,3 +326,14 @@ def test_overflow_in_half_precision_is_refused(tiny: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"q_proj is NaN or infinite in float16 once merged"):
         export(str(tmp_path / "adapter"), str(tmp_path / "out"), dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_adapter_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    written = bytearray(weights.read_bytes())
+    written[-1] ^= 1
+    weights.write_bytes(written)
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    assert "was changed or damaged after it was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
