@@ -5,9 +5,9 @@
     python benchmarks/gpu_count.py --all          # every case of docs/benchmarks.md, into results/gpu_count.json
 
 A model of one layer and one of two run forward and backward on the meta device, with CUDA's branches
-(`counting/card.py` stands in for the card); what the second does more is a layer. Every kernel is counted: operations
-of products, bytes, launches, waits of the host (`counting/trace.py`). Then rates that are given make milliseconds of it
-(`counting/cost.py`): products at cuBLAS' rate in whole waves of tiles, attention at its kernel's rate, all else at the
+(`gpu_counting/card.py` stands in for the card); what the second does more is a layer. Every kernel is counted: operations
+of products, bytes, launches, waits of the host (`gpu_counting/trace.py`). Then rates that are given make milliseconds of it
+(`gpu_counting/cost.py`): products at cuBLAS' rate in whole waves of tiles, attention at its kernel's rate, all else at the
 memory's, one kernel after the other. What runs on a second stream is summed apart, and of the two sums the longer one
 counts, forward and backward each, as if neither slowed the other down. The host launches ahead, so its time counts only
 where it is longer than all of that. Each expert has tokens · top-k / experts rows; a row of tokens is one document.
@@ -21,9 +21,9 @@ from typing import Any
 
 import record
 import torch
-from counting.card import pretended_card
-from counting.cost import Rates
-from counting.trace import KINDS, Trace, Work
+from gpu_counting.card import pretended_card
+from gpu_counting.cost import Rates
+from gpu_counting.trace import KINDS, Trace, Work
 from random_base import PRESETS, config_of
 
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing

@@ -20,7 +20,9 @@ SIZES = {"hidden_size": H, "intermediate_size": I}
 def gpu_count(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a script of benchmarks/, which is no package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("gpu_count", "counting", "random_base")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("gpu_count", "gpu_counting", "random_base")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     return __import__("gpu_count")
 
