@@ -5,9 +5,9 @@
     python benchmarks/gpu_count.py --all          # every case of docs/benchmarks.md, into results/gpu_count.json
 
 A model of one layer and one of two run forward and backward on the meta device, with CUDA's branches
-(`gpu_counting/card.py` stands in for the card); what the second does more is a layer. Every kernel is counted: operations
-of products, bytes, launches, waits of the host (`gpu_counting/trace.py`). Then rates that are given make milliseconds of it
-(`gpu_counting/cost.py`): products at cuBLAS' rate in whole waves of tiles, attention at its kernel's rate, all else at the
+(`card.py` stands in for the card); what the second does more is a layer. Every kernel is counted: operations
+of products, bytes, launches, waits of the host (`trace.py`). Then rates that are given make milliseconds of it
+(`cost.py`): products at cuBLAS' rate in whole waves of tiles, attention at its kernel's rate, all else at the
 memory's, one kernel after the other. What runs on a second stream is summed apart, and of the two sums the longer one
 counts, forward and backward each, as if neither slowed the other down. The host launches ahead, so its time counts only
 where it is longer than all of that. Each expert has tokens · top-k / experts rows; a row of tokens is one document.
