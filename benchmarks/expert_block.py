@@ -5,7 +5,7 @@
 
 On a GPU, each path of the block takes part, and the peers that can be imported, from 1 to 4,096 rows an expert, both
 forward with backward and forward alone. Which path is fastest where is printed last; `gpu_all.py` writes the file that
-`FASTEST` in lightning_mixcn/model/experts/block.py reads. The limit has the products only: no decoding, no gathering of
+`FASTEST` in lightning_mixcn/model/experts/path.py reads. The limit has the products only: no decoding, no gathering of
 rows, no SwiGLU, no routing. All take turns in one process.
 """
 
@@ -21,7 +21,7 @@ from contenders.experts import Rows, kernels, ours, peers
 from limits import expert_products, flops, timed
 from random_base import PRESETS, config_of
 
-from lightning_mixcn.model.experts.block import PATHS
+from lightning_mixcn.model.experts.path import PATHS
 
 GIGABYTE = 1e9
 

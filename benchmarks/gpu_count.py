@@ -27,7 +27,7 @@ from gpu_counting.trace import KINDS, Trace, Work
 from random_base import PRESETS, config_of
 
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.experts.block import PATHS
+from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.memory.checkpointing import MODES
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from random_base import drawn_values
 from torch import Tensor
 
-from lightning_mixcn.model.experts.block import PATHS
 from lightning_mixcn.model.experts.grouped import swiglu_backward_in_torch
 from lightning_mixcn.model.experts.loop import Dropout
+from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
 Contender = Callable[[bool], Any]

@@ -9,8 +9,8 @@ from gpu_stages.running import Figures
 from gpu_stages.settings import RANK, Settings, with_path
 from limits import expert_products, timed
 
-from lightning_mixcn.model.experts.block import PATHS, choose_expert_path
 from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors
+from lightning_mixcn.model.experts.path import PATHS, choose_expert_path
 
 # Eight experts, two a token: 1, 16, 256 and 2,048 rows an expert.
 TOKENS = (4, 64, 1024, 8192)

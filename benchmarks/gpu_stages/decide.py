@@ -9,9 +9,9 @@ from expert_block import fastest
 from gpu_stages.running import Figures, write_figures
 from gpu_stages.settings import Settings
 
-from lightning_mixcn.model.experts import block as expert_block
+from lightning_mixcn.model.experts import path as expert_path
 
-PACKAGED = Path(expert_block.__file__).with_name("fastest.json")
+PACKAGED = Path(expert_path.__file__).with_name("fastest.json")
 # Relative, of bfloat16 results that are added up in another order: as in tests/model/experts/test_block.py.
 TOLERANCE = 2e-2
 
@@ -24,7 +24,7 @@ def run(settings: Settings, figures: Figures) -> None:
     """
     block = settings.figures_of("block")
     figures["excluded"] = excluded(block)
-    figures["winners"] = {kind: table(block, kind) for kind in expert_block.FastestPaths._fields}
+    figures["winners"] = {kind: table(block, kind) for kind in expert_path.FastestPaths._fields}
     for kind, winners in figures["winners"].items():
         print(f"  {kind}: {winners}", flush=True)
     if missing := [kind for kind, winners in figures["winners"].items() if not winners]:
@@ -34,7 +34,7 @@ def run(settings: Settings, figures: Figures) -> None:
         capability = settings.figures_of("env")["capability"]
         file = settings.options.out / "fastest.json"
         write_figures(file, packaged | {capability: figures["winners"]})
-        expert_block.read_fastest(file)  # what the package would refuse is an error here
+        expert_path.read_fastest(file)  # what the package would refuse is an error here
 
 
 def excluded(block: dict[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import record
 from gpu_stages.running import Figures
 from gpu_stages.settings import Settings, with_path
 
-from lightning_mixcn.model.experts.block import PATHS
+from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.inference.generation import prepare_for_generation
 
 BATCHES = (1, 8)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mixcn.model.experts.block import FastestPaths, read_fastest
+from lightning_mixcn.model.experts.path import FastestPaths, read_fastest
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--layers", "1", "--hidden", "256", "--intermediate", "512"]

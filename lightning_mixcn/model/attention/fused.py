@@ -3,13 +3,13 @@
 Legend: B rows, S positions, H hidden, D head size.
 """
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
+
+from lightning_mixcn.model.kernels import has_triton
 
 from .packed import PackedDocuments, packed_attention
 
@@ -71,9 +71,4 @@ class _Rotation(torch.autograd.Function):
 
 
 def _runs_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and has_triton()

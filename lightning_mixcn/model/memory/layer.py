@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_mixcn.model.experts.block import training_path
+from lightning_mixcn.model.experts.path import training_path
 from lightning_mixcn.model.experts.routing import padded_rows, row_step
 from lightning_mixcn.model.head import chunk_positions
 from lightning_mixcn.model.lora.attach import adapter_rank
@@ -105,7 +105,7 @@ class LayerCounter:
         dtype: Compute dtype.
         device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout keeps.
         top_k: Experts a token.
-        path: Path of the expert block, see `experts.block.PATHS`.
+        path: Path of the expert block, see `experts.path.PATHS`.
     """
 
     batch: MicroBatch
@@ -312,7 +312,9 @@ def model_activations(model: nn.Module, batch: MicroBatch, device_type: str) -> 
     """
     base: Any = base_of(model)
     dtype, top_k = base.model.embed_tokens.output_dtype, base.config.num_experts_per_tok
-    path = training_path(base.model.layers[0].mlp.experts, batch.tokens, top_k, dtype, device_type)
+    experts = base.model.layers[0].mlp.experts
+    projections = experts.gate_proj, experts.up_proj, experts.down_proj
+    path = training_path(projections, batch.tokens, top_k, dtype, device_type)
     count = LayerCounter(batch, dtype, device_type, top_k, path)
     needs_gradient, layers = base.model.embed_tokens.weight.requires_grad, []
     for layer in base.model.layers:

@@ -1,6 +1,6 @@
 """Count what each way to compute the expert block needs beside its input and what backward keeps: the one place.
 
-A path of `experts.block.PATHS` has a line in `PATH_MEMORY`; `tests/model/memory/test_paths.py` follows the tensors of
+A path of `experts.path.PATHS` has a line in `PATH_MEMORY`; `tests/model/memory/test_paths.py` follows the tensors of
 each and compares. Vectors, and tensors as small as a factor's rows, are left out.
 
 Legend: T tokens, H hidden, I intermediate, E experts, S routed rows, n = S / E rows of one expert, c bytes of the

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing, shard_model
-from lightning_mixcn.model.experts import block as expert_path
-from lightning_mixcn.model.experts.block import PATHS, FastestPaths, Table, choose_expert_path, read_fastest
+from lightning_mixcn.model.experts import path as expert_path
 from lightning_mixcn.model.experts.loop import Dropout, ExpertFactors, ExpertWeights
+from lightning_mixcn.model.experts.path import PATHS, FastestPaths, Table, choose_expert_path, read_fastest
 from lightning_mixcn.model.experts.routing import route_rows
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from lightning_mixcn.testing import run_distributed
@@ -244,7 +244,7 @@ def test_on_the_cpu_it_is_the_loop() -> None:
 def test_the_environment_decides(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXCN_EXPERT_PATH", path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
+    monkeypatch.setattr(expert_path, "has_triton", lambda: True)
     assert chosen_path() == path
 
 
@@ -256,7 +256,7 @@ def test_a_kernel_that_cannot_run(
 ) -> None:
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "decode")
     monkeypatch.setenv("TRITON_INTERPRET", interpreter)
-    monkeypatch.setattr(expert_path, "_has_triton", lambda: triton)
+    monkeypatch.setattr(expert_path, "has_triton", lambda: triton)
     with pytest.raises(ValueError, match=message):
         chosen_path()
 
@@ -269,7 +269,7 @@ def test_grouped_products_only_where_torch_has_a_kernel(
     capability: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_path, "_capability", lambda device: capability)
-    monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
+    monkeypatch.setattr(expert_path, "has_triton", lambda: True)
     monkeypatch.setitem(expert_path.FASTEST, "cuda", fastest(((math.inf, "grouped"),)))
     assert chosen_path(on_gpu) == path  # the fastest gives way
     monkeypatch.setenv("MIXCN_EXPERT_PATH", "grouped")  # a wish is refused
@@ -301,7 +301,7 @@ def test_sizes_that_grouped_products_cannot_take(sizes: dict[str, int], monkeypa
 @pytest.mark.parametrize(("below", "chosen"), [(4.0, "grouped"), (5.0, "decode")])
 def test_the_table_is_read_by_rows_of_an_expert(below: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
+    monkeypatch.setattr(expert_path, "has_triton", lambda: True)
     monkeypatch.setitem(expert_path.FASTEST, "cpu", fastest(((below, "decode"), (math.inf, "grouped"))))
     assert chosen_path() == chosen
     assert chosen_path(rank=3) == "loop"
@@ -319,7 +319,7 @@ def test_without_gradients_another_path_may_win(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_gpu_has_the_winners_of_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_path, "_has_triton", lambda: True)
+    monkeypatch.setattr(expert_path, "has_triton", lambda: True)
     monkeypatch.setitem(expert_path.FASTEST, "cuda", fastest(((math.inf, "loop"),)))
     monkeypatch.setitem(expert_path.FASTEST, "9.0", fastest(((4, "loop"), (math.inf, "grouped"))))
     for capability, path in (((9, 0), "grouped"), ((10, 0), "loop")):

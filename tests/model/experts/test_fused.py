@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
 from lightning_mixcn.model.experts import fused
-from lightning_mixcn.model.experts.block import PATHS
 from lightning_mixcn.model.experts.fused import fused_loop
 from lightning_mixcn.model.experts.loop import Dropout, ExpertWeights
+from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.experts.routing import Routing, route_rows_on_device
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from tests.model.philox import dropout_mask

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import grouped_mm
 
-from lightning_mixcn.model.experts.block import PATHS
 from lightning_mixcn.model.experts.grouped import (
     decoding_product,
     outer_product,
@@ -16,6 +15,7 @@ from lightning_mixcn.model.experts.grouped import (
     swiglu_backward,
 )
 from lightning_mixcn.model.experts.loop import Dropout
+from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.nf4 import codec as nf4
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mixcn.model.experts.block import PATHS
 from lightning_mixcn.model.experts.loop import Dropout
+from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
 EXPERTS, CHOSEN, RANK = 2, 1, 16

@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_mixcn.model import head, mixtral
 from lightning_mixcn.model.attention import documents
 from lightning_mixcn.model.attention.packed import PackedDocuments
-from lightning_mixcn.model.experts import block, fused, grouped, loop
+from lightning_mixcn.model.experts import fused, grouped, loop
+from lightning_mixcn.model.experts import path as expert_path
 from lightning_mixcn.model.experts.routing import DeviceRouting, Routing, route_rows_on_device
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
@@ -90,8 +91,8 @@ def cuda_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "route_rows_on_device", _Ends.route)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda ends: _Ends.read(ends))
     monkeypatch.setattr(loop.Dropout, "mask", _mask)
-    monkeypatch.setattr(block, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(expert_path, "_obstacle", lambda *_: None)
     monkeypatch.setattr(grouped, "_decoded", _decoded)
     monkeypatch.setattr(grouped, "swiglu", _swiglu)
     monkeypatch.setattr(grouped, "swiglu_backward", _swiglu_backward)
-    monkeypatch.setitem(block.PATHS, "decode", lambda *args: grouped.grouped_experts(_decoding_product, *args))
+    monkeypatch.setitem(expert_path.PATHS, "decode", lambda *args: grouped.grouped_experts(_decoding_product, *args))

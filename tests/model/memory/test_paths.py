@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
-from lightning_mixcn.model.experts import block
-from lightning_mixcn.model.experts.block import FASTEST, PATHS, FastestPaths, training_path
+from lightning_mixcn.model.experts import path as expert_path
+from lightning_mixcn.model.experts.path import FASTEST, PATHS, FastestPaths, training_path
 from lightning_mixcn.model.memory.budget import activation_bytes, fitting_modes
 from lightning_mixcn.model.memory.layer import LayerCounter, MicroBatch, model_activations
 from lightning_mixcn.model.memory.optimizer import MemoryTracker, OptimizerMemory
@@ -120,10 +120,11 @@ def test_the_path_of_a_device(winner: str, capability: tuple[int, int] | None, m
     monkeypatch.setitem(FASTEST, "8.0", FastestPaths(table, ()))
     monkeypatch.setitem(FASTEST, "cuda", FastestPaths(table, ()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(block, "_capability", lambda _: capability)
-    monkeypatch.setattr(block, "_has_triton", lambda: True)
+    monkeypatch.setattr(expert_path, "_capability", lambda _: capability)
+    monkeypatch.setattr(expert_path, "has_triton", lambda: True)
     experts = model_of(1, 0.0, hidden_size=32, intermediate_size=64).get_base_model().model.layers[0].mlp.experts
-    found = [training_path(experts, tokens, 2, torch.bfloat16, "cuda") for tokens in (16, 64)]
+    projections = experts.gate_proj, experts.up_proj, experts.down_proj
+    found = [training_path(projections, tokens, 2, torch.bfloat16, "cuda") for tokens in (16, 64)]
     assert found == ["loop", "loop" if capability == (8, 0) else winner]
 
 
