@@ -278,6 +278,23 @@ def test_grouped_products_only_where_torch_has_a_kernel(
             chosen_path(on_gpu)
 
 
+def test_fused_needs_an_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_path, "has_triton", lambda: True)
+    for capability, path in (((7, 5), "loop"), ((8, 0), "fused"), ((12, 0), "fused")):
+        monkeypatch.setattr(expert_path, "_capability", lambda device, found=capability: found)
+        assert chosen_path(on_gpu) == path  # the fastest gives way
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", "fused")  # a wish is refused
+    monkeypatch.setattr(expert_path, "_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"`MIXCN_EXPERT_PATH=fused` cannot run here: .* capability 8.0 .* not 7.5"):
+        chosen_path(on_gpu)
+
+
+def test_fused_needs_rows_of_whole_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXCN_EXPERT_PATH", "fused")
+    with pytest.raises(ValueError, match="rows of 35 weights begin inside a byte"):
+        chosen_path(hidden=35)
+
+
 def on_gpu(x: Tensor) -> Any:
     """Return what stands in for the same tensor on a GPU."""
     return SimpleNamespace(
