@@ -7,6 +7,7 @@ Here bytes go with ``read`` straight into the tensor that is returned: the peak 
 https://github.com/huggingface/safetensors#format
 """
 
+import json
 import math
 import os
 import re
@@ -207,4 +208,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, with_sum: bo
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
     path.chmod(mode)
+    if with_sum:
+        _sort_metadata(path)
     flush_to_disk(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the header's metadata one order: the library's changes from call to call, and with it the file's bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # The library's own way of writing, which pads with spaces, so the length stays.
+        sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(sorted_header) == length
+        file.seek(8)
+        file.write(sorted_header)

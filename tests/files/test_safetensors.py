@@ -137,6 +137,16 @@ def test_changed_bytes_are_found_by_the_sum(tmp_path: Path) -> None:
             SafetensorsFile(path).check_sum()
 
 
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"主": torch.arange(6, dtype=torch.bfloat16), "b": torch.ones(2, 2)}
+    found = set()
+    for number in range(8):  # the library's metadata has either order half of the time
+        write_safetensors(tmp_path / str(number), tensors, with_sum=True)
+        found.add((tmp_path / str(number)).read_bytes())
+    assert len(found) == 1
+    assert torch.equal(load_file(tmp_path / "0")["主"], tensors["主"])
+
+
 def test_another_program_s_file_has_no_sum_to_compare(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, with_sum=True)
     save_file({"x": load_file(tmp_path / "a.safetensors")["x"] * 2}, tmp_path / "a.safetensors")
