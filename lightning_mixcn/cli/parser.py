@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]  # its __all__ is computed
     ActionConfigFile,
@@ -18,7 +19,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # its __all__ is compu
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.configuration import check_yaml, read_configuration
+from lightning_mixcn.files.configuration import MOST_BYTES, check_yaml, read_configuration
 
 _load_yaml = get_loader("yaml")
 
@@ -26,6 +27,15 @@ _load_yaml = get_loader("yaml")
 def check_what_is_loaded() -> None:
     """Have jsonargparse check all YAML as `--config FILE`: `--trainer FILE`, a file named in another one, a pipe."""
     set_loader("yaml", _load_checked, (yaml.YAMLError,))
+    # It has no setting for this.
+    jsonargparse.Path.read_text = _read_bounded  # type: ignore[attr-defined, method-assign, assignment]
+
+
+def _read_bounded(path: Any) -> str:
+    """Read one byte more than `check_yaml` takes: a pipe, or what a URL sends, may have no end."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    return content if isinstance(content, str) else content.decode()  # text where it comes from stdin
 
 
 def _load_checked(text: str, path: str = "") -> Any:

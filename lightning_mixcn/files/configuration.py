@@ -15,7 +15,8 @@ from yaml.events import (
 
 from lightning_mixcn.errors import UserError, one_line
 
-_MOST_BYTES, _MOST_VALUES, _DEEPEST = 2**24, 200_000, 64
+MOST_BYTES = 2**24
+_MOST_VALUES, _DEEPEST = 200_000, 64
 
 
 def read_configuration(path: Path, argument: str) -> str:
@@ -28,8 +29,8 @@ def read_configuration(path: Path, argument: str) -> str:
     Raises:
         ValueError: see `check_yaml`; or the file is too large, or not in UTF-8.
     """
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise UserError(f"`{argument}` has {size:,} bytes, expected a configuration of at most {_MOST_BYTES:,}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise UserError(f"`{argument}` has {size:,} bytes, expected a configuration of at most {MOST_BYTES:,}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -51,8 +52,8 @@ def check_yaml(text: str, argument: str) -> None:
         ValueError: it is too long or not YAML, or has a key twice, of which loaders keep the last; two documents;
             nesting that no configuration has; or an alias that leads to itself or multiplies to too many values.
     """
-    if len(text) > _MOST_BYTES:
-        raise UserError(f"`{argument}` has {len(text):,} characters, expected at most {_MOST_BYTES:,}")
+    if len(text) > MOST_BYTES:
+        raise UserError(f"`{argument}` has more than {MOST_BYTES:,} characters, expected a configuration")
     reader = _Reader(argument)
     try:
         for event in yaml.parse(text, yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,22 @@ def test_a_pipe(content: bytes, message: str, capsys: pytest.CaptureFixture[str]
     said = refusal(capsys, "--config", "pipe")
     writer.join()
     assert message in said
+
+
+@pytest.mark.parametrize("option", ["--config", "--trainer"])
+def test_a_pipe_without_end(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    config = write("c.yaml", configuration())
+
+    def write_on() -> None:
+        with suppress(BrokenPipeError), Path("pipe").open("wb") as pipe:
+            while True:
+                pipe.write(b"# no end\n" * 2**17)
+
+    writer = threading.Thread(target=write_on, daemon=True)
+    writer.start()
+    assert "has more than 16,777,216 characters" in refusal(capsys, "--config", config, option, "pipe")
+    writer.join()
 
 
 def test_a_value_that_is_no_configuration_is_any_text() -> None:
