@@ -190,10 +190,10 @@ def _explained(error: BaseException | None) -> str | None:
             f"{error.__cause__ or error} It may have run out of memory: lower `data.init_args.num_workers`, or look "
             "into the system's log"
         )
-    if isinstance(error, Exception) and _lost_rank(error):
+    if isinstance(error, Exception) and (fate := _lost_rank(error)):
         return (
-            f"another rank of this run ended, and said why, or was killed. torch says here: {one_line(error)} "
-            "Start all ranks again, to go on with `--ckpt_path last`"
+            f"another rank of this run {fate}. torch says here: {one_line(error).rstrip('.')}. Start all ranks again, "
+            "to go on with `--ckpt_path last`"
         )
     return _explained(error.__cause__)  # jsonargparse wraps what the constructor of a class raises
 
@@ -203,12 +203,26 @@ def _lost_worker(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
-def _lost_rank(error: Exception) -> bool:
-    """Tell whether torch says, by gloo or NCCL, that another rank's process is gone."""
+# What torch says once the time of the strategy has passed: gloo, NCCL, and the store where the ranks meet.
+_LATE = (
+    "Application timeout caused pair closure",
+    "Timed out waiting",
+    "collective operation timeout",
+    "waiting for clients",
+    "while trying to connect to",
+)
+
+
+def _lost_rank(error: Exception) -> str | None:
+    """Return what torch says has become of another rank's process, or None where it says nothing of one."""
     message = str(error)
-    return isinstance(error, RuntimeError) and (
-        "remote process exited" in message or ("gloo" in message and "by peer" in message)
-    )
+    if not isinstance(error, RuntimeError):
+        return None
+    if "remote process exited" in message or ("gloo" in message and "by peer" in message):
+        return "ended, and said why, or was killed"
+    if any(sign in message for sign in _LATE):
+        return "did not answer in the time of `trainer.strategy`: it is stopped, hangs, or was never started"
+    return None
 
 
 def __getattr__(name: str) -> Callable[..., object]:

@@ -167,21 +167,29 @@ def test_a_lost_loader_worker_is_one_line_and_no_fault_of_the_user_s(
     assert error.count("\n") == 1
 
 
+ENDED, LATE = "ended, and said why, or was killed", "did not answer in the time of `trainer.strategy`"
+
+
 @pytest.mark.parametrize(
-    "message",
+    ("message", "fate"),
     [
-        "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:47260. This is typically …",
-        "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.27.5",
+        ("[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:47260. This is …", ENDED),
+        ("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version …", ENDED),
+        ("Application timeout caused pair closure", LATE),
+        ("[/pytorch/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation to …", LATE),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for …", LATE),
+        ("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.", LATE),
+        ("The client socket has timed out after 1800000ms while trying to connect to (node1, 29500).", LATE),
     ],
 )
 def test_a_lost_rank_is_one_line_that_leads_to_the_others(
-    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    message: str, fate: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The messages are those of torch, whose traceback would hide what the rank that failed has said."""
     monkeypatch.setattr(cli, "_run", raising(RuntimeError(message)))
     assert cli.main(["fit"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("mixcn: error: another rank of this run ended, and said why, or was killed")
+    assert error.startswith(f"mixcn: error: another rank of this run {fate}")
     assert error.count("\n") == 1
 
 
