@@ -269,3 +269,9 @@ class StepProgressBar(TQDMProgressBar):
                 "left": str(timedelta(seconds=round(seconds))),
             }
         return items
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the lines of the bars, lest that of the error begins in one."""
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()

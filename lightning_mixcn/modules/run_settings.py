@@ -11,6 +11,7 @@ from lightning_mixcn.errors import UserError
 _PRECISIONS = ("32-true", "bf16-mixed")
 
 _Some = Annotated[int, Between(0, 10**12)]
+_Time = Annotated[dict[str, _Some], Filled("a time such as {minutes: 30}")]
 _Batches = _Some | Annotated[float, Between(0, 1)]
 
 
@@ -33,7 +34,7 @@ class TrainerValues(TypedDict, total=False):
         Annotated[int, Between(1, 10**12)]
         | Annotated[float, Between(0, 1, excluded=(0,))]
         | Name
-        | Annotated[dict[str, _Some], Filled("a time such as {minutes: 30}")]
+        | _Time
         | timedelta
         | None
     )
@@ -45,6 +46,7 @@ class TrainerArguments(TrainerValues, total=False):
     """Further arguments of the Trainer, which keeps them under other names or in another form."""
 
     num_sanity_val_steps: Annotated[int, Between(-1, 10**6)] | None
+    max_time: Name | _Time | timedelta | None
     fast_dev_run: bool | _Some
     num_nodes: Annotated[int, Between(1, 10**5)]
     devices: Annotated[int, Between(-1, 4096)] | Name | list[int]

@@ -128,3 +128,17 @@ def test_the_bar_counts_micro_batches(max_steps: int, batches: float, expected: 
     trainer: Any = run
     bar._trainer = trainer
     assert bar.total_train_batches == expected
+
+
+def test_an_error_begins_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    bar, run = StepProgressBar(), SimpleNamespace(max_steps=8, num_training_batches=8, accumulate_grad_batches=1)
+    trainer: Any = run
+    module: Any = None
+    bar._trainer = trainer
+    bar.on_exception(trainer, module, ValueError())  # before there is a bar
+    bar.train_progress_bar = bar.init_train_tqdm()
+    bar.train_progress_bar.update()
+    bar.on_exception(trainer, module, ValueError())
+    out = capsys.readouterr().out
+    assert "1/" in out
+    assert out.endswith("\n")

@@ -217,6 +217,8 @@ def change(config: dict[str, Any], path: str, value: Any) -> None:
         ("trainer.gradient_clip_val", math.nan, "`trainer.gradient_clip_val=nan`: expected a finite number"),
         ("trainer.accumulate_grad_batches", -3, "`trainer.accumulate_grad_batches=-3`: expected at least 1"),
         ("trainer.val_check_interval", 10**21, "`trainer.val_check_interval=1000000000000000000000`: expected at most"),
+        ("trainer.max_time", {}, "`trainer.max_time={}`: expected a time such as {minutes: 30}"),
+        ("trainer.max_time", {"hours": -1}, "`trainer.max_time['hours']=-1`: expected at least 0"),
         (
             "trainer.callbacks",
             [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -5}}],
