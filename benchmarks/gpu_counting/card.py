@@ -67,7 +67,7 @@ def pretended_card(trace: Trace, path: str, rows: int, experts: int, longest: in
 
     @contextmanager
     def stream(chosen: Any) -> Iterator[None]:
-        trace.side, before = isinstance(chosen, _Stream) and chosen is not main, trace.side
+        trace.side, before = chosen is not None and chosen is not main, trace.side
         yield
         trace.side = before
 

@@ -169,7 +169,9 @@ def _overwritten(schema: Any, args: Any) -> int:
 
 def _kernel_bytes(name: str, given: dict[str, Any], result: Any) -> int:
     """Count the arguments and results of a Triton kernel, of larger arguments what it touches."""
-    moved = sum(map(stored_bytes, _tensors(given))) + sum(map(stored_bytes, _tensors(result)))
+    # What is given as ``out`` is written, also where the function returns it; where it is an input, too, it is read.
+    read = _tensors([value for argument, value in given.items() if argument != "out"])
+    moved = sum(map(stored_bytes, read)) + sum(map(stored_bytes, _tensors((result, given.get("out")))))
     if name == "decode_operand":  # one matrix of a stack
         stack = sum(map(stored_bytes, given["packed"]))
         moved -= stack - stack // given["shape"][0]

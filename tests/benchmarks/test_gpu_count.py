@@ -43,11 +43,14 @@ def layer_flops(memory: str) -> int:
 
     frozen, lora = (sum(kind) for kind in zip(products([*attention, (H, E)], T), products(experts, T * K), strict=True))
     attended = 2 * 2 * H * (T // S) * S * (S + 1) // 2  # q kᵀ and p v, of causal pairs
-    flops = 2 * frozen + 3 * lora + attended * 7 // 2 + 2 * T * K * R * I  # backward makes h @ Aᵀ of down_proj again
-    if memory == "selective":  # but for what comes after the last tensor that backward needs: o_proj's hidden @ Bᵀ
-        flops += sum(products(attention, T)) + attended - 2 * T * R * H
+    # The Bs of q, k and v are one matrix, two thirds of which are zeros: in forward, and for the gradient of hidden.
+    zeros = 2 * T * 2 * R * (H + H // 2)
+    flops = 2 * frozen + 3 * lora + attended * 7 // 2 + 2 * zeros
+    flops += 2 * T * K * R * I  # backward makes h @ Aᵀ of down_proj again
+    if memory == "selective":  # but for what comes after the last tensor that backward needs: o_proj but for its A
+        flops += sum(products(attention, T)) + attended + zeros - 2 * T * H * H - 2 * T * R * H
     if memory == "full":  # but for the down product
-        flops += frozen + lora + attended - sum(products([(I, H)], T * K))
+        flops += frozen + lora + attended + zeros - sum(products([(I, H)], T * K))
     return flops
 
 
@@ -66,15 +69,24 @@ def test_the_fused_path_decodes_on_a_second_stream(gpu_count: Any) -> None:
     # The Bs of gate and up are one matrix, half of which is zeros: 2R columns for 2I rows, forward and backward.
     zeros = 2 * T * K * R * 2 * I
     assert sum(work.flops * times for work, times in counted.layer.items()) == layer_flops("none") + 2 * zeros
-    codes_and_scales = H * I // 2 + H * I // 64 + H * I // 16384 * 8
-    gate_or_up = codes_and_scales + I * (H + 2 * R) * 2 + I * R * 4  # [W | B] in bfloat16, B in float32
-    down = codes_and_scales + H * (I + R) * 2 + H * R * 4
+
+    def operand(outputs: int, inputs: int, rank: int) -> tuple[str, int]:
+        """Codes and scales of whole superblocks, [W | B] in bfloat16, B in float32."""
+        superblock = 16384 // 2 + 16384 // 64 + 8
+        packed = -(-outputs * inputs // 16384) * superblock
+        return "decode_operand", packed + outputs * (inputs + rank) * 2 + outputs * R * 4
+
     beside = [(work.name, work.bytes) for work in counted.layer.elements() if work.side]
-    assert Counter(beside) == {("decode_operand", gate_or_up): 2 * 2 * E, ("decode_operand", down): 2 * E}
+    assert Counter(beside) == {
+        operand(I, H, 2 * R): 2 * 2 * E, operand(H, I, R): 2 * E,  # gate and up, down
+        operand(H, H, 3 * R): 2, operand(H // 4, H, 3 * R): 2 * 2, operand(H, H, R): 2,  # q, k and v, o
+    }  # fmt: skip
     gathered = [work.bytes for work in counted.layer.elements() if work.name == "gather_rows"]
     rows, tokens = T * K // E * H * 2, T * K // E * 8
-    # x as it is and after dropout; in backward the gradient, and x after dropout.
-    assert sorted(gathered) == sorted(E * [3 * rows + tokens] + 2 * E * [2 * rows + tokens])
+    # x as it is and after dropout; in backward the gradient, and x after dropout. Attention's inputs as they are and
+    # after dropout, and its result after dropout.
+    of_attention = [3 * T * H * 2 + T * 8, 2 * T * H * 2 + T * 8]
+    assert sorted(gathered) == sorted(E * [3 * rows + tokens] + 2 * E * [2 * rows + tokens] + of_attention)
 
 
 def test_rope_is_one_kernel_forward_and_one_backward(gpu_count: Any) -> None:
@@ -105,7 +117,8 @@ def test_waits_and_launches(gpu_count: Any) -> None:
     # The documents of a micro-batch; `loop` asks for the rows of a layer, and when it is computed again.
     assert [counted.waits for counted in (loop, grouped, full)] == [(1, 2), (0, 1), (2, 3)]
     decoded = [work for work in loop.layer.elements() if work.name == "dequantize_4bit"]
-    assert len(decoded) == 2 * (4 + 3 * E)
+    assert len(decoded) == 2 * 3 * E
+    assert sum(work.name == "decode_operand" for work in loop.layer.elements()) == 2 * 4  # attention's
     assert loop.layer.total() > grouped.layer.total()
 
 

@@ -1,4 +1,4 @@
-"""Mixtral's attention with one kernel for what transformers does in many passes: the rotation by positions.
+"""Mixtral's attention with few passes for what transformers does in many: projections, and rotation by positions.
 
 Legend: B rows, S positions, H hidden, D head size.
 """
@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from lightning_mixcn.model.kernels import has_triton
 
 from .packed import PackedDocuments, packed_attention
+from .projections import can_fuse, project_output, project_states
 
 
 class FusedAttention(MixtralAttention):
@@ -19,7 +20,8 @@ class FusedAttention(MixtralAttention):
 
     Step by step, as transformers has it, RoPE moves 20 bytes a number of q and k forward and 34 backward, in 10 and 16
     kernels; fused it moves 4 and 4, in one kernel each. It is used where documents are packed for one call, in training
-    and in evaluation with labels. Elsewhere, and without Triton, this is transformers' attention, bit for bit.
+    and in evaluation with labels. There, projections in 4 bits are products with LoRA inside, see `projections`.
+    Elsewhere, and without Triton, this is transformers' attention, bit for bit.
     """
 
     def forward(  # type: ignore[override]  # releases of transformers name the cache differently, it is among kwargs
@@ -44,12 +46,18 @@ class FusedAttention(MixtralAttention):
         if not isinstance(documents, PackedDocuments) or not _runs_triton(hidden_states):
             attended, weights = super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
             return attended, weights
-        heads = *hidden_states.shape[:2], -1, self.head_dim
-        query, key, value = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = _Rotation.apply(query, key, *position_embeddings)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        inputs: Any = [self.q_proj, self.k_proj, self.v_proj]
+        output: Any = self.o_proj
+        fuses = can_fuse([*inputs, output])
+        if fuses:
+            query, key, value = project_states(hidden_states, *position_embeddings, self.head_dim, inputs)
+        else:
+            heads = *hidden_states.shape[:2], -1, self.head_dim
+            query, key, value = (project(hidden_states).view(heads) for project in inputs)
+            query, key = _Rotation.apply(query, key, *position_embeddings)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         query, key, value = (state.transpose(1, 2) for state in (query, key, value))
-        attended = packed_attention(query, key, value, documents, self.scaling, self.config.sliding_window)
-        return self.o_proj(attended.flatten(2)), None
+        attended = packed_attention(query, key, value, documents, self.scaling, self.config.sliding_window).flatten(2)
+        return project_output(attended, output) if fuses else output(attended), None
 
 
 class _Rotation(torch.autograd.Function):

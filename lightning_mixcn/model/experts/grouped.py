@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
+from lightning_mixcn.model.products.finish import finish, pending_output
 
-from .finish import finish, pending_output
 from .loop import Dropout, ExpertFactors, ExpertWeights, masked
 from .routing import route_rows_on_device, sum_choices
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mixcn.model.nf4.storage import Weight
+from lightning_mixcn.model.products.finish import finish, pending_output
 
-from .finish import finish, pending_output
 from .routing import Routing, route_rows, sum_choices
 
 # Frozen weights of gate and up ``[E, I, H]``, and down ``[E, H, I]``.

@@ -13,7 +13,7 @@ from lightning_mixcn.model.nf4 import codec as nf4
 from .nf4_decode import block_maxima, element_values
 
 _BLOCKS = 64  # of 64 elements that a program decodes
-_B_ROWS = 32  # of B that a program copies
+_B_NUMBERS = 4096  # beside a matrix that a program writes
 
 
 def decode_operand(
@@ -43,14 +43,16 @@ def decode_operand(
         return
     decoding = triton.cdiv(rows * width, _BLOCKS * nf4.BLOCK)
     behind, rank = out.shape[1] - width, 0 if b is None else b.shape[1]
-    copying = triton.cdiv(rows, _B_ROWS) if behind else 0
+    columns = triton.next_power_of_2(max(behind, 1))
+    b_rows = max(_B_NUMBERS // columns, 1)
+    copying = triton.cdiv(rows, b_rows) if behind else 0
     b_strides = (0, 0) if b is None else b.stride()
     tables = nf4.dynamic_code(out.device), nf4.nf4_code(out.device)
     with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its arguments are on
         _operand[(decoding + copying,)](
             *packed, *tables, out, out if b is None else b, index * rows * width // 2, rows, width, out.stride(0),
             *b_strides, rank, behind, column, scale, decoding, ALIGNED=width % nf4.BLOCK == 0, BLOCKS=_BLOCKS,
-            B_ROWS=_B_ROWS, BEHIND=triton.next_power_of_2(max(behind, 1)), enable_fp_fusion=False,
+            B_ROWS=b_rows, BEHIND=columns, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -11,7 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+def rotate(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    backwards: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rotate the pairs ``(d, d + D/2)`` of each head.
 
     Args:
@@ -20,22 +27,25 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backwards: bool
         cos: ``[B, S, D]`` or ``[1, S, D]``, contiguous, the same in both halves of D.
         sin: The same of the sines.
         backwards: Rotate by minus the angle.
+        out: Results, laid out as their arguments may be; ``query`` and ``key`` themselves are possible.
 
     Returns:
-        Both rotated, contiguous, in their dtypes.
+        Both rotated, in their dtypes; ``out``, or contiguous.
     """
     assert cos.is_contiguous()
     assert sin.is_contiguous()
-    rotated = query.new_empty(query.shape), key.new_empty(key.shape)
+    rotated = out or (query.new_empty(query.shape), key.new_empty(key.shape))
     rows_N, keys_N = query.flatten(0, 1), key.flatten(0, 1)
+    to_query_N, to_key_N = (state.flatten(0, 1) for state in rotated)
     if query.is_meta or len(rows_N) == 0:
         return rotated
     size = query.shape[3]
-    assert all(rows.stride()[1:] == (size, 1) for rows in (rows_N, keys_N))
+    assert all(rows.stride()[1:] == (size, 1) for rows in (rows_N, keys_N, to_query_N, to_key_N))
     table = cos.shape[0] * cos.shape[1]
     with torch.cuda.device_of(query):  # Triton launches on the current device, whatever its arguments are on
         _rotate[(len(rows_N),)](
-            rows_N, keys_N, cos, sin, *rotated, rows_N.stride(0), keys_N.stride(0), table,
+            rows_N, keys_N, cos, sin, to_query_N, to_key_N, rows_N.stride(0), keys_N.stride(0),
+            to_query_N.stride(0), to_key_N.stride(0), table,
             HEADS=query.shape[2], KEY_HEADS=key.shape[2], SIZE=size, BACKWARDS=backwards,
         )  # fmt: skip
     return rotated
@@ -43,7 +53,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backwards: bool
 
 @triton.jit(do_not_specialize=["table"])
 def _rotate(
-    query, key, cos, sin, rotated_query, rotated_key, query_stride, key_stride, table,
+    query, key, cos, sin, rotated_query, rotated_key, query_stride, key_stride, to_query_stride, to_key_stride, table,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -53,8 +63,8 @@ def _rotate(
     s = tl.load(sin + place, mask=column < SIZE // 2, other=0.0).to(tl.float32)
     if BACKWARDS:
         s = -s
-    _rotate_heads(query + row * query_stride, rotated_query + row * HEADS * SIZE, c, s, column, HEADS, SIZE)
-    _rotate_heads(key + row * key_stride, rotated_key + row * KEY_HEADS * SIZE, c, s, column, KEY_HEADS, SIZE)
+    _rotate_heads(query + row * query_stride, rotated_query + row * to_query_stride, c, s, column, HEADS, SIZE)
+    _rotate_heads(key + row * key_stride, rotated_key + row * to_key_stride, c, s, column, KEY_HEADS, SIZE)
 
 
 @triton.jit

@@ -89,11 +89,12 @@ def count_training_flops(model: nn.Module, activation_checkpointing: str | Seque
     for layer, mode in zip(base.model.layers, modes, strict=True):
         chain = _Chain(needs_gradient)
         layer_token, layer_pair = _attention(layer.self_attn, chain, pair)
+        # With the output projection, whose product CUDA's `attention.projections` leaves out.
         if mode == "selective" and chain.needs_gradient:
             layer_token, layer_pair = _again(layer_token), _again(layer_pair)
         gate_up, down = _experts(layer.mlp, chain, base.config.num_experts_per_tok)
         layer_token += gate_up
-        if mode in ("full", "offload") and chain.needs_gradient:  # but for the down product, see `experts.finish`
+        if mode in ("full", "offload") and chain.needs_gradient:  # but for the down product, see `products.finish`
             layer_token, layer_pair = _again(layer_token), _again(layer_pair)
         token, attention, needs_gradient = token + layer_token + down, attention + layer_pair, chain.needs_gradient
     return TrainingFlops(token + _head(base.lm_head, needs_gradient), attention)

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_mixcn.model.attention.projections import can_fuse
 from lightning_mixcn.model.experts.path import training_path
 from lightning_mixcn.model.experts.routing import padded_rows, row_step
 from lightning_mixcn.model.head import chunk_positions
+from lightning_mixcn.model.kernels import has_triton
 from lightning_mixcn.model.lora.attach import adapter_rank
 from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
@@ -140,7 +142,6 @@ class LayerCounter:
         norms = self._norm(hidden) * (needs_gradient + after)
         moe = self._moe(layer.mlp, after) if needed else 0
         path, sizes = PATH_MEMORY[self.path], self.block_sizes(experts)
-        width = 2 * attention.q_proj.out_features + 2 * attention.k_proj.out_features
         found = LayerActivations(
             boundary=hidden * needed + router,
             router=router,
@@ -150,8 +151,7 @@ class LayerCounter:
             attention_input=hidden * after,
             experts_forward=path.forward(sizes) + hidden,
             experts_backward=path.backward(sizes) + hidden if needed else 0,
-            # Gradients of output and input; q, k, v and attention's result (`width`) beside their gradients.
-            attention_backward=2 * hidden + 2 * self.tokens * width * self.size + self.decoded(attention.q_proj),
+            attention_backward=hidden + self._attention_backward(attention, inner),
         )
         return found, needed
 
@@ -182,6 +182,8 @@ class LayerCounter:
 
     def _attention(self, attention: Any, needs_gradient: bool, inner: bool) -> int:
         """Count what attention's graph keeps, but for the input that its adapters share."""
+        if self._fuses(attention):
+            return sum(self._fused_attention(attention, inner))
         tokens, heads = self.tokens, attention.config.num_attention_heads
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         kept = sum(self._adapter(module, needs_gradient, tokens) for module in inputs)
@@ -197,6 +199,55 @@ class LayerCounter:
         if self._shared_input([attention.o_proj]) and (self.batch.packed or not keeps_output):
             kept += output
         return kept
+
+    def _fuses(self, attention: Any) -> bool:
+        """Tell if attention's projections are those of `attention.projections`, where documents are packed."""
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        return self.device_type == "cuda" and self.size < 4 and has_triton() and can_fuse(inputs)
+
+    def _fused_attention(self, attention: Any, inner: bool) -> tuple[int, int, int]:
+        """Count what attention's graph keeps where projections are fused, but for the input that A reads undropped.
+
+        Returns:
+            Bytes of the projections of q, k and v; of these states and their result; and of the output's projection.
+        """
+        tokens, size, output_projection = self.tokens, self.size, attention.o_proj
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        projections: list[int] = []
+        for modules in (inputs, [output_projection]):
+            rank = -(-sum(map(adapter_rank, modules)) // 8) * 8
+            projections.append(tokens * (rank + any(map(_drops, modules)) * modules[0].in_features) * size)
+        result = tokens * attention.q_proj.out_features * size
+        if inner:  # with the float32 logarithm of each head's softmax sum
+            states = 2 * result + 2 * tokens * attention.k_proj.out_features * size
+            states += 4 * tokens * attention.config.num_attention_heads
+        else:
+            states = result * self._shared_input([output_projection])
+        return projections[0], states, projections[1]
+
+    def _attention_backward(self, attention: Any, inner: bool) -> int:
+        """Count the peak of attention's backward pass beside what it keeps, but for the gradient of its output."""
+        query, key, hidden = (module.out_features for module in (attention.q_proj, attention.k_proj, attention.o_proj))
+        if not self._fuses(attention):
+            # The gradient of the input; q, k, v and attention's result beside their gradients.
+            return int(self.tokens * (hidden + 4 * query + 4 * key) * self.size + self.decoded(attention.q_proj))
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        _, states, output = self._fused_attention(attention, inner)
+        width = query + 2 * key
+        # Numbers of a token, operands, and what is freed by then. Where rows are dropped, the gradient of a
+        # projection's input is there as what comes through W, what comes through A, and their sum.
+        moments = (
+            (query * (1 + 2 * _drops(attention.o_proj)), self._operand([attention.o_proj]), 0),
+            (query + width, 0, output),  # gradients of attention's result, and of q, k and v
+            (2 * width + hidden * (1 + 2 * any(map(_drops, inputs))), self._operand(inputs), output + states),
+        )
+        return int(max(numbers * self.tokens * self.size + operand - freed for numbers, operand, freed in moments))
+
+    def _operand(self, modules: list[Any]) -> int:
+        """Count decoded weights with the Bs beside them, and the As with their gradients in float32."""
+        inputs, rank = modules[0].in_features, sum(map(adapter_rank, modules))
+        outputs = sum(module.out_features for module in modules)
+        return int(outputs * (inputs + rank) * self.size + rank * inputs * (self.size + 4))
 
     def _moe(self, mlp: Any, needs_gradient: bool) -> int:
         """Count what router and experts keep, with their input."""
@@ -261,10 +312,11 @@ class LayerCounter:
         return 4 * storage.scales.numel() if isinstance(storage, NF4Weight) else 0
 
     def logits_chunk(self, head: Any) -> int:
-        """Count the logits of a chunk in the compute dtype and in float32."""
+        """Count the logits of a chunk in the compute dtype, and in float32 where no kernel makes their gradient."""
         vocabulary: int = head.out_features
         positions = min(self.tokens, chunk_positions(self.device_type, vocabulary))
-        return positions * vocabulary * (self.size + 4 if self.size < 4 else 4)
+        in_float32 = self.size < 4 and not (self.device_type == "cuda" and has_triton())
+        return positions * vocabulary * (self.size + 4 * in_float32)
 
     @staticmethod
     def _stack(experts: Any) -> list[Any]:

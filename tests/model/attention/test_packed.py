@@ -1,6 +1,5 @@
 """Attention of all documents in one call: offsets by hand, numbers against masks, and what torch's own call accepts."""
 
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from lightning_mixcn.model import load_mixtral
@@ -19,36 +17,11 @@ from lightning_mixcn.model.attention import documents as attention
 from lightning_mixcn.model.attention import fused
 from lightning_mixcn.model.attention import packed as packed_attention
 from lightning_mixcn.model.attention.packed import PackedDocuments, pack_documents, serves
+from tests.model.attention.varlen import dense_varlen
 
 # A whole row and the front of the next document of the same length; a document that goes on with one begun before.
 POSITIONS = torch.tensor([[*range(17), *range(1), *range(22)], [*range(5, 22), *range(23)]])
 OFFSETS = [0, 17, 18, 40, 57, 80]
-
-
-def dense_varlen(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *given: Any, **options: Any) -> Tensor:
-    """Compute `varlen_attn` by a mask over all tokens; the arguments are the same."""
-    bound = inspect.signature(varlen_attn).bind(query, key, value, cu_seq_q, *given, **options)
-    cu_seq_k, longest, window = (bound.arguments[name] for name in ("cu_seq_k", "max_q", "window_size"))
-    assert cu_seq_q.dtype == torch.int32
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    assert longest == bound.arguments["max_k"] == int(cu_seq_q.diff().max())
-    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert window[1] == 0, "causal"
-    token_N = torch.arange(len(query))
-    document_N = torch.bucketize(token_N, cu_seq_q, right=True)
-    distance_NN = token_N[:, None] - token_N
-    allowed_NN = (document_N[:, None] == document_N) & (distance_NN >= 0)
-    if window[0] >= 0:
-        allowed_NN &= distance_NN <= window[0]
-    repeats = query.shape[1] // key.shape[1]
-    queries, keys, values = (
-        part.repeat_interleave(count, 1).transpose(0, 1)
-        for part, count in ((query, 1), (key, repeats), (value, repeats))
-    )
-    scale = bound.arguments.get("scale") or query.shape[-1] ** -0.5
-    scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed_NN, -torch.inf)
-    attended: Tensor = scores.softmax(-1) @ values
-    return attended.transpose(0, 1)
 
 
 @pytest.fixture

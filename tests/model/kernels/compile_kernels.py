@@ -14,7 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_mixcn.model.kernels import dropout, expert_swiglu, nf4_decode, nf4_product, operand, rotary, rows, swiglu
+from lightning_mixcn.model.kernels import (
+    cross_entropy,
+    dropout,
+    expert_swiglu,
+    nf4_decode,
+    nf4_product,
+    operand,
+    rotary,
+    rows,
+    swiglu,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Numbers that kernels do not specialise, or that have any value; pointers and strides of real tensors are multiples
@@ -25,6 +35,7 @@ ODD = (
 EVEN = (
     "count", "width", "stride", "out_stride", "dropped_stride", "more_stride", "h_stride", "dh_stride", "lora_stride",
     "first", "b_row", "height", "width_out", "width_in", "query_stride", "key_stride",
+    "to_query_stride", "to_key_stride",
 )  # fmt: skip
 TYPES = dict.fromkeys((*ODD, *EVEN), "i32") | {
     "scale": "fp32", "token": "*i64", "row": "*i64", "weight": "*fp32", "dweight": "*fp32", "b": "*fp32",
@@ -88,11 +99,20 @@ def check_rotation(capability: int) -> None:
         assert vectors(compiled(capability, rotary._rotate, constants)) == (4 + 2, 4)
 
 
+def check_loss(capability: int) -> None:
+    """Find loads of 16 bytes, and one division a logit, in the pass that writes."""
+    types = {"target": "*i64", "grad": "*fp32", "nll": "*fp32"}
+    for scaled in (True, False):
+        constants = {"GRADIENT": True, "SCALED": scaled, "BLOCK": 4096}
+        assert vectors(compiled(capability, cross_entropy._cross_entropy, constants, types)) == (8, 4)
+    compiled(capability, cross_entropy._cross_entropy, {"GRADIENT": False, "SCALED": False, "BLOCK": 4096}, types)
+
+
 def check_decoding(capability: int) -> None:
     """Products and sums are rounded one by one; 16 bytes of codes make 32 numbers."""
     assert "fma.rn.f32" not in compiled(capability, nf4_decode._decode, {"BLOCKS": 64})
-    for aligned in (True, False):
-        constants = {"ALIGNED": aligned, "BLOCKS": 64, "B_ROWS": 32, "BEHIND": 128, "b_column": 1}
+    for aligned, behind in ((True, 64), (True, 128), (True, 256), (True, 1024), (False, 128)):
+        constants = {"ALIGNED": aligned, "BLOCKS": 64, "B_ROWS": 4096 // behind, "BEHIND": behind, "b_column": 1}
         ptx = compiled(capability, operand._operand, constants)
         assert "fma.rn.f32" not in ptx
         assert not aligned or vectors(ptx) == (1, 4)
@@ -118,6 +138,7 @@ def main() -> None:
     check_rows(capability, dropped=True)
     check_rows(capability, dropped=False)
     check_rotation(capability)
+    check_loss(capability)
     check_decoding(capability)
     check_product(capability)
 

@@ -50,6 +50,11 @@ def test_it_equals_transformers(
     angles = cos.to(device), sin.to(device)
     found = rotate(query, key, *angles)
     assert all(near(one, two.detach().transpose(1, 2)) for one, two in zip(found, expected, strict=True))
+    # In place, in columns of a wider matrix.
+    query_there, key_there = states(heads, key_heads, size, device, dtype)
+    rotate(query_there, key_there, *angles, out=(query_there, key_there))
+    assert torch.equal(query_there, found[0])
+    assert torch.equal(key_there, found[1])
     # Backward is linear: any gradient will do, here the states themselves.
     gradients = torch.autograd.grad(expected, exact, [state.detach() for state in exact])
     found = rotate(query, key, *angles, backwards=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_mixcn.model import head, mixtral
 from lightning_mixcn.model.attention import documents
+from lightning_mixcn.model.attention import fused as attention
 from lightning_mixcn.model.attention.packed import PackedDocuments
 from lightning_mixcn.model.experts import fused, grouped, loop
 from lightning_mixcn.model.experts import path as expert_path
@@ -85,6 +86,8 @@ def cuda_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         "locate_documents",
         lambda positions, *_: PackedDocuments(torch.empty(3, dtype=torch.int32, device="meta"), positions.shape[1]),
     )
+    monkeypatch.setattr(attention, "_runs_triton", lambda _: True)
+    monkeypatch.setattr(head, "_runs_triton", lambda _: True)
     monkeypatch.setattr(mixtral.FusedRMSNorm, "forward", lambda _, x: _FusedNorm.apply(x))
     monkeypatch.setattr(loop, "route_rows", _route_evenly)
     monkeypatch.setattr(fused, "route_rows", _route_evenly)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
+from lightning_mixcn.model.attention.packed import PackedDocuments
 from lightning_mixcn.model.experts import path as expert_path
 from lightning_mixcn.model.experts.path import FASTEST, PATHS, FastestPaths, training_path
 from lightning_mixcn.model.memory.budget import activation_bytes, fitting_modes
@@ -56,6 +57,32 @@ def test_an_expert_block(path: str, tokens: int, dropout: float, targets: Any, m
     sizes = LayerCounter(MicroBatch(1, tokens), torch.bfloat16, "cuda", 2, path).block_sizes(experts)
     assert PATH_MEMORY[path].forward(sizes) == pytest.approx(forward, rel=0.06)
     assert PATH_MEMORY[path].backward(sizes) == pytest.approx(backward, rel=0.06)
+
+
+@pytest.mark.usefixtures("cuda_on_meta")
+@pytest.mark.parametrize("tokens", [4096, 32768])
+@pytest.mark.parametrize(
+    ("dropout", "targets"),
+    [(0.0, "all-linear"), (0.05, "all-linear"), (0.05, ["q_proj"]), (0.0, ["o_proj"]), (0.05, ["w1"])],
+    ids=str,
+)
+def test_attention(tokens: int, dropout: float, targets: Any) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
+    layer = model_of(1, dropout, targets).get_base_model().model.layers[0]
+    attention, shape = layer.self_attn, (tokens // 4096, 4096)
+    x = torch.empty(*shape, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    angle = torch.empty(*shape, 128, dtype=torch.bfloat16, device="meta")
+    documents = PackedDocuments(torch.empty(9, dtype=torch.int32, device="meta"), 4096)
+    with MemoryTracker() as live:
+        y: Tensor = attention(x, (angle, angle), documents=documents)[0]
+        kept, live.peak = live.now - y.nbytes, live.now
+        y.backward(torch.empty_like(y))
+        backward = live.peak - kept - y.nbytes
+    counter = LayerCounter(MicroBatch(*shape, packed=True), torch.bfloat16, "cuda", 2, "loop")
+    planned, _ = counter.layer(layer, needs_gradient=True)
+    shared = counter._shared_input([attention.q_proj, attention.k_proj, attention.v_proj])
+    assert planned.attention - shared * x.nbytes == pytest.approx(kept, rel=0.01)
+    assert planned.attention_backward == pytest.approx(backward, rel=0.07)
 
 
 CASES = [(4096, "selective", 0.0), (4096, "selective", 0.05), (32768, "full", 0.05)]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.model import set_activation_checkpointing
-from lightning_mixcn.model.experts import finish
+from lightning_mixcn.model.products import finish
 from lightning_mixcn.testing import tiny_mixtral_config
 
 IDS = torch.randint(3, 200, (1, 8), generator=torch.Generator().manual_seed(2))

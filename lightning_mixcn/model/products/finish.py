@@ -1,10 +1,11 @@
-"""Compute an expert block's output after all that backward needs is saved, so that recomputation leaves it out.
+"""Compute an output after all that backward needs is saved, so that recomputation leaves it out.
 
 `torch.utils.checkpoint` runs a function again only until as many tensors are saved as were the first time (its early
-stop). An autograd function saves when its forward returns. So a path of the block is two of them: one computes and
-saves what backward needs, and its backward is that of the whole block; `finish` computes the output, saves nothing, and
-passes the gradient on. The layer saves nothing after its experts. Recomputing it ends before `finish`: the down
-product and the sum of choices are left out. Where something does save a tensor after the block, it runs as always.
+stop). An autograd function saves when its forward returns. So what ends a part that is computed again is two of them:
+one computes and saves what backward needs, and its backward is that of both; `finish` computes the output, saves
+nothing, and passes the gradient on. A layer saves nothing after its experts. Recomputing it ends before `finish`: the
+down product and the sum of choices are left out; of attention, where it is fused, the output projection. Where
+something does save a tensor after that, it runs as always.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,14 @@ import torch
 from torch import Tensor
 
 
-def pending_output(like: Tensor) -> Tensor:
-    """Return what stands for the output in autograd's graph: shape and type of ``like``, memory of one number."""
-    return like.new_empty(()).expand(like.shape)
+def pending_output(like: Tensor, width: int | None = None) -> Tensor:
+    """Return what stands for the output in autograd's graph, with memory of one number.
+
+    Args:
+        like: ``[..., H]``, whose type and shape it has.
+        width: In place of H.
+    """
+    return like.new_empty(()).expand(*like.shape[:-1], like.shape[-1] if width is None else width)
 
 
 def finish(pending: Tensor, compute: Callable[[], Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Multiply with frozen weights and LoRA in one product, and leave out of recomputation what backward does not need."""
