@@ -178,7 +178,7 @@ def summed(works: Counter[Work], rates: Rates) -> dict[str, Any]:
                 "teraflop": sum(work.flops * times for work, times in chosen.items()) / 1e12,
                 "gigabytes": sum(work.bytes * times for work, times in chosen.items()) / 1e9,
                 "milliseconds": _milliseconds(chosen, rates),
-                "second_stream": any(work.side for work in chosen),
+                "second_stream": all(work.side for work in chosen),
             }
             for kind, chosen in kinds.items()
             if chosen

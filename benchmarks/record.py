@@ -153,13 +153,13 @@ def _load(what: str, figures: dict[str, Any]) -> Iterator[str]:
 
 
 def counted_row(figures: dict[str, Any]) -> str:
-    """Return a line of the table of what gpu_count.py counted; what runs on a second stream is in brackets."""
+    """Return a line of the table of what gpu_count.py counted; brackets: all of it is on a second stream."""
     case, layer, whole = figures["case"], figures["layer"], figures["micro_batch"]
     cells = [f"`{case['path']}`, {case['tokens']:,} tokens, `{case['memory']}`, dropout {case['dropout']:g}"]
     for name in _COUNTED_KINDS:
         kinds = [layer[phase]["kinds"][name] for phase in ("forward", "backward") if name in layer[phase]["kinds"]]
         cell = number(sum(kind["milliseconds"] for kind in kinds))
-        cells.append(f"({cell})" if any(kind["second_stream"] for kind in kinds) else cell)
+        cells.append(f"({cell})" if all(kind["second_stream"] for kind in kinds) else cell)
     cells += [number(layer["milliseconds"]), f"{whole['launches']:,}, {whole['waits']}"]
     return "| " + " | ".join([*cells, f"{whole['tokens_per_second']:,.0f}"]) + " |\n"
 

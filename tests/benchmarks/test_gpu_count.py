@@ -81,6 +81,9 @@ def test_the_fused_path_decodes_on_a_second_stream(gpu_count: Any) -> None:
         operand(I, H, 2 * R): 2 * 2 * E, operand(H, I, R): 2 * E,  # gate and up, down
         operand(H, H, 3 * R): 2, operand(H // 4, H, 3 * R): 2 * 2, operand(H, H, R): 2,  # q, k and v, o
     }  # fmt: skip
+    rates, loop = gpu_count.Rates(), gpu_count.count(tiny(gpu_count, dropout=0.1), **SIZES)
+    decoding = [gpu_count.summed(works.layer, rates)["kinds"]["decoding"] for works in (counted, loop)]
+    assert [kind["second_stream"] for kind in decoding] == [True, False]  # all of it, or attention's alone
     gathered = [work.bytes for work in counted.layer.elements() if work.name == "gather_rows"]
     rows, tokens = T * K // E * H * 2, T * K // E * 8
     # x as it is and after dropout; in backward the gradient, and x after dropout. Attention's inputs as they are and
