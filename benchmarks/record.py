@@ -159,7 +159,7 @@ def counted_row(figures: dict[str, Any]) -> str:
     for name in _COUNTED_KINDS:
         kinds = [layer[phase]["kinds"][name] for phase in ("forward", "backward") if name in layer[phase]["kinds"]]
         cell = number(sum(kind["milliseconds"] for kind in kinds))
-        cells.append(f"({cell})" if all(kind["second_stream"] for kind in kinds) else cell)
+        cells.append(f"({cell})" if kinds and all(kind["second_stream"] for kind in kinds) else cell)
     cells += [number(layer["milliseconds"]), f"{whole['launches']:,}, {whole['waits']}"]
     return "| " + " | ".join([*cells, f"{whole['tokens_per_second']:,.0f}"]) + " |\n"
 
