@@ -24,7 +24,7 @@ from transformers import MixtralConfig
 from lightning_mixcn.cli.allocator import keep_freed_memory
 from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model import build_mixtral, load_mixtral
-from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.studies.experts.disabling import Batch, disabled_expert
 from lightning_mixcn.studies.experts.flops import pairs_of_rows
 from lightning_mixcn.studies.experts.importance import Arrays, ExpertImportance

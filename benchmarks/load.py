@@ -50,7 +50,7 @@ def read(folder: Path) -> None:
 
 
 def ours(folder: Path) -> None:
-    """Call `load_mixtral`, whatever the folder holds."""
+    """Call `load_moe`, whatever the folder holds."""
     from lightning_mixcn.model import load_mixtral
 
     load_mixtral(folder)

@@ -23,8 +23,8 @@ from transformers import MixtralConfig
 
 from lightning_mixcn.commands.process import peak_resident_bytes
 from lightning_mixcn.model import build_mixtral, load_mixtral
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill
-from lightning_mixcn.model.mixtral import base_of
 
 DEMO: dict[str, Any] = {
     "vocab_size": 49152,

@@ -86,8 +86,8 @@ def random_model(config: transformers.MixtralConfig, lora: Any, device: torch.de
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
     from lightning_mixcn.model import build_mixtral
+    from lightning_mixcn.model.causal_lm import base_of, move_to_device
     from lightning_mixcn.model.lora.attach import reset_lora
-    from lightning_mixcn.model.mixtral import base_of, move_to_device
     from lightning_mixcn.model.nf4.linear import FrozenLinear
 
     model = build_mixtral(config, lora=lora, device="meta")

@@ -19,9 +19,9 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import MAPPING, expect, record
 from lightning_mixcn.metrics import Likelihood
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
 from lightning_mixcn.model.export.card import CARD_NAME, Training, adapter_card
-from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.checkpoint_schema import require_state
 from lightning_mixcn.text import TextTokenizer, load_tokenizer, portable_source

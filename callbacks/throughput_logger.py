@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_mixcn.arguments import Steps, check_arguments
 from lightning_mixcn.metrics.device import peak_rate
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.memory.flops import TrainingFlops, attended_pairs, count_training_flops
-from lightning_mixcn.model.mixtral import base_of
 
 from .clocks import PhaseClock, step_clock
 from .host import causal_lm
@@ -55,7 +55,7 @@ class ThroughputLogger(Callback):
         module = causal_lm(self, pl_module)
         assert module.model is not None
         self._flops = count_training_flops(module.model, module.activation_checkpointing)
-        self._sliding_window = base_of(module.model).config.sliding_window
+        self._sliding_window = getattr(base_of(module.model).config, "sliding_window", None)
         self._peak = peak_rate(module.device, getattr(torch, module.dtype_name)).flops_per_second
         self._phases = PhaseClock(module.device)
         self._work, self._logged_at = None, trainer.global_step

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mixcn.model.causal_lm import base_of, verify_quantised
 from lightning_mixcn.model.experts.block import Experts
 from lightning_mixcn.model.lora.trainability import (
     GradientArrivals,
@@ -17,7 +18,6 @@ from lightning_mixcn.model.lora.trainability import (
     nonzero_groups,
     trained_tensors,
 )
-from lightning_mixcn.model.mixtral import base_of, verify_quantised
 
 from .host import causal_lm
 

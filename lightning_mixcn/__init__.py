@@ -9,7 +9,7 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from lightning_mixcn.data import InstructDataModule, PretrainDataModule
-    from lightning_mixcn.model import build_mixtral, load_mixtral
+    from lightning_mixcn.model import build_mixtral, build_moe, load_mixtral, load_moe
     from lightning_mixcn.modules import CausalLMModule, InstructModule, PretrainModule
 
 __version__ = "0.1.0"
@@ -22,14 +22,16 @@ __all__ = [
     "PretrainModule",
     "__version__",
     "build_mixtral",
+    "build_moe",
     "load_mixtral",
+    "load_moe",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         ".data": ("InstructDataModule", "PretrainDataModule"),
-        ".model": ("build_mixtral", "load_mixtral"),
+        ".model": ("build_mixtral", "build_moe", "load_mixtral", "load_moe"),
         ".modules": ("CausalLMModule", "InstructModule", "PretrainModule"),
     },
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.masking import mask_secrets, visible
-from lightning_mixcn.model import MixtralPeftModel
+from lightning_mixcn.model import MoePeftModel
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.inference.generation import PrefixCache, prepare_for_generation, stream_tokens
 from lightning_mixcn.model.inference.sampling import Sampling
@@ -90,7 +90,7 @@ class Chat:
         self._stop_ids = template.stop_ids(tokenizer) if stop_ids is None else stop_ids
         self.turns: list[Turn] = []
         self.answer_tokens = 0
-        self.why_no_base = "" if isinstance(model, MixtralPeftModel) else "the model has no adapter"
+        self.why_no_base = "" if isinstance(model, MoePeftModel) else "the model has no adapter"
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._generator = sampling, generator
         self._cache, self._adapter_off = PrefixCache(), False

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.schema import first_fault
 from lightning_mixcn.metrics.device import copy_rate, peak_rate
-from lightning_mixcn.model import build_mixtral
+from lightning_mixcn.model import build_moe
 from lightning_mixcn.model.checkpoints.configuration import check_config
 from lightning_mixcn.model.checkpoints.folder import read_config
-from lightning_mixcn.model.checkpoints.reading import as_mixtral, stock_settings
+from lightning_mixcn.model.checkpoints.reading import read_settings, stock_settings
 from lightning_mixcn.model.memory.budget import RESERVE, fitting_modes, usable_bytes
 from lightning_mixcn.model.memory.checkpointing import layer_modes
 from lightning_mixcn.model.memory.counts import decoding_bytes
@@ -164,12 +164,12 @@ def meta_model_of(module: CausalLMModule) -> Any:
 
     Raises:
         FileNotFoundError: there is no such base.
-        ValueError: it is no Mixtral, or an option does not fit.
+        ValueError: its family is not supported, or an option does not fit.
     """
     config = _base_config(module.base)
     if module.tokenizer_path != module.base:
         config.vocab_size = max(config.vocab_size, load_tokenizer(module.tokenizer_path).vocab_size)
-    return build_mixtral(
+    return build_moe(
         config,
         quantization=module.quantization,
         lora=module.lora,
@@ -179,19 +179,17 @@ def meta_model_of(module: CausalLMModule) -> Any:
     )
 
 
-def _base_config(base: str) -> MixtralConfig:
+def _base_config(base: str) -> PreTrainedConfig:
     file = Path(base).expanduser() / "config.json"
     settings = stock_settings(read_config(file.parent) if file.is_file() else _from_hub(base))
-    if settings.get("model_type") != "mixtral":
-        raise UserError(f"`base={base!r}` holds a model of type {settings.get('model_type')!r}. Expected 'mixtral'")
-    return as_mixtral(settings, f"`base={base!r}`")
+    return read_settings(settings, f"`base={base!r}`")
 
 
 def _from_hub(base: str) -> dict[str, Any]:
     """Read the configuration alone of a hub model; `local_folder` would fetch all of it, and says what is wrong."""
     if Path(base).exists() or base.count("/") != 1:
         return read_config(local_folder(base))
-    settings, _ = MixtralConfig.get_config_dict(base)
+    settings, _ = PreTrainedConfig.get_config_dict(base)
     if fault := first_fault(settings, check_config):
         raise UserError(f"`base={base!r}`: config.json: {fault}. Download it again")
     return dict(settings)

@@ -16,17 +16,18 @@ from lightning_mixcn.files.configuration import read_configuration
 from lightning_mixcn.files.hub import local_folder, public_name
 from lightning_mixcn.tokenizer.pieces import has_tokenizer
 
+from .architectures import Architecture, architecture_of
+from .causal_lm import MoeForCausalLM
 from .checkpoints.folder import Checkpoint
 from .checkpoints.identity import check_made_from, read_identity
-from .loading import load_mixtral
+from .checkpoints.reading import model_config
+from .loading import load_moe
 from .lora.adapter_file import CONFIG_NAME, AdapterFile
-from .lora.attach import MixtralPeftModel
-from .lora.targets import SHORT_NAMES
-from .mixtral import MixtralForCausalLM
+from .lora.attach import MoePeftModel
 
 ADAPTER_FOLDER = "adapter"
 
-_MATRIX = re.compile(r"model\.layers\.(\d+)\.(self_attn|block_sparse_moe(?:\.experts\.\d+)?)\.(\w+)")
+_MATRIX = re.compile(r"model\.layers\.(\d+)\.(self_attn|\w+?(?:\.experts\.\d+)?)\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class ModelSource:
     base: Checkpoint
     adapters: tuple[AdapterFile, ...]
     tokenizer: Path
+
+    @property
+    def architecture(self) -> Architecture:
+        """Return the base's family. Raises: ValueError, it is not supported."""
+        return architecture_of(model_config(self.base))
 
     def with_adapter(self, adapter: AdapterFile) -> Self:
         """Return the model with a further adapter, whose tokenizer counts if it has one."""
@@ -111,7 +117,8 @@ def _with_base(adapter: AdapterFile) -> ModelSource:
         ) from error
     checkpoint = Checkpoint(base)
     check_made_from(folder, checkpoint)
-    return ModelSource(checkpoint, (), checkpoint.path).with_adapter(adapter)
+    found = ModelSource(checkpoint, (), checkpoint.path)
+    return found.with_adapter(AdapterFile(adapter.name, found.architecture))
 
 
 def _base_of_run(root: Path) -> str | None:
@@ -131,18 +138,18 @@ def load_found(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device | None = None,
     shard: Callable[[nn.Module], None] | None = None,
-) -> MixtralForCausalLM | MixtralPeftModel:
+) -> MoeForCausalLM | MoePeftModel:
     """Load a model to be used, not trained: in evaluation mode, nothing requires a gradient.
 
     Args:
         found: Parts of the model.
-        quantization: As in `load_mixtral`.
-        dtype: As in `load_mixtral`.
-        device: As in `load_mixtral`.
-        shard: As in `load_mixtral`.
+        quantization: As in `load_moe`.
+        dtype: As in `load_moe`.
+        device: As in `load_moe`.
+        shard: As in `load_moe`.
 
     Raises:
-        ValueError: more than one adapter, an adapter that does not fit the base, or what `load_mixtral` refuses.
+        ValueError: more than one adapter, an adapter that does not fit the base, or what `load_moe` refuses.
     """
     if len(found.adapters) > 1:
         raise UserError(
@@ -150,10 +157,10 @@ def load_found(
             "Merge them first with `mixcn export`"
         )
     if not found.adapters:
-        model = load_mixtral(found.base, quantization=quantization, dtype=dtype, device=device, shard=shard)
+        model = load_moe(found.base, quantization=quantization, dtype=dtype, device=device, shard=shard)
     else:
         (adapter,) = found.adapters
-        model = load_mixtral(
+        model = load_moe(
             found.base,
             quantization=quantization,
             lora=lora_of(adapter),
@@ -170,19 +177,20 @@ def load_found(
 
 
 def lora_of(adapter: AdapterFile) -> LoraConfig:
-    """Return the configuration with which `load_mixtral` makes room for an adapter, read off its tensors.
+    """Return the configuration with which `load_moe` makes room for an adapter, read off its tensors.
 
     Args:
         adapter: Adapter with equal ranks for all experts of a projection; other ranks may differ.
 
     Raises:
-        ValueError: it adapts what is no projection of a Mixtral, or some experts of a projection with other ranks.
+        ValueError: it adapts what is no projection of its base, or some experts of a projection with other ranks.
     """
+    short_names = adapter.architecture.short_names if adapter.architecture else ()
     ranks: dict[str, int] = {}
     of_stacks: dict[str, int] = {}
     for name in adapter.names:
         match = _MATRIX.fullmatch(name)
-        if match is None or match[3] not in SHORT_NAMES:
+        if match is None or match[3] not in short_names:
             raise UserError(f"the adapter {str(adapter.folder)!r} adapts {name}, which is not supported here")
         ranks[name] = adapter.rank(name)
         shared = of_stacks.setdefault(f"{match[1]}.{match[3]}", ranks[name])

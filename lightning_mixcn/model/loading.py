@@ -13,10 +13,12 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 
 from lightning_mixcn.errors import UserError
 
+from .architectures import architecture_of
+from .causal_lm import MoeForCausalLM, meta_model, move_to_device, verify_quantised
 from .checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from .checkpoints.folder import Checkpoint
 from .checkpoints.identity import (
@@ -24,15 +26,14 @@ from .checkpoints.identity import (
     stock_base,
 )
 from .checkpoints.layout import StoredWeight, nf4_weights, stored_weights
-from .checkpoints.reading import CHUNK, check_entry, fill, is_quantised, mixtral_config, torch_device, torch_dtype
+from .checkpoints.reading import CHUNK, check_entry, fill, is_quantised, model_config, torch_device, torch_dtype
 from .lora.adapter_file import AdapterFile
 from .lora.attach import (
-    MixtralPeftModel,
+    MoePeftModel,
     attach_lora,
     load_adapter,
     reset_lora,
 )
-from .mixtral import MixtralForCausalLM, meta_model, move_to_device, verify_quantised
 from .nf4.linear import FrozenLinear
 from .nf4.storage import NF4Weight
 from .vocabulary import NewRows, find_extension
@@ -41,7 +42,7 @@ from .vocabulary import NewRows, find_extension
 _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
-def load_mixtral(
+def load_moe(
     path: str | Path | Checkpoint,
     *,
     quantization: str = "nf4",
@@ -54,8 +55,8 @@ def load_mixtral(
     tokenizer: str | Path | None = None,
     new_rows: NewRows = "mean",
     shard: Callable[[nn.Module], None] | None = None,
-) -> MixtralForCausalLM | MixtralPeftModel:
-    """Load a Mixtral, its experts quantised on the way.
+) -> MoeForCausalLM | MoePeftModel:
+    """Load a mixture of a supported family, its experts quantised on the way.
 
     Args:
         path: Hugging Face folder (safetensors, per-expert or fused names), 4-bit folder of `mixcn quantize` or of
@@ -77,7 +78,7 @@ def load_mixtral(
             quantises and holds its share only, bit for bit that part of what one rank would hold.
 
     Returns:
-        A `transformers.MixtralForCausalLM`, or the `peft.PeftModel` around it; only adapters (and embeddings) train.
+        transformers' causal LM of the family, or the `peft.PeftModel` around it; only adapters (and embeddings) train.
 
     Raises:
         FileNotFoundError: no folder or no weights.
@@ -85,7 +86,7 @@ def load_mixtral(
         RuntimeError: the loaded model is not what was planned.
     """
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
-    config = mixtral_config(checkpoint)
+    config = model_config(checkpoint)
     if is_quantised(checkpoint) and quantization != "nf4":
         raise UserError(
             f"`quantization={quantization!r}`, but {checkpoint.path} holds 4-bit weights. Use nf4, or the original"
@@ -97,7 +98,7 @@ def load_mixtral(
         raise UserError(
             f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
         )
-    stored = AdapterFile(adapter) if isinstance(adapter, str | Path) else adapter
+    stored = AdapterFile(adapter, architecture_of(config)) if isinstance(adapter, str | Path) else adapter
     extension = find_extension(
         checkpoint, config, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=train_embeddings,
         adapter=stored, seed=seed,
@@ -117,7 +118,7 @@ def load_mixtral(
         fill(entry, module, checkpoint, source)
     if extension is not None:
         extension.fill(model)
-    if isinstance(complete, MixtralPeftModel):
+    if isinstance(complete, MoePeftModel):
         complete.base_identity = base_identity(checkpoint) if is_first else None
         reset_lora(complete, seed)
         if stored is not None:
@@ -125,8 +126,8 @@ def load_mixtral(
     return complete
 
 
-def build_mixtral(
-    config: MixtralConfig,
+def build_moe(
+    config: PreTrainedConfig,
     *,
     quantization: str = "nf4",
     lora: LoraConfig | None = None,
@@ -134,16 +135,16 @@ def build_mixtral(
     device: str | torch.device | None = None,
     train_embeddings: bool = False,
     seed: int = 0,
-) -> MixtralForCausalLM | MixtralPeftModel:
+) -> MoeForCausalLM | MoePeftModel:
     """Make the same model with random weights, normal with ``config.initializer_range``; on ``meta`` without any.
 
     Args:
         config: Configuration with the sizes.
-        quantization: As in `load_mixtral`.
-        lora: As in `load_mixtral`.
-        dtype: As in `load_mixtral`.
-        device: As in `load_mixtral`; ``meta`` allocates nothing.
-        train_embeddings: As in `load_mixtral`.
+        quantization: As in `load_moe`.
+        lora: As in `load_moe`.
+        dtype: As in `load_moe`.
+        device: As in `load_moe`; ``meta`` allocates nothing.
+        train_embeddings: As in `load_moe`.
         seed: Seed of the random weights and of LoRA's start.
     """
     model, device = meta_model(config, quantization, torch_dtype(dtype)), torch_device(device or "cpu")
@@ -156,26 +157,30 @@ def build_mixtral(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _randomise(model, config.initializer_range)
-        if isinstance(complete, MixtralPeftModel):
+        if isinstance(complete, MoePeftModel):
             reset_lora(complete, seed)
     return complete
 
 
-def _complete(
-    model: MixtralForCausalLM, lora: LoraConfig | None, train_embeddings: bool
-) -> MixtralForCausalLM | MixtralPeftModel:
+# The names for the family that everything began with.
+load_mixtral, build_mixtral = load_moe, build_moe
+
+
+def _complete(model: MoeForCausalLM, lora: LoraConfig | None, train_embeddings: bool) -> MoeForCausalLM | MoePeftModel:
     """Add what trains to a meta model: float32 embeddings, adapters."""
     if train_embeddings:
         _train_embeddings(model)
     return model if lora is None else attach_lora(model, lora)
 
 
-def open_entries(checkpoint: Checkpoint, config: MixtralConfig) -> tuple[list[StoredWeight], BitsAndBytesSource | None]:
+def open_entries(
+    checkpoint: Checkpoint, config: PreTrainedConfig
+) -> tuple[list[StoredWeight], BitsAndBytesSource | None]:
     """List everything that a model takes from a checkpoint.
 
     Args:
         checkpoint: High-precision, or in 4 bits.
-        config: Configuration of `mixtral_config`.
+        config: Configuration of `model_config`.
 
     Returns:
         The entries in the model's order, and bitsandbytes' 4-bit weights if that is what the checkpoint holds.
@@ -197,7 +202,7 @@ def open_entries(checkpoint: Checkpoint, config: MixtralConfig) -> tuple[list[St
     surplus = sorted(name for name in left if not _COMPUTED.search(name))
     if surplus:
         raise UserError(
-            f"{checkpoint.path} holds {len(surplus)} tensors that have no place in a Mixtral of its config.json: "
+            f"{checkpoint.path} holds {len(surplus)} tensors that have no place in the model of its config.json: "
             f"{', '.join(surplus[:3])}{' …' if len(surplus) > 3 else ''}. Is config.json of this model? Remove what is "
             "not part of it"
         )
@@ -216,7 +221,7 @@ def _randomise(model: nn.Module, std: float) -> None:
             nn.init.ones_(module.weight)  # type: ignore[arg-type]  # a norm's
 
 
-def _train_embeddings(model: MixtralForCausalLM) -> None:
+def _train_embeddings(model: MoeForCausalLM) -> None:
     """Make embedding and head float32 masters that train; a tied pair stays one parameter."""
     embedding, head = model.model.embed_tokens, model.lm_head
     embedding.weight = nn.Parameter(embedding.weight.detach().float())

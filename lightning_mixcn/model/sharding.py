@@ -19,7 +19,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bo
     """Shard a model in place; on the meta device, before anything is allocated, or with its weights.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it.
+        model: A model of `load_moe` or the PeftModel around it.
         mesh: One dimension: ranks that share the parameters. Two: ranks that replicate × ranks that share (HSDP).
         reshard_after_forward: Free a layer's gathered parameters between forward and backward, and gather them again:
             less memory for 1.5 times the traffic.

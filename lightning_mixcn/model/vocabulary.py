@@ -11,19 +11,19 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces, has_tokenizer
 
+from .causal_lm import MoeForCausalLM
 from .checkpoints.folder import Checkpoint
 from .lora.adapter_file import EMBEDDINGS, AdapterFile
-from .mixtral import MixtralForCausalLM
 from .sharding import local_shard
 
 NewRows = Literal["mean", "byte_mean", "random", "zeros"]
@@ -52,7 +52,7 @@ class VocabularyExtension:
     new: TokenizerPieces | None = None
     seed: int = 0
 
-    def grow(self, model: MixtralForCausalLM) -> None:
+    def grow(self, model: MoeForCausalLM) -> None:
         """Give a meta model its further rows, before anything is trained, sharded or allocated."""
         embedding, head = model.model.embed_tokens, model.lm_head
         for module in (embedding, head):
@@ -63,13 +63,13 @@ class VocabularyExtension:
             head.weight = embedding.weight
         model.config.vocab_size = model.vocab_size = model.model.vocab_size = self.rows
 
-    def fill(self, model: MixtralForCausalLM) -> None:
+    def fill(self, model: MoeForCausalLM) -> None:
         """Write what this rank holds of the new rows; the same for any number of ranks."""
         if self.old is None:
             return
         names = EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS
         for name in names:
-            weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]  # a parameter
+            weight: Any = model.get_submodule(name).weight
             held, first_held = local_shard(weight)
             for first in range(len(self.old), self.rows, _ROWS):
                 last = min(first + _ROWS, self.rows)
@@ -78,7 +78,7 @@ class VocabularyExtension:
                     values_NH = self._values(name, first, last, model.config)
                     held[start - first_held : stop - first_held] = values_NH[start - first : stop - first].to(held)
 
-    def _values(self, name: str, first: int, last: int, config: MixtralConfig) -> Tensor:
+    def _values(self, name: str, first: int, last: int, config: PreTrainedConfig) -> Tensor:
         """Return rows ``first`` to ``last`` of one matrix, float32 on the CPU."""
         values_NH = torch.zeros(last - first, config.hidden_size)
         if self.new_rows == "random":
@@ -124,7 +124,7 @@ class VocabularyExtension:
 
 def find_extension(
     checkpoint: Checkpoint,
-    config: MixtralConfig,
+    config: PreTrainedConfig,
     *,
     tokenizer: str | Path | None,
     new_rows: NewRows,

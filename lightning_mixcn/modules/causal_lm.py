@@ -1,4 +1,4 @@
-"""Batch → loss → log, for a Mixtral of which adapters (and perhaps embeddings) train.
+"""Batch → loss → log, for a mixture of which adapters (and perhaps embeddings) train.
 
 To change what is minimised, subclass and override `compute_loss`, which gives a sum and a count. Accumulation, ranks,
 logging and checkpoints stay right, because division happens once, in the end.
@@ -25,9 +25,9 @@ from lightning_mixcn.metrics import (
     score_documents,
     scored_positions,
 )
-from lightning_mixcn.model import is_sharded, load_mixtral, set_activation_checkpointing, set_gradient_sync
+from lightning_mixcn.model import is_sharded, load_moe, set_activation_checkpointing, set_gradient_sync
+from lightning_mixcn.model.causal_lm import CausalLMOutput
 from lightning_mixcn.model.lora.options import check_training_options
-from lightning_mixcn.model.mixtral import CausalLMOutput
 from lightning_mixcn.model.vocabulary import tokenizer_for
 
 from . import checks as run_checks
@@ -57,7 +57,7 @@ Batch = dict[str, Tensor]
 
 
 class CausalLMModule(SavedStateModule):
-    """Next-token training of a Mixtral whose base is frozen, in 4 bits where wanted; the class to subclass.
+    """Next-token training of a mixture whose base is frozen, in 4 bits where wanted; the class to subclass.
 
     Args:
         base: Hugging Face folder, 4-bit folder of `mixcn quantize`, or hub id.
@@ -135,10 +135,10 @@ class CausalLMModule(SavedStateModule):
         """Make the model on the trainer's device.
 
         Returns:
-            A Mixtral as `lightning_mixcn.load_mixtral` gives it, sharded with `self.shard` where that is given.
+            A model as `lightning_mixcn.load_moe` gives it, sharded with `self.shard` where that is given.
         """
         with torch.device("cpu"):  # what is not placed explicitly, such as pieces of the checkpoint, stays on the host
-            return load_mixtral(
+            return load_moe(
                 self.base_checkpoint,
                 quantization=self.quantization,
                 lora=self.lora,

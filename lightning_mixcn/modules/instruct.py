@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mixcn.arguments import Name, check_arguments
 from lightning_mixcn.metrics import scored_positions
-from lightning_mixcn.model.mixtral import CausalLMOutput
+from lightning_mixcn.model.causal_lm import CausalLMOutput
 
 from .causal_lm import Batch, CausalLMModule
 

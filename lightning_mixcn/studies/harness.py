@@ -22,7 +22,7 @@ RequestPair = tuple[Sequence[int], Sequence[int]]
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # published without types
-    """The harness's `HFLM` around a Mixtral as `load_mixtral` gives it: 4-bit, with adapters, perhaps sharded.
+    """The harness's `HFLM` around a model as `load_moe` gives it: 4-bit, with adapters, perhaps sharded.
 
     All ranks run the same documents, so that each makes as many forward passes, which a sharded model needs. The rows
     of a batch of log-likelihoods are dealt to the ranks and the logits gathered; generation is repeated on each rank.
@@ -67,7 +67,7 @@ Answer = tuple[float, bool]
 
 
 class HarnessReplicas(HFLM):  # type: ignore[misc]  # published without types
-    """The harness's `HFLM` around a Mixtral as `load_mixtral` gives it, of which every process has a copy.
+    """The harness's `HFLM` around a model as `load_moe` gives it, of which every process has a copy.
 
     All processes lay out the same batches in the same order, and each computes every N-th of them, so the batches, and
     with them all figures, are those of one process to the last bit. The answers are then exchanged.

@@ -86,7 +86,7 @@ class LoadedModels:
     Args:
         options: Storage and compute type.
         device: Device of this process.
-        shard: As in `load_mixtral`.
+        shard: As in `load_moe`.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from lightning_mixcn.arguments import Between, Name, RowTokens, check_arguments
 from lightning_mixcn.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import MixtralConfig
+    from transformers import PreTrainedConfig
 
     from lightning_mixcn.text import DocumentSet
 
@@ -59,9 +59,10 @@ class StudyText:
         """Read all documents. Raises: as `read_documents`."""
         return read_documents(self.text, self.text_key, self.document_unit)
 
-    def check_context(self, config: MixtralConfig) -> int:
+    def check_context(self, config: PreTrainedConfig) -> int:
         """Return how many tokens a model reads. ValueError if that is less than a row."""
-        longest: int = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+        longest: int = config.max_position_embeddings
+        longest = min(longest, getattr(config, "sliding_window", None) or longest)
         if self.sequence_length > longest:
             raise UserError(
                 f"`sequence_length={self.sequence_length}` is more than the model reads. Give at most {longest}"

@@ -2,7 +2,7 @@
 
 from .batches import FixedBatches, random_batch
 from .distributed import run_distributed
-from .tiny import byte_tokenizer, save_tiny_mixtral, tiny_mixtral_config
+from .tiny import byte_tokenizer, save_tiny_mixtral, save_tiny_model, tiny_config, tiny_mixtral_config
 
 __all__ = [
     "FixedBatches",
@@ -10,5 +10,7 @@ __all__ = [
     "random_batch",
     "run_distributed",
     "save_tiny_mixtral",
+    "save_tiny_model",
+    "tiny_config",
     "tiny_mixtral_config",
 ]

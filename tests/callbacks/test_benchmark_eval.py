@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig
 
 from lightning_mixcn.callbacks import BenchmarkEval
-from lightning_mixcn.model import MixtralPeftModel
+from lightning_mixcn.model import MoePeftModel
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.studies import tasks as benchmark_tasks
 from lightning_mixcn.studies.task_files import BenchmarkFiles
@@ -65,7 +65,7 @@ def test_figures_are_those_of_the_trained_model(tmp_path: Path, module: Pretrain
     callback = BenchmarkEval([LAW], limit=20, data_dir=str(folder))
     trainer(max_steps=2, callbacks=[callback]).fit(module, data())
     assert [line["step"] for line in lines(tmp_path)] == [0, 2]
-    assert isinstance(module.model, MixtralPeftModel)
+    assert isinstance(module.model, MoePeftModel)
     assert module.model.training
     lm = HarnessModel(module.model.eval(), load_tokenizer(module.tokenizer_path), 8)
     benchmarks = load_benchmarks([LAW], files=BenchmarkFiles(folder))

@@ -15,7 +15,7 @@ import lightning_mixcn.cli.conversation
 from lightning_mixcn.cli import main
 from lightning_mixcn.masking import visible
 from lightning_mixcn.model import (
-    MixtralPeftModel,
+    MoePeftModel,
     find_model,
     load_found,
     load_mixtral,
@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_adapter(base: Path, folder: Path, *, train_embeddings: bool = False) -> Path:
     lora = LoraConfig(r=2, target_modules="all-linear")
     model = load_mixtral(base, quantization="none", dtype="float32", lora=lora, train_embeddings=train_embeddings)
-    assert isinstance(model, MixtralPeftModel)
+    assert isinstance(model, MoePeftModel)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

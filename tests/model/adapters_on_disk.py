@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_mixcn.model import MixtralPeftModel, load_mixtral
+from lightning_mixcn.model import MoePeftModel, load_mixtral
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
 
@@ -21,7 +21,7 @@ def save_adapter(
     quantization: str = "none",
     scale: float = 0.1,
     **lora: Any,
-) -> MixtralPeftModel:
+) -> MoePeftModel:
     """Return a run's adapter with random factors, and the model that it was saved from."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
     model = load_mixtral(
@@ -31,7 +31,7 @@ def save_adapter(
         lora=peft.LoraConfig(**(settings | lora)),
         train_embeddings=train_embeddings,
     )
-    assert isinstance(model, MixtralPeftModel)
+    assert isinstance(model, MoePeftModel)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.mixtral import FusedRMSNorm
+from lightning_mixcn.model.causal_lm import FusedRMSNorm
 
 
 def given(dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +67,7 @@ def test_cuda_takes_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_norm_of_a_model_is_one_of_the_compute_dtype(tiny: Path) -> None:
     model: Any = load_mixtral(tiny)
-    norms = [module for module in model.modules() if isinstance(module, MixtralRMSNorm)]
+    norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
     assert {(type(norm), norm.weight.dtype, norm.weight.requires_grad) for norm in norms} == {
         (FusedRMSNorm, torch.bfloat16, False)
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.model import (
-    MixtralPeftModel,
+    MoePeftModel,
     find_model,
     load_found,
     load_mixtral,
@@ -51,7 +51,7 @@ def extended(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weight(model: Any, name: str) -> Tensor:
-    inner = model.get_base_model() if isinstance(model, MixtralPeftModel) else model
+    inner = model.get_base_model() if isinstance(model, MoePeftModel) else model
     found = inner.get_submodule(name).weight
     assert isinstance(found, Tensor)
     return found
@@ -147,13 +147,13 @@ def test_random_and_zeros(tiny: Path, tmp_path: Path) -> None:
     assert not torch.equal(weight(drawn, NAMES[0])[new], weight(drawn, NAMES[1])[new])
 
 
-def trained(base: Path, tokenizer: Path, folder: Path) -> MixtralPeftModel:
+def trained(base: Path, tokenizer: Path, folder: Path) -> MoePeftModel:
     """Return an extended model with random factors and moved embeddings, saved as a run does."""
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
     model = load_mixtral(
         base, quantization="none", dtype="float32", lora=lora, train_embeddings=True, tokenizer=tokenizer
     )
-    assert isinstance(model, MixtralPeftModel)
+    assert isinstance(model, MoePeftModel)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model import (
-    MixtralPeftModel,
+    MoePeftModel,
     load_mixtral,
     local_bytes,
     shard_model,
@@ -143,7 +143,7 @@ def _train(
     )  # fmt: skip
     data = SharedBatches(batches()) if path is None else text(base, path)
     trainer.fit(model, data, ckpt_path=ckpt_path)
-    assert isinstance(model.model, MixtralPeftModel)
+    assert isinstance(model.model, MoePeftModel)
     factors, embeddings = stored_adapter(model.model)
     return {
         "losses": losses.losses,

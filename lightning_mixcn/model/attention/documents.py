@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lightning_mixcn.model.architectures.record import head_size
 
 from .cpu import causal_attention
 from .packed import (
@@ -32,7 +34,7 @@ Spans = dict[tuple[int, int], list[int]]
 Documents = PackedDocuments | Spans
 
 
-def locate_documents(position_ids: Tensor, config: MixtralConfig, dtype: torch.dtype) -> Documents | None:
+def locate_documents(position_ids: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> Documents | None:
     """Locate the documents of a batch for the ``documents`` of every layer; waits for the device once.
 
     Args:
@@ -44,10 +46,10 @@ def locate_documents(position_ids: Tensor, config: MixtralConfig, dtype: torch.d
         The form for the device; ``None`` where transformers' masks are needed: on the CPU, for a sliding window that is
         shorter than a row.
     """
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if serves(position_ids.device, dtype, size) and not config.attention_dropout:
+    if serves(position_ids.device, dtype, head_size(config)) and not config.attention_dropout:
         return pack_documents(position_ids)
-    if config.sliding_window is not None and config.sliding_window < position_ids.shape[1]:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < position_ids.shape[1]:
         return None
     return document_spans(position_ids)
 
@@ -86,7 +88,7 @@ def document_attention(
     """Attend within documents; transformers calls this function.
 
     Args:
-        module: Mixtral's attention.
+        module: The model's attention.
         query: ``[B, heads, S, head size]``.
         key: ``[B, key-value heads, S, head size]``.
         value: Values, of the shape of ``key``.

@@ -1,22 +1,38 @@
-"""Mixtral's attention with few passes for what transformers does in many: projections, and rotation by positions.
+"""Attention with few passes for what transformers does in many: projections, and rotation by positions.
 
 Legend: B rows, S positions, H hidden, D head size.
 """
 
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention
+from torch import Tensor, nn
 
+from lightning_mixcn.model.architectures import Architecture
 from lightning_mixcn.model.kernels import has_triton
 
 from .packed import PackedDocuments, packed_attention
 from .projections import can_fuse, project_output, project_states
 
 
-class FusedAttention(MixtralAttention):
-    """transformers' attention, whose RoPE (Su et al. 2021, https://arxiv.org/abs/2104.09864) is Triton's on CUDA.
+@cache
+def fused_attention(architecture: Architecture) -> type[nn.Module]:
+    """Return the class of a family's attention."""
+    stock = architecture.attention
+    return type(f"Fused{stock.__name__}", (FusedAttention, stock), {"__module__": __name__})
+
+
+if TYPE_CHECKING:  # what it is mixed into
+    _Attention = nn.Module
+else:
+    _Attention = object
+
+
+class FusedAttention(_Attention):
+    """What is added to transformers' attention of a family: RoPE by one Triton kernel on CUDA.
+
+    RoPE: Su et al. 2021, https://arxiv.org/abs/2104.09864.
 
     Step by step, as transformers has it, RoPE moves 20 bytes a number of q and k forward and 34 backward, in 10 and 16
     kernels; fused it moves 4 and 4, in one kernel each. It is used where documents are packed for one call, in training
@@ -24,7 +40,12 @@ class FusedAttention(MixtralAttention):
     Elsewhere, and without Triton, this is transformers' attention, bit for bit.
     """
 
-    def forward(  # type: ignore[override]  # releases of transformers name the cache differently, it is among kwargs
+    config: Any
+    head_dim: int
+    scaling: float
+    o_proj: Any
+
+    def forward(  # releases of transformers name the cache differently, it is among kwargs
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -43,21 +64,34 @@ class FusedAttention(MixtralAttention):
             ``[B, S, H]``, and no weights.
         """
         documents = kwargs.get("documents")
-        if not isinstance(documents, PackedDocuments) or not _runs_triton(hidden_states):
+        clips = getattr(self.config, "clip_qkv", None) is not None
+        if not isinstance(documents, PackedDocuments) or not _runs_triton(hidden_states) or clips:
             attended, weights = super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
             return attended, weights
         inputs: Any = [self.q_proj, self.k_proj, self.v_proj]
         output: Any = self.o_proj
-        fuses = can_fuse([*inputs, output])
+        fuses, has_norms = can_fuse([*inputs, output]), hasattr(self, "q_norm")
         if fuses:
-            query, key, value = project_states(hidden_states, *position_embeddings, self.head_dim, inputs)
+            angles = None if has_norms else position_embeddings
+            query, key, value = project_states(hidden_states, angles, self.head_dim, inputs)
         else:
             heads = *hidden_states.shape[:2], -1, self.head_dim
             query, key, value = (project(hidden_states).view(heads) for project in inputs)
+        if has_norms or not fuses:
+            query, key = self._normalised("q_norm", query), self._normalised("k_norm", key)
             query, key = _Rotation.apply(query, key, *position_embeddings)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         query, key, value = (state.transpose(1, 2) for state in (query, key, value))
-        attended = packed_attention(query, key, value, documents, self.scaling, self.config.sliding_window).flatten(2)
+        window = getattr(self.config, "sliding_window", None)
+        attended = packed_attention(query, key, value, documents, self.scaling, window).flatten(2)
         return project_output(attended, output) if fuses else output(attended), None
+
+    def _normalised(self, name: str, states: Tensor) -> Tensor:
+        """Apply one of attention's own norms to ``[B, S, heads, D]``, as wide as a head or as all of them."""
+        norm: Any = getattr(self, name, None)
+        if norm is None:
+            return states
+        rows: Tensor = norm(states.reshape(*states.shape[:2], -1, norm.weight.numel()))
+        return rows.view_as(states)
 
 
 class _Rotation(torch.autograd.Function):

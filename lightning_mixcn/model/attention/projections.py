@@ -70,14 +70,13 @@ class Projections(NamedTuple):
 
 
 def project_states(
-    hidden: Tensor, cos: Tensor, sin: Tensor, head_size: int, projections: list[FrozenLinear]
+    hidden: Tensor, angles: tuple[Tensor, Tensor] | None, head_size: int, projections: list[FrozenLinear]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries and keys rotated by positions, and values; columns of one matrix.
+    """Return queries and keys, rotated by positions, and values; columns of one matrix.
 
     Args:
         hidden: ``[B, S, H]``.
-        cos: Cosines, see `kernels.rotary.rotate`.
-        sin: Sines.
+        angles: Cosines and sines, see `kernels.rotary.rotate`; ``None`` leaves queries and keys as they are.
         head_size: D.
         projections: Those of q, k and v.
 
@@ -85,7 +84,7 @@ def project_states(
         ``[B, S, heads, D]`` each.
     """
     given, masters = Projections.of(projections)
-    states: tuple[Tensor, Tensor, Tensor] = _States.apply(hidden, cos, sin, head_size, given, *masters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    states: tuple[Tensor, Tensor, Tensor] = _States.apply(hidden, *(angles or (None, None)), head_size, given, *masters)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return states
 
 
@@ -98,7 +97,13 @@ def project_output(attended: Tensor, projection: FrozenLinear) -> Tensor:
 class _States(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, cos: Tensor, sin: Tensor, head_size: int, given: Projections, *masters: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        head_size: int,
+        given: Projections,
+        *masters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         from lightning_mixcn.model.kernels.rotary import rotate
 
@@ -110,7 +115,8 @@ class _States(torch.autograd.Function):
         hidden_TR = _multiply_a(product, read_TH, wide)
         y_TO = torch.mm(wide, operands.take(product).t())
         query, key, value = _heads(y_TO, given.widths, hidden.shape[0], head_size)
-        rotate(query, key, cos, sin, out=(query, key))
+        if cos is not None and sin is not None:
+            rotate(query, key, cos, sin, out=(query, key))
         ctx.given, ctx.shape = given, hidden.shape
         ctx.save_for_backward(read_TH if product.rank else None, hidden_TR, cos, sin, *masters)
         return query, key, value
@@ -125,7 +131,11 @@ class _States(torch.autograd.Function):
         rows, length, _, size = dquery.shape
         dy_TO = dquery.new_empty(rows * length, sum(ctx.given.widths))
         to_query, to_key, to_value = _heads(dy_TO, ctx.given.widths, rows, size)
-        rotate(dquery.contiguous(), dkey.contiguous(), cos, sin, backwards=True, out=(to_query, to_key))
+        if cos is None:
+            to_query.copy_(dquery)
+            to_key.copy_(dkey)
+        else:
+            rotate(dquery.contiguous(), dkey.contiguous(), cos, sin, backwards=True, out=(to_query, to_key))
         to_value.copy_(dvalue)
         del dquery, dkey, dvalue
         dx, gradients = _backward(product, operands, dy_TO, read_TH, hidden_TR, ctx.given.drop, ctx.needs_input_grad[0])

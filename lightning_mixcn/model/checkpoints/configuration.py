@@ -54,7 +54,9 @@ _FIELDS: Mapping[str, Check] = {
     "hidden_size": whole(1, _WIDTH),
     "intermediate_size": whole(1, 2**24),
     "num_hidden_layers": whole(1, _LAYERS),
+    "moe_intermediate_size": whole(1, 2**24),
     "num_local_experts": whole(1, _EXPERTS),
+    "num_experts": whole(1, _EXPERTS),
     "num_experts_per_tok": whole(1, _EXPERTS),
     "vocab_size": whole(1, _VOCABULARY),
     "num_attention_heads": whole(1, 2**14),
@@ -69,6 +71,11 @@ _FIELDS: Mapping[str, Check] = {
     "sliding_window": _or_null(whole(1, _POSITIONS)),
     "tie_word_embeddings": FLAG,
     "attention_dropout": real(0, 1),
+    "attention_bias": _or_null(FLAG),
+    "clip_qkv": _or_null(real(0, 1e9)),
+    "norm_topk_prob": FLAG,
+    "mlp_only_layers": _or_null(each(whole(0, _LAYERS))),
+    "decoder_sparse_step": whole(1, _LAYERS),
     "router_aux_loss_coef": real(0, 1e3),
     "router_jitter_noise": real(0, 1),
     "output_router_logits": FLAG,
@@ -92,9 +99,10 @@ def check_config(config: Any, place: str) -> Iterator[Fault]:
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
         yield Fault("num_key_value_heads", f"is {groups}, expected a divisor of num_attention_heads={heads}")
-    chosen, experts = config.get("num_experts_per_tok"), config.get("num_local_experts")
-    if chosen and experts and chosen > experts:
-        yield Fault("num_experts_per_tok", f"is {chosen}, expected at most num_local_experts={experts}")
+    for key in ("num_local_experts", "num_experts"):
+        chosen, experts = config.get("num_experts_per_tok"), config.get(key)
+        if chosen and experts and chosen > experts:
+            yield Fault("num_experts_per_tok", f"is {chosen}, expected at most {key}={experts}")
     quantization = config.get("quantization_config")
     if quantization is not None and not quantization.keys() & {"quant_method", "format"}:
         yield Fault("quantization_config", "names no quant_method, expected one, or null for a model in full precision")

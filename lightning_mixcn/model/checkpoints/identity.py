@@ -16,9 +16,10 @@ from .folder import Checkpoint, recorded_path
 
 IDENTITY_FILE = "base_identity.json"
 QUANTIZATION_METHOD = "mixcn_nf4"
-# Not ``mixtral`` with a ``quant_method``: transformers skips a method that it does not know with a warning, and goes on
-# with random weights. It refuses an unknown type of model (Auto classes) and a method without a name (the others).
-QUANTISED_MODEL_TYPE = "mixcn_nf4_mixtral"
+# Before the family's name. Not that alone with a ``quant_method``: transformers skips a method that it does not know
+# with a warning, and goes on with random weights. It refuses an unknown type of model (Auto classes) and a method
+# without a name (the others).
+QUANTISED_PREFIX = "mixcn_nf4_"
 _KEYS = ("path", "sha256")
 _ORIGINAL_KEYS = ("original_path", "original_sha256")
 _PATHS = dict((_KEYS, _ORIGINAL_KEYS))
@@ -41,7 +42,7 @@ def base_identity(base: Checkpoint) -> dict[str, str]:
 
 def is_own_format(config: Mapping[str, Any]) -> bool:
     """Tell whether the content of a ``config.json`` is that of a 4-bit folder of `mixcn quantize`."""
-    if config.get("model_type") == QUANTISED_MODEL_TYPE:
+    if str(config.get("model_type")).startswith(QUANTISED_PREFIX):
         return True
     # Folders that were written before there was such a type name the method.
     return bool((config.get("quantization_config") or {}).get("quant_method") == QUANTIZATION_METHOD)

@@ -1,31 +1,34 @@
-"""Find what a module needs in a checkpoint: the two namings of Mixtral's weights.
+"""Find what a module needs in a checkpoint: the two namings of experts' weights.
 
-transformers 4 and the published checkpoints store one matrix an expert (``block_sparse_moe.experts.N.w1.weight``);
-transformers 5 can store them fused (``mlp.experts.gate_up_proj [E, 2I, H]``, gate rows first).
+transformers 4 and the published checkpoints store one matrix an expert (``mlp.experts.N.gate_proj.weight``, in some
+families under other names); transformers 5 can store them fused (``mlp.experts.gate_up_proj [E, 2I, H]``, gate rows
+first).
 """
 
 import math
 from typing import NamedTuple
 
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 
+from lightning_mixcn.model.architectures import Architecture, architecture_of
+from lightning_mixcn.model.architectures.record import head_size
 from lightning_mixcn.model.nf4.codec import BLOCKS_PER_SUPERBLOCK, SUPERBLOCK, superblocks
 
 from .folder import Checkpoint, TensorSlice
 
 _ROUTER = "mlp.gate.linear"
-# PEFT's and our name of an expert projection → the paper's.
-EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def disk_names(module_name: str, groups: int) -> list[str]:
-    """Return the names on disk of the groups of the module that is called ``module_name`` in memory."""
-    if module_name.endswith(".mlp.gate.linear"):
-        return [module_name.replace(".mlp.gate.linear", ".block_sparse_moe.gate")]
+def disk_names(architecture: Architecture, module_name: str, groups: int | range) -> list[str]:
+    """Return the names on disk of the groups (or some of them) of the module called ``module_name`` in memory."""
+    if module_name.endswith(f".{_ROUTER}"):
+        return [f"{module_name.removesuffix(_ROUTER)}{architecture.block}.gate"]
     layer, found, leaf = module_name.partition(".mlp.experts.")
     if not found:
         return [module_name]
-    return [f"{layer}.block_sparse_moe.experts.{expert}.{EXPERT_NAMES[leaf]}" for expert in range(groups)]
+    experts = f"{layer}.{architecture.block}.experts"
+    numbers = groups if isinstance(groups, range) else range(groups)
+    return [f"{experts}.{number}.{architecture.projections[leaf]}" for number in numbers]
 
 
 class StoredWeight(NamedTuple):
@@ -50,14 +53,16 @@ class StoredWeight(NamedTuple):
         return self.attribute is None and rounds(self.name, self.shape)
 
 
-def module_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
-    """Map each module of a Mixtral that has a weight to its shape, in the model's order.
+def module_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Map each module of a model that has a weight to its shape, in the model's order.
 
     A `FrozenLinear` has ``[groups, out, in]``. A tied head has no weight of its own.
     """
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    architecture = architecture_of(config)
+    hidden, inner = config.hidden_size, getattr(config, architecture.expert_width)
+    experts, head = config.num_local_experts, head_size(config)
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    norms = {name: (width,) for name, width in architecture.attention_norms(config).items()}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -66,6 +71,7 @@ def module_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
             f"{prefix}self_attn.k_proj": (1, keys, hidden),
             f"{prefix}self_attn.v_proj": (1, keys, hidden),
             f"{prefix}self_attn.o_proj": (1, hidden, queries),
+            **{f"{prefix}self_attn.{name}": shape for name, shape in norms.items()},
             f"{prefix}{_ROUTER}": (1, experts, hidden),
             f"{prefix}mlp.experts.gate_proj": (experts, inner, hidden),
             f"{prefix}mlp.experts.up_proj": (experts, inner, hidden),
@@ -84,8 +90,8 @@ def rounds(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and not name.endswith(_ROUTER)
 
 
-def stored_weights(config: MixtralConfig, checkpoint: Checkpoint) -> list[StoredWeight]:
-    """List the weights of a Mixtral in the model's order, and where an unquantised checkpoint has them."""
+def stored_weights(config: PreTrainedConfig, checkpoint: Checkpoint) -> list[StoredWeight]:
+    """List the weights of a model in the model's order, and where an unquantised checkpoint has them."""
     return [
         StoredWeight(name, shape, _frozen_segments(name, checkpoint, config), None)
         if len(shape) == 3
@@ -94,7 +100,7 @@ def stored_weights(config: MixtralConfig, checkpoint: Checkpoint) -> list[Stored
     ]
 
 
-def nf4_weights(config: MixtralConfig) -> list[StoredWeight]:
+def nf4_weights(config: PreTrainedConfig) -> list[StoredWeight]:
     """List the same for a folder of `mixcn quantize`, which holds the model's parameters under their own names."""
     found = []
     for name, shape in module_shapes(config).items():
@@ -111,22 +117,17 @@ def nf4_weights(config: MixtralConfig) -> list[StoredWeight]:
     return found
 
 
-def _frozen_segments(name: str, checkpoint: Checkpoint, config: MixtralConfig) -> list[TensorSlice]:
-    prefix, _, leaf = name.rpartition(".")
-    if prefix.endswith("mlp.experts"):
-        return _expert_segments(prefix.removesuffix(".mlp.experts"), leaf, checkpoint, config)
+def _frozen_segments(name: str, checkpoint: Checkpoint, config: PreTrainedConfig) -> list[TensorSlice]:
+    architecture, (prefix, _, leaf) = architecture_of(config), name.rpartition(".")
+    experts = config.num_local_experts if prefix.endswith("mlp.experts") else 1
+    apart = [TensorSlice(f"{stored}.weight") for stored in disk_names(architecture, name, experts)]
     if prefix.endswith("mlp.gate"):
-        layer = prefix.removesuffix(".mlp.gate")
-        fused = f"{layer}.mlp.gate.weight"
-        return [TensorSlice(fused if fused in checkpoint else f"{layer}.block_sparse_moe.gate.weight")]
-    return [TensorSlice(f"{name}.weight")]
-
-
-def _expert_segments(layer: str, leaf: str, checkpoint: Checkpoint, config: MixtralConfig) -> list[TensorSlice]:
-    experts, intermediate = range(config.num_local_experts), config.intermediate_size
-    fused = f"{layer}.mlp.experts.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
+        return [TensorSlice(fused)] if (fused := f"{prefix}.weight") in checkpoint else apart
+    if not prefix.endswith("mlp.experts"):
+        return apart
+    fused = f"{prefix}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
     if fused not in checkpoint:
-        name = f"{layer}.block_sparse_moe.experts.{{}}.{EXPERT_NAMES[leaf]}.weight"
-        return [TensorSlice(name.format(expert)) for expert in experts]
-    rows = {"gate_proj": (0, intermediate), "up_proj": (intermediate, 2 * intermediate), "down_proj": None}[leaf]
-    return [TensorSlice(fused, expert, rows) for expert in experts]
+        return apart
+    width = getattr(config, architecture.expert_width)
+    rows = {"gate_proj": (0, width), "up_proj": (width, 2 * width), "down_proj": None}[leaf]
+    return [TensorSlice(fused, expert, rows) for expert in range(experts)]

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from lightning_mixcn.errors import UserError, one_line
+from lightning_mixcn.model.architectures import architecture_named, refusal
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import (
-    QUANTISED_MODEL_TYPE,
+    QUANTISED_PREFIX,
     is_own_format,
 )
 from lightning_mixcn.model.checkpoints.layout import StoredWeight
@@ -38,15 +38,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return the checkpoint's configuration, tied as its files are; refuse other architectures, and another depth."""
-    settings = stock_settings(checkpoint.config)
-    if (kind := settings.get("model_type")) != "mixtral":
-        raise UserError(
-            f"{checkpoint.path} holds a model of type {kind!r}. Expected 'mixtral'; a dense Llama or Mistral becomes "
-            "one with `mixcn upcycle`"
-        )
-    config = as_mixtral(settings, str(checkpoint.path))
+    config = read_settings(stock_settings(checkpoint.config), str(checkpoint.path))
     config.tie_word_embeddings = checkpoint.ties_head()
     # Before a model of so many layers is made.
     layers = len({match[1] for name in checkpoint.names() if (match := _LAYER.match(name))})
@@ -58,7 +52,7 @@ def mixtral_config(checkpoint: Checkpoint) -> MixtralConfig:
     return config
 
 
-def as_mixtral(settings: Mapping[str, Any], where: str) -> MixtralConfig:
+def read_settings(settings: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """Make transformers' configuration of the content of a ``config.json`` whose structure was checked.
 
     Args:
@@ -66,13 +60,17 @@ def as_mixtral(settings: Mapping[str, Any], where: str) -> MixtralConfig:
         where: Name of the folder, for messages.
 
     Raises:
-        ValueError: transformers cannot use it, such as an unknown activation or kind of RoPE.
+        ValueError: the family is not supported, or transformers cannot use it, such as an unknown activation or kind of
+            RoPE.
     """
+    if fault := refusal(settings):
+        raise UserError(f"{where} holds {fault}")
+    architecture = architecture_named(settings["model_type"])
     if (activation := settings.get("hidden_act", "silu")) not in ACT2FN:
         raise UserError(f"{where}: config.json has hidden_act={activation!r}, which transformers does not know")
     try:
-        config = MixtralConfig.from_dict(dict(settings))
-        frequencies = MixtralRotaryEmbedding(config).inv_freq
+        config: PreTrainedConfig = architecture.config.from_dict(dict(settings))
+        frequencies = architecture.rotary(config).inv_freq
     except Exception as error:  # each kind of RoPE fails in its own way where a number is missing or zero
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{where}: transformers cannot use config.json ({reason}). Download it again") from error
@@ -189,8 +187,8 @@ def pieces(
 def stock_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a ``config.json`` as that of the unquantised model; of a 4-bit folder, its original's."""
     settings = {key: value for key, value in config.items() if key != "quantization_config"}
-    if settings.get("model_type") == QUANTISED_MODEL_TYPE:
-        settings["model_type"] = "mixtral"
+    if is_own_format(config):
+        settings["model_type"] = str(settings.get("model_type")).removeprefix(QUANTISED_PREFIX)
     return settings
 
 

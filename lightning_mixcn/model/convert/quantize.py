@@ -1,4 +1,4 @@
-"""`mixcn quantize`: a Hugging Face Mixtral to a 4-bit folder that loads without quantising again."""
+"""`mixcn quantize`: a Hugging Face mixture to a 4-bit folder that loads without quantising again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     package alone: transformers refuses it. Adapters that are trained on it name SRC, which it records, as their base.
 
     Args:
-        src: Mixtral folder (safetensors) or hub id.
+        src: Folder (safetensors) or hub id of a mixture.
         out: Folder to make; it must not exist, or be empty.
         dtype: Type of embeddings, head, norms and router, which stay unquantised: bfloat16, float16 or float32.
     """
@@ -32,25 +32,25 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
     from lightning_mixcn.model.checkpoints.bitsandbytes import is_bitsandbytes
     from lightning_mixcn.model.checkpoints.folder import Checkpoint
     from lightning_mixcn.model.checkpoints.identity import (
-        QUANTISED_MODEL_TYPE,
+        QUANTISED_PREFIX,
         QUANTIZATION_METHOD,
         write_identity,
     )
-    from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
+    from lightning_mixcn.model.checkpoints.reading import is_quantised, model_config, torch_dtype
     from lightning_mixcn.model.checkpoints.writer import new_checkpoint
     from lightning_mixcn.model.loading import open_entries
     from lightning_mixcn.model.nf4.codec import BLOCK, SUPERBLOCK
     from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
 
     checkpoint = Checkpoint(src)
-    config = mixtral_config(checkpoint)
+    config = model_config(checkpoint)
     if is_quantised(checkpoint) and not is_bitsandbytes(checkpoint):
         raise UserError(f"`src={src!r}` is in 4 bits already. Use it as it is")
     stored_dtype = torch_dtype(dtype)
     todo, source = open_entries(checkpoint, config)
     method = {"format": QUANTIZATION_METHOD, "block_size": BLOCK, "superblock_size": SUPERBLOCK}
     tied = {"tie_word_embeddings": config.tie_word_embeddings}
-    changes = {"model_type": QUANTISED_MODEL_TYPE, "quantization_config": method, "dtype": dtype}
+    changes = {"model_type": f"{QUANTISED_PREFIX}{config.model_type}", "quantization_config": method, "dtype": dtype}
     settings = checkpoint.config | tied | changes
     with new_checkpoint(out, settings) as writer:
         for entry in tqdm(todo, desc="quantising", unit=" weights"):

@@ -1,18 +1,20 @@
-"""Mixtral's router and experts with frozen, possibly 4-bit weights; drop-in for transformers' modules.
+"""Router and experts with frozen, possibly 4-bit weights; drop-in for transformers' modules.
 
 Children are named as PEFT sees them: ``gate_proj``, ``up_proj``, ``down_proj`` are the paper's w1, w3, w2.
 
 Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, S = T·K routed rows, n rows of one expert.
 """
 
+from functools import cache
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers import PreTrainedConfig
 
+from lightning_mixcn.model.architectures import Architecture, architecture_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 from .fused import fused_loop
@@ -21,20 +23,20 @@ from .path import PATHS, choose_expert_path
 from .routing import route_rows, sum_choices
 
 
-class Router(MixtralTopKRouter):
-    """Top-k softmax router whose weight is a `FrozenLinear`, so that PEFT can adapt it.
+class Router(nn.Module):
+    """Top-k softmax router whose weight is a `FrozenLinear`, so that PEFT can adapt it; see `router_class`.
 
-    A subclass of transformers' router, because transformers records router logits by that class.
+    Attributes:
+        normalises: Whether the weights of a token's experts sum to 1.
     """
 
-    def __init__(self, config: MixtralConfig, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
-        nn.Module.__init__(self)
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = config.num_local_experts
-        self.hidden_dim = config.hidden_size
-        self.linear = FrozenLinear(
-            config.hidden_size, config.num_local_experts, quantization="none", dtype=dtype, device=device
-        )
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        nn.Module.__init__(self)  # not that of transformers' router, which may come next
+        self.top_k: int = config.num_experts_per_tok
+        self.num_experts: int = config.num_local_experts
+        self.hidden_dim: int = config.hidden_size
+        self.normalises = architecture_of(config).normalises(config)
+        self.linear = FrozenLinear(self.hidden_dim, self.num_experts, quantization="none", dtype=dtype, device=device)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
@@ -43,12 +45,19 @@ class Router(MixtralTopKRouter):
             hidden_states: ``[..., H]``.
 
         Returns:
-            Router logits ``[T, E]`` in the input's dtype, routing weights ``[T, K]`` float32 that sum to 1, and the
-            chosen experts ``[T, K]`` int64.
+            Router logits ``[T, E]`` in the input's dtype, routing weights ``[T, K]`` float32, which sum to 1
+            where the family normalises them, and the chosen experts ``[T, K]`` int64.
         """
         logits = self.linear(hidden_states.reshape(-1, self.hidden_dim))
         weights, index = torch.topk(logits.float().softmax(dim=-1), self.top_k, dim=-1)
-        return logits, weights / weights.sum(dim=-1, keepdim=True), index
+        return logits, weights / weights.sum(dim=-1, keepdim=True) if self.normalises else weights, index
+
+
+@cache
+def router_class(architecture: Architecture) -> type[Router]:
+    """Return the class of a family's router: transformers records router logits by its own, so it is one of that."""
+    stock = architecture.router
+    return type(f"Frozen{stock.__name__}", (Router, stock), {"__module__": __name__})
 
 
 class Experts(nn.Module):
@@ -62,10 +71,11 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, config: MixtralConfig, quantization: str, dtype: torch.dtype, device: torch.device | str | None = None
+        self, config: PreTrainedConfig, quantization: str, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        hidden, intermediate, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+        hidden, experts = config.hidden_size, config.num_local_experts
+        intermediate = getattr(config, architecture_of(config).expert_width)
 
         def projection(in_features: int, out_features: int) -> FrozenLinear:
             return FrozenLinear(

@@ -31,7 +31,7 @@ def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
     """Call an observer with every routing decision, once each: not for recomputation in backward.
 
     Args:
-        model: A Mixtral of `load_mixtral`, as it is or inside a PeftModel, sharded or not.
+        model: A model of `load_moe`, as it is or inside a PeftModel, sharded or not.
         observer: Called without gradients, with the layer's number from 0, router logits ``[T, E]`` in the compute
             dtype, routing weights ``[T, K]`` float32, and chosen experts ``[T, K]`` int64. T is all positions of the
             batch, padding included, row by row. The tensors are detached and are the model's own: do not change them.
@@ -44,7 +44,7 @@ def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
-        raise UserError(f"`model` is a {type(model).__name__} without a Router. Give a Mixtral made by `load_mixtral`")
+        raise UserError(f"`model` is a {type(model).__name__} without a Router. Give a Mixtral made by `load_moe`")
     observation = ExitStack()
     for layer, router in enumerate(routers):
         handle = router.register_forward_hook(partial(_tell, observer, layer))

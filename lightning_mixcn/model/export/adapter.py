@@ -12,7 +12,7 @@ from lightning_mixcn.model.checkpoints.identity import (
     stock_base,
     write_identity,
 )
-from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.model.lora.adapter_writer import write_adapter
 from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
@@ -53,7 +53,7 @@ def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> Non
         raise UserError(
             f"the adapter {adapter.name!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
         )
-    config = mixtral_config(found.base)
+    config = model_config(found.base)
     factors = {name: adapter.factors(name) for name in adapter.names}
     saved = {name: adapter.read_saved(name) for name in adapter.saved}
     rows = adapter.vocabulary_rows(tied=config.tie_word_embeddings)

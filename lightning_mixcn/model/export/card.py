@@ -14,7 +14,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import public_name
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import is_own_format, read_identity, stock_base
-from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import ADAPTER_FOLDER, ModelSource
 
 CARD_NAME = "README.md"
@@ -73,7 +73,7 @@ def adapter_card(training: Training, measured: Mapping[str, Any]) -> str:
     """
     named = stock_base(training.base) or training.base.name
     name, license_of = public_name(named), _license([named, training.base.name])
-    resizing = resizing_note(training.vocabulary_rows, mixtral_config(training.base).vocab_size)
+    resizing = resizing_note(training.vocabulary_rows, model_config(training.base).vocab_size)
     made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
     parts = [
         _header(named, "peft", training.languages, license_of),

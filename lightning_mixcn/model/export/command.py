@@ -79,6 +79,6 @@ def export(
     (check_file if format == "gguf" else check_output)(target)
     found = find_model(src)
     for further in adapter or ():
-        found = found.with_adapter(AdapterFile(further))
+        found = found.with_adapter(AdapterFile(further, found.architecture))
     writers = {"hf": export_checkpoint, "gguf": export_gguf, **dict.fromkeys(LAYOUTS, export_adapter)}
     writers[format](found, target, options)

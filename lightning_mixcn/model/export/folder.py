@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.checkpoints.reading import stock_settings, torch_dtype
 from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 from lightning_mixcn.model.find import ModelSource
@@ -25,7 +26,7 @@ _DROPPED = ("_name_or_path", "torch_dtype")
 
 
 def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the base's configuration as that of an unquantised Mixtral in `dtype`.
+    """Return the base's configuration as that of an unquantised model in `dtype`.
 
     transformers 5 writes ``dtype`` and ``rope_parameters``; transformers 4, vLLM and llama.cpp read ``torch_dtype``
     and ``rope_theta``, and would silently fall back to a default. Both are written.
@@ -36,7 +37,11 @@ def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
     """
     kept = {key: value for key, value in stock_settings(config).items() if key not in _DROPPED}
     name = str(dtype).removeprefix("torch.")
-    kept |= {"architectures": ["MixtralForCausalLM"], "dtype": name, "torch_dtype": name}
+    kept |= {
+        "architectures": [architecture_named(kept["model_type"]).causal_lm.__name__],
+        "dtype": name,
+        "torch_dtype": name,
+    }
     rope = kept.get("rope_parameters") or {}
     if "rope_theta" in rope:
         kept.setdefault("rope_theta", rope["rope_theta"])

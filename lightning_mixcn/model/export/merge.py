@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.model.architectures import architecture_of
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import check_made_from, read_identity
 from lightning_mixcn.model.checkpoints.layout import StoredWeight, disk_names, module_shapes, rounds
 from lightning_mixcn.model.checkpoints.reading import (
     is_quantised,
-    mixtral_config,
+    model_config,
     pieces,
     torch_dtype,
 )
@@ -30,15 +31,16 @@ from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
 class BaseWeights:
-    """The weights of a Mixtral, each read when it is asked for.
+    """The weights of a base, each read when it is asked for.
 
     Args:
         checkpoint: High-precision, or 4-bit folder.
-        dequantised: Give attention and experts as NF4 rounds them, which is what `load_mixtral` computes with. A 4-bit
+        dequantised: Give attention and experts as NF4 rounds them, which is what `load_moe` computes with. A 4-bit
             folder has nothing else.
 
     Attributes:
         config: The base's.
+        architecture: Its family.
         modules: The modules that have a weight, in the model's order: name → names of its matrices on disk (one an
             expert).
 
@@ -50,13 +52,14 @@ class BaseWeights:
         """Check every name and shape."""
         self._checkpoint, self._stored = checkpoint, is_quantised(checkpoint)
         assert dequantised or not self._stored, "a 4-bit folder has dequantised weights only"
-        self.config = mixtral_config(checkpoint)
+        self.config = model_config(checkpoint)
         self._dequantised, self._shapes = dequantised, module_shapes(self.config)
         todo, self._source = open_entries(checkpoint, self.config)
         self._entries: dict[str, list[StoredWeight]] = {}
         for entry in todo:
             self._entries.setdefault(entry.name.removesuffix(".storage"), []).append(entry)
-        self.modules = {name: disk_names(name, self._groups(name)) for name in self._entries}
+        self.architecture = architecture_of(self.config)
+        self.modules = {name: disk_names(self.architecture, name, self._groups(name)) for name in self._entries}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one matrix (or vector) of a module."""
@@ -130,7 +133,7 @@ class MergedWeights:
         base: The base's weights.
         adapters: Applied one on top of the other, in order; of an embedding that several of them trained, the last
             counts. One that was trained with an extended vocabulary has more rows than the base.
-        layout: Names of the experts' weights: ``per-expert`` (``block_sparse_moe.experts.N.w1.weight``) or ``fused``
+        layout: Names of the experts' weights: ``per-expert``, as the family's published files have them, or ``fused``
             (``mlp.experts.gate_up_proj [E, 2I, H]``).
         dtype: Dtype of the result; ``None`` keeps each tensor's.
 
@@ -180,7 +183,7 @@ class MergedWeights:
 
     def _single(self, module: str) -> Iterator[tuple[str, Tensor]]:
         for name, matrix in zip(self._base.modules[module], self._base.matrices(module), strict=True):
-            exported = name.replace(".block_sparse_moe.", ".mlp.") if self._layout == "fused" else name
+            exported = name.replace(f".{self._base.architecture.block}.", ".mlp.") if self._layout == "fused" else name
             yield f"{exported}.weight", self._merged(module, name, matrix)
 
     def _stack(self, modules: list[str]) -> Tensor:

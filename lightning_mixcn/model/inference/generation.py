@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.causal_lm import CACHE_ARGUMENT, base_of
 from lightning_mixcn.model.lora.attach import lora_layers
 from lightning_mixcn.model.memory.budget import usable_bytes
-from lightning_mixcn.model.mixtral import CACHE_ARGUMENT, base_of
 from lightning_mixcn.model.nf4.storage import GemmStack, NF4Weight, few_rows_kernel
 
 from .sampling import Sampling
@@ -104,7 +104,7 @@ def prepare_for_generation(model: nn.Module) -> int:
     served by what is kept, and ``model.train()`` frees it.
 
     Args:
-        model: A Mixtral of `load_mixtral`, or the PeftModel around it, in evaluation mode.
+        model: A model of `load_moe`, or the PeftModel around it, in evaluation mode.
 
     Returns:
         Bytes of what is kept.
@@ -143,7 +143,7 @@ def stream_tokens(
     """Continue a row.
 
     Args:
-        model: A Mixtral of `load_mixtral`, or the PeftModel around it, in evaluation mode.
+        model: A model of `load_moe`, or the PeftModel around it, in evaluation mode.
         ids: The prompt's tokens.
         cache: Cache of this model and its present weights; what it holds of the prompt is not run again.
         sampling: Choice of the tokens.

@@ -19,8 +19,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.architectures.record import head_size
 from lightning_mixcn.model.attention.documents import no_mask
-from lightning_mixcn.model.mixtral import CACHE_ARGUMENT, base_of
+from lightning_mixcn.model.causal_lm import CACHE_ARGUMENT, base_of
 
 _NAME = "prefill_sdpa"
 # Logits in float32 at a time: 24 MiB at a vocabulary of 49,152.
@@ -55,7 +56,7 @@ class ChunkedPrefill:
     """A model and its cache, for one row after another. Use it in evaluation mode and without gradients.
 
     Args:
-        model: A Mixtral of `load_mixtral`, or the PeftModel around it.
+        model: A model of `load_moe`, or the PeftModel around it.
         max_tokens: Tokens of the longest row; the cache takes ``2 * layers * key-value heads * head size`` numbers of
             the compute dtype for each.
 
@@ -69,13 +70,13 @@ class ChunkedPrefill:
         self.model, self.max_tokens = model, max_tokens
         base: Any = base_of(model)
         config, embedding = base.config, base.get_input_embeddings()
-        if config.sliding_window is not None and config.sliding_window < max_tokens:
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < max_tokens:
             raise UserError(
-                f"config.sliding_window={config.sliding_window} is shorter than a row of {max_tokens} tokens. "
+                f"config.sliding_window={window} is shorter than a row of {max_tokens} tokens. "
                 "Evaluate shorter rows, or set it to null in config.json if the model attends to all of a row"
             )
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (1, config.num_key_value_heads, max_tokens, size)
+        shape = (1, config.num_key_value_heads, max_tokens, head_size(config))
         self.config, self.device = config, embedding.weight.device
         self._layers = [
             _FilledLayer(shape, embedding.output_dtype, self.device) for _ in range(config.num_hidden_layers)

@@ -1,7 +1,7 @@
 """Read a PEFT adapter folder, whoever wrote it: its adapted matrices and their factors.
 
-Names are the paper's, one matrix an expert (``model.layers.0.block_sparse_moe.experts.3.w1``), whatever the layout of
-the file.
+Names are those of the family's files with one matrix an expert (``model.layers.0.mlp.experts.3.gate_proj``), whatever
+the layout of the file.
 
 Legend: R rank.
 """
@@ -22,6 +22,8 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.safetensors import SafetensorsFile
 from lightning_mixcn.files.schema import NULL, TEXT, each, either, record, whole
+from lightning_mixcn.model.architectures import Architecture
+from lightning_mixcn.model.checkpoints.layout import disk_names
 
 from .options import check_stored_options
 
@@ -37,7 +39,7 @@ class FusedPlace(NamedTuple):
         expert: Number of the expert.
         experts: E.
         rank: R.
-        half: 0 for the upper half of B's rows (w1 in gate_up_proj), 1 for the lower (w3); ``None`` for all.
+        half: 0 for the upper half of B's rows (gate in gate_up_proj), 1 for the lower (up); ``None`` for all.
     """
 
     stored: str
@@ -54,7 +56,10 @@ class FusedPlace(NamedTuple):
 
 
 def fused_places(
-    stored: set[str], shape: Callable[[str, str], tuple[int, ...]], config: LoraConfig
+    stored: set[str],
+    shape: Callable[[str, str], tuple[int, ...]],
+    config: LoraConfig,
+    architecture: Architecture,
 ) -> Iterator[tuple[str, FusedPlace]]:
     """Yield the name of every matrix that fused factors adapt, and the place of its own.
 
@@ -62,6 +67,7 @@ def fused_places(
         stored: Names in the file.
         shape: Name in the file, and ``A`` or ``B`` → shape of that factor.
         config: PEFT's, for the ranks and the names of the parameters.
+        architecture: Family of the base.
 
     Raises:
         ValueError: the rows are not a multiple of the rank, or it cannot be told which parameter factors wrap.
@@ -80,13 +86,13 @@ def fused_places(
         if rest or not experts:
             raise UserError(f"{name}.lora_A has {rows} rows, expected a multiple of its rank {rank}")
         if kind == "gate":
-            yield f"{layer}.block_sparse_moe.gate", FusedPlace(name, parameter, 0, experts, rank, None)
+            yield f"{layer}.{architecture.block}.gate", FusedPlace(name, parameter, 0, experts, rank, None)
             continue
         _check_sizes(sizes, name, parameter, (experts, shape(name, "B")[0], shape(name, "A")[1]))
-        halves = {"w1": 0, "w3": 1} if parameter.endswith("gate_up_proj") else {"w2": None}
+        halves = {"gate_proj": 0, "up_proj": 1} if parameter.endswith("gate_up_proj") else {"down_proj": None}
         for expert in range(experts):
             for leaf, half in halves.items():
-                matrix = f"{layer}.block_sparse_moe.experts.{expert}.{leaf}"
+                (matrix,) = disk_names(architecture, f"{layer}.mlp.experts.{leaf}", range(expert, expert + 1))
                 yield matrix, FusedPlace(name, parameter, expert, experts, rank, half)
 
 
@@ -166,6 +172,7 @@ class AdapterFile:
 
     Args:
         path: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id.
+        architecture: Family of its base. Without it only the configuration and the saved embeddings can be asked for.
 
     Attributes:
         name: The folder's path, or the hub id, as it was given.
@@ -179,9 +186,9 @@ class AdapterFile:
         ValueError: another method than LoRA, an extension of LoRA, or tensors of no known meaning.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, architecture: Architecture | None = None) -> None:
         """Read the configuration and the header."""
-        self.name, self.folder = str(path), local_folder(path)
+        self.name, self.folder, self.architecture = str(path), local_folder(path), architecture
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.folder / name).is_file():
                 raise MissingFileError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
@@ -198,7 +205,7 @@ class AdapterFile:
                     f"`adapter={str(path)!r}` holds {key}, which is neither a LoRA factor nor embed_tokens or lm_head. "
                     "Give a plain LoRA adapter"
                 )
-        self._fused = dict(fused_places(set(found), self._shape, self.config))
+        self._fused = dict(fused_places(set(found), self._shape, self.config, architecture)) if architecture else {}
         in_stacks = {place.stored for place in self._fused.values()}
         self.names = sorted({*found, *self._fused} - in_stacks)
         self.saved = [name for key, name in saved.items() if key in self._file.entries]

@@ -1,8 +1,8 @@
 """Write a PEFT adapter folder in a layout that stock PEFT reads: a pair of factors an expert, or fused stacks.
 
-Per expert (transformers 4, vLLM, llama.cpp; PEFT converts it for transformers 5) it reads right only with w1, w2 and w3
-all present, equal ranks and plain α/R, so that is what is written. The fused layout is PEFT's own for transformers 5
-(``target_parameters``).
+Per expert (transformers 4, vLLM, llama.cpp; PEFT converts it for transformers 5) it reads right only with all three
+matrices of an expert present, equal ranks and plain α/R, so that is what is written. The fused layout is PEFT's own for
+transformers 5 (``target_parameters``).
 
 Legend: E = experts, R = rank, H = hidden, I = intermediate.
 """
@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig
 
 from lightning_mixcn.files.hub import public_name
 from lightning_mixcn.files.safetensors import write_safetensors
+from lightning_mixcn.model.architectures import Architecture, architecture_of
+from lightning_mixcn.model.checkpoints.layout import disk_names, module_shapes
 
 from .adapter_file import PREFIX, WEIGHTS_NAME, StoredFactors
 
@@ -31,7 +33,7 @@ def write_adapter(
     folder: Path,
     factors: Mapping[str, StoredFactors],
     saved: Mapping[str, Tensor],
-    config: MixtralConfig,
+    config: PreTrainedConfig,
     base: str | None,
     *,
     fused: bool = False,
@@ -57,19 +59,21 @@ def write_adapter(
 
 @dataclass
 class _NormalisedAdapter:
-    """Factors of one rank and one scaling, with w1, w2 and w3 of every expert of a layer in which any is adapted.
+    """Factors of one rank and one scaling, with all matrices of every expert of a layer in which any is adapted.
 
     Attributes:
         factors: Name of a matrix → ``(A [R, in], B [out, R])``, float32.
         saved: Embeddings that were trained as a whole.
         rank: R.
         alpha: ``alpha / rank`` is the scaling.
+        architecture: Family of the base.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     saved: dict[str, Tensor]
     rank: int
     alpha: int
+    architecture: Architecture
 
     def layers(self, names: Iterable[str]) -> set[int]:
         """Return the layers of the matrices of these names."""
@@ -77,7 +81,7 @@ class _NormalisedAdapter:
 
 
 def _normalise(
-    factors: Mapping[str, StoredFactors], saved: Mapping[str, Tensor], config: MixtralConfig
+    factors: Mapping[str, StoredFactors], saved: Mapping[str, Tensor], config: PreTrainedConfig
 ) -> _NormalisedAdapter:
     """Pad to the largest rank, fold scalings into B where they differ, and complete the experts with zeros."""
     rank = max(len(stored.a) for stored in factors.values())
@@ -91,14 +95,13 @@ def _normalise(
             F.pad(a.float(), (0, 0, 0, extra)).contiguous(),
             F.pad(b.float(), (0, extra)).mul(scaling * rank / alpha).contiguous(),
         )
-    adapter = _NormalisedAdapter(pairs, dict(saved), rank, alpha)
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    for layer in sorted(adapter.layers(name for name in factors if ".experts." in name)):
-        for expert in range(config.num_local_experts):
-            for leaf in ("w1", "w2", "w3"):
-                out_features, in_features = (hidden, intermediate) if leaf == "w2" else (intermediate, hidden)
-                zeros = torch.zeros(rank, in_features), torch.zeros(out_features, rank)
-                pairs.setdefault(f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}", zeros)
+    adapter = _NormalisedAdapter(pairs, dict(saved), rank, alpha, architecture_of(config))
+    layers = adapter.layers(name for name in factors if ".experts." in name)
+    for module, shape in module_shapes(config).items():
+        if (match := _LAYER.match(module)) and int(match[1]) in layers and ".mlp.experts." in module:
+            experts, out_features, in_features = shape
+            for name in disk_names(adapter.architecture, module, experts):
+                pairs.setdefault(name, (torch.zeros(rank, in_features), torch.zeros(out_features, rank)))
     return adapter
 
 
@@ -126,10 +129,11 @@ def _fused_layout(
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """Return the same in the fused layout.
 
-    gate_up_proj has the factors of w1 and of w3 side by side (rank 2R). A's rows are expert-major, B's columns
+    gate_up_proj has the factors of gate and of up side by side (rank 2R). A's rows are expert-major, B's columns
     rank-major (``k·E + e``), as `peft.tuners.lora.layer.ParamWrapper` reads them.
     """
     tensors = _saved(adapter)
+    first = f".experts.0.{adapter.architecture.projections['gate_proj']}"
     targets: dict[str, set[int]] = {}
     for name in adapter.factors:
         layer, block, leaf = _split(name)
@@ -139,11 +143,11 @@ def _fused_layout(
         elif leaf == "gate":
             tensors |= _pair(f"model.layers.{layer}.mlp.gate", *adapter.factors[name])
             targets.setdefault(_PARAMETERS["gate"], set()).add(layer)
-        elif name.endswith(".experts.0.w1"):
-            experts = name.removesuffix(".0.w1")
+        elif name.endswith(first):
+            experts = f"{name.removesuffix(first)}.experts"
             prefix = f"model.layers.{layer}.mlp.experts"
             tensors |= _pair(f"{prefix}.base_layer", *_fused_gate_up(adapter, experts))
-            tensors |= _pair(prefix, *_flat(*_stack(adapter, experts, "w2")))
+            tensors |= _pair(prefix, *_flat(*_stack(adapter, experts, "down_proj")))
             for part in ("gate_up", "down"):
                 targets.setdefault(_PARAMETERS[part], set()).add(layer)
     names = {target: _full_names(target, layers, num_layers) for target, layers in targets.items()}
@@ -156,8 +160,8 @@ def _fused_layout(
 
 
 def _fused_gate_up(adapter: _NormalisedAdapter, experts: str) -> tuple[Tensor, Tensor]:
-    """Return ``A [E·2R, H]``, ``B [2I, 2R·E]``: ranks 0…R−1 are w1's and give rows 0…I−1, the others w3's."""
-    gate, up = (_stack(adapter, experts, leaf) for leaf in ("w1", "w3"))
+    """Return ``A [E·2R, H]``, ``B [2I, 2R·E]``: ranks 0…R−1 are gate's and give rows 0…I−1, the others up's."""
+    gate, up = (_stack(adapter, experts, leaf) for leaf in ("gate_proj", "up_proj"))
     a_ERH = torch.cat([gate[0], up[0]], dim=1)
     b_EIR = torch.cat([F.pad(gate[1], (0, adapter.rank)), F.pad(up[1], (adapter.rank, 0))], dim=1)
     return _flat(a_ERH, b_EIR)
@@ -165,6 +169,7 @@ def _fused_gate_up(adapter: _NormalisedAdapter, experts: str) -> tuple[Tensor, T
 
 def _stack(adapter: _NormalisedAdapter, experts: str, leaf: str) -> tuple[Tensor, Tensor]:
     """Return ``[E, R, in]`` and ``[E, out, R]`` of a projection."""
+    leaf = adapter.architecture.projections[leaf]
     count = sum(name.startswith(f"{experts}.") and name.endswith(f".{leaf}") for name in adapter.factors)
     pairs = [adapter.factors[f"{experts}.{expert}.{leaf}"] for expert in range(count)]
     return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])

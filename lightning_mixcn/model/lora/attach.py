@@ -3,9 +3,9 @@
 LoRA: Hu et al. 2021 (https://arxiv.org/abs/2106.09685), ``y = W x + (α/r) B A dropout(x)``. Masters are float32, and
 the factors of all experts of a projection are two 2-D parameters, so that FSDP shards them on rows.
 
-In memory the paper's names ``w1 w3 w2 gate`` are ``gate_proj up_proj down_proj gate.linear``: PEFT rewrites the former
-for every model whose config says ``mixtral``. On disk they are the paper's again, one pair of factors an expert, which
-is what stock PEFT, vLLM and llama.cpp read.
+In memory an expert's matrices are ``gate_proj up_proj down_proj`` of all experts together, and the router's is
+``gate.linear``. On disk they have the family's own names, one pair of factors an expert, which is what stock PEFT, vLLM
+and llama.cpp read.
 
 Legend: G groups (experts, or 1), R rank.
 """
@@ -15,6 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -26,9 +27,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.causal_lm import MoeForCausalLM, base_of
 from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
-from lightning_mixcn.model.mixtral import MixtralForCausalLM
 from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors, LoraMasters
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 from lightning_mixcn.model.sharding import copy_to_shard, full_tensor
@@ -253,7 +254,7 @@ def adapter_rank(module: nn.Module) -> int:
     return sum(module.r[name] for name in module.active_adapters if name in module.lora_A)
 
 
-class MixtralPeftModel(PeftModelForCausalLM):
+class MoePeftModel(PeftModelForCausalLM):
     """A `peft.PeftModel` whose adapters on disk are in the per-expert layout.
 
     Attributes:
@@ -280,13 +281,13 @@ class MixtralPeftModel(PeftModelForCausalLM):
         if not kwargs.get("is_main_process", True):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        base = cast(MixtralForCausalLM, self.get_base_model())
+        base = cast(MoeForCausalLM, self.get_base_model())
         write_adapter(folder, factors, saved, base.config, _lora_config(self).base_model_name_or_path)
         if self.base_identity is not None:
             write_identity(folder, self.base_identity)
 
 
-def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel:
+def attach_lora(model: MoeForCausalLM, lora: LoraConfig) -> MoePeftModel:
     """Wrap ``model`` with LoRA adapters, which `reset_lora` gives their values.
 
     Args:
@@ -299,7 +300,7 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
     check_training_options(lora)
     groups = {name: module.groups for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     others = {name for name, _ in model.named_modules()} - groups.keys()
-    chosen = adapted_modules(lora, groups, others)
+    chosen = adapted_modules(lora, model.architecture, groups, others)
     config = copy.deepcopy(lora)
     # PEFT gets the modules' names one by one: it knows neither the paper's names nor that a key means a stack.
     config.target_modules = sorted(chosen)
@@ -312,7 +313,8 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT asks transformers for it
-        wrapped = MixtralPeftModel(model, config)
+        with _without_conversion(model):
+            wrapped = MoePeftModel(model, config)
     for parameter in trained:  # PEFT froze the trained embeddings with the rest
         parameter.requires_grad_(True)
     adapted = {name: (layer.r["default"], layer.lora_alpha["default"]) for name, layer in lora_layers(wrapped)}
@@ -320,7 +322,21 @@ def attach_lora(model: MixtralForCausalLM, lora: LoraConfig) -> MixtralPeftModel
     return wrapped
 
 
-def reset_lora(model: MixtralPeftModel, seed: int) -> None:
+@contextmanager
+def _without_conversion(model: Any) -> Iterator[None]:
+    """Keep PEFT from rewriting targets: it takes names of experts' matrices for those of transformers 4's modules.
+
+    It goes by the type of the model, which is another one meanwhile.
+    """
+    model_type = model.config.model_type
+    model.config.model_type = f"frozen {model_type}"
+    try:
+        yield
+    finally:
+        model.config.model_type = model_type
+
+
+def reset_lora(model: MoePeftModel, seed: int) -> None:
     """Give the active adapter its random start, the same for any number of ranks: A random, B = 0.
 
     Args:
@@ -334,11 +350,11 @@ def reset_lora(model: MixtralPeftModel, seed: int) -> None:
             layer.reset_factors(model.active_adapter, config.init_lora_weights)
 
 
-def _lora_config(model: MixtralPeftModel) -> LoraConfig:
+def _lora_config(model: MoePeftModel) -> LoraConfig:
     return cast(LoraConfig, model.peft_config[model.active_adapter])
 
 
-def _weight(model: MixtralPeftModel, name: str) -> Tensor:
+def _weight(model: MoePeftModel, name: str) -> Tensor:
     return cast(nn.Linear, model.get_base_model().get_submodule(name)).weight
 
 
@@ -349,7 +365,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
             yield name.removeprefix(PREFIX), module
 
 
-def stored_adapter(model: MixtralPeftModel) -> tuple[dict[str, StoredFactors], dict[str, Tensor]]:
+def stored_adapter(model: MoePeftModel) -> tuple[dict[str, StoredFactors], dict[str, Tensor]]:
     """Return the active adapter as it is written, float32 on the CPU; all ranks must call it where it is sharded.
 
     Returns:
@@ -357,16 +373,17 @@ def stored_adapter(model: MixtralPeftModel) -> tuple[dict[str, StoredFactors], d
     """
     active = model.active_adapter
     factors: dict[str, StoredFactors] = {}
+    architecture = base_of(model).architecture
     for module_name, layer in lora_layers(model):
         a, b = (master.cpu() for master in layer.masters(active, gather=True))
-        for group, name in enumerate(disk_names(module_name, layer.groups)):
+        for group, name in enumerate(disk_names(architecture, module_name, layer.groups)):
             factors[name] = StoredFactors(a[group], b[group], layer.scaling[active])
     trained = {name: weight for name in EMBEDDINGS if (weight := _weight(model, name)).requires_grad}
     return factors, {name: full_tensor(weight).cpu().clone() for name, weight in trained.items()}
 
 
-def load_adapter(model: MixtralPeftModel, adapter: AdapterFile) -> None:
-    """Fill the active adapter from a folder in the per-expert layout (ours, or a published Mixtral adapter).
+def load_adapter(model: MoePeftModel, adapter: AdapterFile) -> None:
+    """Fill the active adapter from a folder in the per-expert layout (ours, or a published adapter).
 
     Args:
         model: Its adapters have memory; each rank fills its shard.
@@ -376,10 +393,10 @@ def load_adapter(model: MixtralPeftModel, adapter: AdapterFile) -> None:
         ValueError: an expert without adapter, another rank, or factors for what is not adapted here.
     """
     active = model.active_adapter
-    left = set(adapter.names)
+    left, architecture = set(adapter.names), base_of(model).architecture
     with torch.no_grad():
         for module_name, layer in lora_layers(model):
-            names, rank = disk_names(module_name, layer.groups), layer.r[active]
+            names, rank = disk_names(architecture, module_name, layer.groups), layer.r[active]
             for name in names:
                 if name not in adapter:
                     raise UserError(f"`adapter={adapter.name!r}` has no {name}.lora_A, but `lora` adapts it here")

@@ -37,7 +37,7 @@ _INSTEAD = {
     "ensure_weight_tying": "Leave it out: `train_embeddings: true` keeps a tied pair tied",
     "trainable_token_indices": "Set `train_embeddings: true`, which trains every row",
     "target_parameters": "Name w1, w2, w3 and gate in `target_modules`",
-    "bias": "Mixtral has no biases. Leave it out",
+    "bias": "The model has no biases. Leave it out",
     "revision": "Give the folder of that revision as `base`",
 }
 

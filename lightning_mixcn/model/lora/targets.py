@@ -1,9 +1,10 @@
 r"""Which matrices a `LoraConfig` adapts, and with which rank and alpha, whichever names it uses.
 
-A matrix has a name in adapter files, the paper's (``model.layers.0.block_sparse_moe.experts.3.w1``), and one in memory
-(``model.layers.0.mlp.experts.gate_proj``, all experts of the layer together). Both count. They are matched as PEFT
-matches: an entry of a list is a whole name or its end, a string is a regular expression for the whole name, and a key
-of a pattern is one for its end, ``(.*\.)?(key)$``, of which the first that matches counts.
+A matrix has a name in adapter files (``model.layers.0.block_sparse_moe.experts.3.w1`` in one family,
+``model.layers.0.mlp.experts.3.gate_proj`` in others), and one in memory (``model.layers.0.mlp.experts.gate_proj``, all
+experts of the layer together). Both count, and w1, w3 and w2 count for gate_proj, up_proj and down_proj everywhere.
+They are matched as PEFT matches: an entry of a list is a whole name or its end, a string is a regular expression for
+the whole name, and a key of a pattern is one for its end, ``(.*\.)?(key)$``, of which the first that matches counts.
 
 What matches nothing is refused, and so is what treats the experts of one projection differently: their factors are
 one stack of one rank.
@@ -20,12 +21,14 @@ from typing import Any, NamedTuple
 from peft import LoraConfig
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.architectures import Architecture
 from lightning_mixcn.model.checkpoints.layout import disk_names
 
 from .adapter_file import PREFIX
 
 ALL_LINEAR = "all-linear"
-SHORT_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
+# Names of an expert's matrices in the paper of the method, which every family understands.
+_ALIASES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 class Adaptation(NamedTuple):
@@ -41,31 +44,36 @@ class _Matrix:
 
     Args:
         module: The module in memory that holds it.
-        paper: Its name in adapter files.
+        stored: Its name in adapter files.
     """
 
     module: str
-    paper: str
+    stored: str
 
     @cached_property
     def ours(self) -> list[str]:
         """Names in memory; transformers' router has no ``linear`` inside."""
-        return [self.module, *([self.module.removesuffix(".linear")] if self.module.endswith(".linear") else [])]
+        found = [self.module, *([self.module.removesuffix(".linear")] if self.module.endswith(".linear") else [])]
+        experts, is_expert, leaf = self.module.partition(".experts.")
+        return [*found, f"{experts}.experts.{_ALIASES[leaf]}"] if is_expert else found
 
     @cached_property
     def layer(self) -> int:
-        return int(self.paper.split(".")[2])
+        return int(self.stored.split(".")[2])
 
     @property
     def short(self) -> str:
-        return self.paper.rpartition(".")[2]
+        return self.stored.rpartition(".")[2]
 
 
-def adapted_modules(config: LoraConfig, groups: Mapping[str, int], others: Iterable[str]) -> dict[str, Adaptation]:
+def adapted_modules(
+    config: LoraConfig, architecture: Architecture, groups: Mapping[str, int], others: Iterable[str]
+) -> dict[str, Adaptation]:
     """Find the modules that a configuration adapts.
 
     Args:
         config: The configuration as the user gave it.
+        architecture: Family of the model.
         groups: Name in memory of every module that can be adapted → number of matrices (experts, or 1).
         others: Names of further modules, which may be excluded, too: ``lm_head`` for instance.
 
@@ -76,7 +84,13 @@ def adapted_modules(config: LoraConfig, groups: Mapping[str, int], others: Itera
         ValueError: a name, expression, layer or key matches nothing or has no effect, or experts of one projection
             would differ.
     """
-    matrices = [_Matrix(name, paper) for name, count in groups.items() for paper in disk_names(name, count)]
+    if not config.target_modules:
+        raise UserError(
+            f"`lora.target_modules={config.target_modules!r}`: expected a list of "
+            f"{', '.join(architecture.short_names)}, a regular expression, or {ALL_LINEAR}"
+        )
+    names = {name: disk_names(architecture, name, count) for name, count in groups.items()}
+    matrices = [_Matrix(name, stored) for name, found in names.items() for stored in found]
     asked = _targeted(config, matrices)
     excluded = _excluded(config, asked, matrices, others)
     targeted = [matrix for matrix in asked if matrix not in excluded]
@@ -92,11 +106,6 @@ def adapted_modules(config: LoraConfig, groups: Mapping[str, int], others: Itera
 
 def _targeted(config: LoraConfig, matrices: list[_Matrix]) -> list[_Matrix]:
     targets: Any = config.target_modules
-    if not targets:
-        raise UserError(
-            f"`lora.target_modules={targets!r}`: expected a list of {', '.join(SHORT_NAMES)}, a regular expression, or "
-            f"{ALL_LINEAR}"
-        )
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             return matrices
@@ -111,7 +120,7 @@ def _targeted(config: LoraConfig, matrices: list[_Matrix]) -> list[_Matrix]:
         if not found:
             raise _matches_nothing("target_modules", target, matrices)
         # PEFT takes a whole name whatever `layers_to_transform` says.
-        is_whole = target.removeprefix(PREFIX) in {name for matrix in found for name in (matrix.paper, *matrix.ours)}
+        is_whole = target.removeprefix(PREFIX) in {name for matrix in found for name in (matrix.stored, *matrix.ours)}
         chosen |= found if is_whole else _in_layers(config, found)
     _check_layers(config, chosen)
     return [matrix for matrix in matrices if matrix in chosen]
@@ -144,7 +153,7 @@ def _index(config: LoraConfig, matrix: _Matrix) -> int | None:
     if not config.layers_pattern:
         return matrix.layer
     for pattern in _as_list(config.layers_pattern):
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", matrix.paper):
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", matrix.stored):
             return int(match[1])
     return None
 
@@ -157,7 +166,7 @@ def _excluded(
         return set()
     if isinstance(excluded, str):
         found = _matching("exclude_modules", excluded, targeted)
-        known = [*others, *(name for matrix in matrices for name in (matrix.paper, *matrix.ours))]
+        known = [*others, *(name for matrix in matrices for name in (matrix.stored, *matrix.ours))]
         if not found and not _matcher("exclude_modules", excluded)(known):
             raise _matches_nothing("exclude_modules", excluded, matrices)
         return set(found)
@@ -210,7 +219,7 @@ def _check_whole_stacks(targeted: list[_Matrix], groups: Mapping[str, int]) -> N
     for module, found in stacks.items():
         if len(found) < groups[module]:
             raise UserError(
-                f"`lora.target_modules` (less `exclude_modules`) adapts {found[0].paper} but not {found[0].short} of "
+                f"`lora.target_modules` (less `exclude_modules`) adapts {found[0].stored} but not {found[0].short} of "
                 f"all {groups[module]} experts of the layer, which are adapted together. Name {found[0].short} alone, "
                 "and layers with `layers_to_transform`"
             )
@@ -219,7 +228,7 @@ def _check_whole_stacks(targeted: list[_Matrix], groups: Mapping[str, int]) -> N
 def _matching(option: str, expression: str, among: list[_Matrix], *, end: bool = False) -> list[_Matrix]:
     """Return those of some matrices whose whole name, or its end, a regular expression matches."""
     matches = _matcher(option, expression, end=end)
-    in_files = {matrix for matrix in among if matches([matrix.paper])}
+    in_files = {matrix for matrix in among if matches([matrix.stored])}
     in_memory = {matrix for matrix in among if matches(matrix.ours)}
     if in_files:
         _check_same_meaning(option, expression, in_files, in_memory - in_files)
@@ -237,8 +246,8 @@ def _matcher(option: str, expression: str, *, end: bool = False) -> Callable[[It
 
 
 def _check_same_meaning(option: str, expression: str, in_files: set[_Matrix], further: set[_Matrix]) -> None:
-    """Refuse an expression that matches more in our names than in the paper's by a wildcard, e.g. ``.*_proj``."""
-    for matrix in sorted(further, key=lambda matrix: matrix.paper):
+    """Refuse an expression that matches more in our names than in those of files by a wildcard, e.g. ``.*_proj``."""
+    for matrix in sorted(further, key=lambda matrix: matrix.stored):
         leaf = matrix.module.rpartition(".")[2]
         if "mlp" not in expression and not all(part in expression for part in leaf.split("_")):
             names = sorted({found.short for found in in_files})
@@ -254,10 +263,11 @@ def _matches_nothing(option: str, name: str, matrices: Sequence[_Matrix]) -> Val
     close = difflib.get_close_matches(plain, sorted(known), n=3)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     whole = " LoRA is for attention, router and experts; `train_embeddings: true` trains embed_tokens and lm_head."
+    short_names = dict.fromkeys(matrix.short for matrix in matrices)
     is_embedding = any(part in name for part in ("embed", "lm_head"))
     return UserError(
-        f"`lora.{option}` names {name!r}, which matches nothing in Mixtral.{whole if is_embedding else ''} {meant}"
-        f"Expected names out of {', '.join(SHORT_NAMES)}, or whole names of an adapter file"
+        f"`lora.{option}` names {name!r}, which matches nothing in this model.{whole if is_embedding else ''} {meant}"
+        f"Expected names out of {', '.join(short_names)}, or whole names of an adapter file"
     )
 
 
@@ -265,7 +275,7 @@ def _ends(matrices: Iterable[_Matrix]) -> dict[str, set[_Matrix]]:
     """Map every name of every matrix, and every end of one after a dot, to the matrices."""
     ends: dict[str, set[_Matrix]] = defaultdict(set)
     for matrix in matrices:
-        for name in (matrix.paper, *matrix.ours):
+        for name in (matrix.stored, *matrix.ours):
             for end in _ends_of(name):
                 ends[end].add(matrix)
     return dict(ends)

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.checkpoints.layout import disk_names
 from lightning_mixcn.model.experts.block import Experts
-from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.sharding import local_shard
 
 from .adapter_file import EMBEDDINGS
@@ -43,14 +43,14 @@ def trained_tensors(model: nn.Module, train_embeddings: bool) -> Iterator[Traine
     """Yield the factors of the active adapters, and embedding and head on request, even if they require no gradient.
 
     Args:
-        model: A `MixtralForCausalLM`, or the PeftModel around it.
-        train_embeddings: As in `load_mixtral`.
+        model: A `MoeForCausalLM`, or the PeftModel around it.
+        train_embeddings: As in `load_moe`.
     """
     base: Any = base_of(model)
     for name, layer in lora_layers(model):
         parent = base.get_submodule(name.rpartition(".")[0])
         experts = parent if isinstance(parent, Experts) else None
-        names = disk_names(name, layer.groups)
+        names = disk_names(base.architecture, name, layer.groups)
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
                 a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (layer.lora_A, layer.lora_B))
@@ -85,7 +85,7 @@ class GradientArrivals:
     That is what an expert's adapter learns from: not from padding, nor in the last layer from tokens without a label.
 
     Args:
-        model: A Mixtral of `load_mixtral`, as it is or inside a PeftModel.
+        model: A model of `load_moe`, as it is or inside a PeftModel.
     """
 
     def __init__(self, model: nn.Module) -> None:

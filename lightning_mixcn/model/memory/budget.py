@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.causal_lm import base_of
 
 from .plan import MemoryPlan, Run, plan_memory
 

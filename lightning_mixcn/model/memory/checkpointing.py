@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model.mixtral import has_cache
+from lightning_mixcn.model.causal_lm import base_of, has_cache
 
 
 class HostCopy:
@@ -70,7 +69,7 @@ def set_activation_checkpointing(model: nn.Module, mode: str | Sequence[str]) ->
     Raises:
         ValueError: any other ``mode``, or not as many as there are layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, MixtralDecoderLayer)]
+    layers = list(base_of(model).model.layers)
     for layer, chosen in zip(layers, layer_modes(mode, len(layers)), strict=True):
         for module in (layer, layer.self_attn):
             module.__dict__.pop("forward", None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mixcn.model.mixtral import _packed, base_of
+from lightning_mixcn.model.causal_lm import _packed, base_of
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
 
@@ -28,7 +28,7 @@ def decoding_bytes(model: nn.Module, modes: Sequence[str]) -> int:
     What the products then read is counted as theirs.
 
     Args:
-        model: A `MixtralForCausalLM` or the PeftModel around it; on the meta device, too.
+        model: A `MoeForCausalLM` or the PeftModel around it; on the meta device, too.
         modes: Activation checkpointing of each layer.
     """
     base: Any = base_of(model)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.lora.attach import adapter_rank
-from lightning_mixcn.model.mixtral import base_of
 
 from .checkpointing import layer_modes
 
@@ -78,7 +78,7 @@ def count_training_flops(model: nn.Module, activation_checkpointing: str | Seque
     """Count a model's training step; on the meta device, too.
 
     Args:
-        model: A `MixtralForCausalLM` or the PeftModel around it: its sizes, its adapters and what of it trains count.
+        model: A `MoeForCausalLM` or the PeftModel around it: its sizes, its adapters and what of it trains count.
         activation_checkpointing: A mode, or one for each layer, see `set_activation_checkpointing`.
     """
     base: Any = base_of(model)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from lightning_mixcn.model.attention.projections import can_fuse
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.experts.path import training_path
 from lightning_mixcn.model.experts.routing import padded_rows, row_step
 from lightning_mixcn.model.head import chunk_positions
 from lightning_mixcn.model.kernels import has_triton
 from lightning_mixcn.model.lora.attach import adapter_rank
-from lightning_mixcn.model.mixtral import base_of
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight
 
@@ -221,6 +221,7 @@ class LayerCounter:
         if inner:  # with the float32 logarithm of each head's softmax sum
             states = 2 * result + 2 * tokens * attention.k_proj.out_features * size
             states += 4 * tokens * attention.config.num_attention_heads
+            states += self._own_norms(attention)
         else:
             states = result * self._shared_input([output_projection])
         return projections[0], states, projections[1]
@@ -255,9 +256,9 @@ class LayerCounter:
         rows = self._rows(experts)
         gate_up = 2 * rows * experts.gate_proj.out_features * self.size
         routing = 8 * rows + 8 * tokens * top_k  # int64: the token of each row, the row of each choice
-        # float32 probabilities of all experts; of each choice the int64 expert and the float32 probability before the
-        # division, whose result is counted below; the float32 sum that divides.
-        scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + 4 * top_k + 4)
+        # float32 probabilities of all experts; of each choice the int64 expert, and where weights are normalised the
+        # float32 probability before the division, whose result is counted below, and the float32 sum that divides.
+        scores: int = tokens * (4 * mlp.gate.num_experts + 8 * top_k + (4 * top_k + 4) * mlp.gate.normalises)
         router_trains = needs_gradient or adapter_rank(mlp.gate.linear) > 0
         pair = [experts.gate_proj, experts.up_proj]
         adapters: int = sum(self._adapter(module, needs_gradient, rows) for module in pair)
@@ -355,7 +356,7 @@ def model_activations(model: nn.Module, batch: MicroBatch, device_type: str) -> 
     """Count a model's activations; on the meta device, too.
 
     Args:
-        model: A `MixtralForCausalLM` or the PeftModel around it.
+        model: A `MoeForCausalLM` or the PeftModel around it.
         batch: Shape of a micro-batch.
         device_type: ``cpu`` or ``cuda``, which differ in padding and in what dropout and attention keep.
 

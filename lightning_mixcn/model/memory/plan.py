@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_mixcn.model.mixtral import base_of, bytes_in_memory
+from lightning_mixcn.model.causal_lm import base_of, bytes_in_memory
 
 from .layer import MicroBatch, model_activations
 from .optimizer import OptimizerMemory
@@ -173,7 +173,7 @@ def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
     """Plan a run's memory.
 
     Args:
-        model: A `MixtralForCausalLM` or the PeftModel around it, whole (not sharded), on any device; on meta is enough.
+        model: A `MoeForCausalLM` or the PeftModel around it, whole (not sharded), on any device; on meta is enough.
         run: Settings of the run.
     """
     step, sizes, share = _Step(base_of(model), run), bytes_in_memory(model), run.sharing

@@ -79,7 +79,7 @@ def probe_eos(model: nn.Module, tokenizer: TextTokenizer, documents: DocumentSet
     """Measure the probability of EOS after each line break of a source, given the document up to there.
 
     Args:
-        model: A Mixtral of `load_mixtral`, perhaps with adapters, in evaluation mode.
+        model: A model of `load_moe`, perhaps with adapters, in evaluation mode.
         tokenizer: The model's.
         documents: The source.
         max_tokens: Tokens of its beginning, in rows of 2,048 tokens; at least one row.

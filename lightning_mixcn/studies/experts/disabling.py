@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.attention.documents import locate_documents, no_mask
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.experts.block import Router
-from lightning_mixcn.model.mixtral import base_of
 
 from .flops import ForwardFlops
 
@@ -84,7 +84,7 @@ def disabled_expert(model: nn.Module, layer: int, disabled: DisabledExpert) -> I
     """Run a model with an expert disabled: the whole of it, whatever it is asked for, benchmarks included.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it.
+        model: A model of `load_moe` or the PeftModel around it.
         layer: The layer of the expert, from 0.
         disabled: The expert and the mode.
 
@@ -130,7 +130,7 @@ class AblatedLayer:
     expert for each token: whichever of its K experts is masked, the same next one takes the place.
 
     Args:
-        layer: A decoder layer of a `MixtralForCausalLM`.
+        layer: A decoder layer of a `MoeForCausalLM`.
         hidden_BSH: The residual stream at its input.
         arguments: Arguments of the layer, from `layer_arguments`.
         disabled: Experts to disable, one at a time.
@@ -197,10 +197,10 @@ class AblatedLayer:
 
 
 def layer_arguments(base: Any, position_ids_BS: Tensor) -> dict[str, Any]:
-    """Return the arguments of every layer, as `MixtralForCausalLM` calls its own.
+    """Return the arguments of every layer, as `MoeForCausalLM` calls its own.
 
     Args:
-        base: The `MixtralForCausalLM`, without a sliding window shorter than a row.
+        base: The `MoeForCausalLM`, without a sliding window shorter than a row.
         position_ids_BS: int64; each document begins at 0.
     """
     dtype = base.model.embed_tokens.output_dtype
@@ -242,7 +242,7 @@ class DisabledPasses:
     """Runs a model with each expert of a layer disabled, batch by batch.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
+        model: A model of `load_moe` or the PeftModel around it, in evaluation mode.
         modes: Ways of disabling experts.
         micro_batch_size: Rows of a batch; a pass through the layers above runs at most E times as many.
 

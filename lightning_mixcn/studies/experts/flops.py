@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mixcn.model.causal_lm import ATTENTION_PROJECTIONS, base_of
 from lightning_mixcn.model.lora.attach import LoraFrozenLinear
 from lightning_mixcn.model.memory.flops import attended_pairs
-from lightning_mixcn.model.mixtral import ATTENTION_PROJECTIONS, base_of
 
 
 @dataclass(frozen=True)

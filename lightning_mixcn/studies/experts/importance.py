@@ -32,7 +32,7 @@ class ExpertImportance:
     """Disables every expert of a model, batch by batch and layer by layer.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
+        model: A model of `load_moe` or the PeftModel around it, in evaluation mode.
         modes: Ways of disabling experts.
         num_sources: G.
         micro_batch_size: Rows of a batch; a pass through the layers above runs at most E times as many.

@@ -43,7 +43,7 @@ class RequestScores:
     """Scores requests as they are and without each expert, batch by batch.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
+        model: A model of `load_moe` or the PeftModel around it, in evaluation mode.
         modes: Ways of disabling experts.
         requests: Tokens of each context and of its continuation, neither empty.
         max_tokens: Tokens that the model reads; a longer row loses its beginning.

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_mixcn.model.mixtral import base_of
+from lightning_mixcn.model.causal_lm import base_of
 
 Floats = NDArray[np.float64]
 _RESAMPLES, _AT_A_TIME = 2000, 250
@@ -110,7 +110,7 @@ def weight_cosines(model: nn.Module, layer: int) -> Tensor:
     """Return the cosine between the weights of two experts of a layer, the mean over gate, up and down.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it; 4-bit weights are decoded, adapters added.
+        model: A model of `load_moe` or the PeftModel around it; 4-bit weights are decoded, adapters added.
         layer: Its number.
 
     Returns:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from lightning_mixcn.data.loaders import EvaluationLoader
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
-from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies.models import model_fingerprint
@@ -70,7 +70,7 @@ def study_experts(
     """Disable every expert in turn and write what it costs; arguments as in the command ``experts``."""
     modes: tuple[Mode, ...] = MODES if mode == "both" else (mode,)
     found = find_model(src)
-    config = mixtral_config(found.base)
+    config = model_config(found.base)
     check_modes(modes, config.num_local_experts, config.num_experts_per_tok)
     longest = text.check_context(config)
     documents = text.documents()

@@ -124,7 +124,7 @@ def evaluate_lengths(
     All ranks call it, each with documents of its own, or none. Randomness and the modules' modes stay as they are.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it.
+        model: A model of `load_moe` or the PeftModel around it.
         rows: This rank's documents.
         sources: Names of all sources.
         lengths: Context lengths in tokens, BOS included, ascending.

@@ -172,7 +172,7 @@ def evaluate_retrieval(
     """Ask for every length and depth; all ranks call it and share the prompts.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it.
+        model: A model of `load_moe` or the PeftModel around it.
         tokenizer: The model's.
         tasks: Names in `RETRIEVAL_TASKS`.
         lengths: Tokens of the prompts at most, ascending; they miss them by less than a sentence.

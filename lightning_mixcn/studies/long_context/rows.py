@@ -48,7 +48,7 @@ def score_rows(model: nn.Module, rows: Sequence[Tensor], chunk: int) -> list[Row
     count nowhere.
 
     Args:
-        model: A Mixtral of `load_mixtral` or the PeftModel around it, in evaluation mode.
+        model: A model of `load_moe` or the PeftModel around it, in evaluation mode.
         rows: int64 ``[N]`` each.
         chunk: Tokens of a forward pass.
 

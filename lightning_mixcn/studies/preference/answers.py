@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.inference.generation import PrefixCache, stream_tokens
 from lightning_mixcn.model.inference.sampling import Sampling
@@ -57,7 +57,7 @@ class AnsweringModel:
         self._prompts = [laid_out.encode_prompt(turns, self._tokenizer) for turns in questions]
         ends = generation_end_ids(self.found.tokenizer, self.found.base.path)
         self._stop_ids = laid_out.stop_ids(self._tokenizer) | ends
-        self._context = mixtral_config(self.found.base).max_position_embeddings
+        self._context = model_config(self.found.base).max_position_embeddings
         for number, prompt in enumerate(self._prompts, 1):
             if len(prompt) >= self._context:
                 raise UserError(

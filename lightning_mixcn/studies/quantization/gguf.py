@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.layout import StoredWeight
-from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.checkpoints.reading import model_config
 
 from .weights import Sizes, error_of, rounded_entries
 
@@ -59,7 +59,7 @@ class GGUFFile:
         for module, package in _PACKAGES.items():
             if importlib.util.find_spec(module) is None:
                 raise UserError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
-        self._config = mixtral_config(checkpoint)
+        self._config = model_config(checkpoint)
         self._entries = rounded_entries(checkpoint)
         self._tensors = self._read()
         rounded = [self._tensors[_gguf_name(entry)] for entry in self._entries]

@@ -14,7 +14,7 @@ from lightning_mixcn.errors import NonFiniteError, UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.reading import is_quantised, mixtral_config, torch_dtype
+from lightning_mixcn.model.checkpoints.reading import is_quantised, model_config, torch_dtype
 from lightning_mixcn.model.find import ModelSource, find_model, load_found
 from lightning_mixcn.model.options import chosen_device
 from lightning_mixcn.studies.parts import StudyParts, finished_before
@@ -42,7 +42,7 @@ def study_formats(
     """Measure every format and write the tables; arguments as in the command ``quantization``."""
     found = _open(src)
     checkpoint = found.base
-    text.check_context(mixtral_config(checkpoint))
+    text.check_context(model_config(checkpoint))
     chosen, place = torch_dtype(dtype) if dtype else _own_dtype(checkpoint), chosen_device(device)
     files = [GGUFFile(path, checkpoint) for path in gguf]
     documents = text.documents()
@@ -152,7 +152,7 @@ def _open(src: str) -> ModelSource:
     found = find_model(src)
     if found.adapters:
         raise UserError(f"`src={src!r}` has an adapter. Give its base, or merge it with `mixcn export`")
-    mixtral_config(found.base)
+    model_config(found.base)
     if is_quantised(found.base):
         raise UserError(f"`src={src!r}` is in 4 bits, of which nothing unquantised is left. Give the original")
     return found

@@ -12,11 +12,11 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
+from lightning_mixcn.model.causal_lm import bytes_in_memory
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.layout import StoredWeight, stored_weights
-from lightning_mixcn.model.checkpoints.reading import mixtral_config, pieces
+from lightning_mixcn.model.checkpoints.reading import model_config, pieces
 from lightning_mixcn.model.memory.counts import count_parameters
-from lightning_mixcn.model.mixtral import bytes_in_memory
 from lightning_mixcn.model.nf4 import codec as nf4
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
 
@@ -44,11 +44,11 @@ def rounded_names(checkpoint: Checkpoint) -> list[str]:
 
 def rounded_entries(checkpoint: Checkpoint) -> list[StoredWeight]:
     """Return those weights of a model of any format, and where the checkpoint has them."""
-    return [entry for entry in stored_weights(mixtral_config(checkpoint), checkpoint) if entry.is_rounded]
+    return [entry for entry in stored_weights(model_config(checkpoint), checkpoint) if entry.is_rounded]
 
 
 def sizes_in_memory(model: nn.Module, checkpoint: Checkpoint) -> Sizes:
-    """Return the sizes of a model of `load_mixtral` without adapters."""
+    """Return the sizes of a model of `load_moe` without adapters."""
     rounded = [_storage(model, entry) for entry in rounded_entries(checkpoint)]
     quantised = sum(parameter.nbytes for storage in rounded for parameter in storage.parameters())
     weights = sum(prod(storage.shape) for storage in rounded)
@@ -67,7 +67,7 @@ def round_singly(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give a dense model the weights of NF4 without double quantisation: float32 absolute maxima of 64 weights each.
 
     Args:
-        model: Model of ``load_mixtral(quantization="none")``; it stays dense.
+        model: Model of ``load_moe(quantization="none")``; it stays dense.
         checkpoint: Checkpoint with the unrounded weights.
     """
     device = next(model.parameters()).device

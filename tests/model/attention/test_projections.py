@@ -92,7 +92,7 @@ def test_states(
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     x = torch.randn(ROWS, LENGTH, width).to(dtype).requires_grad_()
     torch.manual_seed(4)
-    states = project_states(x, cos, sin, size, layers)
+    states = project_states(x, (cos, sin), size, layers)
     upstream = [torch.randn(state.shape).to(dtype) for state in states]
     torch.autograd.backward(states, upstream)
     torch.manual_seed(4)
@@ -275,7 +275,7 @@ def test_torch_attends_to_columns_of_a_wider_matrix() -> None:
     x = torch.empty(2, 40, layer.q_proj.in_features, dtype=torch.bfloat16, device="meta", requires_grad=True)
     angle = torch.empty(1, 40, layer.head_dim, dtype=torch.bfloat16, device="meta")
     inputs = [layer.q_proj, layer.k_proj, layer.v_proj]
-    query, key, value = (state.transpose(1, 2) for state in project_states(x, angle, angle, layer.head_dim, inputs))
+    query, key, value = (state.transpose(1, 2) for state in project_states(x, (angle, angle), layer.head_dim, inputs))
     offsets = packed_attention.PackedDocuments(torch.empty(3, dtype=torch.int32, device="meta"), 40)
     attended = packed_attention.packed_attention(query, key, value, offsets).flatten(2)
     project_output(attended, layer.o_proj).sum().backward()

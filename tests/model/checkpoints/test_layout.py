@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_mixcn.model.causal_lm import meta_model
 from lightning_mixcn.model.checkpoints.layout import module_shapes, nf4_weights, rounds
-from lightning_mixcn.model.mixtral import meta_model
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.model.nf4.storage import NF4Weight
 from lightning_mixcn.testing import tiny_mixtral_config

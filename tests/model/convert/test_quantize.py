@@ -7,7 +7,7 @@ import torch
 
 from lightning_mixcn.model import bytes_in_memory, load_mixtral, planned_quantised_bytes
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
-from lightning_mixcn.model.checkpoints.reading import mixtral_config
+from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.convert.quantize import quantize
 
 
@@ -27,7 +27,7 @@ def test_same_bytes_each_time(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_bytes_are_as_planned(base: Path) -> None:
-    config = mixtral_config(Checkpoint(base))
+    config = model_config(Checkpoint(base))
     assert bytes_in_memory(load_mixtral(base))["quantised"] == planned_quantised_bytes(config)
 
 

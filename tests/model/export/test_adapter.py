@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_mixcn.model import find_model, load_found, load_mixtral
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.testing import save_tiny_mixtral, tiny_mixtral_config
@@ -161,7 +162,7 @@ def test_peft_on_transformers_4_adapts_these_matrices_and_no_other(
 ) -> None:
     trained = save_adapter(tiny, tmp_path / "adapter", **lora)
     export(str(tmp_path / "adapter"), str(tmp_path / "out"), format="peft-per-expert")
-    stored = AdapterFile(tmp_path / "out")
+    stored = AdapterFile(tmp_path / "out", architecture_named("mixtral"))
     assert stored.config.layers_to_transform is None  # which PEFT 0.15 compares with the number of the expert
     config = peft.LoraConfig.from_pretrained(str(tmp_path / "out"))
     config.task_type = None  # the stand-in cannot generate
@@ -229,7 +230,7 @@ def test_parameters_that_cannot_be_told_apart_are_refused(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": targets}))
     with pytest.raises(ValueError, match=message):
-        AdapterFile(tmp_path)
+        AdapterFile(tmp_path, architecture_named("mixtral"))
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_mixcn.model import MixtralPeftModel, find_model, load_found
+from lightning_mixcn.model import MoePeftModel, find_model, load_found
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
@@ -190,7 +190,7 @@ def test_stacked_adapters_are_merged_in_order(tiny: Path, ids: Tensor, tmp_path:
     second = save_adapter(tmp_path / "merged", tmp_path / "two", r=2)
     export(str(tmp_path / "one"), str(tmp_path / "out"), adapter=[str(tmp_path / "two")])
     assert_close(stock_logits(tmp_path / "out", ids), logits_of(second, ids))
-    assert isinstance(second, MixtralPeftModel)
+    assert isinstance(second, MoePeftModel)
 
 
 def test_shards_hold_no_more_than_asked(tiny: Path, ids: Tensor, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from tests.model.adapters_on_disk import write_by_hand
 
@@ -31,7 +32,8 @@ def change(folder: Path, **settings: Any) -> None:
 
 
 def test_names_shapes_and_values(folder: Path) -> None:
-    adapter, stored = AdapterFile(folder), load_file(folder / "adapter_model.safetensors")
+    adapter = AdapterFile(folder, architecture_named("mixtral"))
+    stored = load_file(folder / "adapter_model.safetensors")
     assert len(adapter.names) == 2 * (2 + 3 * 3)
     assert adapter.saved == ["model.embed_tokens", "lm_head"]
     assert (adapter.rank(W1), adapter.shape(W1), adapter.shape("lm_head")) == (3, (6, 8), (11, 8))
@@ -42,17 +44,17 @@ def test_names_shapes_and_values(folder: Path) -> None:
 
 def test_scaling_of_single_projections_and_rslora(folder: Path) -> None:
     change(folder, alpha_pattern={"w1": 9})
-    assert AdapterFile(folder).factors(W1).scaling == 9 / 3
-    assert AdapterFile(folder).factors(W1.replace("w1", "w2")).scaling == 7 / 3
+    assert AdapterFile(folder, architecture_named("mixtral")).factors(W1).scaling == 9 / 3
+    assert AdapterFile(folder, architecture_named("mixtral")).factors(W1.replace("w1", "w2")).scaling == 7 / 3
     change(folder, use_rslora=True)
-    assert AdapterFile(folder).factors(W1).scaling == pytest.approx(9 / 3**0.5)
+    assert AdapterFile(folder, architecture_named("mixtral")).factors(W1).scaling == pytest.approx(9 / 3**0.5)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"holds no {name}"):
-        AdapterFile(folder)
+        AdapterFile(folder, architecture_named("mixtral"))
 
 
 def without_b(tensors: dict[str, Tensor]) -> None:
@@ -76,13 +78,13 @@ def test_broken_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None],
     edit(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=message):
-        AdapterFile(folder).factors(W1)
+        AdapterFile(folder, architecture_named("mixtral")).factors(W1)
 
 
 def test_other_methods(folder: Path) -> None:
     change(folder, use_dora=True)
     with pytest.raises(ValueError, match="use_dora=True, which is not supported"):
-        AdapterFile(folder)
+        AdapterFile(folder, architecture_named("mixtral"))
     peft.IA3Config(target_modules=["w1"], feedforward_modules=["w1"]).save_pretrained(str(folder))
     with pytest.raises(ValueError, match="is of type IA3"):
-        AdapterFile(folder)
+        AdapterFile(folder, architecture_named("mixtral"))

@@ -11,23 +11,23 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_mixcn.model import MixtralPeftModel, load_mixtral
+from lightning_mixcn.model import MoePeftModel, load_mixtral
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.lora.attach import lora_layers
-from lightning_mixcn.model.lora.targets import SHORT_NAMES
 
-ALL = list(SHORT_NAMES)
+ALL = list(architecture_named("mixtral").short_names)
 
 
-def adapted(base: Path, quantization: str = "none", adapter: Path | None = None, **lora: Any) -> MixtralPeftModel:
+def adapted(base: Path, quantization: str = "none", adapter: Path | None = None, **lora: Any) -> MoePeftModel:
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ALL}
     config = peft.LoraConfig(**(settings | lora))
     model = load_mixtral(base, quantization=quantization, dtype="float32", lora=config, adapter=adapter)
-    assert isinstance(model, MixtralPeftModel)
+    assert isinstance(model, MoePeftModel)
     return model
 
 
-def randomise(model: Any) -> MixtralPeftModel:
-    assert isinstance(model, MixtralPeftModel)
+def randomise(model: Any) -> MoePeftModel:
+    assert isinstance(model, MoePeftModel)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

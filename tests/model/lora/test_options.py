@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 from lightning_mixcn.model import build_mixtral, find_model, load_found
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.testing import tiny_mixtral_config
@@ -195,7 +196,7 @@ def test_odd_values_in_a_file_are_one_line(settings: dict[str, Any], tiny: Path,
     with pytest.raises(
         ValueError, match=rf"adapter_config\.json(?: has {name}.*expected |' is not valid JSON).*Copy it again$"
     ) as raised:
-        AdapterFile(tmp_path)
+        AdapterFile(tmp_path, architecture_named("mixtral"))
     assert "\n" not in str(raised.value)
 
 
@@ -203,7 +204,7 @@ def test_odd_values_in_a_file_are_one_line(settings: dict[str, Any], tiny: Path,
 def test_patterns_may_be_null(settings: dict[str, Any], tiny: Path, tmp_path: Path) -> None:
     train_in_peft(tiny, tmp_path)
     change(tmp_path, **settings)
-    adapter = AdapterFile(tmp_path)
+    adapter = AdapterFile(tmp_path, architecture_named("mixtral"))
     assert adapter.factors(adapter.names[0]).scaling == settings.get("lora_alpha", 6) / 4
 
 
@@ -212,7 +213,7 @@ def test_other_starts_in_a_file_are_refused(tiny: Path, tmp_path: Path, start: s
     train_in_peft(tiny, tmp_path)
     change(tmp_path, init_lora_weights=start, loftq_config={"loftq_bits": 4} if start == "loftq" else {})
     with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changed the base"):
-        AdapterFile(tmp_path)
+        AdapterFile(tmp_path, architecture_named("mixtral"))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_options_in_a_file_that_change_its_meaning_are_refused(
     train_in_peft(tiny, tmp_path)
     change(tmp_path, **{name: value})
     with pytest.raises(ValueError, match=f"was trained with {name}="):
-        AdapterFile(tmp_path)
+        AdapterFile(tmp_path, architecture_named("mixtral"))
 
 
 def change(folder: Path, **settings: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_mixcn.model import build_mixtral
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.checkpoints.layout import disk_names
 from lightning_mixcn.model.lora.attach import lora_layers
 from lightning_mixcn.testing import tiny_mixtral_config
@@ -31,7 +32,7 @@ def our_choice(**lora: Any) -> dict[str, tuple[int, float]]:
     return {
         name: (layer.r["default"], layer.lora_alpha["default"])
         for module, layer in lora_layers(model)
-        for name in disk_names(module, layer.groups)
+        for name in disk_names(architecture_named("mixtral"), module, layer.groups)
     }
 
 

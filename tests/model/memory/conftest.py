@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mixcn.model import head, mixtral
+from lightning_mixcn.model import causal_lm, head
 from lightning_mixcn.model.attention import documents
 from lightning_mixcn.model.attention import fused as attention
 from lightning_mixcn.model.attention.packed import PackedDocuments
@@ -88,7 +88,7 @@ def cuda_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(attention, "_runs_triton", lambda _: True)
     monkeypatch.setattr(head, "_runs_triton", lambda _: True)
-    monkeypatch.setattr(mixtral.FusedRMSNorm, "forward", lambda _, x: _FusedNorm.apply(x))
+    monkeypatch.setattr(causal_lm.FusedRMSNorm, "forward", lambda _, x: _FusedNorm.apply(x))
     monkeypatch.setattr(loop, "route_rows", _route_evenly)
     monkeypatch.setattr(fused, "route_rows", _route_evenly)
     monkeypatch.setattr(grouped, "route_rows_on_device", _Ends.route)

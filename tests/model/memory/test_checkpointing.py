@@ -13,11 +13,11 @@ from transformers import DynamicCache
 
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model.causal_lm import CACHE_ARGUMENT
 from lightning_mixcn.model.experts.observe import observe_routing
 from lightning_mixcn.model.memory import checkpointing as activation_checkpointing
 from lightning_mixcn.model.memory.checkpointing import HostCopy, kept_on_host
 from lightning_mixcn.model.memory.optimizer import MemoryTracker
-from lightning_mixcn.model.mixtral import CACHE_ARGUMENT
 from lightning_mixcn.testing import random_batch, tiny_mixtral_config
 
 MODES: list[str | list[str]] = ["selective", "full", "offload", ["full", "selective"], ["none", "offload"]]

@@ -1,4 +1,4 @@
-"""transformers' Mixtral with frozen, possibly 4-bit experts and projections, and a loss that never holds all logits.
+"""transformers' causal LM with frozen, possibly 4-bit experts and projections, and a loss that never holds all logits.
 
 Attention back ends, masks, the KV cache and ``generate`` stay transformers' own, and off CUDA RoPE and norms do.
 """
@@ -6,29 +6,32 @@ Attention back ends, masks, the KV cache and ``generate`` stay transformers' own
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from peft import PeftModelForCausalLM
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm, load_balancing_loss_func
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from lightning_mixcn.errors import UserError
 
+from .architectures import Architecture, architecture_of
 from .attention import documents as attention
-from .attention.fused import FusedAttention
-from .experts.block import Experts, Router
+from .attention.fused import fused_attention
+from .checkpoints.layout import module_shapes, rounds
+from .experts.block import Experts, router_class
 from .head import IGNORED, Embedding, Head
 from .nf4.codec import superblocks
 from .nf4.linear import FrozenLinear
 from .nf4.storage import NF4Weight
 
 
-class FusedRMSNorm(MixtralRMSNorm):
+class FusedRMSNorm(LlamaRMSNorm):
     """transformers' norm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467) with torch's fused kernel on CUDA.
 
     Step by step, as transformers has it, a norm moves 36 bytes an element forward and some 60 backward, and keeps its
@@ -50,7 +53,7 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # transformers 5.24 renamed the argument that holds the KV cache; it takes the old name, with a warning, until 5.40.
 _CACHE_NAMES = ("cache", "past_key_values")
-CACHE_ARGUMENT = next(name for name in _CACHE_NAMES if name in inspect.signature(MixtralAttention.forward).parameters)
+CACHE_ARGUMENT = next(name for name in _CACHE_NAMES if name in inspect.signature(LlamaAttention.forward).parameters)
 
 
 def has_cache(arguments: Mapping[str, Any]) -> bool:
@@ -69,8 +72,26 @@ class CausalLMOutput(MoeCausalLMOutputWithPast):
     nll: Tensor | None = None
 
 
-class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """A `transformers.MixtralForCausalLM`; made by `load_mixtral` or `build_mixtral`, not by ``from_pretrained``."""
+if TYPE_CHECKING:  # what it is mixed into
+    _CausalLM = PreTrainedModel
+else:
+    _CausalLM = object
+
+
+class MoeForCausalLM(_CausalLM):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """What is added to transformers' causal LM of a family; made by `load_moe` or `build_moe`.
+
+    ``isinstance(model, transformers.OlmoeForCausalLM)``, for one, holds beside this class.
+    """
+
+    model: Any
+    lm_head: Head
+    vocab_size: int
+
+    @property
+    def architecture(self) -> Architecture:
+        """Return the family's record."""
+        return architecture_of(self.config)
 
     def forward(
         self,
@@ -114,13 +135,14 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         return CausalLMOutput(loss=loss, nll=nll, aux_loss=auxiliary, router_logits=hidden.router_logits)
 
     def _auxiliary_loss(self, router_logits: Any, document_ids: Tensor | None) -> Any:
+        loss_of = self.architecture.auxiliary_loss
         experts, top_k = self.config.num_local_experts, self.config.num_experts_per_tok
         if document_ids is None:
-            return load_balancing_loss_func(router_logits, experts, top_k)
+            return loss_of(router_logits, experts, top_k)
         mask = document_ids >= 0
         some = mask.any()
         # A batch of padding alone, as the end of a finite source can give, has no balance: 0 instead of 0/0.
-        return some * load_balancing_loss_func(router_logits, experts, top_k, mask | ~some)
+        return some * loss_of(router_logits, experts, top_k, mask | ~some)
 
     def _document_attention(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
         """Return the places of documents instead of a mask, if there is attention for that."""
@@ -140,7 +162,14 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):  # type: ignore[no-un
         )
 
 
-def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> MixtralForCausalLM:
+@cache
+def _causal_lm_class(architecture: Architecture) -> type[MoeForCausalLM]:
+    """Return the family's class under its own name, by which transformers chooses what belongs to causal LMs."""
+    stock = architecture.causal_lm
+    return type(stock.__name__, (MoeForCausalLM, stock), {"__module__": __name__})
+
+
+def meta_model(config: PreTrainedConfig, quantization: str, dtype: torch.dtype) -> MoeForCausalLM:
     """Make the module tree on the meta device: no memory, every parameter frozen.
 
     Args:
@@ -151,37 +180,40 @@ def meta_model(config: MixtralConfig, quantization: str, dtype: torch.dtype) -> 
     if quantization not in ("nf4", "none"):
         raise UserError(f"`quantization={quantization!r}` is not known. Expected 'nf4' or 'none'")
     if config.hidden_act != "silu":
-        raise UserError(f"config.hidden_act={config.hidden_act!r} is not supported. Mixtral's experts use 'silu'")
+        raise UserError(f"config.hidden_act={config.hidden_act!r} is not supported. Experts use 'silu'")
+    architecture = architecture_of(config)
     with torch.device("meta"):
-        model = MixtralForCausalLM(config)
+        model: Any = _causal_lm_class(architecture)(config)
         model.set_attn_implementation(attention.NAME)
-        cast(nn.Module, model).to(dtype)
+        model.to(dtype)
         for layer in model.model.layers:
-            _replace_layer(layer, config, quantization, dtype)
+            _replace_layer(layer, architecture, config, quantization, dtype)
         model.model.norm = FusedRMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype)
         model.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id, dtype=dtype)
         model.model.embed_tokens.output_dtype = dtype
         model.lm_head = Head(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    cast(nn.Module, model).requires_grad_(False).eval()
-    return model
+    model.requires_grad_(False).eval()
+    return cast(MoeForCausalLM, model)
 
 
-def _replace_layer(layer: Any, config: MixtralConfig, quantization: str, dtype: torch.dtype) -> None:
-    attention = FusedAttention(config, layer.self_attn.layer_idx).to(dtype)
+def _replace_layer(layer: Any, architecture: Architecture, config: Any, quantization: str, dtype: torch.dtype) -> None:
+    attention: Any = fused_attention(architecture)(config, layer.self_attn.layer_idx).to(dtype)
     layer.self_attn = attention
     for name in ATTENTION_PROJECTIONS:
         linear: nn.Linear = getattr(attention, name)
         replacement = FrozenLinear(linear.in_features, linear.out_features, quantization=quantization, dtype=dtype)
         setattr(attention, name, replacement)
+    for name, width in architecture.attention_norms(config).items():
+        setattr(attention, name, FusedRMSNorm(width, config.rms_norm_eps).to(dtype))
     for name in ("input_layernorm", "post_attention_layernorm"):
         setattr(layer, name, FusedRMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype))
-    layer.mlp.gate = Router(config, dtype)
+    layer.mlp.gate = router_class(architecture)(config, dtype)
     layer.mlp.experts = Experts(config, quantization, dtype)
 
 
-def move_to_device(model: MixtralForCausalLM, device: torch.device) -> None:
+def move_to_device(model: MoeForCausalLM, device: torch.device) -> None:
     """Give a meta model (uninitialised) memory; ties and RoPE's tables are restored."""
     model.to_empty(device=device)
     rotary = type(model.model.rotary_emb)(model.config)
@@ -190,9 +222,9 @@ def move_to_device(model: MixtralForCausalLM, device: torch.device) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def base_of(model: nn.Module) -> MixtralForCausalLM:
-    """Return the Mixtral inside a PeftModel, or the model itself."""
-    return cast(MixtralForCausalLM, model.get_base_model() if isinstance(model, PeftModelForCausalLM) else model)
+def base_of(model: nn.Module) -> MoeForCausalLM:
+    """Return the mixture inside a PeftModel, or the model itself."""
+    return cast(MoeForCausalLM, model.get_base_model() if isinstance(model, PeftModelForCausalLM) else model)
 
 
 _SUPERBLOCK_BYTES = 8192 + 256 + 4 + 4
@@ -208,17 +240,13 @@ def bytes_in_memory(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def planned_quantised_bytes(config: MixtralConfig) -> int:
+def planned_quantised_bytes(config: PreTrainedConfig) -> int:
     """Return the bytes of codes and scales when attention projections and experts are in NF4, from the sizes."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
-    attention = [config.hidden_size * width for width in (query, key_value, key_value, query)]
-    experts = [config.num_local_experts * config.intermediate_size * config.hidden_size] * 3
-    assert len(attention) == len(ATTENTION_PROJECTIONS)
-    return config.num_hidden_layers * _SUPERBLOCK_BYTES * sum(superblocks(numel) for numel in attention + experts)
+    packed = [shape for name, shape in module_shapes(config).items() if rounds(name, shape)]
+    return _SUPERBLOCK_BYTES * sum(superblocks(prod(shape)) for shape in packed)
 
 
-def verify_quantised(model: nn.Module, config: MixtralConfig) -> None:
+def verify_quantised(model: nn.Module, config: PreTrainedConfig) -> None:
     """Check that every expert and attention projection is in 4 bits and that bytes are within 2 % of the plan.
 
     Raises:

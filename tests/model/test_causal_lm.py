@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.model.mixtral import CACHE_ARGUMENT
+from lightning_mixcn.model.causal_lm import CACHE_ARGUMENT
 
 
 @pytest.fixture

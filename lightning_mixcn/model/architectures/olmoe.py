@@ -1,0 +1,31 @@
+"""OLMoE: Muennighoff et al. 2024, https://arxiv.org/abs/2409.02060. Queries and keys are normalised over all heads."""
+
+from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import (
+    OlmoeAttention,
+    OlmoeRotaryEmbedding,
+    OlmoeTopKRouter,
+    load_balancing_loss_func,
+)
+
+from .record import Architecture, head_size
+
+ARCHITECTURE = Architecture(
+    model_type="olmoe",
+    title="OLMoE",
+    config=OlmoeConfig,
+    causal_lm=OlmoeForCausalLM,
+    attention=OlmoeAttention,
+    router=OlmoeTopKRouter,
+    rotary=OlmoeRotaryEmbedding,
+    auxiliary_loss=load_balancing_loss_func,
+    expert_width="intermediate_size",
+    block="mlp",
+    projections={"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
+    normalises=lambda config: bool(config.norm_topk_prob),
+    attention_norms=lambda config: {
+        "q_norm": config.num_attention_heads * head_size(config),
+        "k_norm": config.num_key_value_heads * head_size(config),
+    },
+    accepted={"attention_bias": (None, False)},
+)
