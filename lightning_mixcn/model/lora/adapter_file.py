@@ -207,7 +207,8 @@ class AdapterFile:
                 )
         self._fused = dict(fused_places(set(found), self._shape, self.config, architecture)) if architecture else {}
         in_stacks = {place.stored for place in self._fused.values()}
-        self.names = sorted({*found, *self._fused} - in_stacks)
+        # A router's factors may have the same name in both layouts.
+        self.names = sorted(found.keys() - in_stacks | self._fused.keys())
         self.saved = [name for key, name in saved.items() if key in self._file.entries]
 
     def __contains__(self, name: object) -> bool:
