@@ -20,7 +20,7 @@ from lightning_mixcn.model.nf4.linear import FrozenLinear
 from .fused import fused_loop
 from .loop import Dropout, ExpertFactors
 from .path import PATHS, choose_expert_path
-from .routing import route_rows, sum_choices
+from .routing import choose_experts, route_rows, sum_choices
 
 
 class Router(nn.Module):
@@ -49,8 +49,7 @@ class Router(nn.Module):
             where the family normalises them, and the chosen experts ``[T, K]`` int64.
         """
         logits = self.linear(hidden_states.reshape(-1, self.hidden_dim))
-        weights, index = torch.topk(logits.float().softmax(dim=-1), self.top_k, dim=-1)
-        return logits, weights / weights.sum(dim=-1, keepdim=True) if self.normalises else weights, index
+        return logits, *choose_experts(logits, self.top_k, normalises=self.normalises)
 
 
 @cache

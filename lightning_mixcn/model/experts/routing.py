@@ -29,6 +29,18 @@ def row_step(rows: int) -> int:
     return max(32, 1 << ((rows - 1).bit_length() - 5))
 
 
+def choose_experts(logits_TE: Tensor, top_k: int, *, normalises: bool) -> tuple[Tensor, Tensor]:
+    """Return the weights of each token's experts ``[T, K]`` float32, and their numbers ``[T, K]`` int64.
+
+    Args:
+        logits_TE: Router logits, any float dtype.
+        top_k: K.
+        normalises: Divide the weights by their sum.
+    """
+    weights_TK, index_TK = torch.topk(logits_TE.float().softmax(dim=-1), top_k, dim=-1)
+    return weights_TK / weights_TK.sum(dim=-1, keepdim=True) if normalises else weights_TK, index_TK
+
+
 @dataclass
 class Routing:
     """Tokens of the rows, expert by expert.

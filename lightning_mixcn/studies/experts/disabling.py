@@ -20,6 +20,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.attention.documents import locate_documents, no_mask
 from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.experts.block import Router
+from lightning_mixcn.model.experts.routing import choose_experts
 
 from .flops import ForwardFlops
 
@@ -40,19 +41,20 @@ class DisabledExpert(NamedTuple):
 
 
 def disabled_routing(
-    logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, disabled: DisabledExpert
+    logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, disabled: DisabledExpert, *, normalises: bool
 ) -> tuple[Tensor, Tensor]:
     """Route tokens as if an expert were disabled.
 
-    ``mask``: its logit is −∞ before the softmax, so another expert takes its place, and the weights of the chosen ones
-    sum to 1 again. ``zero``: its weight is 0 and nothing takes its place, so its output is dropped and the weights of
-    the others stay as they were. A token that did not choose the expert is routed as before in both modes.
+    ``mask``: its logit is −∞ before the softmax, so another expert takes its place, and where the weights of the chosen
+    ones sum to 1 they do again. ``zero``: its weight is 0 and nothing takes its place, so its output is dropped and the
+    weights of the others stay as they were. A token that did not choose the expert is routed as before in both modes.
 
     Args:
         logits_TE: ``[T, E]`` router logits, any float dtype.
-        weights_TK: ``[T, K]`` float32 routing weights that sum to 1.
+        weights_TK: ``[T, K]`` float32 routing weights.
         index_TK: ``[T, K]`` int64, the chosen experts.
         disabled: Disabled expert.
+        normalises: Weights of a token's experts sum to 1.
 
     Returns:
         Weights ``[T, K]`` float32 and experts ``[T, K]`` int64.
@@ -64,9 +66,9 @@ def disabled_routing(
     assert top_k < logits_TE.shape[1], "no expert is left to take the place of the masked one"
     masked_TE = logits_TE.float().clone()
     masked_TE[:, disabled.expert] = -torch.inf
-    new_TK, new_index_TK = torch.topk(masked_TE.softmax(dim=-1), top_k, dim=-1)
+    new_TK, new_index_TK = choose_experts(masked_TE, top_k, normalises=normalises)
     chose_it_T1 = is_disabled_TK.any(dim=1, keepdim=True)
-    weights_TK = torch.where(chose_it_T1, new_TK / new_TK.sum(dim=-1, keepdim=True), weights_TK)
+    weights_TK = torch.where(chose_it_T1, new_TK, weights_TK)
     return weights_TK, torch.where(chose_it_T1, new_index_TK, index_TK)
 
 
@@ -100,7 +102,7 @@ def disabled_expert(model: nn.Module, layer: int, disabled: DisabledExpert) -> I
     check_modes((disabled.mode,), router.num_experts, router.top_k)
 
     def reroute(_router: nn.Module, _inputs: Any, routing: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        return routing[0], *disabled_routing(*routing, disabled)
+        return routing[0], *disabled_routing(*routing, disabled, normalises=router.normalises)
 
     handle = router.register_forward_hook(reroute)
     try:
@@ -153,7 +155,8 @@ class AblatedLayer:
         self.reroutes = []
         for variant in disabled:
             tokens_n = (index_TK == variant.expert).any(dim=1).nonzero().flatten()
-            routing = disabled_routing(logits_TE[tokens_n], weights_TK[tokens_n], index_TK[tokens_n], variant)
+            chosen = logits_TE[tokens_n], weights_TK[tokens_n], index_TK[tokens_n]
+            routing = disabled_routing(*chosen, variant, normalises=layer.mlp.gate.normalises)
             self.reroutes.append(Reroute(tokens_n, *routing))
             needed_TE[tokens_n[:, None], routing[1]] = True
         token_P, expert_P = needed_TE.nonzero(as_tuple=True)

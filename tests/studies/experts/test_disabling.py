@@ -74,7 +74,11 @@ def test_the_plain_way_is_stock_mixtral_without_the_expert(mode: Mode, model: nn
 def test_a_tie_still_leaves_the_expert_out() -> None:
     logits_TE = torch.zeros(5, 4, dtype=torch.bfloat16)
     weights_TK, index_TK = disabled_routing(
-        logits_TE, torch.full((5, 2), 0.5), torch.tensor([[0, 1]]).expand(5, 2), DisabledExpert("mask", 0)
+        logits_TE,
+        torch.full((5, 2), 0.5),
+        torch.tensor([[0, 1]]).expand(5, 2),
+        DisabledExpert("mask", 0),
+        normalises=True,
     )
     assert not (index_TK == 0).any()
     assert torch.equal(weights_TK, torch.full((5, 2), 0.5))
