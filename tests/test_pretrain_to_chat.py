@@ -11,6 +11,7 @@ import transformers
 import yaml
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.testing import save_tiny_model
 
 CONFIG = """
 model:
@@ -106,3 +107,45 @@ def test_a_new_adapter_on_the_merged_one_and_out_into_the_world(
     monkeypatch.setattr("sys.stdin", io.StringIO("问1\n"))
     assert main(["chat", "runs/tune", "--max_new_tokens", "3", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out
+
+
+# A template of the model's own, as Qwen3's and OLMoE's folders have one.
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("in_four_bits", [False, True])
+def test_every_family_goes_the_whole_way(
+    family: str,
+    in_four_bits: bool,
+    pretraining: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_tiny_model("base", family)
+    tokenizer = json.loads(Path("base/tokenizer_config.json").read_text(encoding="utf-8"))
+    Path("base/tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": TEMPLATE}))
+    if in_four_bits:
+        assert main(["quantize", "base", "base4", "--dtype", "float32"]) == 0
+    pretraining["model"]["init_args"] |= {
+        "base": "base4" if in_four_bits else "base",
+        "activation_checkpointing": "full",
+    }
+    pretraining["model"]["init_args"]["lora"] |= {"lora_dropout": 0.1, "use_rslora": True}
+    assert run("whole", pretraining) == 0
+    tuning = tuning_of(pretraining, adapter="runs/whole")
+    tuning["data"]["init_args"]["template"] = "tokenizer"
+    assert run("tune", tuning) == 0
+    assert main(["export", "runs/tune", "merged", "--original", "base"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained("merged")
+    assert model.config.model_type == family
+    assert torch.isfinite(model(torch.tensor([[1, 5, 6]])).logits).all()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("问1\n"))
+    assert main(["chat", "runs/tune", "--max_new_tokens", "3", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out
+    assert run("tune", tuning, "fit", "--plan") == 0
+    assert "tokens/s" in capsys.readouterr().out

@@ -155,9 +155,14 @@ class LayerCounter:
         )
         return found, needed
 
-    def _norm(self, hidden: int) -> int:
-        """Count a norm: its input, which only CUDA's fused kernel does not keep in float32, and one number a token."""
-        return (hidden if self.device_type == "cuda" else hidden // self.size * 4) + 4 * self.tokens
+    def _norm(self, hidden: int, rows: int = 1) -> int:
+        """Count a norm: its input, which only CUDA's fused kernel does not keep in float32, and one number a row.
+
+        Args:
+            hidden: Bytes of the input.
+            rows: Rows of a token.
+        """
+        return (hidden if self.device_type == "cuda" else hidden // self.size * 4) + 4 * self.tokens * rows
 
     def _adapter(self, module: Any, needs_gradient: bool, rows: int) -> int:
         """Count what LoRA keeps beside its undropped input: products with A, dropped inputs, factors as used."""
@@ -193,6 +198,10 @@ class LayerCounter:
         keeps_output = inner and not (self.device_type == "cpu" and self.dtype == torch.bfloat16)
         if inner:  # q, which is as wide as the output, and k and v
             kept += output + 2 * tokens * attention.k_proj.out_features * self.size
+            for projection, name in ((attention.q_proj, "q_norm"), (attention.k_proj, "k_norm")):
+                if (norm := getattr(attention, name, None)) is not None:
+                    width = projection.out_features
+                    kept += self._norm(tokens * width * self.size, width // norm.weight.numel())
         if keeps_output:  # with the float32 logarithm of each head's softmax sum
             kept += output + 4 * tokens * heads
         # A copy of the documents' results side by side; else attention's own result is what the projection reads.

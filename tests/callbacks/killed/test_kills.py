@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_mixcn.testing import save_tiny_model
 from tests.callbacks.conftest import ForkedFits
 from tests.studies.benchmark_data import harness, write_ceval
 from tests.studies.comparison.compare_recipes import write_study
@@ -129,6 +130,25 @@ def test_the_next_run_is_as_if_nothing_had_been_killed(
             faults[call] = f"differs: {sorted(file for file, _ in wanted.items() ^ found.items())}, left: {left}"
         shutil.rmtree(killed)
     assert not faults, "\n".join(f"{call}: {fault}" for call, fault in faults.items())
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_another_family_goes_on_exactly(family: str, forked_fits: ForkedFits, fit_config: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", str(fit_config), f"--model.base={save_tiny_model(tmp_path / 'base', family)}"]
+    steps = ["--trainer.max_steps=40"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+    forked_fits.start(killed, [*arguments, *steps, "--trainer.default_root_dir=out"])
+    forked_fits.wait_for(killed / "out" / "checkpoints", "last.ckpt")
+    forked_fits.kill()
+    forked_fits.wait()
+    assert not (killed / "out/checkpoints/step=00000040.ckpt").exists()
+    for folder, again in ((killed, ["--ckpt_path=last"]), (whole, [])):
+        forked_fits.start(folder, [*arguments, *steps, "--trainer.default_root_dir=out", *again])
+        assert forked_fits.wait() == [0], forked_fits.log.read_text()[-4000:]
+    assert content(killed) == content(whole)
 
 
 def test_a_second_run_is_refused_while_the_first_one_works(

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.memory.layer import MicroBatch, model_activations
 from lightning_mixcn.model.memory.optimizer import MemoryTracker, OptimizerMemory, optimizer_memory
 from lightning_mixcn.model.memory.plan import MemoryPlan, Run, Sharing, plan_memory
 from lightning_mixcn.model.sharding import shard_model
-from lightning_mixcn.testing import run_distributed, tiny_mixtral_config
+from lightning_mixcn.testing import run_distributed, tiny_config, tiny_mixtral_config
 
 # Small, but wide enough for matrices to outweigh what a plan leaves out; documents longer than those that attention
 # computes in float32 on the CPU.
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     train_embeddings: bool = False
     targets: Any = "all-linear"
     quantization: str = "nf4"
+    family: str = "mixtral"
 
 
 CASES = [
@@ -42,12 +44,22 @@ CASES = [
     Case("full", "float32", dropout=0.1, packed=True, train_embeddings=True), Case("none", packed=True),
     Case("none", targets=["q_proj", "w2"]), Case("selective", targets=["w1", "gate"], quantization="none"),
     Case("none", "float32", targets=["o_proj"], train_embeddings=True),
+    *(Case(modes, family=family) for family in ("olmoe", "qwen3_moe") for modes in ("none", "selective")),
+    *(Case("none", "float32", family=family) for family in ("olmoe", "qwen3_moe")),
 ]  # fmt: skip
+
+
+def sizes_of(family: str) -> dict[str, Any]:
+    """Return the same sizes, in the words of the family's configuration."""
+    if family == "mixtral":
+        return SIZES
+    names = {"num_local_experts": "num_experts", "intermediate_size": architecture_named(family).expert_width}
+    return {names.get(key, key): value for key, value in SIZES.items()}
 
 
 def model_of(case: Case) -> Any:
     lora = LoraConfig(r=8, target_modules=case.targets, lora_dropout=case.dropout)
-    config = tiny_mixtral_config(**SIZES)
+    config = tiny_config(case.family, **sizes_of(case.family))
     settings: dict[str, Any] = {"quantization": case.quantization, "train_embeddings": case.train_embeddings}
     model: Any = build_mixtral(config, lora=lora, dtype=case.dtype, **settings).train()
     set_activation_checkpointing(model, case.modes)
@@ -85,7 +97,7 @@ def test_activations_kept(case: Case) -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", [*CASES[:4], *CASES[8:10]], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:4], *CASES[8:10], *CASES[-6:-2:2]], ids=str)
 def test_the_fullest_moment(case: Case, accumulated: int) -> None:
     """The second step of AdamW; the first one has no gradients and moments yet."""
     model = model_of(case)
