@@ -16,7 +16,7 @@ from lightning_mixcn.metrics.device import copy_rate, peak_rate
 from lightning_mixcn.model import build_moe
 from lightning_mixcn.model.checkpoints.configuration import check_config
 from lightning_mixcn.model.checkpoints.folder import read_config
-from lightning_mixcn.model.checkpoints.reading import read_settings, stock_settings
+from lightning_mixcn.model.checkpoints.reading import config_of, stock_settings
 from lightning_mixcn.model.memory.budget import RESERVE, fitting_modes, usable_bytes
 from lightning_mixcn.model.memory.checkpointing import layer_modes
 from lightning_mixcn.model.memory.counts import decoding_bytes
@@ -182,7 +182,7 @@ def meta_model_of(module: CausalLMModule) -> Any:
 def _base_config(base: str) -> PreTrainedConfig:
     file = Path(base).expanduser() / "config.json"
     settings = stock_settings(read_config(file.parent) if file.is_file() else _from_hub(base))
-    return read_settings(settings, f"`base={base!r}`")
+    return config_of(settings, f"`base={base!r}`")
 
 
 def _from_hub(base: str) -> dict[str, Any]:

@@ -162,8 +162,11 @@ def build_moe(
     return complete
 
 
-# The names for the family that everything began with.
-load_mixtral, build_mixtral = load_moe, build_moe
+load_mixtral = load_moe
+"""`load_moe` under its name of the time when there was one family."""
+
+build_mixtral = build_moe
+"""`build_moe` under its name of that time."""
 
 
 def _complete(model: MoeForCausalLM, lora: LoraConfig | None, train_embeddings: bool) -> MoeForCausalLM | MoePeftModel:

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
+from lightning_mixcn.errors import UserError
+
 from .record import Architecture
 
 __all__ = ["MODEL_TYPES", "Architecture", "architecture_named", "architecture_of"]
@@ -29,17 +31,26 @@ def architecture_named(model_type: str) -> Architecture:
     return cast(Architecture, import_module(f".{model_type}", __name__).ARCHITECTURE)
 
 
-def refusal(settings: Mapping[str, Any]) -> str | None:
-    """Tell what of the content of a ``config.json`` keeps its model from being used here; ``None`` if nothing does."""
+def check_supported(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse the content of a ``config.json`` whose model cannot be used here.
+
+    Args:
+        settings: The content.
+        where: Name of the folder, for messages.
+
+    Raises:
+        ValueError: another family, or a relative that has what no supported one has.
+    """
     model_type = settings.get("model_type")
     if model_type not in MODEL_TYPES:
-        return (
-            f"a model of type {model_type!r}. Expected {', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]}; a dense "
-            "model becomes a mixture with `mixcn upcycle`"
+        raise UserError(
+            f"{where} holds a model of type {model_type!r}. Expected {', '.join(MODEL_TYPES[:-1])} or "
+            f"{MODEL_TYPES[-1]}; a dense model becomes a mixture with `mixcn upcycle`"
         )
-    architecture = architecture_named(model_type)
-    for key, accepted in architecture.accepted.items():
+    for key, accepted in architecture_named(model_type).accepted.items():
         if (value := settings.get(key)) not in accepted:
             expected = " or ".join(map(repr, accepted))
-            return f"a model with {key}={value!r}, which is not supported. Expected {expected}"
-    return None
+            raise UserError(
+                f"{where} holds a model with {key}={value!r}, which is not supported. Expected {expected}; give "
+                "another base"
+            )

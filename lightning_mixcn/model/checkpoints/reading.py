@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from lightning_mixcn.errors import UserError, one_line
-from lightning_mixcn.model.architectures import architecture_named, refusal
+from lightning_mixcn.model.architectures import architecture_named, check_supported
 from lightning_mixcn.model.checkpoints.bitsandbytes import BitsAndBytesSource, is_bitsandbytes
 from lightning_mixcn.model.checkpoints.folder import Checkpoint, TensorSlice
 from lightning_mixcn.model.checkpoints.identity import (
@@ -40,7 +40,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return the checkpoint's configuration, tied as its files are; refuse other architectures, and another depth."""
-    config = read_settings(stock_settings(checkpoint.config), str(checkpoint.path))
+    config = config_of(stock_settings(checkpoint.config), str(checkpoint.path))
     config.tie_word_embeddings = checkpoint.ties_head()
     # Before a model of so many layers is made.
     layers = len({match[1] for name in checkpoint.names() if (match := _LAYER.match(name))})
@@ -52,7 +52,7 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def read_settings(settings: Mapping[str, Any], where: str) -> PreTrainedConfig:
+def config_of(settings: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """Make transformers' configuration of the content of a ``config.json`` whose structure was checked.
 
     Args:
@@ -63,8 +63,7 @@ def read_settings(settings: Mapping[str, Any], where: str) -> PreTrainedConfig:
         ValueError: the family is not supported, or transformers cannot use it, such as an unknown activation or kind of
             RoPE.
     """
-    if fault := refusal(settings):
-        raise UserError(f"{where} holds {fault}")
+    check_supported(settings, where)
     architecture = architecture_named(settings["model_type"])
     if (activation := settings.get("hidden_act", "silu")) not in ACT2FN:
         raise UserError(f"{where}: config.json has hidden_act={activation!r}, which transformers does not know")
