@@ -1,4 +1,4 @@
-"""FSDP2 of a 4-bit Mixtral: every parameter is cut along its first dimension, in groups that are gathered together.
+"""FSDP2 of a 4-bit mixture: every parameter is cut along its first dimension, in groups that are gathered together.
 
 A decoder layer is a group, and so are the embedding and the head; the final norm belongs to the rest. Codes, scales and
 LoRA's float32 masters are in one group in their own types: nothing is cast, and gradients are reduced in float32

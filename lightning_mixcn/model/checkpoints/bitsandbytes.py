@@ -2,7 +2,7 @@
 
 Its format is ours but for one thing: the second level has one offset a tensor, where a superblock has its own here. So
 codes, scales and second-level scales are copied, and each superblock gets the tensor's offset. That needs every matrix
-to fill whole superblocks, as those of a real Mixtral do.
+to fill whole superblocks, as those of real models do.
 
 Legend: N = superblocks.
 """

@@ -44,7 +44,7 @@ def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
-        raise UserError(f"`model` is a {type(model).__name__} without a Router. Give a Mixtral made by `load_moe`")
+        raise UserError(f"`model` is a {type(model).__name__} without a Router. Give a model made by `load_moe`")
     observation = ExitStack()
     for layer, router in enumerate(routers):
         handle = router.register_forward_hook(partial(_tell, observer, layer))

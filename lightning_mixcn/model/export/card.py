@@ -14,7 +14,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import public_name
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.identity import is_own_format, read_identity, stock_base
-from lightning_mixcn.model.checkpoints.reading import model_config
+from lightning_mixcn.model.checkpoints.reading import model_config, stock_settings
 from lightning_mixcn.model.find import ADAPTER_FOLDER, ModelSource
 
 CARD_NAME = "README.md"
@@ -76,7 +76,7 @@ def adapter_card(training: Training, measured: Mapping[str, Any]) -> str:
     resizing = resizing_note(training.vocabulary_rows, model_config(training.base).vocab_size)
     made = f"A LoRA adapter after {training.steps:,} optimizer steps, one pair of factors an expert.{resizing}"
     parts = [
-        _header(named, "peft", training.languages, license_of),
+        _header(training.base, named, "peft", training.languages, license_of),
         f"# {name}: LoRA adapter",
         made,
         _base_line(training.identity, name),
@@ -112,7 +112,7 @@ def model_card(
     if languages is None:
         languages = _languages(folders)
     parts = [
-        _header(named, library, languages, license_of),
+        _header(found.base, named, library, languages, license_of),
         f"# {title}",
         made,
         _base_line(read_identity(folders[0]) if folders else None, name),
@@ -147,14 +147,16 @@ def resizing_note(rows: int | None, base_rows: int) -> str:
     )
 
 
-def _header(base: str, library: str, languages: Sequence[str] | None, license_of: Mapping[str, Any]) -> str:
+def _header(
+    checkpoint: Checkpoint, base: str, library: str, languages: Sequence[str] | None, license_of: Mapping[str, Any]
+) -> str:
     is_hub_id = "/" in base and not Path(base).is_absolute() and not Path(base).expanduser().is_dir()
     data = ModelCardData(
         base_model=base if is_hub_id else None,
         language=list(languages) if languages else None,
         library_name=library,
         pipeline_tag="text-generation",
-        tags=["mixtral", "moe"],
+        tags=[stock_settings(checkpoint.config)["model_type"], "moe"],
         **license_of,
     )
     return f"---\n{data.to_yaml()}\n---"

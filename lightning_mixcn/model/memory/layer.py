@@ -198,15 +198,21 @@ class LayerCounter:
         keeps_output = inner and not (self.device_type == "cpu" and self.dtype == torch.bfloat16)
         if inner:  # q, which is as wide as the output, and k and v
             kept += output + 2 * tokens * attention.k_proj.out_features * self.size
-            for projection, name in ((attention.q_proj, "q_norm"), (attention.k_proj, "k_norm")):
-                if (norm := getattr(attention, name, None)) is not None:
-                    width = projection.out_features
-                    kept += self._norm(tokens * width * self.size, width // norm.weight.numel())
+            kept += self._own_norms(attention)
         if keeps_output:  # with the float32 logarithm of each head's softmax sum
             kept += output + 4 * tokens * heads
         # A copy of the documents' results side by side; else attention's own result is what the projection reads.
         if self._shared_input([attention.o_proj]) and (self.batch.packed or not keeps_output):
             kept += output
+        return kept
+
+    def _own_norms(self, attention: Any) -> int:
+        """Count what attention's own norms of queries and keys keep."""
+        kept = 0
+        for projection, name in ((attention.q_proj, "q_norm"), (attention.k_proj, "k_norm")):
+            if (norm := getattr(attention, name, None)) is not None:
+                width = projection.out_features
+                kept += self._norm(self.tokens * width * self.size, width // norm.weight.numel())
         return kept
 
     def _fuses(self, attention: Any) -> bool:

@@ -14,13 +14,14 @@ from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
+from lightning_mixcn.model.architectures import MODEL_TYPES
 from lightning_mixcn.model.attention import documents as attention
 from lightning_mixcn.model.attention import fused, projections
 from lightning_mixcn.model.attention import packed as packed_attention
 from lightning_mixcn.model.attention.projections import can_fuse, project_output, project_states
 from lightning_mixcn.model.lora.attach import LoraFrozenLinear
 from lightning_mixcn.model.nf4.linear import FrozenLinear
-from lightning_mixcn.testing import tiny_mixtral_config
+from lightning_mixcn.testing import save_tiny_model, tiny_mixtral_config
 from tests.model.attention.varlen import dense_varlen
 from tests.model.philox import dropout_mask
 
@@ -186,10 +187,12 @@ def gradients(base: Path, ids: Tensor, mode: str, dropout: float) -> dict[str, T
     return {"loss": out.loss.detach()} | found
 
 
-def test_a_model_trains_as_without(tiny: Path, ids: Tensor, on_cpu: Callable[[], None]) -> None:
-    expected = gradients(tiny, ids[:, :12], "none", 0.0)
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_a_model_trains_as_without(family: str, tmp_path: Path, ids: Tensor, on_cpu: Callable[[], None]) -> None:
+    base = save_tiny_model(tmp_path, family)
+    expected = gradients(base, ids[:, :12], "none", 0.0)
     on_cpu()
-    found = gradients(tiny, ids[:, :12], "none", 0.0)
+    found = gradients(base, ids[:, :12], "none", 0.0)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         # float32 sums in another order, through two layers.
