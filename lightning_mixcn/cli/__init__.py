@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         and 128 + N where signal N ended the command, which one line on stderr explains.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _signals_raised():
+            code = _run(arguments)
+            _flush()
+    except (KeyboardInterrupt, _Signalled) as stop:
+        number = stop.number if isinstance(stop, _Signalled) else signal.SIGINT
+        return _report(f"{signal.Signals(number).name} ended the command. Nothing half written is left", 128 + number)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
+            raise
+        return _report(message, 1 if _lost_worker(error) or _lost_rank(error) else 2)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Answer what needs no torch; else import what the subcommand needs and run it. Return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
@@ -47,21 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(
             f"unknown subcommand {arguments[0]!r}{near}. Expected one of {', '.join(COMMANDS)}; see mixcn --help"
         )
-    try:
-        with _signals_raised():
-            _run(arguments)
-    except (KeyboardInterrupt, _Signalled) as stop:
-        number = stop.number if isinstance(stop, _Signalled) else signal.SIGINT
-        return _report(f"{signal.Signals(number).name} ended the command. Nothing half written is left", 128 + number)
-    except Exception as error:
-        if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
-            raise
-        return _report(message, 1 if _lost_worker(error) or _lost_rank(error) else 2)
-    return 0
-
-
-def _run(arguments: list[str]) -> None:
-    """Import what a subcommand needs and run it."""
     from .allocator import grow_gpu_segments, keep_freed_memory
 
     keep_freed_memory()  # before torch allocates
@@ -82,6 +83,23 @@ def _run(arguments: list[str]) -> None:
         from .trainer import run_trainer
 
         run_trainer(arguments)
+    return 0
+
+
+def _flush() -> None:
+    """Write what was printed: at the end of Python, a full disk or a closed pipe would be a traceback.
+
+    Raises:
+        OSError: it cannot be written; what is left of it goes nowhere, lest that end tries again (the note on SIGPIPE
+            in Python's documentation of `signal`).
+    """
+    if sys.stdout is None:  # it was closed from the beginning
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -173,6 +191,8 @@ def _help() -> str:
 
 
 def _report(message: str, code: int = 2) -> int:
+    with suppress(OSError):  # it is what the message says
+        _flush()
     print(f"mixcn: error: {mask_secrets(visible(' '.join(message.split())))}", file=sys.stderr)
     return code
 

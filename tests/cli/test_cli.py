@@ -103,8 +103,12 @@ def test_a_signal_ends_a_command_in_one_line(
 
 
 def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: list[str]) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    monkeypatch.setattr(cli, "_run", lambda arguments: os.kill(os.getpid(), signal.SIGHUP))
+    monkeypatch.setattr(cli, "_run", run)
     try:
         assert cli.main(["quantize"]) == 0
     finally:
@@ -191,6 +195,18 @@ def test_a_lost_rank_is_one_line_that_leads_to_the_others(
     error = capsys.readouterr().err
     assert error.startswith(f"mixcn: error: another rank of this run {fate}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(option: str, unbuffered: str) -> None:
+    command, env = [sys.executable, "-m", "lightning_mixcn", option], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=env)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "mixcn: error: [Errno 28] No space left on device (MIXCN_TRACEBACK=1 shows the traceback)\n"
+    )
 
 
 def test_a_command_that_failed_has_said_why(
