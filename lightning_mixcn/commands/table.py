@@ -6,7 +6,7 @@ COMMANDS = {
     "validate": "likelihood of every source's held-out documents, into validate.json",
     "test": "likelihood of every test source, into test.json",
     "predict": "nats, bytes and tokens of every document, into predictions.jsonl",
-    "upcycle": "make a Mixtral of a dense Llama or Mistral model",
+    "upcycle": "make a mixture of experts of a dense Llama, Mistral or Qwen3",
     "quantize": "write a 4-bit model folder, which loads without quantising again",
     "export": "write a merged model or an adapter for transformers, PEFT, vLLM and llama.cpp",
     "chat": "talk to a model in the terminal, or pipe questions into it",

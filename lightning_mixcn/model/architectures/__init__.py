@@ -3,20 +3,32 @@
 A fourth one is a file here that makes an `Architecture`, and its name in `MODEL_TYPES`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, cast
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lightning_mixcn.errors import UserError
 
 from .record import Architecture
 
-__all__ = ["MODEL_TYPES", "Architecture", "architecture_named", "architecture_of"]
+if TYPE_CHECKING:  # its import takes seconds, for which `mixcn upcycle --help` does not wait
+    from transformers import PreTrainedConfig
+
+__all__ = [
+    "MODEL_TYPES",
+    "Architecture",
+    "UpcycledFamily",
+    "architecture_named",
+    "architecture_of",
+    "upcycled_families",
+]
 
 # Names of the files, which are transformers' types of models.
 MODEL_TYPES = ("mixtral", "olmoe", "qwen3_moe")
+# Those that continue dense models; their records say which.
+UpcycledFamily = Literal["mixtral", "qwen3_moe"]
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -29,6 +41,12 @@ def architecture_named(model_type: str) -> Architecture:
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type={model_type!r}: expected one of {', '.join(MODEL_TYPES)}")
     return cast(Architecture, import_module(f".{model_type}", __name__).ARCHITECTURE)
+
+
+def upcycled_families() -> dict[str, Architecture]:
+    """Map transformers' type of each dense model that can become a mixture to the family that it becomes."""
+    records = map(architecture_named, get_args(UpcycledFamily))
+    return {dense: architecture for architecture in records for dense in architecture.dense}
 
 
 def check_supported(settings: Mapping[str, Any], where: str) -> None:

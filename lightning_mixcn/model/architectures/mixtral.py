@@ -25,4 +25,6 @@ ARCHITECTURE = Architecture(
     normalises=lambda config: True,
     attention_norms=lambda config: {},
     accepted={},
+    dense=("llama", "mistral"),
+    upcycled={},
 )

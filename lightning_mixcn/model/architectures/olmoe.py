@@ -28,4 +28,6 @@ ARCHITECTURE = Architecture(
         "k_norm": config.num_key_value_heads * head_size(config),
     },
     accepted={"attention_bias": (None, False)},
+    dense=(),
+    upcycled={},
 )

@@ -31,4 +31,6 @@ ARCHITECTURE = Architecture(
         "decoder_sparse_step": (None, 1),
         "shared_expert_intermediate_size": (None, 0),
     },
+    dense=("qwen3",),
+    upcycled={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
 )

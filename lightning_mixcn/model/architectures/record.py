@@ -1,10 +1,13 @@
 """What one family of mixtures has of its own. Whatever is not here is the same in all of them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # its import takes seconds, for which `mixcn upcycle --help` does not wait
+    from torch import nn
 
 
 @dataclass(frozen=True, eq=False)  # one record a family: compared, and hashed, as itself
@@ -29,6 +32,8 @@ class Architecture:
         normalises: Tells whether the weights of the chosen experts are divided by their sum.
         attention_norms: Names of attention's own norms → their widths.
         accepted: Key of ``config.json`` → the values that are supported; absent counts as ``None``.
+        dense: transformers' types of the dense models whose attention it has, so that it continues them.
+        upcycled: Settings of the configuration of a mixture that was made of a dense model.
     """
 
     model_type: str
@@ -45,6 +50,8 @@ class Architecture:
     normalises: Callable[[Any], bool]
     attention_norms: Callable[[Any], Mapping[str, int]]
     accepted: Mapping[str, tuple[Any, ...]]
+    dense: tuple[str, ...]
+    upcycled: Mapping[str, Any]
 
     @property
     def short_names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Read a dense Llama- or Mistral-architecture model for upcycling: its config, tensors and tokenizer."""
+"""Read a dense model for upcycling: its config, tensors and tokenizer."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.architectures import Architecture, architecture_named, upcycled_families
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.tokenizer.files import GENERATION_FILE, tokenizer_files
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedConfig
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class DenseSource:
 
     Attributes:
         name: Name that the user gave, for messages.
-        config: A LlamaConfig or MistralConfig.
+        config: transformers' configuration of it.
+        architecture: Family of mixtures that it becomes.
         shapes: Name → shape of each tensor, in the order of the layers: exactly those of the architecture.
         dtype: The dtype of the feed-forward weights.
         read: Name → tensor, a private copy.
@@ -34,21 +34,23 @@ class DenseSource:
 
     name: str
     config: "PreTrainedConfig"
+    architecture: Architecture
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
     read: Callable[[str], Tensor]
     save_tokenizer: Callable[[Path], None]
 
 
-def _open_folder(name: str, folder: Path) -> DenseSource:
+def _open_folder(name: str, folder: Path, family: str | None) -> DenseSource:
     checkpoint = Checkpoint(folder)
-    config = dense_config(name, checkpoint.config)
+    architecture = continued_by(name, checkpoint.config, family)
+    config = dense_config(name, checkpoint.config, architecture)
     found = {tensor: checkpoint.shape(tensor) for tensor in checkpoint.names()}
     if config.tie_word_embeddings and "lm_head.weight" in found:
         config.tie_word_embeddings = checkpoint.ties_head()
         if config.tie_word_embeddings:
             del found["lm_head.weight"]
-    shapes = check_tensors(name, config, found)
+    shapes = check_tensors(name, config, architecture, found)
     for tensor in shapes:
         if checkpoint.dtype(tensor) not in (torch.float32, torch.float16, torch.bfloat16):
             raise UserError(
@@ -58,6 +60,7 @@ def _open_folder(name: str, folder: Path) -> DenseSource:
     return DenseSource(
         name=name,
         config=config,
+        architecture=architecture,
         shapes=shapes,
         dtype=checkpoint.dtype("model.layers.0.mlp.gate_proj.weight"),
         read=checkpoint.read,
@@ -71,41 +74,67 @@ def _copy_tokenizer(folder: Path, out: Path) -> None:
         shutil.copyfile(file, out / file.name)
 
 
-def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
-    """Turn the content of a config.json into a LlamaConfig or MistralConfig, or refuse it.
+def continued_by(name: str, raw: Mapping[str, Any], family: str | None) -> Architecture:
+    """Find the family of mixtures that a dense model becomes.
+
+    Args:
+        name: Name that the user gave, for messages.
+        raw: Content of its config.json.
+        family: Type of the family that is wanted; ``None`` for the one there is.
+
+    Raises:
+        ValueError: no family continues such a model, or not the one that is wanted.
+    """
+    families, model_type = upcycled_families(), raw.get("model_type")
+    if model_type not in families:
+        *types, last = families
+        moe = "; a mixture of experts cannot be upcycled again" if "expert" in " ".join(raw) else ""
+        raise UserError(
+            f"`src={name}` has model_type {model_type!r}, expected a dense model of type {', '.join(types)} or "
+            f"{last}{moe}. Give one of these"
+        )
+    found = families[model_type]
+    if family not in (None, found.model_type):
+        wanted = architecture_named(str(family))
+        norms = "norms" if wanted.attention_norms(wanted.config()) else "no norms"
+        raise UserError(
+            f"`family={family}`, but `src={name}` has model_type {model_type!r}, which becomes {found.model_type} "
+            f"only: unlike it, {wanted.title} has {norms} of queries and keys. Leave `family` out"
+        )
+    return found
+
+
+def dense_config(name: str, raw: dict[str, Any], architecture: Architecture) -> "PreTrainedConfig":
+    """Turn the content of a config.json into transformers' configuration, or refuse it.
 
     Args:
         name: Name that the user gave, for messages.
         raw: The content.
+        architecture: Family of mixtures that the model becomes.
 
     Returns:
         The config, with rope parameters in transformers 5's form whatever wrote them.
 
     Raises:
-        ValueError: Mixtral cannot express it; the message says what and why.
+        ValueError: the family cannot express it; the message says what and why.
     """
     from transformers import AutoConfig
     from transformers.activations import ACT2FN
 
-    model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
-        moe = "; a mixture of experts cannot be upcycled again" if "expert" in " ".join(raw) else ""
-        raise UserError(
-            f"`src={name}` has model_type {model_type!r}, expected a dense model of type llama or mistral{moe}. "
-            "Give a Llama- or Mistral-architecture model"
-        )
     refused = {
-        "architectures": raw.get("architectures") not in (None, [ARCHITECTURES[model_type]]),
+        "architectures": raw.get("architectures") not in (None, [_class_name(raw["model_type"])]),
         "attention_bias": raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
         "quantization_config": raw.get("quantization_config"),
+        # Qwen's, of some layers only; nothing reads it in other families.
+        "use_sliding_window": raw.get("use_sliding_window") and hasattr(architecture.config, "use_sliding_window"),
         "layer_types": len(set(raw.get("layer_types") or ())) > 1,
         "hidden_act": raw.get("hidden_act", "silu") not in ACT2FN,
     }
     for key in (key for key, present in refused.items() if present):
         raise UserError(
-            f"`src={name}` has {key}={raw[key]!r} in its config, which a Mixtral cannot express. "
-            f"Give a plain, unquantised {ARCHITECTURES[model_type]}"
+            f"`src={name}` has {key}={raw[key]!r} in its config, which a {architecture.title} cannot "
+            f"express. Give a plain, unquantised {_class_name(raw['model_type'])}"
         )
     try:
         config: PreTrainedConfig = AutoConfig.for_model(**raw)
@@ -115,11 +144,18 @@ def dense_config(name: str, raw: dict[str, Any]) -> "PreTrainedConfig":
     return config
 
 
-def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Map the name of every tensor of a dense Llama or Mistral to its shape, in the order of the layers."""
+def _class_name(model_type: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+
+
+def expected_shapes(config: "PreTrainedConfig", architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Map the name of every tensor of a dense model to its shape, in the order of the layers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
+    norms = architecture.attention_norms(config)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -129,6 +165,7 @@ def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
             f"{prefix}self_attn.k_proj.weight": (keys, hidden),
             f"{prefix}self_attn.v_proj.weight": (keys, hidden),
             f"{prefix}self_attn.o_proj.weight": (hidden, queries),
+            **{f"{prefix}self_attn.{norm}.weight": (width,) for norm, width in norms.items()},
             f"{prefix}post_attention_layernorm.weight": (hidden,),
             f"{prefix}mlp.gate_proj.weight": (inner, hidden),
             f"{prefix}mlp.up_proj.weight": (inner, hidden),
@@ -141,19 +178,20 @@ def expected_shapes(config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(
-    name: str, config: "PreTrainedConfig", found: dict[str, tuple[int, ...]]
+    name: str, config: "PreTrainedConfig", architecture: Architecture, found: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Compare the tensors found with those of the architecture, and return the latter.
 
     Args:
         name: Name that the user gave, for messages.
         config: The dense model's.
+        architecture: Family of mixtures that it becomes.
         found: Name → shape of what is there; old folders' ``rotary_emb.inv_freq`` is recomputed and so ignored.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or has no place in a Mixtral (a bias, for instance).
+        ValueError: a tensor is missing, has another shape, or has no place in the family (a bias, for instance).
     """
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, architecture)
     for tensor, shape in expected.items():
         if tensor not in found:
             raise UserError(f"`src={name}`: tensor {tensor!r} is missing. Copy or download the model again")
@@ -165,7 +203,7 @@ def check_tensors(
     for tensor in found:
         if tensor not in expected and not tensor.endswith("rotary_emb.inv_freq"):
             raise UserError(
-                f"`src={name}`: tensor {tensor!r} has no place in a Mixtral (which has no biases and no layers but "
-                f"attention and experts). Give a plain {ARCHITECTURES[config.model_type]}"
+                f"`src={name}`: tensor {tensor!r} has no place in a {architecture.title} (which has no biases and "
+                f"no layers but attention and experts). Give a plain {_class_name(config.model_type)}"
             )
     return expected

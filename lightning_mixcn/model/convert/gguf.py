@@ -1,7 +1,7 @@
-"""Read a GGUF file of a dense Llama or Mistral for upcycling, through transformers.
+"""Read a GGUF file of a dense model for upcycling, through transformers.
 
-transformers ignores what it does not know in a GGUF — a Mixtral comes back as a re-initialised Llama, rope factors of
-Llama 3.1 are dropped — so everything in the file is checked against the architecture first.
+transformers ignores what it does not know in a GGUF — a mixture of Llama's kind comes back as a re-initialised Llama,
+rope factors of Llama 3.1 are dropped — so everything in the file is checked against the architecture first.
 """
 
 import importlib.util
@@ -13,23 +13,31 @@ from typing import Any
 import torch
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.model.architectures import Architecture
 
 from .dense import (
-    ARCHITECTURES,
     DenseSource,
     check_tensors,
+    continued_by,
     dense_config,
 )
 
 _TENSOR = re.compile(
-    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
+    r"(token_embd|output_norm|output|blk\.\d+\.(attn_((?P<norm>[qk]_norm)|norm|q|k|v|output)|ffn_(norm|gate|up|down)))"
+    r"\.weight"
 )
+# By architecture, what transformers takes instead of reading it from the file.
+_UNREAD: dict[str, dict[str, Any]] = {
+    "llama": {"rope.scaling.type": "none"},
+    "mistral": {"rope.scaling.type": "none"},
+    "qwen3": {"rope.scaling.type": "none", "attention.key_length": 128},
+}
 
 # GGUF's name → transformers'
 _SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
-def open_gguf(path: Path) -> DenseSource:
+def open_gguf(path: Path, family: str | None) -> DenseSource:
     """Dequantise a GGUF file into float32 on the CPU. See `open_dense` for what it raises."""
     if not path.is_file():
         raise MissingFileError(f"`src={path}` is not there. Give a .gguf file or a Hugging Face folder")
@@ -37,7 +45,7 @@ def open_gguf(path: Path) -> DenseSource:
         raise ModuleNotFoundError(
             f"`src={path}` is a GGUF file, which takes the package gguf to read: pip install 'lightning_mixcn[demo]'"
         )
-    special_ids = _check_content(path)
+    architecture, special_ids = _check_content(path, family)
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(  # typed as the model alone
@@ -48,25 +56,27 @@ def open_gguf(path: Path) -> DenseSource:
     if missing:  # it would have drawn them at random
         raise UserError(f"`src={path}`: tensors {missing[:3]} are missing or do not fit. Download the file again")
     raw = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    config = dense_config(str(path), raw)
+    config = dense_config(str(path), raw, architecture)
     tensors = dict(model.state_dict())
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return DenseSource(
         name=str(path),
         config=config,
-        shapes=check_tensors(str(path), config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}),
+        architecture=architecture,
+        shapes=check_tensors(str(path), config, architecture, shapes),
         dtype=torch.float32,
         read=tensors.__getitem__,
         save_tokenizer=lambda out: _save_tokenizer(path, special_ids, out),
     )
 
 
-def _check_content(path: Path) -> dict[str, int]:
+def _check_content(path: Path, family: str | None) -> tuple[Architecture, dict[str, int]]:
     """Refuse what transformers would misread: other architectures, experts, biases, scaled rope.
 
     Returns:
-        transformers' name → id of each special token that the file declares.
+        The family of mixtures, and transformers' name → id of each special token that the file declares.
     """
     from gguf import GGUFReader
 
@@ -80,19 +90,24 @@ def _check_content(path: Path) -> dict[str, int]:
     except (ValueError, IndexError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"`src={path}` is truncated or damaged ({reason}). Download it again") from error
-    architecture = fields["general.architecture"].contents() if "general.architecture" in fields else None
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"`src={path}` has the architecture {architecture!r}, expected llama or mistral")
-    scaling = fields.get(f"{architecture}.rope.scaling.type")
-    unknown = [f"rope.scaling.type={scaling.contents()}"] if scaling and scaling.contents() != "none" else []
-    unknown += [name for name in names if not _TENSOR.fullmatch(name)]
+    kind: Any = fields["general.architecture"].contents() if "general.architecture" in fields else None
+    architecture = continued_by(str(path), {"model_type": kind}, family)  # dense models have one name in both
+    held = {key: fields[f"{kind}.{key}"].contents() for key in _UNREAD[kind] if f"{kind}.{key}" in fields}
+    unknown = [f"{key}={value}" for key, value in held.items() if value != _UNREAD[kind][key]]
+    unknown += [name for name in names if not _fits(name, architecture)]
     if unknown:
         raise UserError(
             f"`src={path}` holds {unknown[0]}, which transformers does not read from a GGUF of this architecture or a "
-            "Mixtral cannot express. Give the model's Hugging Face folder, if it is a plain Llama or Mistral"
+            f"{architecture.title} cannot express. Give the model's Hugging Face folder, if it is a plain {kind}"
         )
     keys = {name: f"tokenizer.ggml.{key}_token_id" for key, name in _SPECIAL_TOKENS.items()}
-    return {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
+    return architecture, {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
+
+
+def _fits(name: str, architecture: Architecture) -> bool:
+    found = _TENSOR.fullmatch(name)
+    norms = architecture.attention_norms(architecture.config())
+    return found is not None and (found["norm"] is None or found["norm"] in norms)
 
 
 def _save_tokenizer(path: Path, special_ids: dict[str, int], out: Path) -> None:

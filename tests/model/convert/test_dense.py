@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lightning_mixcn.model.convert.upcycle import open_dense
 
@@ -62,7 +62,7 @@ def test_names_and_tensors(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2', expected a dense model of type llama or mistral. Give"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2', expected a dense model of type llama, mistral or qwen3. Give"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts cannot be upcycled again"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
@@ -90,6 +90,35 @@ def test_configs_that_mixtral_cannot_express(folder: Path, changes: dict[str, ob
 def test_a_bias_that_the_config_does_not_declare(folder: Path) -> None:
     edit_weights(folder, model__layers__0__self_attn__q_proj__bias=torch.zeros(32))
     assert "'model.layers.0.self_attn.q_proj.bias' has no place in a Mixtral" in refusal(folder)
+
+
+@pytest.fixture
+def qwen3(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12)).save_pretrained(tmp_path / "qwen3")
+    return tmp_path / "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window=True in its config, which a Qwen3-MoE cannot express"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"head_dim": 8}, r"'model.layers.0.self_attn.q_proj.weight' has shape \[48, 32\], its config says \[32, 32\]"),
+        ({"model_type": "mistral", "architectures": None}, r"self_attn.[qk]_norm.weight' has no place in a Mixtral"),
+    ],
+)
+def test_configs_that_qwen3_moe_cannot_express(qwen3: Path, changes: dict[str, object], message: str) -> None:
+    assert open_dense(qwen3).shapes["model.layers.1.self_attn.k_norm.weight"] == (12,)
+    edit_config(qwen3, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_dense(qwen3)
+    assert "\n" not in str(caught.value)
+
+
+def test_norms_that_are_missing(qwen3: Path) -> None:
+    edit_weights(qwen3, remove="model.layers.1.self_attn.q_norm.weight")
+    assert "'model.layers.1.self_attn.q_norm.weight' is missing" in refusal(qwen3)
 
 
 def test_a_missing_tensor(folder: Path) -> None:

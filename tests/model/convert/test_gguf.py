@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lightning_mixcn.model.convert.upcycle import open_dense, upcycle
 
@@ -30,28 +37,42 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+}
+
 
 def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+
+
+def tiny_qwen3(tied: bool = False, head_dim: int = 128) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=head_dim, tie_word_embeddings=tied))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+    return model
+
+
+TINY: dict[str, Callable[[bool], Any]] = {"llama": tiny_llama, "qwen3": tiny_qwen3}
 
 
 def gguf_name(name: str) -> str:
@@ -85,10 +106,15 @@ def add_tokenizer(writer: Any) -> None:
 
 
 def write_gguf(
-    path: Path, model: LlamaForCausalLM, architecture: str = "llama", q8: bool = False, edit: Edit | None = None
+    path: Path,
+    model: LlamaForCausalLM | Qwen3ForCausalLM,
+    architecture: str | None = None,
+    q8: bool = False,
+    edit: Edit | None = None,
 ) -> Path:
     config: Any = model.config  # its optional fields are set
-    writer = gguf.GGUFWriter(path, architecture)
+    permutes = config.model_type == "llama"
+    writer = gguf.GGUFWriter(path, architecture or config.model_type)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -98,14 +124,18 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    if permutes:
+        writer.add_rope_dimension_count(config.head_dim)
+    else:  # by its name the converter writes these for every model that has a head_dim
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     add_tokenizer(writer)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for kind, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            tensor = interleaved(tensor, heads) if kind in name else tensor
+            tensor = interleaved(tensor, heads) if permutes and kind in name else tensor
         array = tensor.float().numpy().astype(np.float32)
         if q8 and array.ndim == 2:
             blocks = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
@@ -121,9 +151,10 @@ def write_gguf(
     return path
 
 
+@pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("tied", [False, True])
-def test_float_tensors_come_back_as_they_were(tmp_path: Path, tied: bool) -> None:
-    model = tiny_llama(tied)
+def test_float_tensors_come_back_as_they_were(tmp_path: Path, tied: bool, kind: str) -> None:
+    model = TINY[kind](tied)
     source = open_dense(write_gguf(tmp_path / "tiny.gguf", model))
     expected = model.state_dict()
     if tied:
@@ -144,15 +175,18 @@ def test_q8_tensors_are_dequantised(tmp_path: Path) -> None:
         assert (source.read(name) - tensor).abs().max() <= tensor.abs().max() * (0.5 / 127 + 1e-3)
 
 
+@pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("q8", [False, True])
-def test_upcycled_logits_are_the_dense_models(tmp_path: Path, q8: bool) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), q8=q8)
+def test_upcycled_logits_are_the_dense_models(tmp_path: Path, q8: bool, kind: str) -> None:
+    original = TINY[kind](False)
+    path = write_gguf(tmp_path / "tiny.gguf", original, q8=q8)
     upcycle(path, tmp_path / "moe", num_experts=4)
     input_ids = torch.randint(0, 260, (2, 24), generator=torch.Generator().manual_seed(1))
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
-    moe = MixtralForCausalLM.from_pretrained(tmp_path / "moe")
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert moe.config.model_type == {"llama": "mixtral", "qwen3": "qwen3_moe"}[kind]
     with torch.no_grad():
-        expected = dense(input_ids).logits if q8 else tiny_llama()(input_ids).logits
+        expected = (dense if q8 else original)(input_ids).logits
         assert (moe(input_ids).logits - expected).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "moe")("hello").input_ids == [259, 2 + ord("l"), 2 + ord("o")]
 
@@ -180,6 +214,7 @@ def test_saved_tokenizer_gives_the_ids_of_transformers_gguf_tokenizer(tmp_path: 
             lambda writer: writer.add_tensor("blk.0.ffn_gate_exps.weight", np.ones((2, 4, 4), np.float32)),
             "ffn_gate_exps",
         ),
+        (lambda writer: writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32)), "blk.0.attn_q_norm"),
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type=yarn"),
     ],
 )
@@ -190,9 +225,21 @@ def test_what_transformers_would_drop_is_refused(tmp_path: Path, edit: Edit, fou
     assert "\n" not in str(caught.value)
 
 
+def test_another_width_of_a_head_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_qwen3(head_dim=32))
+    with pytest.raises(ValueError, match=r"holds attention.key_length=32, which .* if it is a plain qwen3"):
+        open_dense(path)
+
+
+def test_the_other_family_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_qwen3())
+    with pytest.raises(ValueError, match=r"`family=mixtral`, but .*which becomes qwen3_moe only"):
+        open_dense(path, "mixtral")
+
+
 def test_other_architectures(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), architecture="qwen2")
-    with pytest.raises(ValueError, match="architecture 'qwen2', expected llama or mistral"):
+    with pytest.raises(ValueError, match="model_type 'qwen2', expected a dense model of type llama, mistral or qwen3"):
         open_dense(path)
 
 

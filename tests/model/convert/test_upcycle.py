@@ -3,7 +3,7 @@
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,10 +16,18 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
+from lightning_mixcn.model import load_moe
+from lightning_mixcn.model.architectures import (
+    MODEL_TYPES,
+    Architecture,
+    UpcycledFamily,
+    architecture_named,
+    upcycled_families,
+)
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.writer import ShardWriter
 from lightning_mixcn.model.convert import upcycle as upcycle_module
@@ -56,14 +64,24 @@ VARIANTS: dict[str, tuple[Any, Any]] = {
     "llama-gelu": (LlamaForCausalLM, LlamaConfig(**SIZES, hidden_act="gelu")),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
     "mistral-window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=5, head_dim=12)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=12, rms_norm_eps=1e-3)),
+    "qwen3-tied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=20, tie_word_embeddings=True, sliding_window=4)),
 }
 
 
 def make_dense(folder: Path, variant: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
     torch.manual_seed(0)
     architecture, config = VARIANTS[variant]
-    architecture(config).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    model = architecture(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):  # ones would not tell the two apart, nor their order
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def family_of(variant: str) -> Architecture:
+    return architecture_named("qwen3_moe" if variant.startswith("qwen3") else "mixtral")
 
 
 def logits(folder: Path, **options: Any) -> Tensor:
@@ -79,8 +97,7 @@ def logits(folder: Path, **options: Any) -> Tensor:
 def test_logits_are_the_dense_models(tmp_path: Path, variant: str) -> None:
     dense = make_dense(tmp_path / "dense", variant)
     upcycle(dense, tmp_path / "moe", num_experts=4)
-    loaded: Any = MixtralForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)  # typed as the model
-    model, report = loaded
+    model, report = family_of(variant).causal_lm.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not any(report.values())
     assert model.dtype == torch.float32
     # The tolerance; logits reach 10. The two chosen weights sum to one but for rounding.
@@ -98,15 +115,21 @@ def test_any_number_of_experts(tmp_path: Path, num_experts: int, num_experts_per
 def test_config_is_kept(tmp_path: Path, variant: str) -> None:
     upcycle(make_dense(tmp_path / "dense", variant), tmp_path / "moe", num_experts=4, num_experts_per_tok=3)
     dense = VARIANTS[variant][1]
-    config = MixtralConfig.from_pretrained(tmp_path / "moe")
+    family = family_of(variant)
+    config = family.config.from_pretrained(tmp_path / "moe")
     for key in upcycle_module._KEPT_SETTINGS:
         assert getattr(config, key) == getattr(dense, key), key
     assert config.rope_parameters == dense.rope_parameters
     assert config.sliding_window == getattr(dense, "sliding_window", None)
-    assert config.architectures == ["MixtralForCausalLM"]
+    assert config.architectures == [family.causal_lm.__name__]
+    assert getattr(config, family.expert_width) == dense.intermediate_size
     assert (config.num_local_experts, config.num_experts_per_tok) == (4, 3)
     assert config.router_aux_loss_coef == 0.02
-    assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "mixtral"
+    written = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert written["model_type"] == family.model_type
+    if variant.startswith("qwen3"):
+        wanted = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 48}
+        assert written | wanted == written
 
 
 def test_names_are_the_original_mixtrals(tmp_path: Path) -> None:
@@ -122,6 +145,58 @@ def test_names_are_the_original_mixtrals(tmp_path: Path) -> None:
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
     assert "lm_head.weight" not in after
     assert len(after) == len(before) + 2 * (3 + 1)
+
+
+def test_names_are_those_of_the_published_qwen3_moe(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", "qwen3-tied")
+    upcycle(dense, tmp_path / "moe", num_experts=2, family="qwen3_moe")
+    before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "moe" / "model.safetensors")
+    kept = {name: tensor for name, tensor in before.items() if ".mlp." not in name}
+    assert len(kept) == len(before) - 2 * 3
+    assert all(torch.equal(after.pop(name), tensor) for name, tensor in kept.items())
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp"
+        assert after.pop(f"{block}.gate.weight").shape == (2, 32)
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            for expert in range(2):
+                found = after.pop(f"{block}.experts.{expert}.{matrix}.weight")
+                assert torch.equal(found, before[f"{block}.{matrix}.weight"])
+    assert not after
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "mistral"])
+def test_what_was_made_is_a_base_like_any_other(tmp_path: Path, variant: str) -> None:
+    dense = make_dense(tmp_path / "dense", variant)
+    upcycle(dense, tmp_path / "moe", num_experts=4, noise=0.1)
+    input_ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = load_moe(tmp_path / "moe", quantization="none", dtype="float32")(input_ids=input_ids).logits
+    torch.testing.assert_close(ours, logits(tmp_path / "moe"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "family", "message"),
+    [
+        ("llama", "qwen3_moe", "'llama', which becomes mixtral only: unlike it, Qwen3-MoE has norms of queries and"),
+        ("qwen3", "mixtral", "'qwen3', which becomes qwen3_moe only: unlike it, Mixtral has no norms of queries and"),
+    ],
+)
+def test_the_other_family_is_refused(tmp_path: Path, variant: str, family: Any, message: str) -> None:
+    dense = make_dense(tmp_path / "dense", variant)
+    with pytest.raises(ValueError, match=f"`family={family}`, but .*{message}") as caught:
+        upcycle(dense, tmp_path / "moe", family=family)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [dense]
+
+
+def test_records_name_the_families_that_are_offered() -> None:
+    families = {name: architecture_named(name) for name in MODEL_TYPES}
+    assert {name for name, family in families.items() if family.dense} == set(get_args(UpcycledFamily))
+    assert {name: family.model_type for name, family in upcycled_families().items()} == {
+        "llama": "mixtral",
+        "mistral": "mixtral",
+        "qwen3": "qwen3_moe",
+    }
 
 
 def test_routers_are_normal_and_differ(tmp_path: Path) -> None:
@@ -219,6 +294,7 @@ def test_interrupted_upcycling_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be between"),
         ({"noise": -0.1}, "`noise` must be a finite number of standard deviations, 0 or more, not -0.1"),
         ({"noise": float("nan")}, "`noise` must be"),
+        ({"family": "olmoe"}, "`family` must be mixtral or qwen3_moe or null, not 'olmoe'"),
         ({"dtype": "int8"}, "`dtype` must be float32, float16, bfloat16 or null, not 'int8'"),
     ],
 )
