@@ -1,13 +1,14 @@
 """Record in a file which base something was made from: PEFT's own configuration has a path, but no content."""
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import InUseError, UserError
-from lightning_mixcn.files.atomic import write_json, write_text
+from lightning_mixcn.files.atomic import remove_leftovers, write_json, write_text
 from lightning_mixcn.files.hub import cache_root, public_name
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import TEXT, record
@@ -79,9 +80,10 @@ def write_identity(folder: Path, identity: dict[str, str]) -> None:
                 # Another run notes the same, or no cache folder can be written: a person then says where the base is.
                 with suppress(OSError, InUseError):
                     note.parent.mkdir(parents=True, exist_ok=True)
-                    # Once: what a kill leaves of the last note of a run, no later run of it would remove.
                     if not note.is_file() or note.read_bytes() != os.fsencode(place):
                         write_text(note, place)
+                    else:  # no further writing of it removes what a kill left beside it
+                        remove_leftovers(note.parent, re.escape(note.name))
     write_json(folder / IDENTITY_FILE, named)
 
 

@@ -64,3 +64,15 @@ def test_a_note_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     note.write_bytes(b"\xff")
     write_identity(tmp_path, identity)
     assert note.read_text(encoding="utf-8") == str(tmp_path / "base")
+
+
+def test_what_a_kill_left_beside_a_note_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kill came between the note and the end of its lock: no further writing of the note would remove it."""
+    monkeypatch.setenv("MIXCN_CACHE", str(tmp_path / "cache"))
+    identity = base_identity(Checkpoint(save_tiny_mixtral(tmp_path / "base")))
+    write_identity(tmp_path, identity)
+    (note,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    for left in (".base.lock", ".base.partial", ".other.lock"):
+        note.with_name(left).touch()
+    write_identity(tmp_path, identity)
+    assert {file.name for file in note.parent.iterdir()} == {"base", ".other.lock"}
