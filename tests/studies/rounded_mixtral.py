@@ -1,4 +1,4 @@
-"""A tiny Mixtral of whole superblocks, and stock transformers with weights that bitsandbytes rounded."""
+"""A tiny model of whole superblocks, and stock transformers with weights that bitsandbytes rounded."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,18 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.model.architectures import architecture_named
+from lightning_mixcn.testing import save_tiny_model
 from tests.studies.experts.stock_experts import stock_model
 
 SUPERBLOCK = 16_384
 
 
-def save_whole_superblocks(folder: Path) -> Path:
+def save_whole_superblocks(folder: Path, family: str = "mixtral") -> Path:
     """Every matrix has 128 × 128 weights."""
-    return save_tiny_mixtral(
-        folder, hidden_size=128, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=16
-    )
+    sizes = {"hidden_size": 128, architecture_named(family).expert_width: 128, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 8} | ({} if family == "olmoe" else {"head_dim": 16})
+    return save_tiny_model(folder, family, **sizes)
 
 
 def rounded_stock_model(folder: Path, *, double: bool) -> Any:

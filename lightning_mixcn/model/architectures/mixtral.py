@@ -20,6 +20,7 @@ ARCHITECTURE = Architecture(
     rotary=MixtralRotaryEmbedding,
     auxiliary_loss=load_balancing_loss_func,
     expert_width="intermediate_size",
+    expert_count="num_local_experts",
     block="block_sparse_moe",
     projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     normalises=lambda config: True,
@@ -27,4 +28,6 @@ ARCHITECTURE = Architecture(
     accepted={},
     dense=("llama", "mistral"),
     upcycled={},
+    gguf_pairs=True,
+    llama_cpp={},
 )

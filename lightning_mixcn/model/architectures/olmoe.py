@@ -20,6 +20,7 @@ ARCHITECTURE = Architecture(
     rotary=OlmoeRotaryEmbedding,
     auxiliary_loss=load_balancing_loss_func,
     expert_width="intermediate_size",
+    expert_count="num_experts",
     block="mlp",
     projections={"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
     normalises=lambda config: bool(config.norm_topk_prob),
@@ -30,4 +31,7 @@ ARCHITECTURE = Architecture(
     accepted={"attention_bias": (None, False)},
     dense=(),
     upcycled={},
+    gguf_pairs=False,
+    # convert_hf_to_gguf.py's OlmoeModel writes the epsilon, src/models/olmoe.cpp has the rest.
+    llama_cpp={"norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
 )

@@ -20,6 +20,7 @@ ARCHITECTURE = Architecture(
     rotary=Qwen3MoeRotaryEmbedding,
     auxiliary_loss=load_balancing_loss_func,
     expert_width="moe_intermediate_size",
+    expert_count="num_experts",
     block="mlp",
     projections={"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
     normalises=lambda config: bool(config.norm_topk_prob),
@@ -33,4 +34,6 @@ ARCHITECTURE = Architecture(
     },
     dense=("qwen3",),
     upcycled={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    gguf_pairs=False,
+    llama_cpp={"norm_topk_prob": True, "use_sliding_window": False},  # src/models/qwen3moe.cpp
 )

@@ -27,6 +27,7 @@ class Architecture:
         rotary: transformers' RoPE.
         auxiliary_loss: transformers' load-balancing loss, ``(router logits, E, K, mask)``.
         expert_width: Name of the configuration's width of an expert.
+        expert_count: Published files' name of the number of experts, which transformers 4 and llama.cpp read.
         block: Name on disk of the mixture in a layer, where each expert's matrices are apart; fused it is ``mlp``.
         projections: Name in memory of an expert's matrix → its name on disk where each is apart.
         normalises: Tells whether the weights of the chosen experts are divided by their sum.
@@ -34,6 +35,8 @@ class Architecture:
         accepted: Key of ``config.json`` → the values that are supported; absent counts as ``None``.
         dense: transformers' types of the dense models whose attention it has, so that it continues them.
         upcycled: Settings of the configuration of a mixture that was made of a dense model.
+        gguf_pairs: Rows of q and k are in pairs in a GGUF, since llama.cpp rotates neighbours in this family.
+        llama_cpp: Settings that llama.cpp has built in for the family, whatever the model's are.
     """
 
     model_type: str
@@ -45,6 +48,7 @@ class Architecture:
     rotary: Any
     auxiliary_loss: Callable[..., Any]
     expert_width: str
+    expert_count: str
     block: str
     projections: Mapping[str, str]
     normalises: Callable[[Any], bool]
@@ -52,6 +56,8 @@ class Architecture:
     accepted: Mapping[str, tuple[Any, ...]]
     dense: tuple[str, ...]
     upcycled: Mapping[str, Any]
+    gguf_pairs: bool
+    llama_cpp: Mapping[str, Any]
 
     @property
     def short_names(self) -> tuple[str, ...]:

@@ -99,7 +99,8 @@ def upcycle(
     source = open_dense(src, family)
     target_dtype = getattr(torch, dtype) if dtype else None
     config = upcycled_config(source, num_experts, num_experts_per_tok, target_dtype or source.dtype)
-    with new_checkpoint(out, config.to_diff_dict()) as writer:
+    settings = config.to_diff_dict() | {source.architecture.expert_count: num_experts}
+    with new_checkpoint(out, settings) as writer:
         total_bytes = _expected_bytes(source, num_experts, target_dtype or source.dtype)
         writer.require_free_bytes(total_bytes)
         source.save_tokenizer(writer.folder)

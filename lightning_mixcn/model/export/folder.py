@@ -28,20 +28,23 @@ _DROPPED = ("_name_or_path", "torch_dtype")
 def exported_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return the base's configuration as that of an unquantised model in `dtype`.
 
-    transformers 5 writes ``dtype`` and ``rope_parameters``; transformers 4, vLLM and llama.cpp read ``torch_dtype``
-    and ``rope_theta``, and would silently fall back to a default. Both are written.
+    transformers 5 writes ``dtype``, ``rope_parameters`` and ``num_local_experts``; transformers 4, vLLM and llama.cpp
+    read ``torch_dtype``, ``rope_theta`` and the published name of the latter, and would silently fall back to a
+    default. Both are written.
 
     Args:
         config: Content of the base's ``config.json``.
         dtype: Dtype of the exported weights.
     """
     kept = {key: value for key, value in stock_settings(config).items() if key not in _DROPPED}
-    name = str(dtype).removeprefix("torch.")
+    name, architecture = str(dtype).removeprefix("torch."), architecture_named(kept["model_type"])
     kept |= {
-        "architectures": [architecture_named(kept["model_type"]).causal_lm.__name__],
+        "architectures": [architecture.causal_lm.__name__],
         "dtype": name,
         "torch_dtype": name,
     }
+    if "num_local_experts" in kept:
+        kept.setdefault(architecture.expert_count, kept["num_local_experts"])
     rope = kept.get("rope_parameters") or {}
     if "rope_theta" in rope:
         kept.setdefault("rope_theta", rope["rope_theta"])

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import new_file, scratch_folder
+from lightning_mixcn.model.architectures import architecture_of
+from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 
@@ -27,6 +31,7 @@ def export_gguf(found: ModelSource, out: Path, options: ExportOptions) -> None:
     converter = LlamaCpp(options.llama_cpp, options.outtype or "auto")
     if options.dtype is None and converter.is_finer_than_bfloat16:
         options = replace(options, dtype="float32")
+    check_built_in(model_config(found.base))
     check_tokenizer(found.tokenizer)
     converter.write(out, public_title(found), lambda folder: export_checkpoint(found, folder, options))
 
@@ -91,6 +96,21 @@ def _find(folder: str | None, program: str) -> Path:
         f"llama.cpp's {program} is not {where}. Give a checkout of github.com/ggml-org/llama.cpp with `--llama_cpp "
         "FOLDER` (or the environment variable LLAMA_CPP), or export with `--format hf` and convert elsewhere"
     )
+
+
+def check_built_in(config: PreTrainedConfig) -> None:
+    """Refuse a model that llama.cpp would load and compute otherwise, or not load at all.
+
+    Raises:
+        ValueError: a setting is not the one that llama.cpp has built in for the family.
+    """
+    architecture = architecture_of(config)
+    for key, value in architecture.llama_cpp.items():
+        if getattr(config, key, value) != value:
+            raise UserError(
+                f"the model has {key}={getattr(config, key)!r}, but llama.cpp computes every {architecture.title} with "
+                f"{key}={value!r}. Export with `--format hf`"
+            )
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A GGUF file of a Mixtral: its sizes, how far its weights are from a checkpoint's, and its likelihood of text.
+"""A GGUF file of a mixture: its sizes, how far its weights are from a checkpoint's, and its likelihood of text.
 
 Everything is read with other people's programs: the package gguf, and llama.cpp through llama-cpp-python.
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.model.architectures import architecture_of
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.layout import StoredWeight
 from lightning_mixcn.model.checkpoints.reading import model_config
@@ -118,6 +119,8 @@ class GGUFFile:
 
     def _rotated_heads(self, entry: StoredWeight) -> int:
         """Count the heads of a projection whose rows llama.cpp orders otherwise; 0 if it does not."""
+        if not architecture_of(self._config).gguf_pairs:
+            return 0
         if entry.name.endswith("q_proj"):
             return int(self._config.num_attention_heads)
         return int(self._config.num_key_value_heads) if entry.name.endswith("k_proj") else 0

@@ -128,7 +128,8 @@ def test_config_is_kept(tmp_path: Path, variant: str) -> None:
     written = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert written["model_type"] == family.model_type
     if variant.startswith("qwen3"):
-        wanted = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 48}
+        wanted: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}
+        wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
         assert written | wanted == written
 
 

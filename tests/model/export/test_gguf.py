@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -15,9 +16,10 @@ from transformers import MixtralForCausalLM
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.files import atomic
+from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.export.gguf import CONVERTER, QUANTIZER
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
 from tests.model.adapters_on_disk import save_adapter
 
 # Writes its arguments and what it was given into the output, as the real ones would write a model.
@@ -148,6 +150,54 @@ def test_full_precision_is_merged_in_full_precision(
         a, b = (factors[f"{prefix}.lora_{name}.weight"].double() for name in "AB")
         expected = base + 2 * b @ a
         torch.testing.assert_close(q_proj.double(), expected, rtol=1e-6 if exact else 4e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("olmoe", {"norm_topk_prob": True}),
+        ("olmoe", {"clip_qkv": 8.0}),
+        ("olmoe", {"rms_norm_eps": 1e-6}),
+        ("olmoe", {"tie_word_embeddings": True}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    llama_cpp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, settings: dict[str, Any]
+) -> None:
+    base = save_tiny_model(tmp_path / "base", family, **settings)
+    ((key, value),) = settings.items()
+    capsys.readouterr()  # transformers' progress
+    arguments = ["export", str(base), str(tmp_path / "out.gguf"), "--format=gguf", f"--llama_cpp={llama_cpp}"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"the model has {key}={value!r}, but llama.cpp computes every {architecture_named(family).title}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_the_converter_is_given_what_it_knows_of_other_families(llama_cpp: Path, tmp_path: Path, family: str) -> None:
+    """Names of the published checkpoints, all of which the package gguf has a place for; byte-level pieces."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    (llama_cpp / CONVERTER).write_text(
+        "import sys, pathlib, shutil\n"
+        "out = sys.argv[sys.argv.index('--outfile') + 1]\n"
+        "shutil.make_archive(out, 'tar', sys.argv[1])\n"
+        "pathlib.Path(f'{out}.tar').rename(out)\n"
+    )
+    base = save_tiny_model(tmp_path / "base", family)
+    out = tmp_path / "out.gguf"
+    assert main(["export", str(base), str(out), "--format=gguf", f"--llama_cpp={llama_cpp}", "--outtype=f32"]) == 0
+    shutil.unpack_archive(out, tmp_path / "merged", "tar")
+    config = json.loads((tmp_path / "merged/config.json").read_text(encoding="utf-8"))
+    assert (config["num_experts"], config["rope_theta"]) == (4, 10000.0)
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[family.replace("_", "")]
+    known = gguf.get_tensor_name_map(arch, 2)
+    names = {name.removesuffix(".weight") for name in load_file(tmp_path / "merged/model.safetensors")}
+    stacked = {re.sub(r"experts\.\d+\.", "experts.", name) for name in names}
+    assert all(known.get_name(name) for name in stacked)
+    assert len(names) - len(stacked) == 2 * 3 * (4 - 1)
 
 
 def full(*_: object, **__: object) -> None:

@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]
 
 
 def stock_model(folder: Path) -> Any:
-    model: Any = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 

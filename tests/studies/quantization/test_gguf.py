@@ -1,4 +1,4 @@
-"""A GGUF file made here with the gguf package, as llama.cpp's converter lays a Mixtral out, and read back."""
+"""A GGUF file made here with the gguf package, as llama.cpp's converter lays each family out, and read back."""
 
 import importlib.util
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_mixcn.model.architectures import MODEL_TYPES
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.studies.quantization import gguf as gguf_file
 from lightning_mixcn.studies.quantization.gguf import GGUFFile
@@ -22,9 +23,13 @@ import gguf
 ROUNDED = 2 * (4 + 3 * 4) * 128 * 128
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_whole_superblocks(tmp_path_factory.mktemp("whole") / "base")
+# llama.cpp's names. Its converter permutes q and k of the first alone (conversion/llama.py, olmo.py and qwen.py).
+ARCHITECTURES = {"mixtral": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3moe"}
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_whole_superblocks(tmp_path_factory.mktemp("whole") / "base", request.param)
 
 
 @pytest.fixture
@@ -40,36 +45,48 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def tensors_of(base: Path) -> dict[str, np.ndarray]:
-    state = {name: tensor.float().numpy() for name, tensor in stock_model(base).state_dict().items()}
-    found = {"token_embd": state["model.embed_tokens.weight"], "output_norm": state["model.norm.weight"]}
-    found["output"] = state["lm_head.weight"]
-    for layer in range(2):
-        of, to = f"model.layers.{layer}", f"blk.{layer}"
-        for name in ("q", "k", "v"):
-            weight = state[f"{of}.self_attn.{name}_proj.weight"]
-            found[f"{to}.attn_{name}"] = weight if name == "v" else permuted(weight, 8)
-        found[f"{to}.attn_output"] = state[f"{of}.self_attn.o_proj.weight"]
-        found[f"{to}.attn_norm"] = state[f"{of}.input_layernorm.weight"]
-        found[f"{to}.ffn_norm"] = state[f"{of}.post_attention_layernorm.weight"]
-        found[f"{to}.ffn_gate_inp"] = state[f"{of}.mlp.gate.weight"]
-        gate_up = state[f"{of}.mlp.experts.gate_up_proj"]
-        found[f"{to}.ffn_gate_exps"], found[f"{to}.ffn_up_exps"] = gate_up[:, :128], gate_up[:, 128:]
-        found[f"{to}.ffn_down_exps"] = state[f"{of}.mlp.experts.down_proj"]
+    """Names are those that the gguf package gives the tensors of a published checkpoint."""
+    model = stock_model(base)
+    architecture = ARCHITECTURES[model.config.model_type]
+    known = gguf.get_tensor_name_map({name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture], 2)
+    found = {}
+    for name, values in split_experts(model.state_dict()).items():
+        if architecture == "llama" and name.endswith((".q_proj", ".k_proj")):
+            values = permuted(values, 8)
+        found[str(known.get_name(name))] = values
+    assert "None" not in found
+    return found
+
+
+def split_experts(state: dict[str, Any]) -> dict[str, np.ndarray]:
+    found = {}
+    for name, tensor in state.items():
+        values = tensor.float().numpy()
+        if name.endswith("gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            found[f"{prefix}gate_proj"], found[f"{prefix}up_proj"] = values[:, :128], values[:, 128:]
+        else:
+            found[name.removesuffix(".weight")] = values
     return found
 
 
 def save_gguf(base: Path, file: Path, kind: Any = gguf.GGMLQuantizationType.F32) -> Path:
     """Matrices of one type, the rest in float32; a vocabulary without texts, since ids alone are scored."""
-    writer = gguf.GGUFWriter(file, "llama")
+    config = stock_model(base).config
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(512)
     writer.add_embedding_length(128)
     writer.add_block_count(2)
-    writer.add_feed_forward_length(128)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(128)
     writer.add_head_count(8)
     writer.add_head_count_kv(8)
     writer.add_rope_dimension_count(16)
-    writer.add_rope_freq_base(stock_model(base).config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(stock_model(base).config.rms_norm_eps)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_expert_count(4)
     writer.add_expert_used_count(2)
     writer.add_vocab_size(272)
