@@ -15,7 +15,7 @@ def experts(
     out: Name,
     text: StudyText,
     tasks: Sequence[str] = (),
-    mode: Literal["mask", "zero", "both"] = "mask",
+    mode: Literal["mask", "zero", "both", "saliency"] = "mask",
     limit: Documents | None = None,
     num_fewshot: Examples | None = None,
     data_dir: Name | None = None,
@@ -25,23 +25,25 @@ def experts(
 
     The cost, for each mode, is about half of layers × experts forward passes over all tokens. Mixtral-8x7B (32 × 8, 26
     GFLOP a token) over 2 sources of 32,768 tokens: 65,536 × 256 × 26e9 / 2 = 2.2e17 FLOP, by arithmetic 18 minutes at
-    200 TFLOP/s. The plan is printed before work starts. A pass runs up to micro_batch_size times the number of experts
-    rows together. In 16 bits, changes below 0.001 are rounding.
+    200 TFLOP/s; OLMoE-1B-7B (16 × 64, 2.5 GFLOP) 8.6e16 FLOP and 7 minutes, Qwen3-30B-A3B (48 × 128, 6.9 GFLOP) 1.5e18
+    FLOP and 2.1 hours. Mode saliency is one pass: 1.7e15, 1.6e14 and 4.5e14 FLOP. The cost is printed before work
+    starts. A pass runs up to 8 × micro_batch_size rows together. In 16 bits, changes below 0.001 are rounding.
 
     Args:
         src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder.
         out: Folder to make: experts.csv (change of bits per byte of each expert and source, with a 95 % bootstrap
-            interval over documents), differences.csv (between sources), accuracy.csv (change of accuracy of each expert
-            and task), routing and co-activation and similarity of experts (.csv), pictures (.png), ranking.txt, and
-            experts.json (settings, base figures, cost). Until it is whole, its parts are in the hidden folder
-            .OUT.unfinished beside it.
+            interval over documents, and saliency), differences.csv (between sources), accuracy.csv (change of accuracy
+            of each expert and task), routing and co-activation and similarity of experts (.csv), pictures (.png),
+            ranking.txt, and experts.json (settings, base figures, cost). Until it is whole, its parts are in the hidden
+            folder .OUT.unfinished beside it.
         text: Texts of the study.
         tasks: Multiple choice of lm-evaluation-harness (extra `[eval]`), tasks or groups, e.g. ceval-valid: accuracy
             without each expert, judged by the harness. Prompts cost what as many tokens of text cost: C-Eval's 1,346
             questions of 700 tokens with 5 examples, 3.1e18 FLOP for each mode, 4.4 hours at 200 TFLOP/s. Choices that
             are one letter share their prompt; longer ones are a row each.
         mode: ``mask``, the expert cannot be chosen and another takes its place; ``zero``, its output is dropped, the
-            other's weight stays; ``both``.
+            others' weights stay; ``both``; ``saliency``, none is disabled: the mean over an expert's tokens of router
+            weight × L2 norm of its output (REAP, arXiv 2510.13999), which the other modes write, too.
         limit: Documents of each task, the first ones; less than 1 is a share of them.
         num_fewshot: Examples in a prompt of a task; null is each task's own number.
         data_dir: Folder with the tasks' data, as `mixcn evaluate` takes it; null takes it from the hub.

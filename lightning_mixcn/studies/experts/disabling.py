@@ -2,8 +2,8 @@
 
 For a batch the residual stream at each layer's input is computed once. A layer with an expert disabled costs next to
 nothing (see `ablated_layer`), so what is left is the layers above it: on average half of the model. They run for
-several experts of one layer in one pass, so 4-bit weights are decoded once for all of them. A row in which no token
-chose the expert is as it was, and is not run.
+several experts of one layer in one pass, so 4-bit weights are decoded once for all of them. A row of which no token is
+routed otherwise is as it was, and is not run.
 
 Legend: B rows, S positions of a row, T = B·S tokens, H hidden, E experts, n rows of a pass.
 """
@@ -45,9 +45,10 @@ def disabled_routing(
 ) -> tuple[Tensor, Tensor]:
     """Route tokens as if an expert were disabled.
 
-    ``mask``: its logit is −∞ before the softmax, so another expert takes its place, and where the weights of the chosen
-    ones sum to 1 they do again. ``zero``: its weight is 0 and nothing takes its place, so its output is dropped and the
-    weights of the others stay as they were. A token that did not choose the expert is routed as before in both modes.
+    ``mask``: its logit is −∞ before the softmax, as if router and layer did not have it, so another expert takes its
+    place. Where the weights of the chosen ones sum to 1 they do again; where they do not, they are shares of all
+    experts, and without one of these they grow for every token. ``zero``: its weight is 0 and nothing takes its place,
+    so its output is dropped and the weights of the others stay as they were. Any other token is routed as before.
 
     Args:
         logits_TE: ``[T, E]`` router logits, any float dtype.
@@ -67,6 +68,8 @@ def disabled_routing(
     masked_TE = logits_TE.float().clone()
     masked_TE[:, disabled.expert] = -torch.inf
     new_TK, new_index_TK = choose_experts(masked_TE, top_k, normalises=normalises)
+    if not normalises:
+        return new_TK, new_index_TK
     chose_it_T1 = is_disabled_TK.any(dim=1, keepdim=True)
     weights_TK = torch.where(chose_it_T1, new_TK, weights_TK)
     return weights_TK, torch.where(chose_it_T1, new_index_TK, index_TK)
@@ -112,7 +115,7 @@ def disabled_expert(model: nn.Module, layer: int, disabled: DisabledExpert) -> I
 
 
 class Reroute(NamedTuple):
-    """The tokens that chose a disabled expert, and what becomes of them.
+    """The tokens that are routed otherwise without a disabled expert, and how.
 
     Args:
         tokens: int64 ``[n]``, their places in the batch.
@@ -129,7 +132,8 @@ class AblatedLayer:
     """A decoder layer that has run on a batch, and what it would have given without some expert.
 
     Each expert's result for a token is kept until all variants are made, so ``zero`` costs no product, and ``mask`` one
-    expert for each token: whichever of its K experts is masked, the same next one takes the place.
+    expert for each token: whichever of its K experts is masked, the same next one takes the place. Without variants the
+    layer computes what the expert block computes, in the same order.
 
     Args:
         layer: A decoder layer of a `MoeForCausalLM`.
@@ -152,11 +156,14 @@ class AblatedLayer:
         self.input_TH = layer.post_attention_layernorm(self._residual_BSH).flatten(0, 1)
         logits_TE, weights_TK, index_TK = layer.mlp.gate(self.input_TH)
         needed_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, index_TK, True)
-        self.reroutes = []
+        self.reroutes, normalises = [], layer.mlp.gate.normalises
         for variant in disabled:
-            tokens_n = (index_TK == variant.expert).any(dim=1).nonzero().flatten()
+            changed_T = (index_TK == variant.expert).any(dim=1)
+            if variant.mode == "mask" and not normalises:
+                changed_T.fill_(True)
+            tokens_n = changed_T.nonzero().flatten()
             chosen = logits_TE[tokens_n], weights_TK[tokens_n], index_TK[tokens_n]
-            routing = disabled_routing(*chosen, variant, normalises=layer.mlp.gate.normalises)
+            routing = disabled_routing(*chosen, variant, normalises=normalises)
             self.reroutes.append(Reroute(tokens_n, *routing))
             needed_TE[tokens_n[:, None], routing[1]] = True
         token_P, expert_P = needed_TE.nonzero(as_tuple=True)
@@ -165,15 +172,31 @@ class AblatedLayer:
         self._results_PH = _run_pairs(layer.mlp.experts, self.input_TH[token_P], expert_P)
         self.computed_rows = len(token_P)
         everything_T = torch.arange(len(index_TK), device=index_TK.device)
-        self._output_TH = self._sum(Reroute(everything_T, weights_TK, index_TK))
+        self._routed = Reroute(everything_T, weights_TK, index_TK)
+        self._output_TH = self._sum(self._routed)
 
     def output(self) -> Tensor:
         """Return the residual stream after the layer as it is, ``[B, S, H]``."""
         hidden_BSH: Tensor = self._residual_BSH + self._output_TH.view_as(self._residual_BSH)
         return hidden_BSH
 
+    def saliency(self) -> Tensor:
+        """Return what each expert adds to a token, routing weight · L2 norm of its result.
+
+        Its mean over an expert's tokens is REAP's saliency: Lasby et al. 2025, https://arxiv.org/abs/2510.13999, eq. 9.
+
+        Returns:
+            float64 ``[T, E]``, 0 where a token did not choose the expert.
+        """
+        chosen_TK, weights_TK = self._routed.chosen, self._routed.weights.double()
+        norm_P = torch.linalg.vector_norm(self._results_PH, dim=1, dtype=torch.float32)
+        norm_TK = norm_P[self._pair_TE.gather(1, chosen_TK)].double()
+        saliency_TE: Tensor = norm_TK.new_zeros(self._pair_TE.shape)
+        saliency_TE.scatter_(1, chosen_TK, weights_TK * norm_TK)
+        return saliency_TE
+
     def changed_rows(self, number: int, real_BS: Tensor) -> Tensor:
-        """Return rows of the batch, int64 ascending, that have a token which chose the expert.
+        """Return rows of the batch, int64 ascending, that have a token which is routed otherwise.
 
         Args:
             number: Index in ``disabled``.
@@ -240,6 +263,10 @@ def _run_pairs(experts: Any, input_PH: Tensor, expert_P: Tensor) -> Tensor:
 
 Batch = dict[str, Tensor]
 
+# Enough that decoding 4-bit weights is little beside their products. A pass with all of 128 experts would need as many
+# times the memory of a batch.
+BATCHES_PER_PASS = 8
+
 
 class DisabledPasses:
     """Runs a model with each expert of a layer disabled, batch by batch.
@@ -247,10 +274,10 @@ class DisabledPasses:
     Args:
         model: A model of `load_moe` or the PeftModel around it, in evaluation mode.
         modes: Ways of disabling experts.
-        micro_batch_size: Rows of a batch; a pass through the layers above runs at most E times as many.
+        micro_batch_size: Rows of a batch; a pass through the layers above runs up to `BATCHES_PER_PASS` times as many.
 
     Attributes:
-        base: The Mixtral inside.
+        base: The `MoeForCausalLM` inside.
         variants: Experts that are disabled in each layer, one at a time.
         num_layers: Number of the model's layers.
         num_experts: E.
@@ -264,7 +291,7 @@ class DisabledPasses:
         self.num_layers: int = self.base.config.num_hidden_layers
         self.num_experts: int = self.base.config.num_local_experts
         self.variants = [DisabledExpert(mode, expert) for mode in modes for expert in range(self.num_experts)]
-        self.rows_per_pass = micro_batch_size * self.num_experts
+        self.rows_per_pass = micro_batch_size * BATCHES_PER_PASS
         self.forward = ForwardFlops.of(model)
 
     def on_device(self, batch: Batch) -> Batch:
@@ -281,12 +308,15 @@ class DisabledPasses:
         normed_BSH: Tensor = self.base.model.norm(hidden_BSH)
         return normed_BSH
 
-    def layers(self, batch: Batch, wanted: Sequence[int]) -> Iterator[tuple[int, AblatedLayer]]:
-        """Run the model up to the highest wanted layer, and give those that are wanted with all their variants.
+    def layers(
+        self, batch: Batch, wanted: Sequence[int], variants: Sequence[DisabledExpert]
+    ) -> Iterator[tuple[int, AblatedLayer]]:
+        """Run the model up to the highest wanted layer, and give those that are wanted.
 
         Args:
             batch: ``input_ids``, ``position_ids`` int64 ``[B, S]``, on the model's device.
             wanted: Numbers of the layers, ascending.
+            variants: Experts to disable in these, one at a time.
 
         Yields:
             Number of a layer, and the layer as it ran.
@@ -294,9 +324,9 @@ class DisabledPasses:
         hidden_BSH = self.base.model.embed_tokens(batch["input_ids"])
         arguments = layer_arguments(self.base, batch["position_ids"])
         for number in range(max(wanted, default=-1) + 1):
-            variants = self.variants if number in wanted else []
-            layer = AblatedLayer(self.base.model.layers[number], hidden_BSH, arguments, variants)
-            if variants:
+            is_wanted = number in wanted
+            layer = AblatedLayer(self.base.model.layers[number], hidden_BSH, arguments, variants if is_wanted else ())
+            if is_wanted:
                 yield number, layer
             hidden_BSH = layer.output()
 

@@ -70,7 +70,7 @@ class StudyFlops:
     Args:
         forward: The model's costs.
         num_experts: E.
-        num_modes: Number of modes that are studied.
+        num_modes: Number of modes of disabling that are studied.
         has_mask: True if one of them is ``mask``, which computes one more expert a token.
         sample_tokens: Tokens of a batch that all experts of a layer compute, to compare their outputs.
     """
@@ -92,8 +92,8 @@ class StudyFlops:
         return self.forward.layer(layer, tokens, pairs, rows) + copies * self.forward.above(layer, tokens, pairs)
 
     def planned(self, tokens: int, pairs: int) -> int:
-        """Count the whole batch."""
-        layers = range(len(self.forward.token))
+        """Count the whole batch; without modes nothing but the model as it is."""
+        layers = range(len(self.forward.token) if self.num_modes else 0)
         return self.base(tokens, pairs) + sum(self.layer(layer, tokens, pairs) for layer in layers)
 
     def plain(self, tokens: int, pairs: int) -> int:

@@ -1,6 +1,7 @@
 """How much worse a model predicts each document when an expert is disabled, for every expert of every layer.
 
-`DisabledPasses` runs the model without each expert; what is measured here of a row is `_change`, its likelihood.
+`DisabledPasses` runs the model without each expert; what is measured here of a row is `_change`, its likelihood. The
+pass of the model as it is measures what needs nothing else: how experts are used, and their saliency.
 
 Legend: B rows, S positions of a row, T = B·S tokens, H hidden, G sources, L layers, E experts, V variants (mode and
 expert) of a layer, D documents in the batch.
@@ -33,9 +34,9 @@ class ExpertImportance:
 
     Args:
         model: A model of `load_moe` or the PeftModel around it, in evaluation mode.
-        modes: Ways of disabling experts.
+        modes: Ways of disabling experts; none where only the model as it is is measured.
         num_sources: G.
-        micro_batch_size: Rows of a batch; a pass through the layers above runs at most E times as many.
+        micro_batch_size: Rows of a batch, see `DisabledPasses`.
 
     Attributes:
         variants: Experts that are disabled in each layer, one at a time.
@@ -62,8 +63,8 @@ class ExpertImportance:
             ``nll`` float32 ``[B, S]``; of each document in the batch (its number in the evaluation set) ``document``,
             ``source``, ``tokens``, ``bytes`` int64 and ``nats``, ``text_nats`` float64 ``[D]``; of each source and
             layer ``load_counts`` int64 ``[G, L, E]``, ``load_tokens``, ``load_entropy_nats``, ``load_confidence``
-            ``[G, L]``, and ``pairs`` int64 ``[G, L, E, E]``, how many tokens chose both experts; ``flops`` and
-            ``seconds``.
+            ``[G, L]``, ``pairs`` int64 ``[G, L, E, E]``, how many tokens chose both experts, and ``saliency`` float64
+            ``[G, L, E]``, the sum of `AblatedLayer.saliency` over tokens; ``flops`` and ``seconds``.
 
         Raises:
             FloatingPointError: the likelihood is not finite.
@@ -82,19 +83,24 @@ class ExpertImportance:
                 chosen_nE = chosen_TE[group_T == source]
                 pairs_GLEE[source, layer] += (chosen_nE.t() @ chosen_nE).long().cpu()
 
+        saliency_GLE = torch.zeros(shape[:-1], dtype=torch.float64)
+        is_in_GT = group_T == torch.arange(self._num_sources, device=group_T.device)[:, None]
         with observe_routing(self._model, observe):
-            output = self._model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"],
-                document_ids=batch["document_ids"], output_router_logits=False, use_cache=False,
-            )  # fmt: skip
-        scores = score_documents(output.nll, batch)
+            for number, layer in self._passes.layers(batch, range(self.num_layers), variants=()):
+                # A product with zero would keep a NaN of padding.
+                saliency_TE = layer.saliency().where(group_T[:, None] >= 0, 0.0)
+                saliency_GLE[:, number] = (is_in_GT.double() @ saliency_TE).cpu()
+                hidden_BSH = layer.output()
+        base = self._passes.base
+        nll_BS = base.lm_head(base.model.norm(hidden_BSH), batch["labels"])
+        scores = score_documents(nll_BS, batch)
         if not bool(torch.isfinite(scores.nats).all()):
             raise NonFiniteError(
                 "The likelihood of the unchanged model is not finite. Check the checkpoint or the adapter"
             )
         counted = zip(("counts", "tokens", "entropy_nats", "confidence"), load.compute(), strict=True)
         arrays = scores._asdict() | {f"load_{name}": part for name, part in counted}
-        arrays |= {"nll": output.nll, "pairs": pairs_GLEE}
+        arrays |= {"nll": nll_BS, "pairs": pairs_GLEE, "saliency": saliency_GLE}
         flops = self.flops.base(batch["input_ids"].numel(), sum(pairs_of_rows(batch["position_ids"])))
         return _to_numpy(arrays) | _spent(flops, start)
 
@@ -116,7 +122,7 @@ class ExpertImportance:
             FloatingPointError: a likelihood is not finite.
         """
         batch, start = self._passes.on_device(batch), perf_counter()
-        for number, layer in self._passes.layers(batch, layers):
+        for number, layer in self._passes.layers(batch, layers, self.variants):
             yield number, self._measure(number, layer, batch, evaluated, start)
             start = perf_counter()
 

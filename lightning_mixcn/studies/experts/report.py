@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_mixcn.metrics.expert_load import jensen_shannon_bits, load_numbers, shares
 from lightning_mixcn.studies.tables import aligned, write_csv
@@ -21,6 +22,8 @@ from .statistics import Change, Intervals
 from .work import ExpertResults
 
 _PANELS_ACROSS = 8
+# Inches of a panel at most, and experts up to which every one has a tick: those of 64 or 128 would cover each other.
+_WIDEST, _TICKS = 6.4, 16
 
 
 def save_heatmaps(
@@ -41,7 +44,7 @@ def save_heatmaps(
     """
     num_layers, num_experts = next(iter(panels.values())).shape
     lines = -(-len(panels) // columns)
-    width, height = 1.6 + columns * (0.9 + 0.3 * num_experts), 0.9 + lines * (0.9 + 0.2 * num_layers)
+    width, height = 1.6 + columns * (0.9 + min(0.3 * num_experts, _WIDEST)), 0.9 + lines * (0.9 + 0.2 * num_layers)
     figure, axes = _grid(lines, columns, width, height)
     figure.suptitle(title, fontsize="small")
     largest = max(float(np.nanmax(np.abs(values))) for values in panels.values()) or 1.0
@@ -50,8 +53,10 @@ def save_heatmaps(
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("expert")
         axis.set_ylabel("layer")
-        axis.set_xticks(range(num_experts))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.get_major_locator().set_params(integer=True)
+        if num_experts <= _TICKS:
+            axis.set_xticks(range(num_experts))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.colorbar(image, ax=axes, label=unit)
@@ -68,8 +73,8 @@ def save_matrices(path: Path, matrices: NDArray[np.float64], limits: tuple[float
         title: Over all panels.
     """
     columns = min(_PANELS_ACROSS, len(matrices))
-    lines = -(-len(matrices) // columns)
-    figure, axes = _grid(lines, columns, 1.6 + 1.4 * columns, 0.8 + 1.6 * lines)
+    lines, side = -(-len(matrices) // columns), max(1.4, 0.03 * matrices.shape[1])
+    figure, axes = _grid(lines, columns, 1.6 + side * columns, 0.8 + (side + 0.2) * lines)
     figure.suptitle(title, fontsize="small")
     for layer, (axis, values_EE) in enumerate(zip(axes, matrices, strict=False)):
         image = axis.imshow(values_EE, vmin=limits[0], vmax=limits[1], cmap="viridis")
@@ -104,15 +109,67 @@ def write_importance(folder: Path, results: ExpertResults) -> str:
     Returns:
         The ranking.
     """
-    intervals = results.intervals()
-    write_csv(folder / "experts.csv", _expert_lines(results, intervals))
-    write_csv(folder / "differences.csv", _difference_lines(results, intervals))
     write_csv(folder / "routing.csv", _routing_lines(results))
     write_csv(folder / "routing_layers.csv", _routing_layer_lines(results))
     write_csv(folder / "coactivation.csv", _pair_lines(results))
     write_csv(folder / "similarity.csv", _similarity_lines(results))
-    _draw(folder, results, intervals)
-    return ranking(results, intervals)
+    _draw(folder, results)
+    if not results.variants:
+        write_csv(folder / "experts.csv", _saliency_lines(results))
+        return saliency_ranking(results)
+    intervals = results.intervals()
+    write_csv(folder / "experts.csv", _expert_lines(results, intervals))
+    write_csv(folder / "differences.csv", _difference_lines(results, intervals))
+    _draw_changes(folder, results, intervals)
+    return f"{ranking(results, intervals)}\n{saliency_ranking(results)}"
+
+
+def saliency_ranking(results: ExpertResults) -> str:
+    """Rank the experts of the most saliency in their layer, to each source."""
+    blocks, counts_GLE = [], results.loads["load_counts"]
+    for name, tokens_LE, saliency_LE, in_layer_LE in zip(
+        results.names, counts_GLE, results.saliency(), results.saliency_in_layer(), strict=True
+    ):
+        lines = [["layer", "expert", "saliency", "over its layer's mean", "tokens"]]
+        best = np.argsort(-in_layer_LE, axis=None, kind="stable")[:RANKED]
+        for place in zip(*np.unravel_index(best, in_layer_LE.shape), strict=True):
+            numbers = f"{saliency_LE[place]:.4g}", f"{in_layer_LE[place]:.3f}", str(tokens_LE[place])
+            lines.append([*map(str, place), *numbers])
+        title = f"saliency for {name} (REAP): mean over its tokens of router weight × norm of the expert's output"
+        without = int((tokens_LE == 0).sum())
+        end = f"{without} of {tokens_LE.size} experts have no token of {name}: their saliency is 0\n" if without else ""
+        blocks.append(f"{title}\n{aligned(lines, left=())}\n{end}")
+    return "\n".join(blocks)
+
+
+def saliency_figures(results: ExpertResults) -> dict[str, dict[str, Any]]:
+    """Return by source the number of experts without tokens, and how far saliency foretells the changes.
+
+    Returns:
+        ``experts_without_tokens``; and by mode ``rank_correlation_with_change``, Spearman's over the experts of a layer
+        of saliency and change of bits per byte, the mean over the layers.
+    """
+    return {
+        name: {
+            "experts_without_tokens": int((counts_LE == 0).sum()),
+            "rank_correlation_with_change": {
+                mode: _rank_correlation(saliency_LE, _by_expert(part.changed_text_nats.sum(axis=1), mode, results))
+                for mode in _modes(results)
+            },
+        }
+        for name, part, counts_LE, saliency_LE in zip(
+            results.names, results.documents, results.loads["load_counts"], results.saliency(), strict=True
+        )
+    }
+
+
+def _rank_correlation(one_LE: NDArray[np.float64], other_LE: NDArray[np.float64]) -> float:
+    pairs = zip(torch.from_numpy(one_LE), torch.from_numpy(other_LE), strict=True)
+    return float(torch.stack([spearman_corrcoef(*pair) for pair in pairs]).mean())
+
+
+def _modes(results: ExpertResults) -> list[str]:
+    return [mode for mode in MODES if any(variant.mode == mode for variant in results.variants)]
 
 
 def ranking(results: ExpertResults, intervals: Intervals) -> str:
@@ -146,8 +203,7 @@ def _table(title: str, mode: str, results: ExpertResults, change: Change) -> str
 
 def _expert_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
     changes = [intervals.of(source) for source in range(len(results.names))]
-    base = results.base_figures()
-    counts, tokens = results.loads["load_counts"], results.loads["load_tokens"]
+    base, use = results.base_figures(), _Use(results)
     for place, (layer, variant) in enumerate(results.places()):
         for source, name in enumerate(results.names):
             part, before = results.documents[source], float(base[name]["bits_per_byte"])
@@ -163,8 +219,32 @@ def _expert_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict
                 "bits_per_byte_change": change,
                 "change_low_95": float(changes[source].low[place]),
                 "change_high_95": float(changes[source].high[place]),
-                "share_of_tokens": float(counts[source, layer, variant.expert] / tokens[source, layer]),
+                **use.of(source, layer, variant.expert),
             }
+
+
+def _saliency_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
+    use = _Use(results)
+    for layer, expert, source in np.ndindex(results.num_layers, results.weight_cosines.shape[1], len(results.names)):
+        line = {"layer": layer, "expert": expert, "mode": "saliency", "source": results.names[source]}
+        yield line | use.of(source, layer, expert)
+
+
+class _Use:
+    """How a source uses each expert, as columns of ``experts.csv``."""
+
+    def __init__(self, results: ExpertResults) -> None:
+        self._counts_GLE, self._tokens_GL = results.loads["load_counts"], results.loads["load_tokens"]
+        self._saliency_GLE, self._in_layer_GLE = results.saliency(), results.saliency_in_layer()
+
+    def of(self, source: int, layer: int, expert: int) -> dict[str, float | int]:
+        place = source, layer, expert
+        return {
+            "tokens": int(self._counts_GLE[place]),
+            "share_of_tokens": float(self._counts_GLE[place] / self._tokens_GL[source, layer]),
+            "saliency": float(self._saliency_GLE[place]),
+            "saliency_over_layer_mean": float(self._in_layer_GLE[place]),
+        }
 
 
 def _difference_lines(results: ExpertResults, intervals: Intervals) -> Iterator[dict[str, Any]]:
@@ -235,20 +315,18 @@ def _pair_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
 
 def _similarity_lines(results: ExpertResults) -> Iterator[dict[str, Any]]:
     experts = range(results.weight_cosines.shape[1])
+    columns = {"weight_cosine": results.weight_cosines}
+    if results.output_cosines is not None:
+        columns["output_cosine"] = results.output_cosines
     for layer in range(results.num_layers):
         for first, second in combinations(experts, 2):
-            yield {
-                "layer": layer,
-                "expert": first,
-                "other_expert": second,
-                "weight_cosine": float(results.weight_cosines[layer, first, second]),
-                "output_cosine": float(results.output_cosines[layer, first, second]),
-            }
+            line = {"layer": layer, "expert": first, "other_expert": second}
+            yield line | {name: float(cosines[layer, first, second]) for name, cosines in columns.items()}
 
 
-def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
+def _draw_changes(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
     panels: dict[str, NDArray[np.float64]] = {}
-    modes = [mode for mode in MODES if any(variant.mode == mode for variant in results.variants)]
+    modes = _modes(results)
     for mode in modes:
         named = {name: intervals.of(source) for source, name in enumerate(results.names)}
         named |= {
@@ -259,7 +337,16 @@ def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
             panels[f"{name}, {MODE_TITLES[mode]}"] = _by_expert(change.bits_per_byte, mode, results)
     columns = len(panels) // len(modes)
     save_heatmaps(folder / "experts.png", panels, columns, "what a disabled expert adds to the bits per byte")
-    pictures: Sequence[tuple[str, NDArray[np.float64], tuple[float, float], str]] = (
+
+
+def _draw(folder: Path, results: ExpertResults) -> None:
+    panels = {
+        name: in_layer_LE - 1 for name, in_layer_LE in zip(results.names, results.saliency_in_layer(), strict=True)
+    }
+    save_heatmaps(
+        folder / "saliency.png", panels, len(panels), "saliency (REAP) of each expert", "over its layer's mean, less 1"
+    )
+    pictures: Sequence[tuple[str, NDArray[np.float64] | None, tuple[float, float], str]] = (
         ("weight_similarity.png", results.weight_cosines, (0.0, 1.0), "cosine of the experts' weights"),
         ("output_similarity.png", results.output_cosines, (0.0, 1.0), "cosine of the experts' outputs, same tokens"),
         (
@@ -270,7 +357,8 @@ def _draw(folder: Path, results: ExpertResults, intervals: Intervals) -> None:
         ),
     )
     for name, matrices, limits, title in pictures:
-        save_matrices(folder / name, matrices, limits, title)
+        if matrices is not None:
+            save_matrices(folder / name, matrices, limits, title)
 
 
 def _by_expert(change: NDArray[np.float64], mode: str, results: ExpertResults) -> NDArray[np.float64]:

@@ -113,7 +113,7 @@ class RequestScores:
         start, batch, rows = perf_counter(), self._passes.on_device(self._batch(number)), self._batches[number]
         firsts = np.cumsum([0] + [len(row.requests) for row in rows])
         pairs, forward = pairs_of_rows(batch["position_ids"]), self._passes.forward
-        for place, layer in self._passes.layers(batch, layers):
+        for place, layer in self._passes.layers(batch, layers, self._passes.variants):
             scores_VD = np.repeat(evaluated["scores"][None], len(self._passes.variants), axis=0)
             length = batch["input_ids"].shape[1]
             flops = forward.layer(place, batch["input_ids"].numel(), sum(pairs), layer.computed_rows)

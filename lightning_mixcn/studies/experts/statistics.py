@@ -101,8 +101,8 @@ def _bits(nats: Floats, text_bytes: NDArray[np.int64]) -> Floats:
     return result
 
 
-# Elements of each expert's matrix compared at a time, in float32.
-_CHUNK = 2**22
+# Elements of all experts' matrices compared at a time, in float32: 128 MiB.
+_CHUNK = 2**25
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def _cosines(projection: Any, dtype: torch.dtype) -> Tensor:
     matrices_OI = [decode(expert) for expert in range(groups)]
     factors = projection.factors(torch.float32)
     products_EE = torch.zeros(groups, groups, dtype=torch.float64)
-    step = max(1, _CHUNK // columns)
+    step = max(1, _CHUNK // (groups * columns))
     for start in range(0, rows, step):
         part_EOI = torch.stack([matrix[start : start + step].float() for matrix in matrices_OI])
         if factors is not None:

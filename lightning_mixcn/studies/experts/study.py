@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.data.loaders import EvaluationLoader
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_folder
+from lightning_mixcn.metrics.device import PeakRate, peak_rate
 from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.options import ModelOptions
@@ -39,7 +41,7 @@ from .accuracy import (
 )
 from .disabling import MODES, Mode, check_modes
 from .importance import ExpertImportance
-from .report import write_importance
+from .report import saliency_figures, write_importance
 from .requests import RequestScores
 from .statistics import weight_cosines
 from .work import (
@@ -54,21 +56,24 @@ from .work import (
 )
 
 _REPORT, _RANKING = "experts.json", "ranking.txt"
+_MODES: dict[str, tuple[Mode, ...]] = {"both": MODES, "saliency": (), **{mode: (mode,) for mode in MODES}}
 
 
 def study_experts(
     src: str,
     folder: Path,
     text: StudyText,
-    mode: Mode | Literal["both"],
+    mode: Mode | Literal["both", "saliency"],
     options: ModelOptions,
     tasks: Sequence[str],
     limit: float | None,
     num_fewshot: int | None,
     data_dir: str | None,
 ) -> None:
-    """Disable every expert in turn and write what it costs; arguments as in the command ``experts``."""
-    modes: tuple[Mode, ...] = MODES if mode == "both" else (mode,)
+    """Measure every expert's saliency, disable each in turn and write it; arguments as in the command ``experts``."""
+    modes = _MODES[mode]
+    if tasks and not modes:
+        raise UserError(f"`tasks` need a disabled expert, but `mode={mode}` disables none. Use mode mask, zero or both")
     found = find_model(src)
     config = model_config(found.base)
     check_modes(modes, config.num_local_experts, config.num_experts_per_tok)
@@ -94,9 +99,11 @@ def study_experts(
     work = text_work(importance, EvaluationLoader(rows, text.micro_batch_size, num_ranks=1, rank=0))
     asked = ExpertTasks.of(benchmarks, model, tokenizer, limit) if benchmarks else None
     asking = _request_work(asked, model, modes, longest, text.micro_batch_size) if asked else []
-    cost, num_layers = _plan([*work, *asking], importance), importance.num_layers
+    cost = _plan([*work, *asking], importance, mode, peak_rate(place, getattr(torch, options.dtype)))
+    num_layers = importance.num_layers if modes else 0
     compute([*work, *asking], num_layers, parts)
-    cosines = [weight_cosines(model, layer).numpy() for layer in tqdm(range(num_layers), "comparing weights", delay=1)]
+    layers = tqdm(range(importance.num_layers), "comparing weights", delay=1)
+    cosines = [weight_cosines(model, layer).numpy() for layer in layers]
     read, answered = finished(work, num_layers, parts), finished(asking, num_layers, parts)
     results = ExpertResults.of([part.name for part in documents], importance.variants, read, np.stack(cosines))
     accuracies = task_accuracies(asked, answered) if asked else []
@@ -139,15 +146,30 @@ def _request_work(
     return request_work(scores)
 
 
-def _plan(work: Sequence[BatchWork], importance: ExpertImportance) -> dict[str, Any]:
-    """Say what the study costs, beside evaluating the model once for each expert."""
-    cost = planned_flops(work)
-    say(
-        f"{importance.num_layers} layers × {len(importance.variants)} variants on {len(work)} batches: "
-        f"{cost['planned']:.3g} FLOP planned, "
-        f"{cost['planned'] / cost['plain']:.3f} of evaluating the model once for each"
-    )
+def _plan(work: Sequence[BatchWork], importance: ExpertImportance, mode: str, peak: PeakRate) -> dict[str, Any]:
+    """Say what the study costs, in one line."""
+    cost, rate = planned_flops(work), peak.flops_per_second
+    tokens = f"{sum(batch.size[0] for batch in work):,} tokens"
+    source = "measured" if peak.measured else "stated by its maker"
+    what, instead = f"1 forward pass over {tokens}", ""
+    if importance.variants:
+        passes = cost["planned"] / cost["forward_pass"]
+        what = (
+            f"{importance.num_layers} layers × {importance.num_experts} experts disabled over {tokens}, as much as "
+            f"{passes:,.0f} forward passes"
+        )
+        instead = f". `--mode saliency` takes 1, {_amount(cost['forward_pass'], rate)}"
+    at = f"at the device's peak of {rate / 1e12:.2f} TFLOP/s ({source})"
+    say(f"mode {mode}: {what}, {_amount(cost['planned'], rate)} {at}{instead}")
     return cost
+
+
+def _amount(flops: int, rate: float) -> str:
+    """Return operations, and their time at a peak rate."""
+    seconds = flops / rate
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
+    size, unit = next((size, unit) for size, unit in units if seconds >= 2 * size)
+    return f"{flops:.3g} FLOP, at least {seconds / (size or 1):.2g} {unit}"
 
 
 def _finish(
@@ -159,9 +181,14 @@ def _finish(
     cost: dict[str, Any],
 ) -> None:
     """Write the output, all of it in one step."""
-    seconds, plain = cost.pop("seconds"), cost["plain"]
-    flops = cost | {"planned_over_plain": cost["planned"] / plain, "done_over_plain": cost["done"] / plain}
-    report = {"settings": settings, "base": results.base_figures(), "flops": flops, "seconds": seconds}
+    seconds = cost.pop("seconds")
+    report = {
+        "settings": settings,
+        "base": results.base_figures(),
+        "saliency": saliency_figures(results),
+        "flops": cost,
+        "seconds": seconds,
+    }
     if accuracies:
         report["accuracies"] = base_accuracies(accuracies)
     with new_folder(folder) as unfinished:
@@ -172,5 +199,5 @@ def _finish(
         content = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False)
         (unfinished / _REPORT).write_text(content + "\n", encoding="utf-8")
     print(table)
-    done = f"{cost['done']:.3g} FLOP, {flops['done_over_plain']:.3f} of one evaluation for each"
-    say(f"{folder}: {done}, in {seconds:.0f} s")
+    passes = cost["done"] / cost["forward_pass"]
+    say(f"{folder}: {cost['done']:.3g} FLOP, as much as {passes:,.1f} forward passes, in {seconds:.0f} s")

@@ -25,7 +25,7 @@ from .requests import RequestScores
 from .statistics import Intervals, SourceDocuments
 
 Arrays = dict[str, NDArray[Any]]
-_LOADS = ("load_counts", "load_tokens", "load_entropy_nats", "load_confidence", "pairs")
+_LOADS = ("load_counts", "load_tokens", "load_entropy_nats", "load_confidence", "pairs", "saliency")
 
 
 class BatchParts(NamedTuple):
@@ -33,7 +33,7 @@ class BatchParts(NamedTuple):
 
     Args:
         evaluated: Figures of the model as it is.
-        disabled: Figures of each layer.
+        disabled: Figures of each layer; none where no expert is disabled.
     """
 
     evaluated: Arrays
@@ -49,8 +49,8 @@ class ExpertResults:
         variants: Experts that were disabled in each layer.
         documents: Documents of each source; their variants are those of layer 0, then of layer 1 and so on.
         loads: ``load_counts`` ``[G, L, E]``, ``load_tokens``, ``load_entropy_nats``, ``load_confidence`` ``[G, L]`` and
-            ``pairs`` ``[G, L, E, E]``, see `ExpertImportance.evaluate`.
-        output_cosines: float64 ``[L, E, E]``, mean over the sampled tokens.
+            ``pairs`` ``[G, L, E, E]``, ``saliency`` ``[G, L, E]``, see `ExpertImportance.evaluate`.
+        output_cosines: float64 ``[L, E, E]``, mean over the sampled tokens; ``None`` where no expert is disabled.
         weight_cosines: float64 ``[L, E, E]``.
         flops: Floating point operations done.
         seconds: Spent on them.
@@ -60,7 +60,7 @@ class ExpertResults:
     variants: Sequence[DisabledExpert]
     documents: Sequence[SourceDocuments]
     loads: Arrays
-    output_cosines: NDArray[np.float64]
+    output_cosines: NDArray[np.float64] | None
     weight_cosines: NDArray[np.float64]
     flops: int
     seconds: float
@@ -84,7 +84,7 @@ class ExpertResults:
             variants,
             [_documents_of(source, parts) for source in range(len(names))],
             {name: np.sum([part.evaluated[name] for part in parts], axis=0) for name in _LOADS},
-            np.stack([total / tokens for total, tokens in zip(cosines, sampled, strict=True)]),
+            np.stack([total / tokens for total, tokens in zip(cosines, sampled, strict=True)]) if cosines else None,
             weight_cosines,
             sum(int(arrays["flops"]) for arrays in everything),
             math.fsum(float(arrays["seconds"]) for arrays in everything),
@@ -93,7 +93,7 @@ class ExpertResults:
     @property
     def num_layers(self) -> int:
         """L."""
-        return len(self.output_cosines)
+        return len(self.weight_cosines)
 
     def intervals(self) -> Intervals:
         """Return the changes with bootstrap intervals."""
@@ -102,6 +102,18 @@ class ExpertResults:
     def places(self) -> list[tuple[int, DisabledExpert]]:
         """Return layer and variant of each of the ``L·V`` changes, in their order."""
         return [(layer, variant) for layer in range(self.num_layers) for variant in self.variants]
+
+    def saliency(self) -> NDArray[np.float64]:
+        """Return the mean over each expert's tokens, ``[G, L, E]``; 0 for one without tokens."""
+        mean: NDArray[np.float64] = self.loads["saliency"] / np.maximum(self.loads["load_counts"], 1)
+        return mean
+
+    def saliency_in_layer(self) -> NDArray[np.float64]:
+        """Return the same over its mean in the layer: norms grow from layer to layer, ``[G, L, E]``."""
+        saliency_GLE = self.saliency()
+        mean_GL1 = np.maximum(saliency_GLE.mean(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+        in_layer: NDArray[np.float64] = saliency_GLE / mean_GL1
+        return in_layer
 
     def base_figures(self) -> dict[str, dict[str, float | int]]:
         """Return likelihood of each source as `mixcn validate` has it, and how many documents it is of."""
@@ -135,7 +147,7 @@ def _documents_of(source: int, parts: Sequence[BatchParts]) -> SourceDocuments:
             pieces = [part.disabled[layer][name][:, mine] for part, mine in zip(parts, chosen, strict=True)]
             values_VP = np.concatenate(pieces, axis=1)
             sums_LVD += [np.bincount(place_P, weights=values_P, minlength=count) for values_P in values_VP]
-        return np.stack(sums_LVD)
+        return np.reshape(sums_LVD, (-1, count))
 
     return SourceDocuments(
         total("nats"),
@@ -195,17 +207,29 @@ def request_work(scores: RequestScores) -> list[BatchWork]:
 
 
 def planned_flops(work: Sequence[BatchWork]) -> dict[str, int]:
-    """Return floating point operations: ``planned``, and ``plain`` of one evaluation for each expert."""
+    """Return floating point operations.
+
+    Returns:
+        ``planned``; ``forward_pass`` of the model as it is over everything, and ``plain`` of one such pass for each
+        disabled expert.
+    """
     return {
         "planned": sum(batch.flops.planned(*batch.size) for batch in work),
+        "forward_pass": sum(batch.flops.base(*batch.size) for batch in work),
         "plain": sum(batch.flops.plain(*batch.size) for batch in work),
     }
 
 
 def compute(work: Sequence[BatchWork], num_layers: int, parts: StudyParts) -> None:
-    """Do what is not there yet."""
+    """Do what is not there yet.
+
+    Args:
+        work: Batches.
+        num_layers: Layers whose experts are disabled, all or none.
+        parts: What was done before, and is done now.
+    """
     total = planned_flops(work)["planned"]
-    with tqdm(total=total, unit="FLOP", unit_scale=True, desc="disabling experts") as progress:
+    with tqdm(total=total, unit="FLOP", unit_scale=True, desc="studying experts") as progress:
         for batch in work:
             if batch.part not in parts:
                 parts.save(batch.part, batch.evaluate())

@@ -1,4 +1,4 @@
-"""Stock transformers' Mixtral without an expert, made by taking its weights away, and its likelihood of documents."""
+"""Stock transformers' mixture without an expert, made by taking its weights away, and its likelihood of documents."""
 
 import copy
 import json

@@ -10,7 +10,7 @@ import yaml
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model.export.command import export
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
 from tests.model.adapters_on_disk import save_adapter
 from tests.studies.experts.experts_command import arguments, lines_of
 from tests.studies.experts.stock_experts import evaluation_batches, stock_model, text_bits_per_byte, without_expert
@@ -21,7 +21,7 @@ pytestmark = [
 
 FILES = {
     "coactivation.csv", "coactivation.png", "differences.csv", "experts.csv", "experts.json", "experts.png",
-    "output_similarity.png", "ranking.txt", "routing.csv", "routing_layers.csv", "similarity.csv",
+    "output_similarity.png", "ranking.txt", "routing.csv", "routing_layers.csv", "saliency.png", "similarity.csv",
     "weight_similarity.png",
 }  # fmt: skip
 
@@ -54,6 +54,20 @@ def test_a_random_model(routed_base: Path, texts: list[Path], tmp_path: Path) ->
     check_against_stock(tmp_path / "out", routed_base, stock_model(routed_base), texts)
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_other_families(family: str, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Router weights that are not normalised among them; more experts than a pass has rows."""
+    sizes = {"num_experts": 12, "num_experts_per_tok": 3, "initializer_range": 0.25}
+    base = save_tiny_model(tmp_path / "base", family, **sizes)
+    assert main(arguments(base, tmp_path / "out", texts, "--quantization=none")) == 0
+    check_against_stock(tmp_path / "out", base, stock_model(base), texts)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mode both: ")]
+    assert len(lines) == 1
+    assert "mode both: 2 layers × 12 experts disabled over 288 tokens, as much as " in lines[0]
+    assert " forward passes, " in lines[0]
+    assert "TFLOP/s (measured). `--mode saliency` takes 1, " in lines[0]
 
 
 def test_a_pretrained_model(stories_base: Path, stories_texts: list[Path], tmp_path: Path) -> None:
@@ -230,3 +244,4 @@ def test_help_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "about half of layers × experts forward passes" in text
     assert "18 minutes at 200 TFLOP/s" in text
+    assert "Mode saliency is one pass" in text

@@ -10,11 +10,12 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig
 
-from lightning_mixcn.model import build_mixtral, load_mixtral
+from lightning_mixcn.model import build_mixtral, build_moe, load_mixtral
 from lightning_mixcn.model.memory.flops import count_training_flops
 from lightning_mixcn.studies.experts.flops import ForwardFlops, StudyFlops, pairs_of_rows
 from lightning_mixcn.studies.experts.importance import ExpertImportance
-from lightning_mixcn.testing import random_batch, tiny_mixtral_config
+from lightning_mixcn.testing import random_batch, tiny_config, tiny_mixtral_config
+from tests.model.architectures.test_families import REAL
 
 MIXTRAL_8X7B = MixtralConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -39,6 +40,22 @@ def test_the_study_of_mixtral_8x7b_is_half_of_plain_evaluations(has_mask: bool, 
     share = study.planned(tokens, pairs) / study.plain(tokens, pairs)
     assert share <= 0.55
     assert share == pytest.approx(expected, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("family", "gigaflops", "total", "passes"), [("olmoe", 2.5, 8.6e16, 527), ("qwen3_moe", 6.9, 1.5e18, 3293)]
+)
+def test_what_the_help_says_of_many_experts(family: str, gigaflops: float, total: float, passes: int) -> None:
+    """Two sources of 32,768 tokens."""
+    config = tiny_config(family, **REAL[family])
+    forward = ForwardFlops.of(build_moe(config, device="meta"))
+    size = 65_536, 32 * 2048 * 2049 // 2
+    one = forward.above(-1, *size)
+    assert one / 65_536 == pytest.approx(gigaflops * 1e9, rel=0.02)
+    mask, saliency = (StudyFlops(forward, config.num_local_experts, modes, True, 64) for modes in (1, 0))
+    assert mask.planned(*size) == pytest.approx(total, rel=0.02)
+    assert round(mask.planned(*size) / one) == passes
+    assert saliency.planned(*size) == one
 
 
 def test_what_is_counted_is_what_torch_counts() -> None:

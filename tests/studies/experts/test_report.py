@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_mixcn.studies.experts.disabling import DisabledExpert
-from lightning_mixcn.studies.experts.report import save_heatmaps, save_matrices, write_importance
+from lightning_mixcn.studies.experts.report import saliency_figures, save_heatmaps, save_matrices, write_importance
 from lightning_mixcn.studies.experts.statistics import SourceDocuments
 from lightning_mixcn.studies.experts.work import ExpertResults
 
@@ -32,6 +32,7 @@ def known() -> ExpertResults:
         "load_entropy_nats": np.full((2, 2), 5.0),
         "load_confidence": np.full((2, 2), 7.0),
         "pairs": np.stack([[pairs] * 2, [np.diag([10, 10, 0])] * 2]),
+        "saliency": np.stack([[[6.0, 24.0, 12.0]] * 2, [[10.0, 50.0, 0.0]] * 2]),
     }
     variants = [DisabledExpert("mask", expert) for expert in range(3)]
     cosines = np.full((2, 3, 3), 0.5)
@@ -59,7 +60,23 @@ def test_change_of_each_expert(report: Path) -> None:
     assert float(line["bits_per_byte_disabled"]) == pytest.approx(1 / math.log(2) + 0.2)
     assert float(line["nll_change_nats_per_token"]) == pytest.approx(0.4 * math.log(2))
     assert float(line["change_low_95"]) == pytest.approx(0.2)
-    assert float(line["share_of_tokens"]) == 0.8
+    assert (float(line["share_of_tokens"]), line["tokens"]) == (0.8, "8")
+
+
+def test_saliency(report: Path) -> None:
+    (line,) = lines_of(report, "experts.csv", layer=1, expert=1, source="zh")
+    assert (line["saliency"], line["saliency_over_layer_mean"]) == ("3.0", "1.5")
+    (line,) = lines_of(report, "experts.csv", layer=1, expert=2, source="en")
+    assert (line["saliency"], line["saliency_over_layer_mean"], line["tokens"]) == ("0.0", "0.0", "0")
+    blocks = (report / "ranking.txt").read_text(encoding="utf-8").split("\n\n")
+    (block,) = (block for block in blocks if block.startswith("saliency for en"))
+    assert block.splitlines()[2].split() == ["0", "1", "5", "2.500", "10"]
+    assert block.splitlines()[-1] == "2 of 6 experts have no token of en: their saliency is 0"
+    # Layer 0: changes of zh are 1, 0, 0, saliencies 1, 3, 2; layer 1: changes 0, 1, 0.
+    assert saliency_figures(known()) == {
+        "zh": {"experts_without_tokens": 0, "rank_correlation_with_change": {"mask": pytest.approx(0.0, abs=1e-9)}},
+        "en": {"experts_without_tokens": 2, "rank_correlation_with_change": {"mask": pytest.approx(0.0, abs=1e-9)}},
+    }
 
 
 def test_difference_between_sources(report: Path) -> None:
@@ -96,7 +113,7 @@ def test_pairs(report: Path) -> None:
 def test_similarity_and_pictures(report: Path) -> None:
     (line,) = lines_of(report, "similarity.csv", layer=1, expert=0, other_expert=2)
     assert (line["weight_cosine"], line["output_cosine"]) == ("0.25", "0.5")
-    for name in ("experts", "coactivation", "weight_similarity", "output_similarity"):
+    for name in ("experts", "saliency", "coactivation", "weight_similarity", "output_similarity"):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -108,6 +125,17 @@ def test_what_is_worse_is_red_and_what_is_better_is_blue(tmp_path: Path) -> None
     assert worse[middle][0] > worse[middle][2]
     assert better[middle][2] > better[middle][0]
     assert same[middle].min() > 0.9
+
+
+def test_128_experts_of_48_layers_are_cells_of_some_pixels(tmp_path: Path) -> None:
+    """In pictures that a screen still shows."""
+    save_heatmaps(tmp_path / "map.png", {name: np.ones((48, 128)) for name in ("zh", "en", "zh − en")}, 3, "title")
+    height, width, _ = imread(tmp_path / "map.png").shape
+    assert 3 * 128 * 4 < width < 2600
+    assert 48 * 10 < height < 1400
+    save_matrices(tmp_path / "pairs.png", np.ones((3, 128, 128)), (0.0, 1.0), "title")
+    height, width, _ = imread(tmp_path / "pairs.png").shape
+    assert 3 * 128 * 2 < width < 3 * 128 * 4
 
 
 def test_one_panel_a_layer(tmp_path: Path) -> None:
