@@ -40,7 +40,8 @@ class ExpertLoadMonitor(Callback):
     Args:
         every_n_steps: Optimizer steps between logs of training; a log waits for the device, and sums over the ranks.
         figure_every_n_steps: Optimizer steps at least between heatmaps of training; one takes a third of a second.
-        per_layer: Also log every number and share of each layer, under ``experts/layer_00/`` and so on: many tags.
+        per_layer: Also log every number of each layer, and of up to 16 experts every share, under ``experts/layer_00/``
+            and so on: many tags.
         position_boundaries: Positions in a document, such as 512 and 4096, at which buckets begin that are logged
             apart, under ``experts/position_from_512/`` and so on; empty logs none.
         starving_share: An expert starves below this many uniform shares of its layer's tokens.

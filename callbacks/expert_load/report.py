@@ -76,6 +76,9 @@ class ExpertLoadFile:
         keep_lines(self._path, is_ours, _HEADER)
 
 
+# Inches of a panel at most, and experts up to which every one has a tick, and tags of its own in every layer: the ticks
+# of 64 would cover each other, and the tags of 128 in 48 layers would be 6,144.
+_WIDEST, _FEW = 6.4, 16
 _BRIGHTEST = 2.0  # uniform shares; above it, colours are alike, so that one busy expert does not darken all others
 
 
@@ -94,7 +97,7 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     from matplotlib.figure import Figure
 
     num_layers, num_experts = next(iter(shares_by_name.values())).shape
-    width, height = 1.2 + len(shares_by_name) * (0.9 + 0.3 * num_experts), 1.6 + 0.2 * num_layers
+    width, height = 1.2 + len(shares_by_name) * (0.9 + min(0.3 * num_experts, _WIDEST)), 1.6 + 0.2 * num_layers
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="small")
@@ -105,7 +108,9 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
         )
         panel.set_title(name, fontsize="small")
         panel.set_xlabel("expert")
-        panel.set_xticks(range(num_experts))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        if num_experts <= _FEW:
+            panel.set_xticks(range(num_experts))
     panels[0].set_ylabel("layer")
     panels[0].yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=list(panels), label="tokens, in uniform shares", extend="max")
@@ -143,7 +148,7 @@ def load_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
 
 
 def layer_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
-    """Return the same numbers of each layer, and each expert's share.
+    """Return the same numbers of each layer, and of up to 16 experts each one's share; the file has those of more.
 
     Args:
         prefix: First part of the names.
@@ -154,9 +159,9 @@ def layer_tags(prefix: str, sums: LoadSums) -> dict[str, float]:
     """
     if not int(sums.tokens.sum()):
         return {}
-    numbers = sums.numbers() | {
-        f"share_{expert}": share_L for expert, share_L in enumerate(shares(sums.counts).unbind(-1))
-    }
+    numbers = sums.numbers()
+    if sums.counts.shape[-1] <= _FEW:
+        numbers |= {f"share_{expert}": share_L for expert, share_L in enumerate(shares(sums.counts).unbind(-1))}
     return {
         f"{prefix}/layer_{layer:02d}/{name}": float(value)
         for name, values_L in numbers.items()

@@ -150,6 +150,9 @@ class LoadWindow:
         return LoadSums(*parts)
 
 
+_NAMED = 32  # starving experts at most: of 128 in 48 layers, thousands may starve
+
+
 class StarvingExperts:
     """Counts for each expert the optimizer steps that it has been under a share of its layer's tokens.
 
@@ -179,11 +182,17 @@ class StarvingExperts:
         return [(layer, expert) for layer, expert in is_new_LE.nonzero().tolist()]
 
     def warning(self, starving: list[tuple[int, int]]) -> str:
-        """Name the experts in one line."""
+        """Name the experts in one line, or how many they are."""
         by_layer: dict[int, list[str]] = {}
         for layer, expert in starving:
             by_layer.setdefault(layer, []).append(str(expert))
         names = "; ".join(f"layer {layer}: {', '.join(experts)}" for layer, experts in by_layer.items())
+        if len(starving) > _NAMED:
+            most = max(by_layer, key=lambda layer: len(by_layer[layer]))
+            names = (
+                f"{len(starving)} in {len(by_layer)} layers, the most in layer {most}, {len(by_layer[most])} of them; "
+                "`experts.csv` has their tokens"
+            )
         return (
             f"Experts have starved for {self.steps} optimizer steps, with less than {self.share:g} of a uniform share "
             f"of their layer's tokens: {names}. A larger `model.init_args.router_aux_loss_coef` evens the load out"

@@ -20,11 +20,13 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     Args:
         rows: Rows with the same keys; NaN and ``None`` are no numbers. Without any, the text is empty.
     """
-    lines, text = list(rows), io.StringIO()
-    if lines:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(map(_cell, lines[0]))
-        writer.writerows([_cell(line[key]) for key in lines[0]] for line in lines)
+    text, columns = io.StringIO(), list[str]()
+    writer = csv.writer(text, lineterminator="\n")
+    for line in rows:  # one at a time: pairs of 128 experts in 48 layers are 780,000
+        if not columns:
+            columns = list(line)
+            writer.writerow(map(_cell, columns))
+        writer.writerow([_cell(line[key]) for key in columns])
     return text.getvalue()
 
 

@@ -1,6 +1,7 @@
 """What the monitor counts in real runs, against transformers' own router logits on each document alone."""
 
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.callbacks import ExpertLoadMonitor, SampleText, StepCheckpoint
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.testing import FixedBatches, random_batch, tiny_mixtral_config
+from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_model, tiny_mixtral_config
 
 Make = Callable[..., Any]
 Key = tuple[str, str, int, int]  # stage, source, layer, expert
@@ -54,7 +55,7 @@ BATCHES = [packed_batch(seed) for seed in range(6)]
 
 
 def recount(base: Path, batches: Iterable[Batch], stage: str = "train") -> Counter[Key]:
-    model: Any = transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     counts: Counter[Key] = Counter()
     for batch in batches:
         for row, documents in enumerate(batch["document_ids"]):
@@ -114,6 +115,31 @@ def test_counts_are_those_of_transformers(
         assert counted(tmp_path, step=step, stage="train") == recount(tiny_base, seen)
         assert counted(tmp_path, step=step, stage="val") == recount(tiny_base, BATCHES[:2], "val")
     assert {row["step"] for row in rows(tmp_path)} == {"1", "2"}
+
+
+@pytest.mark.filterwarnings("ignore:Experts have starved:UserWarning")
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_64_experts(family: str, tmp_path: Path, trainer: Make) -> None:
+    """Their counts and numbers; tags and a heatmap as few and as small as of a few experts."""
+    base = save_tiny_model(tmp_path / "base", family, num_experts=64, num_experts_per_tok=8)
+    monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True, starving_steps=1)
+    run = trainer(max_steps=1, callbacks=[monitor], logger=tensorboard(tmp_path), log_every_n_steps=1)
+    run.fit(still(base), FixedBatches(BATCHES[:1], SOURCES))
+    expected = recount(base, BATCHES[:1])
+    assert counted(tmp_path) == expected
+    of_layer = [[sum(expected["train", name, layer, e] for name in SOURCES) for e in range(64)] for layer in (0, 1)]
+    tokens = int((BATCHES[0]["document_ids"] >= 0).sum())
+    assert [sum(counts) for counts in of_layer] == [8 * tokens] * 2
+    assert scalars(tmp_path, "experts/dead_expert_fraction") == [
+        (0, pytest.approx(sum(counts.count(0) for counts in of_layer) / 128))
+    ]
+    parts = [[count / (8 * tokens) for count in counts if count] for counts in of_layer]
+    entropies = [-sum(part * math.log(part) for part in layer) for layer in parts]
+    effective = sum(map(math.exp, entropies)) / 2
+    assert scalars(tmp_path, "experts/effective_experts") == [(0, pytest.approx(effective, rel=1e-5))]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("experts/")]) < 100
+    assert all(event.width < 2500 for event in events.Images("experts/load"))
 
 
 class WithReference(PretrainModule):

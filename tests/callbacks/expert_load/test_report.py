@@ -144,3 +144,14 @@ def test_a_panel_for_each_table_in_uniform_shares() -> None:
 def test_a_figure_of_a_large_model_stays_small() -> None:
     figure = load_figure({name: torch.full((32, 8), 1 / 8) for name in ("all", "zh", "en")}, "train, 10")
     assert max(figure.get_size_inches()) < 15
+
+
+def test_128_experts_have_narrow_cells_and_no_tags_of_their_own() -> None:
+    figure = load_figure({name: torch.full((48, 128), 1 / 128) for name in ("all", "zh", "en")}, "train, 10")
+    assert max(figure.get_size_inches()) < 24
+    figure.canvas.draw()
+    panel = figure.axes[0]
+    assert panel.get_window_extent().width > 3 * 128
+    assert len(panel.get_xticks()) <= 16
+    sums = LoadSums(torch.ones(48, 128, dtype=torch.int64), *(torch.ones(48) for _ in range(3)))
+    assert len(layer_tags("experts", sums)) == 48 * 7

@@ -113,3 +113,10 @@ def test_the_warning_names_layers_and_experts() -> None:
     message = StarvingExperts(0.1, 4).warning([(0, 1), (0, 3), (12, 0)])
     assert "layer 0: 1, 3; layer 12: 0." in message
     assert "for 4 optimizer steps, with less than 0.1 of a uniform share" in message
+
+
+def test_many_starving_experts_are_counted_instead_of_named() -> None:
+    starving = [(layer, expert) for layer in range(48) for expert in range(100 + (layer == 7))]
+    warning = StarvingExperts(share=0.1, steps=4).warning(starving)
+    assert "4801 in 48 layers, the most in layer 7, 101 of them; `experts.csv` has their tokens" in warning
+    assert len(warning) < 400
