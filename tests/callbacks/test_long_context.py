@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,7 +24,7 @@ from lightning_mixcn.cli import main
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill, default_chunk
 from lightning_mixcn.modules import PretrainModule
-from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
+from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed, save_tiny_model
 from lightning_mixcn.text import (
     DocumentSet,
     Source,
@@ -96,6 +97,27 @@ def test_before_during_and_after(tmp_path: Path, sources: list[Source], module: 
         assert [row["step"] for row in csv.DictReader(file)] == ["0"] * 8 + ["2"] * 8 + ["3"] * 8
     with (tmp_path / "long_context" / "retrieval.csv").open(encoding="utf-8", newline="") as file:
         assert [(row["step"], row["depth"]) for row in csv.DictReader(file)][:3] == [("0", "0"), ("0", "1"), ("2", "0")]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_other_families(family: str, tmp_path: Path, sources: list[Source], trainer: Make) -> None:
+    """In pieces, with keys that are normalised before they are kept, what stock transformers says of the whole."""
+    base = save_tiny_model(tmp_path / "base", family, num_experts=16, num_experts_per_tok=4)
+    callback = LongContextEval(
+        sources, [64, 256], chunk=50, retrieval=["passkey_en"], retrieval_lengths=[220], retrieval_depths=[0],
+        retrieval_prompts=1,
+    )  # fmt: skip
+    module = PretrainModule(str(base), quantization="none", dtype="float32", lora=None)
+    trainer(limit_val_batches=1, callbacks=[callback]).validate(module, data(), verbose=False)
+    (entry,) = evaluations(tmp_path)
+    rows = {(row["source"], row["length"]): row for row in entry["likelihoods"]}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("The weather is fine. " * 5).input_ids]])
+    stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        expected = float(stock(input_ids=ids, labels=ids).loss)
+    assert rows["en", 256]["nll_nats_per_token"] == pytest.approx(expected, rel=1e-5)
+    assert entry["retrieval"]["accuracy"] == {"passkey_en": [[0.0]]}
 
 
 def test_at_validation_and_standalone(

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.testing import save_tiny_model
 from tests.studies.comparison.compare_recipes import InThisProcess, lines_of, write_study
 
 SAME = ("comparison.csv", "comparison.json", "comparison.png", "study.json")
@@ -61,6 +62,20 @@ def test_a_whole_study(
     assert again.out.startswith("# Vocabulary\n")
     assert "was finished before" in again.err
     assert mixcn.ran == []
+
+
+@pytest.mark.usefixtures("mixcn")
+@pytest.mark.parametrize("family", ["olmoe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    """Paper's and file's names of what LoRA adapts."""
+    base = save_tiny_model(tmp_path / "base", family, num_experts=16, num_experts_per_tok=4)
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    arms = {"paper": {}, "file": {"model.init_args.lora.target_modules": targets}}
+    recipe = write_study(tmp_path, base, arms=arms, prepare=None, text_bytes=200, validations=1)
+    assert main(["compare", str(recipe), "--out=one"]) == 0
+    lines = lines_of(tmp_path / "one" / "comparison.csv")
+    assert len(lines) == 2 * 2
+    assert all(float(line["bits_per_byte_after"]) < float(line["bits_per_byte_before"]) for line in lines)
 
 
 def check_table(shown: str, lines: list[dict[str, str]]) -> None:

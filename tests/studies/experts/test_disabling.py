@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model import load_mixtral, load_moe
 from lightning_mixcn.model.experts.observe import observe_routing
+from lightning_mixcn.model.experts.routing import choose_experts
 from lightning_mixcn.studies.experts.disabling import (
     MODES,
     DisabledExpert,
@@ -15,7 +16,7 @@ from lightning_mixcn.studies.experts.disabling import (
     disabled_expert,
     disabled_routing,
 )
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
 from tests.studies.experts.stock_experts import stock_model, without_expert
 
 IDS = torch.randint(3, 258, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,31 @@ def test_the_plain_way_is_stock_mixtral_without_the_expert(mode: Mode, model: nn
             torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=0)
         assert torch.equal(model(IDS).logits, before)
     assert (before - expected).abs().max() > 0.01
+
+
+def test_masking_raises_the_weights_of_every_token_where_they_are_shares_of_all_experts() -> None:
+    """As in a layer without the expert; where they sum to 1, only those of tokens that chose it change."""
+    logits_TE = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    without_TE = logits_TE[:, 1:].softmax(-1)
+    mask = DisabledExpert("mask", 0)
+    routing = choose_experts(logits_TE, 2, normalises=False)
+    weights_TK, index_TK = disabled_routing(logits_TE, *routing, mask, normalises=False)
+    assert index_TK.tolist() == [[1, 2], [3, 2]]
+    torch.testing.assert_close(weights_TK, without_TE.gather(1, index_TK - 1))
+    assert (weights_TK[1] > routing[0][1]).all()
+    routing = choose_experts(logits_TE, 2, normalises=True)
+    weights_TK, index_TK = disabled_routing(logits_TE, *routing, mask, normalises=True)
+    assert torch.equal(weights_TK[1], routing[0][1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_the_plain_way_in_other_families(family: str, mode: Mode, tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path, family, num_experts=12, num_experts_per_tok=5, initializer_range=0.25)
+    model = load_moe(base, quantization="none", dtype="float32").eval()
+    stock = without_expert(stock_model(base), 1, 3, mode)
+    with torch.no_grad(), disabled_expert(model, 1, DisabledExpert(mode, 3)):
+        torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, atol=1e-4, rtol=0)
 
 
 def test_a_tie_still_leaves_the_expert_out() -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model import load_mixtral, load_moe
 from lightning_mixcn.studies.experts.disabling import MODES
 from lightning_mixcn.studies.experts.requests import Request, RequestScores, request_rows
+from lightning_mixcn.testing import save_tiny_model
 from tests.studies.experts.stock_experts import stock_model, without_expert
 
 LONGEST = 12
@@ -51,10 +52,11 @@ def test_rows_are_shared_and_cut() -> None:
     assert max(len(row.ids) for row in rows) == LONGEST
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_every_choice_is_as_in_the_whole_model(rows: int, routed_base: Path) -> None:
-    model = load_mixtral(routed_base, quantization="none", dtype="float32").eval()
-    stock, asked = stock_model(routed_base), requests()
+@pytest.mark.parametrize(("family", "rows"), [("mixtral", 1), ("mixtral", 4), ("olmoe", 4), ("qwen3_moe", 4)])
+def test_every_choice_is_as_in_the_whole_model(family: str, rows: int, tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path, family, initializer_range=0.25, num_hidden_layers=3)
+    model = load_moe(base, quantization="none", dtype="float32").eval()
+    stock, asked = stock_model(base), requests()
     scores = RequestScores(model, MODES, asked, LONGEST, rows)
     assert scores.prompts_cut == 1
     before = [by_stock(stock, request) for request in asked]

@@ -11,7 +11,7 @@ from lightning_mixcn.cli import main
 from lightning_mixcn.studies.parts import StudyParts
 from lightning_mixcn.studies.preference.sheet import printable
 from lightning_mixcn.studies.tables import FORMULA_STARTS
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
 
 QUESTIONS = "你好？\n=1+1 <b>\nOnce upon a time\nWho are you?\n"
 
@@ -91,6 +91,18 @@ def test_sheet_and_key_and_score(
     share = sum({"left": 1.0, "tie": 0.5, "right": 0.0}[row["verdict"]] for row in rows) / len(rows)
     assert [side["left"] for side in report["judges"]] == [share] * 3
     assert report["agreement"]["cohen_kappa"] == 1
+
+
+def test_models_of_other_families(questions: Path, tmp_path: Path) -> None:
+    families = ("olmoe", "qwen3_moe")
+    models = [
+        save_tiny_model(tmp_path / family, family, num_experts=16, num_experts_per_tok=4, initializer_range=0.3)
+        for family in families
+    ]
+    assert main(sheet([str(model) for model in models], questions, tmp_path / "out")) == 0
+    rows = rows_of(tmp_path / "out" / "sheet.csv")
+    assert len(rows) == len(QUESTIONS.splitlines())
+    assert all(row["left"] and row["right"] for row in rows)
 
 
 def test_killed_and_restarted_it_writes_the_same(

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model import load_mixtral, load_moe
 from lightning_mixcn.studies.parts import StudyParts
 from lightning_mixcn.studies.quantization import report as quantization_report
+from lightning_mixcn.testing import save_tiny_model
 from tests.studies.experts.stock_experts import evaluation_batches, stock_model, text_bits_per_byte
 from tests.studies.rounded_mixtral import rounded_stock_model, save_whole_superblocks
 
@@ -67,6 +68,21 @@ def test_the_unquantised_format_is_of_the_asked_type(base: Path, texts: list[Pat
     assert (dense["format"], dense["bits_per_weight"]) == ("bfloat16", 16)
     assert dense["bytes"] == sum(p.nbytes for p in load_mixtral(base, quantization="none").parameters())
     assert double["bytes"] == sum(p.nbytes for p in load_mixtral(base).parameters())
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_other_families(family: str, texts: list[Path], tmp_path: Path) -> None:
+    """Many experts, whose weights are in 4 bits as attention's are."""
+    base = save_tiny_model(tmp_path / "base", family, num_experts=16, num_experts_per_tok=4)
+    assert main(arguments(base, tmp_path / "out", texts)) == 0
+    dense, double, _ = report_of(tmp_path / "out")["formats"]
+    batches = evaluation_batches(base, texts, LENGTH, 2, MAX_TOKENS // LENGTH)
+    for source, file in enumerate(texts):
+        expected = text_bits_per_byte(stock_model(base), batches, source)
+        assert dense["sources"][file.stem]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert double["relative_weight_error"] == pytest.approx(0.092, abs=0.002)
+    assert double["bytes"] == sum(p.nbytes for p in load_moe(base, dtype="float32").parameters())
 
 
 @pytest.mark.usefixtures("no_picture")
