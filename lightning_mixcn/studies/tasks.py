@@ -178,7 +178,7 @@ def _check_kind(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(f"`tasks`: {name!r} runs code that the model writes. Run it with lm_eval in a sandbox")
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"`tasks`: {name!r} has pictures or sound, which a Mixtral cannot take. Leave it out")
+        raise UserError(f"`tasks`: {name!r} has pictures or sound, which a model of text cannot take. Leave it out")
 
 
 def _set_shots(task: Any, num_fewshot: int | None) -> None:

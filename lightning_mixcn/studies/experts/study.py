@@ -99,7 +99,7 @@ def study_experts(
     work = text_work(importance, EvaluationLoader(rows, text.micro_batch_size, num_ranks=1, rank=0))
     asked = ExpertTasks.of(benchmarks, model, tokenizer, limit) if benchmarks else None
     asking = _request_work(asked, model, modes, longest, text.micro_batch_size) if asked else []
-    cost = _plan([*work, *asking], importance, mode, peak_rate(place, getattr(torch, options.dtype)))
+    cost = _plan(work, asking, importance, mode, peak_rate(place, getattr(torch, options.dtype)))
     num_layers = importance.num_layers if modes else 0
     compute([*work, *asking], num_layers, parts)
     layers = tqdm(range(importance.num_layers), "comparing weights", delay=1)
@@ -146,10 +146,12 @@ def _request_work(
     return request_work(scores)
 
 
-def _plan(work: Sequence[BatchWork], importance: ExpertImportance, mode: str, peak: PeakRate) -> dict[str, Any]:
+def _plan(
+    work: Sequence[BatchWork], asking: Sequence[BatchWork], importance: ExpertImportance, mode: str, peak: PeakRate
+) -> dict[str, Any]:
     """Say what the study costs, in one line."""
-    cost, rate = planned_flops(work), peak.flops_per_second
-    tokens = f"{sum(batch.size[0] for batch in work):,} tokens"
+    cost, rate = planned_flops([*work, *asking]), peak.flops_per_second
+    tokens = f"{sum(batch.size[0] for batch in [*work, *asking]):,} tokens"
     source = "measured" if peak.measured else "stated by its maker"
     what, instead = f"1 forward pass over {tokens}", ""
     if importance.variants:
@@ -158,7 +160,7 @@ def _plan(work: Sequence[BatchWork], importance: ExpertImportance, mode: str, pe
             f"{importance.num_layers} layers × {importance.num_experts} experts disabled over {tokens}, as much as "
             f"{passes:,.0f} forward passes"
         )
-        instead = f". `--mode saliency` takes 1, {_amount(cost['forward_pass'], rate)}"
+        instead = f". `--mode saliency` takes 1 over the text, {_amount(planned_flops(work)['forward_pass'], rate)}"
     at = f"at the device's peak of {rate / 1e12:.2f} TFLOP/s ({source})"
     say(f"mode {mode}: {what}, {_amount(cost['planned'], rate)} {at}{instead}")
     return cost

@@ -67,7 +67,7 @@ def test_other_families(family: str, texts: list[Path], tmp_path: Path, capsys: 
     assert len(lines) == 1
     assert "mode both: 2 layers × 12 experts disabled over 288 tokens, as much as " in lines[0]
     assert " forward passes, " in lines[0]
-    assert "TFLOP/s (measured). `--mode saliency` takes 1, " in lines[0]
+    assert "TFLOP/s (measured). `--mode saliency` takes 1 over the text, " in lines[0]
 
 
 def test_a_pretrained_model(stories_base: Path, stories_texts: list[Path], tmp_path: Path) -> None:
