@@ -36,7 +36,11 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_there_are_some() -> None:
-    assert {path.name for path in RUNS} >= {"pretrain_mixtral_8x7b.yaml"}
+    assert {path.name for path in RUNS} >= {
+        f"{task}_{model}.yaml"
+        for task in ("pretrain", "instruct")
+        for model in ("mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b")
+    }
     assert {path.name for path in OVERLAYS} >= {"cpu.yaml", "gpu.yaml"}
     assert {path.stem for path in RECIPES} == {"vocabulary", "initialisation", "training", "replay"}
     assert {*RUNS, *OVERLAYS, *RECIPES} == {*FOLDER.rglob("*.yaml")}

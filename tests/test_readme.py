@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import MixtralConfig
+from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.testing import byte_tokenizer
@@ -68,6 +68,12 @@ def hardware() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| .*\d.*$", section, re.M)]
 
 
+# The defaults are the sizes of Mixtral-8x7B.
+PUBLISHED = {
+    "Mixtral-8x7B": MixtralConfig(),
+    "OLMoE-1B-7B": OlmoeConfig(intermediate_size=1024),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(num_hidden_layers=48, head_dim=128, norm_topk_prob=True),
+}
 PLANNED = [cells for cells in hardware() if cells[-1] == "planned"]
 
 
@@ -80,22 +86,23 @@ def test_hardware_rows_say_whether_they_were_measured() -> None:
 def test_planned_memory_is_what_the_plan_says(
     cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sizes are those of MixtralConfig's defaults, which are Mixtral-8x7B's; a plan reads nothing else."""
+    """A plan reads the base's configuration and nothing else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    MixtralConfig().save_pretrained("mixtral")
-    byte_tokenizer().save_pretrained("mixtral")
     card, model, settings, rows, memory, _ = cells
+    PUBLISHED[model.split(",")[0]].save_pretrained("base")
+    byte_tokenizer().save_pretrained("base")
     options = {
-        "model.init_args.base": "mixtral",
+        "model.init_args.base": "base",
         "model.init_args.lora.r": re.search(r"r = (\d+)", model)[1],  # type: ignore[index]  # a row without it is wrong
         "model.init_args.train_embeddings": str("embeddings" in model).lower(),
         "model.init_args.activation_checkpointing": "full" if "`full`" in settings else "selective",
         "data.init_args.micro_batch_size": rows.split()[0],
         "trainer.devices": card.split()[0],
     }
-    configs = [CONFIGS / "pretrain_mixtral_8x7b.yaml"]
-    configs += [next(CONFIGS.rglob(name)) for name in re.findall(r"`(\w+\.yaml)`", settings)]
+    configs = [next(CONFIGS.rglob(name)) for name in re.findall(r"`(\w+\.yaml)`", settings)]
+    if not any(path.name.startswith("pretrain") for path in configs):
+        configs.insert(0, CONFIGS / "pretrain_mixtral_8x7b.yaml")
     arguments = [part for path in configs for part in ("--config", str(path))]
     assert main(["fit", *arguments, *(f"--{key}={value}" for key, value in options.items()), "--plan"]) == 0
     planned = re.search(r"^sum +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
+from lightning_mixcn.testing import run_distributed, save_tiny_mixtral, save_tiny_model
 from tests.modules import strategy_run
 
 pytestmark = pytest.mark.multiprocess
@@ -49,12 +49,28 @@ def test_ranks_train_as_one_does(runs: dict[str, list[dict[str, Any]]], name: st
     (one,), ranks = runs["one 1"], runs[name]
     assert len(one["losses"]) >= 8
     for rank in ranks:
-        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert rank["base"] == one["base"]
-        assert rank["adapter"].keys() == one["adapter"].keys()
-        for key, expected in one["adapter"].items():
-            error = torch.linalg.norm(rank["adapter"][key] - expected)
-            assert error <= 1e-4 * torch.linalg.norm(expected), key
+        check_equal(rank, one)
+
+
+def check_equal(rank: dict[str, Any], one: dict[str, Any]) -> None:
+    """Compare the results of a rank with those of one process."""
+    assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert rank["base"] == one["base"]
+    assert rank["adapter"].keys() == one["adapter"].keys()
+    for key, expected in one["adapter"].items():
+        error = torch.linalg.norm(rank["adapter"][key] - expected)
+        assert error <= 1e-4 * torch.linalg.norm(expected), key
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_another_family_trains_sharded_as_whole(family: str, tmp_path: Path) -> None:
+    """With more experts than a rank's tokens reach, eight a token."""
+    sizes = {"num_experts": 24, "num_experts_per_tok": 8, "hidden_size": 64}
+    base, train = str(save_tiny_model(tmp_path / "base", family, **sizes)), partial(strategy_run.train, max_steps=3)
+    (one,) = run_distributed(train, 1, ["one"], base, str(tmp_path))
+    for ranks in (2, 4):
+        for of_rank in run_distributed(train, ranks, ["fsdp2"], base, str(tmp_path / str(ranks))):
+            check_equal(of_rank["fsdp2"], one["one"])
 
 
 @pytest.mark.parametrize("name", OTHERS)
