@@ -133,6 +133,7 @@ def test_every_family_goes_the_whole_way(
     pretraining["model"]["init_args"] |= {
         "base": "base4" if in_four_bits else "base",
         "activation_checkpointing": "full",
+        "train_embeddings": in_four_bits,
     }
     pretraining["model"]["init_args"]["lora"] |= {"lora_dropout": 0.1, "use_rslora": True}
     assert run("whole", pretraining) == 0

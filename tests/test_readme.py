@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,11 +69,13 @@ def hardware() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| .*\d.*$", section, re.M)]
 
 
+# Of several types, one of which the configuration takes without declaring it.
+QWEN: dict[str, Any] = {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True}
 # The defaults are the sizes of Mixtral-8x7B.
 PUBLISHED = {
     "Mixtral-8x7B": MixtralConfig(),
     "OLMoE-1B-7B": OlmoeConfig(intermediate_size=1024),
-    "Qwen3-30B-A3B": Qwen3MoeConfig(num_hidden_layers=48, head_dim=128, norm_topk_prob=True),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(**QWEN),
 }
 PLANNED = [cells for cells in hardware() if cells[-1] == "planned"]
 

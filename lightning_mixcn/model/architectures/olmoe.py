@@ -8,7 +8,7 @@ from transformers.models.olmoe.modeling_olmoe import (
     load_balancing_loss_func,
 )
 
-from .record import Architecture, head_size
+from .record import Architecture
 
 ARCHITECTURE = Architecture(
     model_type="olmoe",
@@ -25,8 +25,8 @@ ARCHITECTURE = Architecture(
     projections={"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
     normalises=lambda config: bool(config.norm_topk_prob),
     attention_norms=lambda config: {
-        "q_norm": config.num_attention_heads * head_size(config),
-        "k_norm": config.num_key_value_heads * head_size(config),
+        "q_norm": config.hidden_size,
+        "k_norm": config.hidden_size // config.num_attention_heads * config.num_key_value_heads,
     },
     accepted={"attention_bias": (None, False)},
     dense=(),

@@ -15,9 +15,10 @@ from torch import Tensor
 from lightning_mixcn.cli import main
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import find_model, load_found, load_mixtral
+from lightning_mixcn.model.architectures import MODEL_TYPES, architecture_named
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.export.test_folder import logits_of, stock_logits
 
@@ -33,16 +34,24 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+EVERY_FAMILY = pytest.mark.parametrize("source", MODEL_TYPES, indirect=True)
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     """Return a folder in 4 bits, router included as in transformers 4, and the weights that bitsandbytes decodes."""
-    return quantised(save_tiny_mixtral(tmp_path / "base", **SIZES), tmp_path / "source")
+    family = getattr(request, "param", "mixtral")
+    names = {"intermediate_size": architecture_named(family).expert_width}
+    if family != "mixtral":
+        names["num_local_experts"] = "num_experts"
+    sizes = {names.get(name, name): size for name, size in SIZES.items() if family != "olmoe" or name != "head_dim"}
+    return quantised(save_tiny_model(tmp_path / "base", family, **sizes), tmp_path / "source")
 
 
 def quantised(base: Path, folder: Path, **changes: Any) -> tuple[Path, dict[str, Tensor]]:
     tensors, decoded = {}, {}
     for name, values in load_file(base / "model.safetensors").items():
-        if "proj" in name or "block_sparse_moe" in name:
+        if "proj" in name or "block_sparse_moe" in name or ".mlp.gate." in name:
             packed, state = bnb.quantize_4bit(
                 values.bfloat16(), blocksize=64, compress_statistics=True, quant_type="nf4"
             )
@@ -150,6 +159,7 @@ def test_damaged_parts_are_one_line(
         quantize(str(source[0]), str(tmp_path / "out"))
 
 
+@EVERY_FAMILY
 def test_a_folder_is_a_base_bit_for_bit(source: tuple[Path, dict[str, Tensor]], tmp_path: Path, ids: Tensor) -> None:
     folder, decoded = source
     quantize(str(folder), str(tmp_path / "small"), dtype="float32")
@@ -167,10 +177,11 @@ def test_a_folder_is_a_base_bit_for_bit(source: tuple[Path, dict[str, Tensor]], 
     settings = json.loads((folder / "config.json").read_text())
     del settings["quantization_config"]
     (tmp_path / "decoded/config.json").write_text(json.dumps(settings))
-    theirs: Any = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.float32)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.float32)
     torch.testing.assert_close(logits_of(ours, ids), logits_of(theirs, ids), rtol=1e-3, atol=1e-3)
 
 
+@EVERY_FAMILY
 def test_a_run_on_a_folder_is_used_and_exported_dequantised(
     source: tuple[Path, dict[str, Tensor]], tmp_path: Path, ids: Tensor
 ) -> None:

@@ -107,7 +107,7 @@ def chosen(kind: str, tokens: int, experts: int, top_k: int) -> Tensor:
 
 CASES = [
     ("random", 50, 4, 2), ("random", 33, 8, 8), ("random", 20, 4, 1), ("one token", 1, 4, 4),
-    ("empty experts", 40, 6, 2), ("one expert", 37, 4, 1),
+    ("empty experts", 40, 6, 2), ("one expert", 37, 4, 1), ("empty experts", 24, 64, 8),
 ]  # fmt: skip
 
 
