@@ -34,7 +34,10 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class VocabularyExtension:
-    """Rows that a model has beyond its base's.
+    """Rows that a model has beyond its base's pieces.
+
+    A base may have rows to spare: Qwen3 has 267 more than its tokenizer has pieces, none of which was trained. New
+    pieces take these first; those that are left over stay as they are.
 
     Args:
         checkpoint: The base.
@@ -71,8 +74,8 @@ class VocabularyExtension:
         for name in names:
             weight: Any = model.get_submodule(name).weight
             held, first_held = local_shard(weight)
-            for first in range(len(self.old), self.rows, _ROWS):
-                last = min(first + _ROWS, self.rows)
+            for first in range(len(self.old), len(self._new), _ROWS):
+                last = min(first + _ROWS, len(self._new))
                 start, stop = max(first, first_held), min(last, first_held + len(held))
                 if start < stop:
                     values_NH = self._values(name, first, last, model.config)
@@ -98,12 +101,16 @@ class VocabularyExtension:
         assert self.old is not None
         return self.old
 
+    @property
+    def _new(self) -> TokenizerPieces:
+        assert self.new is not None
+        return self.new
+
     @cached_property
     def _parts(self) -> list[tuple[list[int], Tensor]]:
         """For each new piece the old ids it is split into, and their shares, which sum to 1."""
-        assert self.new is not None
         parts = []
-        for piece in self.new.pieces[len(self._old) :]:
+        for piece in self._new.pieces[len(self._old) :]:
             # An id without a piece never occurs; a piece that the old tokenizer cannot write has no part.
             ids = self._old.split(piece) if piece else []
             weights = [self._old.num_bytes(index) if self.new_rows == "byte_mean" else 1 for index in ids]
@@ -144,7 +151,7 @@ def find_extension(
         seed: Seed of ``random``.
 
     Returns:
-        The extension, ``None`` where the base has rows enough.
+        The extension, ``None`` where there is no new piece.
 
     Raises:
         ValueError: the tokenizer does not continue the base's, the rows would not train, or the adapter has others.
@@ -154,12 +161,13 @@ def find_extension(
         raise UserError(f"`new_rows={new_rows!r}` is not known. Expected one of {', '.join(get_args(NewRows))}")
     present = config.vocab_size
     stored = None if adapter is None else adapter.vocabulary_rows(tied=config.tie_word_embeddings)
-    rows, old, new = max(stored or 0, present), None, None
+    rows, old, new, further = max(stored or 0, present), None, None, 0
     if tokenizer is not None and (folder := local_folder(tokenizer)) != checkpoint.path:
         new = TokenizerPieces(folder)
         old = TokenizerPieces(checkpoint.path) if has_tokenizer(checkpoint.path) else None
         if old is not None:
             _check_continues(old, new, checkpoint)
+            further = len(new) - len(old)
         rows = max(len(new), present)
         if stored not in (None, rows):
             raise UserError(
@@ -167,15 +175,20 @@ def find_extension(
                 f"`tokenizer={str(tokenizer)!r}` needs {rows}. Give the tokenizer that the adapter was trained with; a "
                 "merged model (`mixcn export`) can be extended again"
             )
-    if rows == present:
+    if rows == present and (not further or stored is not None):  # an adapter brings all rows
         return None
+    if not train_embeddings and rows == present:
+        raise UserError(
+            f"`tokenizer={str(tokenizer)!r}` has {further} pieces that the base's lacks. Rows of the base are free for "
+            "them, but were never trained: they must train. Set `train_embeddings: true`, or leave it out"
+        )
     if not train_embeddings:
         asks = f"`adapter={adapter and adapter.name!r}`" if new is None else f"`tokenizer={str(tokenizer)!r}`"
         raise UserError(
             f"{asks} needs {rows} rows of embedding and head, but the base has {present}: the new ones must train. "
             "Set `train_embeddings: true`, or leave it out"
         )
-    if stored is not None:  # an adapter brings all rows
+    if stored is not None:
         return VocabularyExtension(checkpoint, rows)
     if old is None or len(old) > present:
         raise UserError(

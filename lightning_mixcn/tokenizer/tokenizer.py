@@ -266,16 +266,23 @@ def _read_fast_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_settings(folder: Path, model_file: Path) -> dict[str, Any]:
-    """Read special tokens and chat template; tokenizer_config.json overrides special_tokens_map.json and the model."""
+    """Read special tokens and chat template; tokenizer_config.json overrides special_tokens_map.json and the model.
+
+    A BOS of null, as Qwen's and OLMoE's, means that documents are apart by EOS: then each begins with it as well.
+    """
     settings: dict[str, Any] = special_pieces(model_file) if model_file.is_file() else {}
+    has_bos = True
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
         read = read_object(folder / name, _SETTINGS)
         settings |= {key: value for key, value in read.items() if value is not None}
+        has_bos = read.get("bos_token", has_bos) is not None
     for name in _SPECIAL_NAMES:
         if isinstance(settings.get(name), dict):  # a serialised AddedToken
             settings[name] = settings[name]["content"]
+    if not has_bos and "eos_token" in settings:
+        settings.setdefault("bos_token", settings["eos_token"])
     template = folder / "chat_template.jinja"
     return settings | ({"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
 

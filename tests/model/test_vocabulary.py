@@ -23,6 +23,7 @@ from lightning_mixcn.model import (
     find_model,
     load_found,
     load_mixtral,
+    load_moe,
     shard_model,
 )
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
@@ -32,8 +33,8 @@ from lightning_mixcn.model.sharding import full_tensor
 from lightning_mixcn.model.vocabulary import NewRows
 from lightning_mixcn.studies.vocabulary.merge import choose_pieces, mergeable_base, write_tokenizer
 from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
-from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
-from tests.extended_tokenizers import HAN, TALES, extend
+from lightning_mixcn.testing import run_distributed, save_tiny_mixtral, save_tiny_model
+from tests.extended_tokenizers import HAN, TALES, extend, qwen_like
 from tests.model.adapters_on_disk import TARGETS
 from tests.studies.vocabulary.vocab_data import small_base
 
@@ -129,6 +130,89 @@ def test_shares_of_a_piece_by_hand(tmp_path: Path, new_rows: NewRows, shares: li
         rows = weight(model, name).detach()
         expected = (torch.tensor(shares)[:, None] * rows[ids]).sum(0) / sum(shares)
         torch.testing.assert_close(rows[371], expected)
+
+
+SPARE = 640  # rows; the tokenizer has 305 pieces
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_moe tied"])
+def spare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a base with more rows than its tokenizer has pieces, as Qwen3: 151,936 and 151,669."""
+    family, _, tied = request.param.partition(" ")
+    base = save_tiny_model(
+        tmp_path_factory.mktemp("spare") / "base", family, vocab_size=SPARE, tie_word_embeddings=bool(tied)
+    )
+    qwen_like(base)
+    return base
+
+
+@pytest.mark.parametrize("new_rows", ["mean", "byte_mean", "random", "zeros"])
+def test_new_pieces_take_rows_that_the_base_has_to_spare(spare: Path, tmp_path: Path, new_rows: NewRows) -> None:
+    """They were never trained: those of new pieces start as any others do, the rest stays."""
+    extended = extend(spare, tmp_path / "t", HAN, 90)
+    load = partial(load_moe, spare, new_rows=new_rows, train_embeddings=True, dtype="float32")
+    model, plain = load(tokenizer=extended), load()
+    texts = texts_of_new_pieces(spare, extended)
+    assert (min(texts), model.config.vocab_size) == (305, SPARE)
+    assert max(texts) < SPARE - 100
+    for name in NAMES:
+        rows, stored = weight(model, name).detach(), weight(plain, name).detach()
+        assert torch.equal(rows[:305], stored[:305])
+        assert torch.equal(rows[max(texts) + 1 :], stored[max(texts) + 1 :])
+        new = slice(305, max(texts) + 1)
+        if new_rows == "zeros":
+            assert not rows[new].any()
+        elif new_rows == "random":
+            assert float(rows[new].std()) == pytest.approx(model.config.initializer_range, rel=0.1)
+            assert not torch.isclose(rows[new], stored[new]).all(dim=1).any()
+        else:
+            of_bytes = new_rows == "byte_mean"
+            for index, text in texts.items():
+                if text:
+                    expected = expected_mean_of_bytes(spare, text, stored.numpy(), weighted=of_bytes)
+                    np.testing.assert_allclose(rows[index].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def expected_mean_of_bytes(base: Path, text: str, rows: NDArray[np.float32], *, weighted: bool) -> NDArray[np.float64]:
+    """Return the mean of the rows of the old pieces, ids by the library alone; each piece is written for its bytes."""
+    old: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    ids = old(text, add_special_tokens=False)["input_ids"]
+    sizes = np.array([len(piece) if weighted else 1 for piece in old.convert_ids_to_tokens(ids)], dtype=np.float64)
+    mean: NDArray[np.float64] = sizes @ rows[ids].astype(np.float64) / sizes.sum()
+    return mean
+
+
+def test_more_new_pieces_than_rows_to_spare(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "qwen3_moe", vocab_size=310)
+    qwen_like(base)
+    extended = extend(base, tmp_path / "t", HAN, 90)
+    model = load_moe(base, tokenizer=extended, train_embeddings=True, dtype="float32")
+    texts = texts_of_new_pieces(base, extended)
+    assert model.config.vocab_size == max(texts) + 1 > 310
+    for name in NAMES:
+        stored = load_file(base / "model.safetensors")[f"{name}.weight"]
+        assert torch.equal(weight(model, name)[:305], stored[:305])
+        for index in [index for index, text in texts.items() if text][:: len(texts) // 4]:  # on both sides of row 310
+            expected = expected_mean_of_bytes(base, texts[index], stored.numpy(), weighted=False)
+            np.testing.assert_allclose(weight(model, name)[index].detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_trained_on_spare_rows_is_saved_and_exported(spare: Path, tmp_path: Path) -> None:
+    extended = extend(spare, tmp_path / "t", HAN, 90)
+    with pytest.raises(
+        ValueError, match=r"has \d+ pieces that the base's lacks. Rows of .* Set `train_embeddings: true`"
+    ):
+        load_moe(spare, tokenizer=extended)
+    model = trained(spare, extended, tmp_path / "adapter")
+    ids = torch.randint(3, 400, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = logits_of(model, ids)
+    found = find_model(str(tmp_path / "adapter"))
+    assert_close(logits_of(load_found(found, quantization="none", dtype="float32"), ids), expected)
+    export(str(tmp_path / "adapter"), str(tmp_path / "out"))
+    merged: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert_close(logits_of(merged, ids), expected)
+    again = load_moe(tmp_path / "out", quantization="none", dtype="float32", tokenizer=extended)
+    assert_close(logits_of(again, ids), expected)  # its own tokenizer has them all: nothing is new
 
 
 def test_random_and_zeros(tiny: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
 from lightning_mixcn.tokenizer.sentencepiece import PROBES
 from lightning_mixcn.tokenizer.tokenizer import stream_text
+from tests.extended_tokenizers import qwen_like
 
 SPECIALS = "a<s>b</s> <unk> </s>"
 
@@ -148,6 +149,15 @@ def test_missing_bos_is_refused(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda config: config.pop("bos_token"))
     with pytest.raises(ValueError, match=r"has no `bos_token`. Set it in tokenizer_config.json"):
         load_tokenizer(folder)
+
+
+def test_a_bos_of_null_is_eos(tmp_path: Path) -> None:
+    """Qwen's and OLMoE's files state that there is none: EOS stands between documents."""
+    tokenizer = load_tokenizer(qwen_like(tmp_path / "qwen"))
+    assert tokenizer.bos_id == tokenizer.eos_id == 302
+    assert tokenizer.encode_batch(["<|im_end|>"])[0] != [302]
+    tokenizer.hf.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
 def test_eos_outside_the_vocabulary_is_refused(folder: Path) -> None:

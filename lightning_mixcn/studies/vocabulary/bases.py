@@ -110,7 +110,9 @@ class FastBase:
         known = self.pieces.keys() | further.keys()
         merges = [split for piece in pieces for split in reversed(_splits(piece, known))]
         model = self._content["model"]
-        model = model | {"vocab": model["vocab"] | further, "merges": [*model["merges"], *merges]}
+        # Added tokens that the model lacks get, when read, the ids after its pieces: here they have their own.
+        held = {token["content"]: token["id"] for token in self._content["added_tokens"]}
+        model = model | {"vocab": model["vocab"] | held | further, "merges": [*model["merges"], *merges]}
         return self._content | {"model": model}
 
 

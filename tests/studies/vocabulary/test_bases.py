@@ -24,7 +24,7 @@ from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.studies.vocabulary.training import train_pieces
 from lightning_mixcn.text import load_tokenizer
 from lightning_mixcn.tokenizer.sentencepiece import read_pieces
-from tests.extended_tokenizers import CYRILLIC, HAN, write_pieces
+from tests.extended_tokenizers import CYRILLIC, HAN, QWEN_ADDED, qwen_like, write_pieces
 from tests.studies.vocabulary.vocab_data import small_base
 
 
@@ -70,6 +70,33 @@ def test_pieces_of_bytes(tiny_base: Path, tmp_path: Path, use_regex: bool) -> No
     assert other == load_tokenizer(base).encode_batch(texts)[2]
     known: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
     assert known(texts)["input_ids"] == [zh_ids, ru_ids, other]
+
+
+def test_pieces_beside_qwens_added_tokens(tmp_path: Path) -> None:
+    """Its added tokens have ids after the model's pieces, where new pieces must not push them further."""
+    base = qwen_like(tmp_path / "base")
+    extend(base, tmp_path / "zh", read_pieces(str(write_pieces(tmp_path / "zh.model", HAN, 90))))
+    ru = read_pieces(str(write_pieces(tmp_path / "ru.model", CYRILLIC, 120, " ")))
+    extend(tmp_path / "zh", tmp_path / "both", ru, "Cyrillic")
+    old, zh, both = (Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")) for name in ("base", "zh", "both"))
+    assert old.get_vocab().items() < zh.get_vocab().items() < both.get_vocab().items()
+    for backend in (zh, both):
+        assert sorted(backend.get_vocab().values()) == list(range(backend.get_vocab_size()))
+        assert backend.get_added_tokens_decoder().keys() == old.get_added_tokens_decoder().keys()
+    kept = ["Once upon a time, it's Lily's 2024 café\u0301!\r\n\n  def f(x):\t return x", "<|im_start|>"]
+    chat = "<|im_start|>user\nTom<|im_end|>\n<think>\n</think>"
+    for text in [*kept, chat]:
+        assert both.encode(text).ids == zh.encode(text).ids == old.encode(text).ids, text
+    tokenizer = load_tokenizer(tmp_path / "both")
+    news = ["今天天气", "привет мир", *kept]
+    ids = tokenizer.encode_batch(news)
+    assert len(ids[0]) <= 2
+    assert len(ids[1]) <= 5
+    assert not {index for row in ids for index in row} & set(range(300, 303))  # none is read out of a text
+    known: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
+    assert known(news, split_special_tokens=True)["input_ids"] == ids
+    assert known(chat)["input_ids"] == old.encode(chat).ids
+    assert [known.convert_tokens_to_ids(token) for token in QWEN_ADDED] == list(range(300, 305))
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
