@@ -59,8 +59,7 @@ def test_a_random_model(routed_base: Path, texts: list[Path], tmp_path: Path) ->
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
 def test_other_families(family: str, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Router weights that are not normalised among them; more experts than a pass has rows."""
-    sizes = {"num_experts": 12, "num_experts_per_tok": 3, "initializer_range": 0.25}
-    base = save_tiny_model(tmp_path / "base", family, **sizes)
+    base = save_tiny_model(tmp_path / "base", family, num_experts=12, num_experts_per_tok=3, initializer_range=0.25)
     assert main(arguments(base, tmp_path / "out", texts, "--quantization=none")) == 0
     check_against_stock(tmp_path / "out", base, stock_model(base), texts)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mode both: ")]
