@@ -81,7 +81,7 @@ else:
 class MoeForCausalLM(_CausalLM):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """What is added to transformers' causal LM of a family; made by `load_moe` or `build_moe`.
 
-    ``isinstance(model, transformers.OlmoeForCausalLM)``, for one, holds beside this class.
+    A model is an instance of that class of transformers, too.
     """
 
     model: Any

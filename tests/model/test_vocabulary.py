@@ -312,12 +312,16 @@ def sharded(base: str, tokenizer: str) -> list[Tensor]:
 
 
 @pytest.mark.multiprocess
-def test_shares_are_those_of_the_whole(tiny: Path, tmp_path: Path) -> None:
-    tokenizer = extend(tiny, tmp_path / "t", HAN, 91)
-    models = [load_mixtral(tiny, tokenizer=tokenizer, new_rows=mode, train_embeddings=True) for mode in MODES]
+@pytest.mark.parametrize("has_spare_rows", [False, True])
+def test_shares_are_those_of_the_whole(tiny: Path, tmp_path: Path, has_spare_rows: bool) -> None:
+    base = tiny
+    if has_spare_rows:  # of which the second rank has all that are taken, and the third none
+        base = qwen_like(save_tiny_model(tmp_path / "base", "qwen3_moe", vocab_size=SPARE))
+    tokenizer = extend(base, tmp_path / "t", HAN, 91)
+    models = [load_moe(base, tokenizer=tokenizer, new_rows=mode, train_embeddings=True) for mode in MODES]
     whole = [weight(model, name) for model in models for name in NAMES]
     assert len(whole[0]) % 3  # so that the last rank has fewer rows
-    for rank in run_distributed(sharded, 3, str(tiny), str(tokenizer)):
+    for rank in run_distributed(sharded, 3, str(base), str(tokenizer)):
         assert all(map(torch.equal, rank, whole))
 
 

@@ -44,7 +44,7 @@ def new_checkpoint(
     Example:
         >>> import os, tempfile, torch
         >>> out = tempfile.mkdtemp()
-        >>> with new_checkpoint(out, {"model_type": "olmoe"}) as writer:
+        >>> with new_checkpoint(out, {"vocab_size": 2}) as writer:
         ...     writer.add("lm_head.weight", torch.zeros(2, 3))
         >>> sorted(os.listdir(out))
         ['config.json', 'model.safetensors']

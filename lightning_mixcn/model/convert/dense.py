@@ -99,7 +99,7 @@ def continued_by(name: str, raw: Mapping[str, Any], family: str | None) -> Archi
         norms = "norms" if wanted.attention_norms(wanted.config()) else "no norms"
         raise UserError(
             f"`family={family}`, but `src={name}` has model_type {model_type!r}, which becomes {found.model_type} "
-            f"only: unlike it, {wanted.title} has {norms} of queries and keys. Leave `family` out"
+            f"only: {wanted.title} has {norms} of queries and keys, unlike {model_type}. Leave `family` out"
         )
     return found
 

@@ -178,8 +178,16 @@ def test_what_was_made_is_a_base_like_any_other(tmp_path: Path, variant: str) ->
 @pytest.mark.parametrize(
     ("variant", "family", "message"),
     [
-        ("llama", "qwen3_moe", "'llama', which becomes mixtral only: unlike it, Qwen3-MoE has norms of queries and"),
-        ("qwen3", "mixtral", "'qwen3', which becomes qwen3_moe only: unlike it, Mixtral has no norms of queries and"),
+        (
+            "llama",
+            "qwen3_moe",
+            "'llama', which becomes mixtral only: Qwen3-MoE has norms of .*, unlike llama",
+        ),
+        (
+            "qwen3",
+            "mixtral",
+            "'qwen3', which becomes qwen3_moe only: Mixtral has no norms of .*, unlike qwen3",
+        ),
     ],
 )
 def test_the_other_family_is_refused(tmp_path: Path, variant: str, family: Any, message: str) -> None:
