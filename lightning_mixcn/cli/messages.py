@@ -68,7 +68,8 @@ def readable(message: str) -> str:
 
 
 def _known_classes() -> list[str]:
-    return [*lightning_mixcn.__all__, *lightning_mixcn.callbacks.__all__, "WarmupCosine", *callbacks.__all__]
+    schedules = ["WarmupCosine", "WarmupStableDecay"]
+    return [*lightning_mixcn.__all__, *lightning_mixcn.callbacks.__all__, *schedules, *callbacks.__all__]
 
 
 def _meant(message: str) -> str:

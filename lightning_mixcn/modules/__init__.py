@@ -3,7 +3,14 @@
 from .causal_lm import CausalLMModule
 from .instruct import InstructModule
 from .pretrain import PretrainModule
-from .schedule import WarmupCosine
+from .schedule import WarmupCosine, WarmupStableDecay
 from .strategies import FSDP2Strategy
 
-__all__ = ["CausalLMModule", "FSDP2Strategy", "InstructModule", "PretrainModule", "WarmupCosine"]
+__all__ = [
+    "CausalLMModule",
+    "FSDP2Strategy",
+    "InstructModule",
+    "PretrainModule",
+    "WarmupCosine",
+    "WarmupStableDecay",
+]

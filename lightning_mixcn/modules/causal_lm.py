@@ -227,7 +227,8 @@ class CausalLMModule(SavedStateModule):
         return scheduled(optimizer, self._schedule(optimizer), interval)
 
     def _schedule(self, optimizer: Optimizer) -> LRSchedulerTypeUnion:
-        return known_length(run_checks.make_scheduler(self.make_lr_scheduler, optimizer), self.trainer.max_steps)
+        schedule, trainer = run_checks.make_scheduler(self.make_lr_scheduler, optimizer), self.trainer
+        return known_length(schedule, trainer.max_steps, is_trial=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]  # untyped in Lightning
 
     def on_fit_start(self) -> None:
         """Check that the data fit the model."""

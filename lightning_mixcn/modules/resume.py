@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_mixcn.errors import UserError
 
 from .checkpoint_schema import REMEDY, check_optimizer_states, schedule_steps
-from .schedule import WarmupCosine
+from .schedule import ScheduleOfRun, WarmupStableDecay
 
 SETTINGS_KEY = "mixcn_settings"
 
@@ -159,6 +159,8 @@ class ConfiguredOptimization:
             scheduler.load_state_dict(target)
         elif different := list(_schedule_differences(schedule_state, target)):
             changes += _schedule_changes(scheduler, different)
+            if isinstance(self._scheduler, WarmupStableDecay):
+                changes += self._scheduler.departures(schedule_state)
             scheduler.load_state_dict(target)
         return list(dict.fromkeys(changes))
 
@@ -301,7 +303,7 @@ def advance(scheduler: LRSchedulerTypeUnion, steps: int) -> None:
     Raises:
         ValueError: it ends before.
     """
-    if isinstance(scheduler, WarmupCosine):
+    if isinstance(scheduler, ScheduleOfRun):
         scheduler.go_to(steps)
         return
     try:

@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.parser import check_what_is_loaded
+from lightning_mixcn.modules import WarmupStableDecay
 
 BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))])
 
@@ -52,6 +54,19 @@ def test_the_configuration_itself_gets_past_the_parser(capsys: pytest.CaptureFix
     config["trainer"]["callbacks"][0]["init_args"] = {}
     config["trainer"]["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "."}, "dict_kwargs": {}}
     assert "'nowhere' is not there" in refusal(capsys, "--config", write("c.yaml", config))
+
+
+def test_another_schedule_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments of the default schedule that have the same names would be kept."""
+    config, given = configuration(), {"warmup": 100, "decay": 0.25}
+    config["model"]["init_args"]["lr_scheduler"] = {"class_path": "WarmupStableDecay", "init_args": given}
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", write("c.yaml", config), "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["lr_scheduler"]["init_args"]
+    defaults = {name: parameter.default for name, parameter in signature(WarmupStableDecay).parameters.items()}
+    del defaults["optimizer"]
+    assert found == defaults | given
+    assert [type(found[name]) for name in given] == [int, float]
 
 
 @pytest.mark.parametrize("value", [{}, {"a": {}}, {"a": {"b": {}}, "c": {}}], ids=str)

@@ -19,7 +19,7 @@ from lightning_mixcn import CausalLMModule, InstructDataModule, InstructModule, 
 from lightning_mixcn.arguments import Between, Filled, Name, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.lora.options import TrainedOptions
-from lightning_mixcn.modules.schedule import WarmupCosine
+from lightning_mixcn.modules.schedule import WarmupCosine, WarmupStableDecay
 from lightning_mixcn.text import ConversationSource, Source
 from lightning_mixcn.text.corpus.sources import parse_sources
 
@@ -131,6 +131,7 @@ _CLASSES: dict[type[Any], tuple[Callable[..., Any], dict[str, Any]]] = {
     PretrainDataModule: (PretrainDataModule, {"sources": [SOURCE]}),
     InstructDataModule: (InstructDataModule, {"sources": [CONVERSATIONS]}),
     WarmupCosine: (WarmupCosine, {"optimizer": _optimizer()}),
+    WarmupStableDecay: (WarmupStableDecay, {"optimizer": _optimizer()}),
     Source: (_source(Source), {"name": "zh", "path": "zh.jsonl"}),
     ConversationSource: (_source(ConversationSource), {"name": "zh", "path": "zh.jsonl"}),
     LoraConfig: (CausalLMModule, {}),

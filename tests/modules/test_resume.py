@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop, lr_scheduler
 
-from lightning_mixcn.modules import PretrainModule, WarmupCosine
+from lightning_mixcn.modules import PretrainModule, WarmupCosine, WarmupStableDecay
 from lightning_mixcn.modules.resume import ConfiguredOptimization, settings_changes
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 from tests.modules import strategy_run
@@ -508,3 +508,65 @@ def test_progress_in_groups_goes_on_from_a_sharded_checkpoint(tmp_path: Path, ti
     run_distributed(partial(train, checkpoints=folder, max_steps=5), 2, *common)
     for rank in run_distributed(partial(train, ckpt_path=f"{folder}/step=00000005.ckpt", max_steps=6), 2, *common):
         assert (rank["fsdp2"]["settings"]["k"], rank["fsdp2"]["settings"]["d"]) == (6, 1e-6 * 2**6)
+
+
+class StopError(Exception):
+    """Ends a run as a kill does: between two checkpoints, with nothing saved."""
+
+
+class Stop(Callback):
+    """Stops in a step.
+
+    Args:
+        step: Number of the optimizer step, from 0.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            raise StopError
+
+
+def wsd_run(runs: Runs, steps: int, **settings: Any) -> tuple[Any, list[float]]:
+    """Return what a run ends with, all of it, and the rate of each of its steps."""
+    watch, lengths = Rates(), {"warmup": 2, "decay": 2, "decay_shape": "linear"}
+    schedule = partial(WarmupStableDecay, **(lengths | settings.pop("lengths", {})))
+    stops = settings.pop("stops", ())
+    run = runs.fit(
+        steps, callbacks=(watch, *stops), optimizer=partial(AdamW, lr=1e-3), lr_scheduler=schedule, **settings
+    )
+    states = [value for state in run.optimizers[0].state.values() for value in state.values()]
+    return [*run.lightning_module.state_dict().values(), *states], watch.rates
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_a_run_that_is_extended_before_its_decay_is_one_planned_so(runs: Runs) -> None:
+    """Planned with 7 steps, which would decay from the sixth; killed in the fifth, and resumed with 8."""
+    with pytest.raises(StopError):
+        wsd_run(runs, 7, resume=False, stops=(Stop(4),))
+    extended, rest = wsd_run(runs, 8, resume=True)
+    assert runs.said == ["resume at optimizer step 3: total_steps 7 → 8"]
+    planned, rates = wsd_run(runs, 8, resume=False)
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, *[1e-3] * 5, 5e-4])
+    assert rest == rates[STEPS:]
+    assert all(torch.equal(one, other) for one, other in zip(planned, extended, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "before", "why"),
+    [
+        ({"warmup": 0.25}, 5, "the warm-up was another (give `warmup` in steps)"),
+        ({"warmup": 1, "decay": 4}, 5, "the decay had begun"),
+    ],
+)
+def test_a_run_that_is_extended_otherwise_says_so(lengths: Any, before: int, why: str, runs: Runs) -> None:
+    wsd_run(runs, before, resume=False, lengths=lengths)
+    wsd_run(runs, 8, resume=True, lengths=lengths)
+    assert f"total_steps {before} → 8, unlike a run of 8 steps from the start: {why}" in runs.said[0]
+
+
+def test_a_schedule_in_steps_allows_fast_dev_run(runs: Runs) -> None:
+    trial: dict[str, Any] = {"fast_dev_run": 1}
+    assert wsd_run(runs, 1, resume=False, trainer=trial)[1] == pytest.approx([1e-3 / 3])

@@ -1,19 +1,21 @@
 """The learning rate against its formula, and against resuming."""
 
 import math
+import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_mixcn.modules import WarmupCosine
+from lightning_mixcn.modules import WarmupCosine, WarmupStableDecay
 
 
 def optimizer(*rates: float) -> torch.optim.SGD:
     return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates], lr=1.0)
 
 
-def rates_of(schedule: WarmupCosine, steps: int) -> list[float]:
+def rates_of(schedule: WarmupCosine | WarmupStableDecay, steps: int) -> list[float]:
     """Learning rate that each optimizer step used."""
     used = []
     for _ in range(steps):
@@ -87,3 +89,81 @@ def test_stepping_without_a_length_is_refused() -> None:
 def test_fractions_outside_their_range_are_refused(fractions: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"fraction=.*expected (at|more|less) .*; see WarmupCosine$"):
         WarmupCosine(optimizer(0.2), *fractions)
+
+
+def wsd(*rates: float, **settings: Any) -> WarmupStableDecay:
+    return WarmupStableDecay(optimizer(*rates), **settings)
+
+
+@pytest.mark.parametrize(("shape", "power"), [("sqrt", 0.5), ("linear", 1.0)])
+@pytest.mark.parametrize("lengths", [{"warmup": 5, "decay": 10}, {"warmup": 0.1, "decay": 0.2}])
+def test_the_rate_rises_stays_and_falls(shape: str, power: float, lengths: dict[str, Any]) -> None:
+    used = rates_of(wsd(0.2, decay_shape=shape, decay_to=0.1, total_steps=50, **lengths), 52)
+    assert used[:5] == pytest.approx([0.2 * step / 6 for step in range(1, 6)])
+    assert used[5:41] == [0.2] * 36  # exactly, or an extended run would not be one planned so
+    assert used[41:50] == pytest.approx([0.2 * (0.1 + 0.9 * (1 - (step / 10) ** power)) for step in range(1, 10)])
+    assert used[50:] == pytest.approx([0.02] * 2)
+
+
+def test_each_group_decays_from_its_own_peak() -> None:
+    schedule = wsd(0.2, 0.05, warmup=1, decay=4, total_steps=10, decay_shape="linear")
+    schedule.go_to(8)
+    assert [group["lr"] for group in schedule.optimizer.param_groups] == pytest.approx([0.1, 0.025])
+
+
+@pytest.mark.parametrize("decay", [0, 0.0])
+def test_without_a_decay_the_rate_stays(decay: float) -> None:
+    assert rates_of(wsd(0.2, warmup=0, decay=decay, total_steps=5), 5) == [0.2] * 5
+
+
+def test_the_rates_before_the_decay_do_not_depend_on_the_length() -> None:
+    short, long = (rates_of(wsd(0.2, warmup=7, decay=9, total_steps=total), 21) for total in (30, 1000))
+    assert short == long
+
+
+def test_warm_up_and_decay_fit_into_the_run() -> None:
+    wsd(0.2, warmup=6, decay=4, total_steps=10)
+    with pytest.raises(ValueError, match=r"`warmup=6` and `decay=0\.5` are 11 steps, but the run has 10\. Shorten"):
+        wsd(0.2, warmup=6, decay=0.5, total_steps=10)
+    wsd(0.2, warmup=6, decay=0.5).set_total_steps(1, is_trial=True)
+    with pytest.raises(ValueError, match=r"`trainer.max_steps=-1`: WarmupStableDecay needs the number"):
+        wsd(0.2).set_total_steps(-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup": -1}, r"`warmup=-1`: expected at least 0 steps"),
+        ({"decay": 10.0}, r"`decay=10\.0`: expected less than 1 of the run"),
+        ({"decay": "long"}, r"`decay='long'`: expected a whole number or a number"),
+        ({"decay_shape": "cosine"}, r"`decay_shape='cosine'`: expected one of sqrt, linear"),
+        ({"decay_to": 1.5}, r"`decay_to=1\.5`: expected at most 1"),
+    ],
+)
+def test_lengths_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message + "; see WarmupStableDecay$"):
+        wsd(0.2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "done", "reasons"),
+    [
+        ({"warmup": 5, "decay": 10}, {"warmup": 5, "decay": 10}, 40, None),
+        ({"warmup": 5, "decay": 0.2}, {"warmup": 5, "decay": 0.2}, 40, None),
+        ({"warmup": 5, "decay": 10}, {"warmup": 5, "decay": 10}, 41, None),  # its first step has the peak
+        ({"warmup": 5, "decay": 10}, {"warmup": 5, "decay": 10}, 42, "the decay had begun"),
+        ({"warmup": 0.1, "decay": 10}, {"warmup": 0.1, "decay": 10}, 40, "the warm-up was another"),
+        ({"warmup": 0.1, "decay": 10}, {"warmup": 5, "decay": 10}, 40, None),
+        ({"warmup": 5, "decay": 10}, {"warmup": 9, "decay": 10}, 5, "the warm-up was another"),
+        ({"warmup": 0.1, "decay": 10}, {"warmup": 0.1, "decay": 10}, 42, "another .*, the decay had begun"),
+    ],
+)
+def test_a_resumed_run_of_another_length_says_whether_it_was_planned_so(
+    before: dict[str, Any], here: dict[str, Any], done: int, reasons: str | None
+) -> None:
+    first, second = wsd(0.2, total_steps=50, **before), wsd(0.2, total_steps=80, **here)
+    first.go_to(done)
+    said = second.departures(first.state_dict())
+    same = all(first.factor(step) == second.factor(step) for step in range(done))
+    assert (said == []) == same == (reasons is None)
+    assert re.search(reasons or "", " ".join(said))
