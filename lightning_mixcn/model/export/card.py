@@ -93,7 +93,14 @@ def adapter_card(training: Training, measured: Mapping[str, Any]) -> str:
 
 
 def model_card(
-    found: ModelSource, src: str, made: str, library: str, *, onto: str | None, languages: Sequence[str] | None = None
+    found: ModelSource,
+    src: str,
+    made: str,
+    library: str,
+    *,
+    onto: str | None,
+    languages: Sequence[str] | None = None,
+    instruct: str | None = None,
 ) -> str:
     """Write the card of an export. It has no date and no absolute path, so the same export gives the same bytes.
 
@@ -104,10 +111,11 @@ def model_card(
         library: ``transformers`` or ``peft``, for the hub's ``library_name``.
         onto: ``original`` or ``dequantised`` weights that adapters were merged onto; ``None`` for an adapter.
         languages: Codes for the header; ``None`` takes those of the adapters' cards.
+        instruct: Public name of the instruct model whose difference from the base was added.
     """
     named = stock_base(found.base) or found.base.name
     name, license_of = public_name(named), _license([named, found.base.name])
-    title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters else name
+    title = f"{name}: LoRA adapter" if onto is None else f"{name}, adapted" if found.adapters or instruct else name
     folders = [adapter.folder for adapter in found.adapters]
     if languages is None:
         languages = _languages(folders)
@@ -118,18 +126,31 @@ def model_card(
         _base_line(read_identity(folders[0]) if folders else None, name),
         *(base_shortcomings(found.base) if onto is None else []),
         _license_line(license_of),
-        # Of adapters, their own cards say it.
-        "A chat template here is the base's." if onto is not None and not found.adapters else None,
-        _figures(src, onto) if found.adapters else None,
+        _template_line(instruct, is_base=onto is not None and not found.adapters),
+        _figures(src, onto, instruct) if found.adapters else None,
         *map(_adapter_text, folders),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def public_title(found: ModelSource) -> str:
-    """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``."""
+def _template_line(instruct: str | None, *, is_base: bool) -> str | None:
+    if instruct is not None:
+        return (
+            f"Chat template and generation config here are those of `{instruct}`, whose license counts as well. What "
+            "an adapter's training below says of a template is about the adapter alone."
+        )
+    return "A chat template here is the base's." if is_base else None  # of adapters, their own cards say it
+
+
+def public_title(found: ModelSource, *, changed: bool = False) -> str:
+    """Return a short name for a merged model that is the same on every machine, e.g. ``Mixtral-8x7B-v0.1-adapted``.
+
+    Args:
+        found: The model.
+        changed: It differs from its base even where it has no adapter.
+    """
     named = stock_base(found.base) or found.base.name
-    return public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters else "")
+    return public_name(named).rpartition("/")[2] + ("-adapted" if found.adapters or changed else "")
 
 
 def resizing_note(rows: int | None, base_rows: int) -> str:
@@ -240,7 +261,7 @@ def _chat_line(training: Training) -> str:
     )
 
 
-def _figures(src: str, onto: str | None) -> str | None:
+def _figures(src: str, onto: str | None, instruct: str | None) -> str | None:
     """Return a table of the likelihoods that `mixcn validate` wrote into the run's folder."""
     folder = Path(src).expanduser()
     runs = [folder, folder.parent] if folder.name == ADAPTER_FOLDER else [folder]
@@ -253,6 +274,8 @@ def _figures(src: str, onto: str | None) -> str | None:
         says = f"Measured on the run after {report['steps_trained']} steps{f', {held}' if held else ''}, before export"
         if report.get("quantization") == "nf4" and onto == "original":
             says += "; the merged model differs by what the 4 bits round off"
+        if instruct is not None:
+            says += f"; the difference of `{instruct}` was added after that"
         return _table(report["sources"], f"{says}:")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

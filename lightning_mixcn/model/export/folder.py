@@ -14,6 +14,7 @@ from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
 
 from .card import CARD_NAME, model_card
+from .instruct import InstructDelta
 from .merge import (
     BaseWeights,
     Layout,
@@ -22,6 +23,9 @@ from .merge import (
     merge_base,
 )
 
+_SHARD_BYTES = 1_000_000_000
+# A shard is held in memory, of which an instruct delta takes three of the largest tensor's and half a gigabyte.
+_SMALL_SHARD_BYTES = 250_000_000
 _DROPPED = ("_name_or_path", "torch_dtype")
 
 
@@ -69,14 +73,18 @@ class ExportOptions:
     original: str | None = None
     dtype: str | None = None
     layout: Layout = "per-expert"
-    max_shard_bytes: int = 1_000_000_000
+    max_shard_bytes: int | None = None
     outtype: str | None = None
     llama_cpp: str | None = None
     languages: list[str] | None = None
+    instruct_delta: str | None = None
+    instruct_weight: float = 1.0
 
 
 def export_checkpoint(found: ModelSource, out: Path, options: ExportOptions) -> None:
     """Write ``W + Σ s·B·A`` tensor by tensor, with tokenizer, chat template, generation config and a card.
+
+    With `instruct_delta`, ``w·(W_instruct − W)`` is added (`instruct.py`), and these files are the instruct model's.
 
     Args:
         found: The model.
@@ -88,20 +96,38 @@ def export_checkpoint(found: ModelSource, out: Path, options: ExportOptions) -> 
     # A merged weight that came out of 4 bits has no 16-bit original: rounding it would be a change of its own.
     exact = "float32" if options.base == "dequantised" else None
     dtype = None if (name := options.dtype or exact) is None else torch_dtype(name)
-    merged = MergedWeights(base, found.adapters, options.layout, dtype)
+    instruct = None
+    if options.instruct_delta is not None:
+        weight = options.instruct_weight
+        instruct = InstructDelta(options.instruct_delta, weight, checkpoint, base, found.tokenizer)
+    merged = MergedWeights(base, found.adapters, options.layout, dtype, instruct)
     shape = {"vocab_size": merged.vocab_size, "tie_word_embeddings": base.config.tie_word_embeddings}
-    config = exported_config(checkpoint.config | shape, merged.dtype(next(iter(base.modules))))
-    with new_checkpoint(out, config, max_shard_bytes=options.max_shard_bytes) as writer:
+    settings = checkpoint.config if instruct is None else instruct.config  # the ids of tokens that end a text, too
+    config = exported_config(settings | shape, merged.dtype(next(iter(base.modules))))
+    max_shard_bytes = options.max_shard_bytes or (_SHARD_BYTES if instruct is None else _SMALL_SHARD_BYTES)
+    with new_checkpoint(out, config, max_shard_bytes=max_shard_bytes) as writer:
         writer.require_free_bytes(merged.nbytes)
-        for file in [*tokenizer_files(found.tokenizer), *generation_files(found.tokenizer, checkpoint.path)]:
-            writer.add_file(file)
-        made = _made(len(found.adapters), options.base)
-        card = model_card(found, options.src, made, "transformers", onto=options.base, languages=options.languages)
+        if instruct is None:
+            for file in [*tokenizer_files(found.tokenizer), *generation_files(found.tokenizer, checkpoint.path)]:
+                writer.add_file(file)
+        else:
+            instruct.write_files(writer)
+        made, added = _made(len(found.adapters), options.base), "" if instruct is None else instruct.made
+        card = model_card(
+            found,
+            options.src,
+            made + added,
+            "transformers",
+            onto=options.base,
+            languages=options.languages,
+            instruct=None if instruct is None else instruct.name,
+        )
         (writer.folder / CARD_NAME).write_text(card, encoding="utf-8")
         with tqdm(total=merged.nbytes, unit="B", unit_scale=True, desc="exporting", delay=1) as progress:
             for name, tensor in merged.tensors():
                 writer.add(name, tensor)
                 progress.update(tensor.nbytes)
+                del tensor  # else it is held while the next one is made
 
 
 def _made(num_adapters: int, base: Precision) -> str:

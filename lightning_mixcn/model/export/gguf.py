@@ -18,6 +18,7 @@ from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 
 from .card import public_title
 from .folder import ExportOptions, export_checkpoint
+from .instruct import pieces_folder
 
 CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
@@ -32,8 +33,10 @@ def export_gguf(found: ModelSource, out: Path, options: ExportOptions) -> None:
     if options.dtype is None and converter.is_finer_than_bfloat16:
         options = replace(options, dtype="float32")
     check_built_in(model_config(found.base))
-    check_tokenizer(found.tokenizer)
-    converter.write(out, public_title(found), lambda folder: export_checkpoint(found, folder, options))
+    instruct = options.instruct_delta
+    check_tokenizer(found.tokenizer if instruct is None else pieces_folder(instruct, found.tokenizer))
+    title = public_title(found, changed=instruct is not None)
+    converter.write(out, title, lambda folder: export_checkpoint(found, folder, options))
 
 
 class LlamaCpp:

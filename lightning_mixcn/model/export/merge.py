@@ -5,7 +5,7 @@ Legend: E = experts, H = hidden, I = intermediate.
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class BaseWeights:
             # Experts that lie in one tensor each are read as such; a stored stack has them one after the other.
             part, first = ([segments[group]], 0) if len(segments) > 1 else (segments, group * numel)
             values = self._checkpoint.read_segments(part, first, first + numel)
-            if not torch.isfinite(values).all():
+            if not _is_finite(values):
                 raise UserError(f"{self._checkpoint.path}: {part[0].name} holds NaN or infinite values")
             yield values.view(self.shape(name))
 
@@ -121,7 +121,22 @@ class BaseWeights:
         return storage
 
 
+def _is_finite(values: Tensor) -> bool:
+    """Tell it by the extremes, which takes no memory; `torch.isfinite` takes twice that of 16-bit values."""
+    return bool(torch.stack(values.aminmax()).isfinite().all())
+
+
 Layout = Literal["per-expert", "fused"]
+
+
+class AddedDifference(Protocol):
+    """A further model whose difference from the base is added, see `InstructDelta`."""
+
+    def matrices(self, module: str) -> Iterator[Tensor]:
+        """Read its matrices of a module one after the other."""
+
+    def add(self, name: str, values: Tensor, base: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add what lies between a matrix of it and the base's to ``values``, in float32, rounded once."""
 
 
 class MergedWeights:
@@ -136,6 +151,7 @@ class MergedWeights:
         layout: Names of the experts' weights: ``per-expert``, as the family's published files have them, or ``fused``
             (``mlp.experts.gate_up_proj [E, 2I, H]``).
         dtype: Dtype of the result; ``None`` keeps each tensor's.
+        difference: Added after the adapters; ``None`` for nothing.
 
     Attributes:
         vocab_size: Rows of embedding and head.
@@ -145,10 +161,16 @@ class MergedWeights:
     """
 
     def __init__(
-        self, base: BaseWeights, adapters: Sequence[AdapterFile], layout: Layout, dtype: torch.dtype | None
+        self,
+        base: BaseWeights,
+        adapters: Sequence[AdapterFile],
+        layout: Layout,
+        dtype: torch.dtype | None,
+        difference: AddedDifference | None = None,
     ) -> None:
         """Check that every factor has its matrix."""
         self._base, self._adapters, self._layout, self._dtype = base, adapters, layout, dtype
+        self._difference = difference
         self._shapes = {name: base.shape(module) for module, names in base.modules.items() for name in names}
         self.vocab_size: int = base.config.vocab_size
         for adapter in adapters:
@@ -182,29 +204,38 @@ class MergedWeights:
                 yield f"{layer}.mlp.experts.down_proj", self._stack([module])
 
     def _single(self, module: str) -> Iterator[tuple[str, Tensor]]:
-        for name, matrix in zip(self._base.modules[module], self._base.matrices(module), strict=True):
+        for name, merged in zip(self._base.modules[module], self._merged(module), strict=True):
             exported = name.replace(f".{self._base.architecture.block}.", ".mlp.") if self._layout == "fused" else name
-            yield f"{exported}.weight", self._merged(module, name, matrix)
+            yield f"{exported}.weight", merged
 
     def _stack(self, modules: list[str]) -> Tensor:
         """Return ``[E, rows of all modules, in]``."""
-        names = [self._base.modules[module] for module in modules]
         rows, columns = self._base.shape(modules[0])
-        stack = torch.empty(len(names[0]), rows * len(modules), columns, dtype=self.dtype(modules[0]))
+        experts = len(self._base.modules[modules[0]])
+        stack = torch.empty(experts, rows * len(modules), columns, dtype=self.dtype(modules[0]))
         for place, module in enumerate(modules):
-            for expert, matrix in enumerate(self._base.matrices(module)):
-                stack[expert, place * rows : (place + 1) * rows] = self._merged(module, names[place][expert], matrix)
+            for expert, matrix in enumerate(self._merged(module)):
+                stack[expert, place * rows : (place + 1) * rows] = matrix
         return stack
 
-    def _merged(self, module: str, name: str, matrix: Tensor) -> Tensor:
-        """Return one matrix with the adapters merged into it."""
+    def _merged(self, module: str) -> Iterator[Tensor]:
+        """Yield a module's matrices with the adapters, and the difference, merged into them."""
+        others = None if self._difference is None else self._difference.matrices(module)
+        for name, matrix in zip(self._base.modules[module], self._base.matrices(module), strict=True):
+            yield self._sum(name, matrix, None if others is None else next(others), self.dtype(module))
+
+    def _sum(self, name: str, matrix: Tensor, other: Tensor | None, dtype: torch.dtype) -> Tensor:
+        values = matrix
         for adapter in self._adapters:
             if name in adapter.saved:
-                matrix = adapter.read_saved(name)
+                values = adapter.read_saved(name)
             elif name in adapter.names:
-                matrix = adapter.delta(name).add_(matrix)
-        result = matrix.to(self.dtype(module))
-        if not torch.isfinite(result).all():
+                values = adapter.delta(name).add_(values)
+        if other is None or self._difference is None:
+            result = values.to(dtype)
+        else:
+            result = self._difference.add(name, values, matrix, other, dtype)
+        if not _is_finite(result):
             raise UserError(
                 f"{name} is NaN or infinite in {str(result.dtype).removeprefix('torch.')} once merged. "
                 "Give `--dtype` float32 or bfloat16"
