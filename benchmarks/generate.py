@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import record
-from random_base import PRESETS, config_of, random_model, write_random_base
+from limits import attention_matrices
+from random_base import PRESETS, config_of, expert_width, random_model, write_random_base
 
 _COPIED = 2**28  # bytes of the buffer that is copied to and fro
 _STORED_BYTES = 0.516  # of a weight in NF4, double quantised
@@ -33,9 +34,9 @@ def bytes_per_step(config: Any, batch: int) -> float:
     An expert is chosen by none of ``batch`` rows with probability (1 - K / E) ** batch, if routing is even.
     """
     hidden, layers, experts = config.hidden_size, config.num_hidden_layers, config.num_local_experts
-    width = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    attention = sum(rows * columns for rows, columns in attention_matrices(config))
     chosen = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
-    quantised = 2 * hidden * (hidden + width) + chosen * 3 * hidden * config.intermediate_size
+    quantised = attention + chosen * 3 * hidden * expert_width(config)
     return layers * (quantised * _STORED_BYTES + 2 * hidden * experts) + 2 * hidden * config.vocab_size
 
 
@@ -46,14 +47,14 @@ def model_of(name: str, config: Any, base: str | None, device: str) -> Any:
 
     if name == "ours":
         from lightning_mixcn.cli.allocator import keep_freed_memory
-        from lightning_mixcn.model import load_mixtral
+        from lightning_mixcn.model import load_moe
         from lightning_mixcn.model.inference.generation import prepare_for_generation
 
         keep_freed_memory()
-        model = load_mixtral(base, device=device) if base else random_model(config, None, torch.device(device))
+        model = load_moe(base, device=device) if base else random_model(config, None, torch.device(device))
         prepare_for_generation(model.eval())
         return model
-    return transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device).eval()
 
 
 def decoder(model: Any, device: str, prompt_tokens: int, new_tokens: int) -> Callable[[int], float]:

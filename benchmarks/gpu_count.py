@@ -26,7 +26,7 @@ from gpu_counting.cost import Rates
 from gpu_counting.trace import KINDS, Trace, Work
 from random_base import PRESETS, config_of
 
-from lightning_mixcn.model import build_mixtral, set_activation_checkpointing
+from lightning_mixcn.model import build_moe, set_activation_checkpointing
 from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.memory.checkpointing import MODES
 
@@ -120,7 +120,7 @@ def _trace(case: Case, config: Any) -> Trace:
     # A row is one document.
     trace = Trace(case.rank, rows * length * (length + 1) // 2)
     lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS)
-    model: Any = build_mixtral(config, lora=lora, device="meta").train()
+    model: Any = build_moe(config, lora=lora, device="meta").train()
     set_activation_checkpointing(model, case.memory)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if case.micro_batches > 1:  # the gradients of those before, which are added to
@@ -140,7 +140,7 @@ def _trace(case: Case, config: Any) -> Trace:
 def _auxiliary_loss(case: Case, config: Any) -> Counter[Work]:
     """Count the auxiliary load-balancing loss, which takes the logits of all layers at once."""
     rows, length = case.rows
-    model: Any = build_mixtral(config_of(case.preset, num_hidden_layers=1), device="meta")
+    model: Any = build_moe(config_of(case.preset, num_hidden_layers=1), device="meta")
     documents = torch.empty(rows, length, dtype=torch.int32, device="meta")
     size = case.tokens, config.num_local_experts
     logits = [
@@ -252,7 +252,7 @@ def options_of() -> argparse.Namespace:
         parser.add_argument(
             f"--{field.name}", type=type(field.default), default=field.default, choices=choices.get(field.name)
         )
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+    for name in ("num_hidden_layers", "hidden_size", "width"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     return parser.parse_args()
 
@@ -262,7 +262,7 @@ def main() -> None:
     options = vars(options_of())
     rates = Rates(**{field.name: options[field.name] for field in fields(Rates)})
     cases = CASES if options["all"] else [Case(**{field.name: options[field.name] for field in fields(Case)})]
-    sizes = {name: options[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")}
+    sizes = {name: options[name] for name in ("num_hidden_layers", "hidden_size", "width")}
     results = []
     for case in cases:
         counted = count(case, **sizes)

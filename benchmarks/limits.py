@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from random_base import expert_width
+
+from lightning_mixcn.model.checkpoints.layout import module_shapes
 
 Shape = tuple[int, int, int]  # rows, inner, columns
 _STORED_BYTES = 0.516  # of a weight in NF4, double quantised
@@ -20,7 +23,7 @@ _COPIED = 2**28  # bytes of the buffer that is copied to and fro
 
 def expert_products(config: Any, tokens: int, rank: int, training: bool = True) -> list[tuple[Shape, int]]:
     """Return shapes of the products of one layer's experts in a step (or forward alone), and how often each is made."""
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    hidden, inner, experts = config.hidden_size, expert_width(config), config.num_local_experts
     rows = tokens * config.num_experts_per_tok // experts
     if not training:
         forward = [((rows, hidden, inner), 2 * experts), ((rows, inner, hidden), experts)]
@@ -34,14 +37,20 @@ def expert_products(config: Any, tokens: int, rank: int, training: bool = True) 
     return shapes
 
 
+def attention_matrices(config: Any) -> list[tuple[int, int]]:
+    """Return the sizes ``(out, in)`` of the projections of one layer's attention."""
+    prefix = "model.layers.0.self_attn."
+    found = [shape for name, shape in module_shapes(config).items() if name.startswith(prefix)]
+    return [(shape[1], shape[2]) for shape in found if len(shape) == 3]  # others are norms
+
+
 def step_products(config: Any, tokens: int, rank: int) -> list[tuple[Shape, int]]:
     """Return the same of a whole step: experts, attention's projections and the head; not attention itself."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    width = config.num_key_value_heads * (hidden // config.num_attention_heads)
     shapes = [(shape, times * layers) for shape, times in expert_products(config, tokens, rank)]
-    for projections, columns in ((2, hidden), (2, width)):
-        shapes += [((tokens, hidden, columns), projections * layers), ((tokens, columns, hidden), projections * layers)]
-        shapes += _lora(tokens, hidden, columns, rank, projections * layers)
+    for columns, inner in attention_matrices(config):
+        shapes += [((tokens, inner, columns), layers), ((tokens, columns, inner), layers)]
+        shapes += _lora(tokens, inner, columns, rank, layers)
     vocabulary = config.vocab_size
     return [*shapes, ((tokens, hidden, vocabulary), 1), ((tokens, vocabulary, hidden), 1)]
 
@@ -89,9 +98,8 @@ def _lora(rows: int, width_in: int, width_out: int, rank: int, times: int) -> li
 def recomputed_products(config: Any, tokens: int, mode: str) -> list[tuple[Shape, int]]:
     """Forward products that are made twice under activation checkpointing, without LoRA's."""
     hidden, layers, experts = config.hidden_size, config.num_hidden_layers, config.num_local_experts
-    width = config.num_key_value_heads * (hidden // config.num_attention_heads)
-    attention = [((tokens, hidden, hidden), 2 * layers), ((tokens, hidden, width), 2 * layers)]
-    rows, inner = tokens * config.num_experts_per_tok // experts, config.intermediate_size
+    attention = [((tokens, width_in, width_out), layers) for width_out, width_in in attention_matrices(config)]
+    rows, inner = tokens * config.num_experts_per_tok // experts, expert_width(config)
     # The experts' block keeps gate and up; its last product is not needed in backward, but a checkpoint makes it again.
     block = [((rows, hidden, inner), 2 * experts * layers), ((rows, inner, hidden), experts * layers)]
     return {"none": [], "selective": attention, "full": attention + block, "offload": attention + block}[mode]
@@ -99,10 +107,8 @@ def recomputed_products(config: Any, tokens: int, mode: str) -> list[tuple[Shape
 
 def decoding_bytes(config: Any, mode: str) -> float:
     """Return bytes read and written by decoding the frozen weights in a step."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    width = config.num_key_value_heads * (hidden // config.num_attention_heads)
-    attention = 2 * hidden * (hidden + width)
-    experts = 3 * config.num_local_experts * hidden * inner
+    attention = sum(rows * columns for rows, columns in attention_matrices(config))
+    experts = 3 * config.num_local_experts * config.hidden_size * expert_width(config)
     passes = {"none": (2, 2), "selective": (3, 2), "full": (3, 3), "offload": (3, 3)}[mode]
     weights = passes[0] * attention + passes[1] * experts
     return config.num_hidden_layers * weights * (_STORED_BYTES + 2)

@@ -51,9 +51,9 @@ def read(folder: Path) -> None:
 
 def ours(folder: Path) -> None:
     """Call `load_moe`, whatever the folder holds."""
-    from lightning_mixcn.model import load_mixtral
+    from lightning_mixcn.model import load_moe
 
-    load_mixtral(folder)
+    load_moe(folder)
 
 
 def transformers_and_bitsandbytes(folder: Path) -> None:
@@ -61,7 +61,7 @@ def transformers_and_bitsandbytes(folder: Path) -> None:
     import transformers
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    model = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for layer in model.model.layers:
         for name in ("gate_up_proj", "down_proj"):
             replace_parameter_4bit(layer.mlp.experts, name, compress_statistics=True, quant_type="nf4")

@@ -34,6 +34,19 @@ from random_base import config_of, write_random_base
 # two largest things that a GPU of 80 GB is meant to train.
 WORKLOADS: dict[str, dict[str, Any]] = {
     "cpu-small": {"preset": "cpu-small", "sequence_length": 1024, "rank": 64, "contestants": list(CONTESTANTS)},
+    # Rank 64 on every expert would be 0.60 B parameters of OLMoE-1B-7B, and 3.32 B of Qwen3-30B-A3B.
+    "cpu-olmoe": {
+        "preset": "cpu-olmoe",
+        "sequence_length": 1024,
+        "rank": 16,
+        "contestants": ["ours", "stock", "experts4bit"],
+    },
+    "cpu-qwen3": {
+        "preset": "cpu-qwen3",
+        "sequence_length": 1024,
+        "rank": 8,
+        "contestants": ["ours", "stock", "experts4bit"],
+    },
     "layer-8x7b": {
         "preset": "layer-8x7b",
         "sequence_length": 4096,
@@ -90,7 +103,7 @@ def parse(description: str | None) -> argparse.Namespace:
     """Return options, with those of the preset and then the defaults where they are not given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(WORKLOADS), help="a random base instead of --base and --text")
-    parser.add_argument("--base", help="a Mixtral folder in bf16")
+    parser.add_argument("--base", help="a folder of a supported family in bf16")
     parser.add_argument("--text", help="JSON lines with a field text; enough for all steps")
     parser.add_argument("--sequence_length", type=int, help="tokens a row")
     parser.add_argument("--micro_batch_size", type=int, help="rows")
@@ -333,9 +346,8 @@ def main() -> None:
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         if options.preset:
-            sizes = {"num_hidden_layers": options.layers, "hidden_size": options.hidden}
-            preset = WORKLOADS[options.preset]["preset"]
-            options.config = config_of(preset, **sizes, intermediate_size=options.intermediate)
+            sizes = {"num_hidden_layers": options.layers, "hidden_size": options.hidden, "width": options.intermediate}
+            options.config = config_of(WORKLOADS[options.preset]["preset"], **sizes)
             if options.contestants != ["ours"]:
                 write_random_base(options.config, Path(folder))
                 options.base = folder

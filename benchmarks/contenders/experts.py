@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_base import drawn_values
+from random_base import drawn_values, expert_width
 from torch import Tensor
 
 from lightning_mixcn.model.experts.grouped import swiglu_backward_in_torch
@@ -61,7 +61,7 @@ class Block:
     """
 
     def __init__(self, config: Any, rank: int, device: str) -> None:
-        hidden, inner, self.experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+        hidden, inner, self.experts = config.hidden_size, expert_width(config), config.num_local_experts
         self.device, self._generator = device, torch.Generator(device).manual_seed(0)
         self.weights = self._frozen(inner, hidden), self._frozen(inner, hidden), self._frozen(hidden, inner)
         sizes = ((2 * rank, hidden), (inner, rank), (inner, rank), (rank, inner), (hidden, rank))
@@ -107,7 +107,7 @@ def kernels(config: Any, tokens: int) -> dict[str, dict[str, Callable[[], Any]]]
     from lightning_mixcn.model.kernels import nf4_decode, swiglu
     from lightning_mixcn.model.nf4 import codec as nf4
 
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    hidden, inner, experts = config.hidden_size, expert_width(config), config.num_local_experts
     packed = nf4.quantize_nf4(torch.randn(experts * inner * hidden, device="cuda") * 0.02)
     size = tokens * config.num_experts_per_tok, inner
     gate, up, dh = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -141,7 +141,7 @@ def _experts4bit(config: Any, rows: Rows, rank: int, device: str) -> Contender:
     """Make PyPI's experts4bit-qlora without its optional kernels; gate and up share an A (ours have one each)."""
     from experts4bit_qlora import Experts4bit, ExpertsLoRA
 
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    hidden, inner, experts = config.hidden_size, expert_width(config), config.num_local_experts
     gate_up = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.bfloat16) * 0.02
     down = torch.randn(experts, hidden, inner, device=device, dtype=torch.bfloat16) * 0.02
     block = ExpertsLoRA(Experts4bit.from_float(gate_up, down), r=rank).to(device)

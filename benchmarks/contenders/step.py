@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+# The paper's names, which ours takes for every family.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -39,14 +40,14 @@ def ours(options: argparse.Namespace) -> Any:
     from random_base import random_model
 
     from lightning_mixcn.cli.allocator import keep_freed_memory
-    from lightning_mixcn.model import load_mixtral, set_activation_checkpointing
+    from lightning_mixcn.model import load_moe, set_activation_checkpointing
 
     keep_freed_memory()
     adapters = lora(options.rank, options.dropout)
     if options.base is None:
         model: Any = random_model(options.config, adapters, torch.device(options.device))
     else:
-        model = load_mixtral(options.base, lora=adapters, device=options.device)
+        model = load_moe(options.base, lora=adapters, device=options.device)
     set_activation_checkpointing(model, options.activation_checkpointing)
     return model.train()
 
@@ -55,7 +56,12 @@ def stock(options: argparse.Namespace) -> Any:
     """Make experts of transformers in bf16; PEFT adapts them as parameters and materialises W + BA."""
     import peft
 
-    return _checkpointed(peft.get_peft_model(_transformers(options), lora(options.rank, options.dropout)), options)
+    from lightning_mixcn.model.architectures import architecture_of
+
+    # PEFT makes `target_parameters` of these names itself, and doubles the rank of gate and up, which are one there.
+    targets = list(architecture_of(options.config).short_names)
+    adapters = lora(options.rank, options.dropout, targets)
+    return _checkpointed(peft.get_peft_model(_transformers(options), adapters), options)
 
 
 def bitsandbytes(options: argparse.Namespace) -> Any:
@@ -138,7 +144,7 @@ def _transformers(options: argparse.Namespace) -> Any:
     import torch
     import transformers
 
-    return transformers.MixtralForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16).to(options.device)
+    return transformers.AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16).to(options.device)
 
 
 def _quantised_experts(options: argparse.Namespace) -> Any:

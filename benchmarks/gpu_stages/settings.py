@@ -46,7 +46,7 @@ class Settings:
             PRESET,
             num_hidden_layers=sizes["layers"],
             hidden_size=sizes["hidden"],
-            intermediate_size=sizes["intermediate"],
+            width=sizes["intermediate"],
         )
 
     def tokens(self, count: int) -> int:

@@ -4,11 +4,11 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,7 +21,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return __import__("expert_block")
 
 
-SIZES = SimpleNamespace(hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
+SIZES = MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
 
 
 def options(**given: Any) -> argparse.Namespace:

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed; the dev extra has
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 H, I, E, K, V, R = 128, 256, 8, 2, 2048, 8  # noqa: E741  # the letters of the model's legends
 T, S = 64, 32  # tokens of a micro-batch, and of a row
-SIZES = {"hidden_size": H, "intermediate_size": I}
+SIZES = {"hidden_size": H, "width": I}
 
 
 @pytest.fixture

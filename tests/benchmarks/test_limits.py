@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 
-from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model import load_moe
 from lightning_mixcn.model.memory.optimizer import MemoryTracker
 from lightning_mixcn.model.nf4.linear import FrozenLinear
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
+PRESETS = ["layer-8x7b", "cpu-olmoe", "cpu-qwen3"]
+SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "width": 256}
 
 
 @pytest.fixture
@@ -27,24 +28,34 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return __import__
 
 
-def test_a_random_base_is_what_transformers_and_we_load(imported: Callable[[str], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_random_base_is_what_transformers_and_we_load(
+    preset: str, imported: Callable[[str], Any], tmp_path: Path
+) -> None:
     random_base = imported("random_base")
-    random_base.write_random_base(random_base.config_of("layer-8x7b", **SIZES), tmp_path)
-    stock = transformers.MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    ours = load_mixtral(tmp_path, quantization="none")
+    random_base.write_random_base(random_base.config_of(preset, **SIZES), tmp_path)
+    stock, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(report.values())
+    ours = load_moe(tmp_path, quantization="none")
     ids = torch.arange(20)[None]
     torch.testing.assert_close(ours(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
     assert 0.019 < stock.model.layers[1].mlp.experts.down_proj.float().std() < 0.021
 
 
-def test_a_model_drawn_in_memory_has_every_weight_and_trains(imported: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_model_drawn_in_memory_has_every_weight_and_trains(preset: str, imported: Callable[[str], Any]) -> None:
     random_base = imported("random_base")
-    config = random_base.config_of("layer-8x7b", **SIZES)
+    config = random_base.config_of(preset, **SIZES)
     lora = peft.LoraConfig(r=4, target_modules="all-linear")
     model = random_base.random_model(config, lora, torch.device("cpu"))
     for module in model.modules():
         if isinstance(module, FrozenLinear):
             assert 0.019 < module.storage.flat(torch.float32).std() < 0.021
+    norms = [parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight")]
+    assert norms
+    assert all((weight == 1).all() for weight in norms)
     ids = torch.arange(20)[None]
     loss = model.train()(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -52,19 +63,22 @@ def test_a_model_drawn_in_memory_has_every_weight_and_trains(imported: Callable[
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("mode", "passes"), [("none", (2, 2)), ("selective", (3, 2)), ("full", (3, 3))])
-def test_traffic_and_recomputation(imported: Callable[[str], Any], mode: str, passes: tuple[int, int]) -> None:
+def test_traffic_and_recomputation(
+    preset: str, imported: Callable[[str], Any], mode: str, passes: tuple[int, int]
+) -> None:
     limit, random_base = imported("limits"), imported("random_base")
-    config = random_base.config_of("layer-8x7b", **SIZES)
+    config = random_base.config_of(preset, **SIZES)
     with torch.device("meta"):
-        layer = transformers.MixtralForCausalLM(config).model.layers[0]
-    attention = sum(parameter.numel() for parameter in layer.self_attn.parameters())
+        layer = transformers.AutoModelForCausalLM.from_config(config).model.layers[0]
+    attention = sum(parameter.numel() for parameter in layer.self_attn.parameters() if parameter.dim() == 2)
     experts = sum(parameter.numel() for parameter in layer.mlp.experts.parameters())
     expected = 2 * (passes[0] * attention + passes[1] * experts) * (0.516 + 2)
     assert limit.decoding_bytes(config, mode) == pytest.approx(expected)
     flops = sum(2 * a * b * c * times for (a, b, c), times in limit.recomputed_products(config, 64, mode))
-    # Two of eight experts see each token.
-    again = 2 * (passes[0] - 2) * attention + 2 * (passes[1] - 2) * experts * 2 / 8
+    chosen = config.num_experts_per_tok / config.num_local_experts
+    again = 2 * (passes[0] - 2) * attention + 2 * (passes[1] - 2) * experts * chosen
     assert flops == 2 * 64 * again
 
 
