@@ -77,7 +77,7 @@ def masked(rows: Tensor, mask: Tensor | None, token: Tensor | None = None) -> Te
     """Multiply rows with their dropout mask; with ``token``, the mask has a row for each token."""
     if mask is None:
         return rows
-    return rows * (mask if token is None else mask[token])
+    return rows * (mask if token is None else mask.index_select(0, token))
 
 
 def expert_loop(
@@ -119,7 +119,7 @@ class _ExpertLoop(torch.autograd.Function):
         decode_gate, decode_up = (weight.decoder(x.dtype) for weight in weights[:2])
         for expert, rows in routing.experts():
             token = routing.token[rows]
-            x_nH, gate, up = x[token], gate_PI[rows], up_PI[rows]
+            x_nH, gate, up = x.index_select(0, token), gate_PI[rows], up_PI[rows]
             torch.mm(x_nH, decode_gate(expert).t(), out=gate)
             torch.mm(x_nH, decode_up(expert).t(), out=up)
             if lora.a_gate_up is not None and hidden_gate_up is not None:
@@ -145,7 +145,7 @@ class _ExpertLoop(torch.autograd.Function):
         decode_gate, decode_up, decode_down = (weight.decoder(x.dtype) for weight in ctx.weights)
         for expert, rows in Routing(token_P, row_TK, ctx.offsets).experts():
             gate, up, token, weight = gate_PI[rows], up_PI[rows], token_P[rows], weight_P[rows, None]
-            silu, grad_nH = F.silu(gate), grad_TH[token]
+            silu, grad_nH = F.silu(gate), grad_TH.index_select(0, token)
             h_nI = silu * up
             dh = grad_nH @ decode_down(expert)
             if lora.a_down is not None:
@@ -160,8 +160,9 @@ class _ExpertLoop(torch.autograd.Function):
                 torch.mm(dgate, decode_gate(expert), out=dx_nH)
                 dx_nH.addmm_(dup, decode_up(expert))
             if hidden_gate_up is not None:
-                mask_nH = None if mask_TH is None else mask_TH[token]
-                _train_gate_up(lora, dlora, expert, x[token], hidden_gate_up[rows], dgate, dup, dx_nH, mask_nH)
+                mask_nH = None if mask_TH is None else mask_TH.index_select(0, token)
+                x_nH, hidden = x.index_select(0, token), hidden_gate_up[rows]
+                _train_gate_up(lora, dlora, expert, x_nH, hidden, dgate, dup, dx_nH, mask_nH)
         dx = None if dx_PH is None else sum_choices(dx_PH, row_TK, None, x.dtype)
         return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *dlora
 

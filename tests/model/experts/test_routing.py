@@ -8,7 +8,8 @@ from lightning_mixcn.model.experts.routing import padded_rows, route_rows, route
 
 
 def test_few_row_counts() -> None:
-    assert [padded_rows(rows) for rows in (0, 1, 2, 3, 5, 17, 31, 32, 33, 500)] == [0, 1, 2, 4, 8, 32, 32, 32, 64, 512]
+    assert [padded_rows(rows) for rows in (0, 1, 2, 3, 5, 17, 31, 32, 33, 500)] == [0, 1, 2, 4, 8, 32, 32, 32, 48, 512]
+    assert [padded_rows(rows) for rows in (49, 64, 100, 128, 129)] == [64, 64, 112, 128, 160]
     assert [padded_rows(rows) for rows in (1023, 1025, 1857, 2049, 4000)] == [1024, 1088, 1920, 2176, 4096]
 
 
