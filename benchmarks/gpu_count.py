@@ -89,6 +89,13 @@ class Counted:
 _COMPARED = [(4096, "selective", 0.05), (4096, "selective", 0.0), (32768, "full", 0.0)]
 _TRAINING = [*_COMPARED, (32768, "full", 0.05), (8192, "full", 0.0)]
 CASES = [Case(*setting, path) for path in PATHS for setting in (_TRAINING if path in ("loop", "fused") else _COMPARED)]
+# Many small experts: whether one product of all of them is worth decoding a whole stack first.
+CASES += [
+    Case(tokens, "selective", 0.0, path, rank, preset)
+    for preset, rank in (("full-olmoe", 16), ("full-qwen3", 8))
+    for tokens in (4096, 32768)
+    for path in ("fused", "grouped")
+]
 
 
 def count(case: Case, **sizes: int | None) -> Counted:

@@ -36,7 +36,17 @@ _COUNTED_HEAD = (
 _COUNTED_KINDS = ("frozen product", "LoRA and router", "attention", "element-wise", "decoding")
 # The README's rows: the first of each kind.
 _SHOWN = ("step of 512 tokens", "step of 4,096 tokens", "decoding, 1 row")
-_STEPS = ("train_step", "train_step_1024", "train_step_4096", "train_step_1024_peers", "train_step_4096_peers")
+_STEPS = (
+    "train_step",
+    "train_step_1024",
+    "train_step_4096",
+    "train_step_1024_peers",
+    "train_step_4096_peers",
+    "train_step_olmoe_1024",
+    "train_step_olmoe_4096",
+    "train_step_qwen3_1024",
+    "train_step_qwen3_4096",
+)
 
 Results = dict[str, dict[str, Any]]
 
@@ -155,7 +165,9 @@ def _load(what: str, figures: dict[str, Any]) -> Iterator[str]:
 def counted_row(figures: dict[str, Any]) -> str:
     """Return a line of the table of what gpu_count.py counted; brackets: all of it is on a second stream."""
     case, layer, whole = figures["case"], figures["layer"], figures["micro_batch"]
-    cells = [f"`{case['path']}`, {case['tokens']:,} tokens, `{case['memory']}`, dropout {case['dropout']:g}"]
+    # The first tables were of one preset, which is not named.
+    of = "" if case["preset"] == "full-8x7b" else f"`{case['preset']}`, rank {case['rank']}, "
+    cells = [f"{of}`{case['path']}`, {case['tokens']:,} tokens, `{case['memory']}`, dropout {case['dropout']:g}"]
     for name in _COUNTED_KINDS:
         kinds = [layer[phase]["kinds"][name] for phase in ("forward", "backward") if name in layer[phase]["kinds"]]
         cell = number(sum(kind["milliseconds"] for kind in kinds))

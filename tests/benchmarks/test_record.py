@@ -73,7 +73,8 @@ def test_a_row_by_count(table: Any) -> None:
     kinds = {"frozen product": 5.0, "attention": 0.5, "element-wise": 2.5, "decoding": 1.5}
     one = {"kinds": {kind: {"milliseconds": value, "second_stream": False} for kind, value in kinds.items()}}
     figures: dict[str, Any] = {
-        "case": {"path": "loop", "tokens": 4096, "memory": "selective", "dropout": 0.05},
+        "case": {"preset": "full-8x7b", "rank": 64, "path": "loop", "tokens": 4096, "memory": "selective"}
+        | {"dropout": 0.05},
         "layer": {"forward": one, "backward": one, "milliseconds": 19.0},
         "micro_batch": {"launches": 26551, "waits": 33, "tokens_per_second": 5054.6},
     }
@@ -81,6 +82,8 @@ def test_a_row_by_count(table: Any) -> None:
     assert table.counted_row(figures) == f"{begin}3.00 | 19.0 | 26,551, 33 | 5,055 |\n"
     one["kinds"]["decoding"]["second_stream"] = True
     assert table.counted_row(figures) == f"{begin}(3.00) | 19.0 | 26,551, 33 | 5,055 |\n"
+    figures["case"] |= {"preset": "full-qwen3", "rank": 8}
+    assert table.counted_row(figures).startswith("| `full-qwen3`, rank 8, `loop`, 4,096 tokens, ")
 
 
 def test_only_what_is_between_the_marks_changes(table: Any) -> None:

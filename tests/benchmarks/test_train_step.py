@@ -50,6 +50,31 @@ def test_what_cannot_be_measured(parse: Parse, arguments: list[str]) -> None:
     assert end.value.code == 2
 
 
+# PEFT looks for the pattern that it made of gate and up among modules, and it is a parameter that they have become.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(("preset", "rank"), [("cpu-olmoe", 16), ("cpu-qwen3", 8)])
+def test_families_of_small_experts_train_every_matrix(
+    preset: str, rank: int, parse: Parse, train_step: Any, tmp_path: Path
+) -> None:
+    options = parse("--preset", preset)
+    assert (options.rank, options.contestants) == (rank, ["ours", "stock", "experts4bit"])
+    random_base = __import__("random_base")
+    config = options.config = random_base.config_of(options.preset, num_hidden_layers=1, hidden_size=128, width=64)
+    random_base.write_random_base(config, tmp_path)
+    options.base, options.device, options.rank = str(tmp_path), "cpu", 2
+    trained = {}
+    for name in ("ours", "stock"):
+        model = train_step.CONTESTANTS[name](options)
+        trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    heads = config.head_dim * config.num_attention_heads if preset == "cpu-qwen3" else 128
+    keys = heads * config.num_key_value_heads // config.num_attention_heads
+    others = 2 * (128 + heads) + 2 * (128 + keys) + 128 + config.num_local_experts
+    expert = 3 * (128 + 64)
+    assert trained["ours"] == 2 * (others + config.num_local_experts * expert)
+    # Gate and up are one matrix of twice the rank to PEFT, whose B is twice as large as our two.
+    assert trained["stock"] == trained["ours"] + 2 * config.num_local_experts * 2 * 64
+
+
 class Questions:
     """A connection whose other end has asked all that it will."""
 
