@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sentencepiece
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from lightning_mixcn.text import TextTokenizer
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # bitsandbytes does; nothing else here uses Triton on a CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A bound on the time of one example fails on a busy machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 WORDS = """the of and to in a is that for it 的 一 是 不 了 在 人 有 我 他 这 中 大

@@ -116,8 +116,13 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
-@pytest.mark.parametrize("in_four_bits", [False, True])
+@pytest.mark.parametrize(
+    ("family", "in_four_bits"),
+    [
+        ("olmoe", False), ("qwen3_moe", True),
+        pytest.param("olmoe", True, marks=pytest.mark.slow), pytest.param("qwen3_moe", False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_every_family_goes_the_whole_way(
     family: str,
     in_four_bits: bool,

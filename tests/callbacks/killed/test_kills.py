@@ -136,7 +136,7 @@ def test_the_next_run_is_as_if_nothing_had_been_killed(
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
 def test_another_family_goes_on_exactly(family: str, forked_fits: ForkedFits, fit_config: Path, tmp_path: Path) -> None:
     arguments = ["fit", "--config", str(fit_config), f"--model.base={save_tiny_model(tmp_path / 'base', family)}"]
-    steps = ["--trainer.max_steps=40"]
+    steps = ["--trainer.max_steps=12"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for folder in (killed, whole):
         folder.mkdir()
@@ -144,7 +144,7 @@ def test_another_family_goes_on_exactly(family: str, forked_fits: ForkedFits, fi
     forked_fits.wait_for(killed / "out" / "checkpoints", "last.ckpt")
     forked_fits.kill()
     forked_fits.wait()
-    assert not (killed / "out/checkpoints/step=00000040.ckpt").exists()
+    assert not (killed / "out/checkpoints/step=00000012.ckpt").exists()
     for folder, again in ((killed, ["--ckpt_path=last"]), (whole, [])):
         forked_fits.start(folder, [*arguments, *steps, "--trainer.default_root_dir=out", *again])
         assert forked_fits.wait() == [0], forked_fits.log.read_text()[-4000:]

@@ -66,7 +66,7 @@ def one_expert(inputs: list[Tensor], weights: tuple[NF4Weight, ...], dtype: torc
     "sizes", [pytest.param(SMALL, id="small"), pytest.param(MIXTRAL, id="8x7b", marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("rows", [1, 64, 65, 1024])
+@pytest.mark.parametrize("rows", [1, 64, 65, pytest.param(1024, marks=pytest.mark.slow)])
 def test_a_path_equals_one_expert(path: str, rows: int, sizes: Sizes) -> None:
     skip_what_cannot_run(path, sizes.device)
     torch.manual_seed(rows)

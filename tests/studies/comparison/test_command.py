@@ -65,7 +65,8 @@ def test_a_whole_study(
 
 
 @pytest.mark.usefixtures("mixcn")
-@pytest.mark.parametrize("family", ["olmoe", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.slow
 def test_other_families(family: str, tmp_path: Path) -> None:
     """Paper's and file's names of what LoRA adapts."""
     base = save_tiny_model(tmp_path / "base", family, num_experts=16, num_experts_per_tok=4)

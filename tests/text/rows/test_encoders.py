@@ -103,7 +103,7 @@ def test_a_truncated_answer_has_no_end(bytes_tokenizer: TextTokenizer) -> None:
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     contents=st.lists(TEXTS | st.just("[/INST]") | st.just("</s>"), min_size=2, max_size=8),
     length=st.integers(8, 200),
