@@ -38,7 +38,7 @@ from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
 from lightning_mixcn.modules import CausalLMModule
-from lightning_mixcn.modules.checks import make_optimizer, make_scheduler
+from lightning_mixcn.modules.learning_rates import make_rated_optimizer, make_rated_schedule, stand_in_names
 from lightning_mixcn.modules.run_settings import check_precision
 from lightning_mixcn.modules.strategies import check_strategy
 
@@ -345,7 +345,7 @@ class MixcnCLI(LightningCLI):
 
 
 def try_optimization(module: CausalLMModule, arguments: Any) -> None:
-    """Make optimizer and schedule of one number, so that what they refuse is known before the model is loaded.
+    """Make optimizer and schedule of a few numbers, so that what they refuse is known before the model is loaded.
 
     Args:
         module: The module. One with its own `configure_optimizers`, such as of several groups, is left alone.
@@ -353,13 +353,14 @@ def try_optimization(module: CausalLMModule, arguments: Any) -> None:
             and is left alone.
 
     Raises:
-        ValueError: see `make_optimizer`.
+        ValueError: see `make_rated_optimizer` and `make_rated_schedule`.
     """
     is_own = type(module).configure_optimizers is not CausalLMModule.configure_optimizers
     if is_own or isinstance(arguments.get("optimizer"), str):
         return
-    optimizer = make_optimizer(module.make_optimizer, [torch.nn.Parameter(torch.zeros(1, 1))])
-    make_scheduler(module.make_lr_scheduler, optimizer)
+    parameters = [(name, torch.nn.Parameter(torch.zeros(1, 1))) for name in stand_in_names()]
+    optimizer = make_rated_optimizer(module.make_optimizer, parameters, module.learning_rates)
+    make_rated_schedule(module.make_lr_scheduler, optimizer, module.learning_rates)
 
 
 def run_trainer(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mixcn.arguments import Between, Name, Seed, check_arguments
-from lightning_mixcn.errors import NonFiniteError
+from lightning_mixcn.errors import NonFiniteError, UserError
 from lightning_mixcn.metrics import (
     DocumentScores,
     Likelihood,
@@ -33,6 +33,7 @@ from lightning_mixcn.model.vocabulary import tokenizer_for
 from . import checks as run_checks
 from .checkpoints import check_before_loading
 from .checks import check_optimizer
+from .learning_rates import LearningRates, make_rated_optimizer, make_rated_schedule
 from .memory import budgeted_modes
 from .resume import ConfiguredOptimization
 from .run_settings import check_activation_settings, check_precision, check_trainer
@@ -78,6 +79,9 @@ class CausalLMModule(SavedStateModule):
             their old pieces, ``random``, ``zeros``.
         activation_memory: Bytes for activations, or ``auto`` for what the device has left: as many layers as fit are
             ``selective``, the others ``full``. It takes precedence over `activation_checkpointing`, to be left out.
+        learning_rates: Multipliers of the optimizer's learning rate, by place (``embeddings`` are embed_tokens and
+            lm_head, ``attention``, ``router``, ``experts``) and by factor (``lora_A``, ``lora_B``). A tensor's is the
+            product of those of its place and its factor; ``{lora_B: 16}`` is LoRA+ (arXiv 2402.12354).
     """
 
     def __init__(
@@ -96,11 +100,14 @@ class CausalLMModule(SavedStateModule):
         seed: Seed = 0,
         new_rows: Literal["mean", "byte_mean", "random", "zeros"] = "mean",
         activation_memory: Annotated[int, Between(1, 2**50, "byte, or auto")] | Literal["auto"] | None = None,
+        learning_rates: LearningRates | None = None,
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
         check_arguments(CausalLMModule, locals())
         if lora is not None:
             check_training_options(lora)
+        if learning_rates and "embeddings" in learning_rates and not train_embeddings:
+            raise UserError("`learning_rates` has embeddings, which do not train. Set `train_embeddings: true`")
         super().__init__()
         self.save_hyperparameters()
         make_plain(self)
@@ -112,7 +119,7 @@ class CausalLMModule(SavedStateModule):
         self.activation_memory = activation_memory
         # Once the model is there and `activation_memory` is given, a mode for each layer.
         self.activation_checkpointing: str | list[str] = activation_checkpointing
-        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.make_optimizer, self.make_lr_scheduler, self.learning_rates = optimizer, lr_scheduler, learning_rates
         self.seed = seed
         self.model: nn.Module | None = None
         self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
@@ -218,16 +225,17 @@ class CausalLMModule(SavedStateModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and its schedule. Raises: ValueError if nothing trains, or the optimizer cannot."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        run_checks.check_trains(parameters)
-        optimizer = run_checks.make_optimizer(self.make_optimizer, parameters)
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        run_checks.check_trains(trained)
+        optimizer = make_rated_optimizer(self.make_optimizer, trained, self.learning_rates)
         check_optimizer(optimizer, self.trainer.strategy)
         self.compare_with_checkpoint(ConfiguredOptimization(optimizer, self._schedule, self.make_optimizer))
         interval = getattr(self.trainer, "val_check_interval", None)  # Lightning sets none where it is a time
         return scheduled(optimizer, self._schedule(optimizer), interval)
 
     def _schedule(self, optimizer: Optimizer) -> LRSchedulerTypeUnion:
-        schedule, trainer = run_checks.make_scheduler(self.make_lr_scheduler, optimizer), self.trainer
+        schedule = make_rated_schedule(self.make_lr_scheduler, optimizer, self.learning_rates)
+        trainer = self.trainer
         return known_length(schedule, trainer.max_steps, is_trial=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]  # untyped in Lightning
 
     def on_fit_start(self) -> None:

@@ -22,7 +22,7 @@ def make_optimizer(maker: Callable[[Any], Optimizer], parameters: list[Any]) -> 
 
     Args:
         maker: Function of parameters, as `model.init_args.optimizer` is one.
-        parameters: Parameters to optimize.
+        parameters: Parameters to optimize, or groups of them.
 
     Raises:
         ValueError: the optimizer refuses one of its arguments, or takes one that is not finite.
@@ -101,7 +101,7 @@ def check_context(trainer: Any, model: nn.Module | None) -> None:
 
 
 def check_trains(parameters: list[Any]) -> None:
-    """Refuse to train nothing. Args: parameters: Parameters that train. Raises: ValueError if there are none."""
+    """Refuse to train nothing. Args: parameters: What trains. Raises: ValueError if there are none."""
     if not parameters:
         raise UserError(
             "Nothing trains: `lora` is null and `train_embeddings` is false. "

@@ -99,7 +99,8 @@ class ConfiguredOptimization:
         if len(saved["lr"]) != len(self.rates):
             raise UserError(
                 f"The checkpoint's optimizer has {len(saved['lr'])} parameter groups, here it has {len(self.rates)}. "
-                "Make the same groups as in the run that wrote the checkpoint"
+                "Make the same groups as in the run that wrote the checkpoint; the values of "
+                "`model.init_args.learning_rates` may change, but both runs have it, or none"
             )
 
     def check_groups(self, saved: list[list[int]]) -> None:
@@ -201,12 +202,12 @@ class ConfiguredOptimization:
             if not different:
                 continue
             self._try(group, start, optimizer, different)
-            scheduled = "initial_lr" in group
+            scheduled, of = "initial_lr" in group, f" of {group['name']}" if "name" in group else ""
             for key, old, new in different:
                 if key == "lr" and scheduled:
-                    curve.append(f"learning rate of step {step} {_shown(old)} → {_shown(new)}")
+                    curve.append(f"learning rate{of} of step {step} {_shown(old)} → {_shown(new)}")
                 else:
-                    changes.append(f"{'lr' if key == 'initial_lr' else key} {_shown(old)} → {_shown(new)}")
+                    changes.append(f"{'lr' if key == 'initial_lr' else key}{of} {_shown(old)} → {_shown(new)}")
                 group[key] = _copy(configured[key])
             if {"fused", "capturable"} & {key for key, _, _ in different}:
                 # These decide where a state's `step` is; loading puts it there.

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import base_identity
@@ -199,7 +200,17 @@ BASE_KEY = "mixcn_base"
 ACCUMULATION_KEY = "mixcn_accumulate_grad_batches"
 # Arguments that are compared by other means, or that only say how a run begins.
 _APART = frozenset(
-    {"base", "tokenizer", "adapter", "lora", "new_rows", "optimizer", "lr_scheduler", "train_embeddings"}
+    {
+        "base",
+        "tokenizer",
+        "adapter",
+        "lora",
+        "new_rows",
+        "optimizer",
+        "lr_scheduler",
+        "learning_rates",
+        "train_embeddings",
+    }
 )
 
 
@@ -240,8 +251,8 @@ class SavedStateModule(LightningModule):
             checkpoint[SETTINGS_KEY] = self._configured.settings()
         checkpoint[ACCUMULATION_KEY] = self.trainer.accumulate_grad_batches
         if self.trainer.strategy.lightning_restore_optimizer:
-            for state in checkpoint.get("optimizer_states", ()):
-                number_as_in_module(state, self)
+            for state, optimizer in zip(checkpoint.get("optimizer_states", ()), self.trainer.optimizers, strict=False):
+                number_as_in_module(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check base, LoRA and optimizer before anything is loaded. Raises: ValueError if they are others."""
@@ -401,18 +412,20 @@ def check_same_base(saved: Mapping[str, Any] | None, present: Mapping[str, Any])
         )
 
 
-def number_as_in_module(optimizer_state: dict[str, Any], module: nn.Module) -> None:
+def number_as_in_module(optimizer_state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> None:
     """Count the parameters of an optimizer's state among all of the module's, frozen ones too, in place.
 
     Lightning's `ModelParallelStrategy` shards a state of one file by these numbers; torch itself goes by the order.
 
     Args:
-        optimizer_state: State of an optimizer over all that trains, its parameters numbered from 0.
+        optimizer_state: State of the optimizer, its parameters numbered from 0 in the order of its groups.
+        optimizer: An optimizer of all that trains.
         module: The LightningModule.
     """
-    among_all = [index for index, parameter in enumerate(module.parameters()) if parameter.requires_grad]
+    index_of = {parameter: index for index, parameter in enumerate(module.parameters()) if parameter.requires_grad}
+    among_all = [index_of.get(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
-    if sorted(numbers) != list(range(len(among_all))):
+    if numbers != list(range(len(index_of))) or None in among_all:
         return  # an optimizer of a subclass's own making
     for group in optimizer_state["param_groups"]:
         group["params"] = [among_all[number] for number in group["params"]]

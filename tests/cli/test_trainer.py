@@ -145,6 +145,37 @@ def test_what_tensorboard_shows(config: dict[str, Any]) -> None:
     assert {"config/text_summary", "samples/0/text_summary"} <= set(events.Tags()["tensors"])
 
 
+def test_each_group_of_learning_rates_has_a_curve(config: dict[str, Any]) -> None:
+    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 2}
+    config["model"]["init_args"]["learning_rates"] = {"lora_B": 16, "router": 0.5}
+    assert run(config) == 0
+    events = EventAccumulator("runs/tiny/tensorboard").Reload()
+    tags = {tag.removeprefix("lr-AdamW/") for tag in events.Tags()["scalars"] if tag.startswith("lr-")}
+    places = [place for place in ("embeddings", "attention", "router", "experts") if f"{place}.lora_B" in tags]
+    assert {"router.lora_A", "router.lora_B"} < tags
+    assert tags - {"embeddings"} == {f"{place}.{factor}" for place in places for factor in ("lora_A", "lora_B")}
+    first = {tag: events.Scalars(f"lr-AdamW/{tag}")[0].value for tag in tags}
+    assert first["router.lora_B"] == pytest.approx(16 * first["router.lora_A"])
+    assert first["router.lora_A"] == pytest.approx(0.5 * first["experts.lora_A"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora_C": 16}, "expected one of embeddings, attention, router, experts, lora_A, lora_B"),
+        ({"lora_B": -1}, "expected more than 0"),
+        ({"lora_B": 1000, "router": 1000}, "router.lora_B would train at 100000, expected at most 1000"),
+    ],
+)
+def test_wrong_learning_rates_are_one_line(
+    given: dict[str, float], message: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["model"]["init_args"]["learning_rates"] = given
+    config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.1
+    assert run(config) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: dict[str, Any]) -> None:
     """As after a kill between the checkpoints of steps 2 and 4."""
     config["trainer"]["limit_val_batches"] = 0

@@ -148,6 +148,7 @@ def _train(
     return {
         "losses": losses.losses,
         "settings": {key: value for key, value in trainer.optimizers[0].param_groups[0].items() if key != "params"},
+        "rates": rates(model, trainer),
         "reached": losses.reached,
         "experts": Path(out, "experts.csv").read_text(encoding="utf-8") if trainer.is_global_zero else None,
         "adapter": {
@@ -160,6 +161,13 @@ def _train(
         "bytes": local_bytes(model.model),
         "seconds": time.perf_counter() - started,
     }
+
+
+def rates(model: LightningModule, trainer: Trainer) -> dict[str, float]:
+    """Return the learning rate that the optimizer has for each tensor that trains."""
+    (optimizer,) = trainer.optimizers
+    of = {parameter: group["initial_lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: of[parameter] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def shares(base: str, sizes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
