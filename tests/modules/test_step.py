@@ -1,5 +1,6 @@
 """Gradients of uneven micro-batches against those of one large batch, in plain torch."""
 
+import hashlib
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from peft import LoraConfig
+from torch import Tensor
 
+from lightning_mixcn.callbacks import StepCheckpoint
+from lightning_mixcn.model.experts.loop import Dropout
+from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.modules.step import (
     REFERENCE_COUNT,
     Contribution,
@@ -16,8 +23,7 @@ from lightning_mixcn.modules.step import (
     rescale_gradients,
     seed_micro_batch,
 )
-from lightning_mixcn.testing import run_distributed
-from tests.modules import dropout_run
+from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 
 
 def contribution(minimised: float, count: float) -> Contribution:
@@ -100,12 +106,62 @@ def test_the_random_numbers_of_gpus_are_set_too(monkeypatch: pytest.MonkeyPatch)
     assert seeds == [micro_batch_seed(0, 3, 1)]
 
 
+def masks(
+    base: str, out: str, strategy: str, mode: str, max_steps: int, ckpt_path: str | None = None
+) -> list[tuple[set[str], set[str]]]:
+    """Train on the same rows again and again, two micro-batches a step.
+
+    Returns:
+        For each micro-batch digests of the masks that its forward pass drew, and of those that recomputation drew.
+    """
+    found: list[tuple[set[str], set[str]]] = []
+    dropout, mask_of_experts = torch.nn.functional.dropout, Dropout.mask
+
+    def note(mask: Tensor) -> None:
+        again = torch._C._current_graph_task_id() != -1
+        found[-1][again].add(hashlib.sha256(mask.detach().float().numpy().tobytes()).hexdigest())
+
+    def noted(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0:
+            return x
+        mask = dropout(torch.ones_like(x), p)
+        note(mask)
+        return x * mask
+
+    def noted_of_experts(self: Dropout, shape: torch.Size, stream: int, like: Tensor) -> Tensor | None:
+        mask = mask_of_experts(self, shape, stream, like)
+        if mask is not None and stream == 0:  # one a layer; the others are of as many rows as an expert has
+            note(mask)
+        return mask
+
+    class Noting(PretrainModule):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(batch, batch_idx)
+            found.append((set(), set()))
+
+    torch.nn.functional.dropout, Dropout.mask = noted, noted_of_experts  # type: ignore[assignment,method-assign]
+    try:
+        lora = LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj", "o_proj", "gate", "w1", "w2"])
+        module = Noting(base, dtype="float32", lora=lora, activation_checkpointing=mode)  # type: ignore[arg-type]
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        trainer = Trainer(
+            accelerator="cpu", devices=ranks, strategy=FSDP2Strategy() if strategy == "fsdp2" else strategy,
+            max_steps=max_steps, max_epochs=-1, accumulate_grad_batches=2, use_distributed_sampler=False, logger=False,
+            callbacks=[StepCheckpoint(every_n_steps=1, keep=9, dirpath=f"{out}/checkpoints")], default_root_dir=out,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, FixedBatches([random_batch([24, 17])] * 100), ckpt_path=ckpt_path)
+    finally:
+        torch.nn.functional.dropout, Dropout.mask = dropout, mask_of_experts  # type: ignore[method-assign]
+    return found
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 def test_masks_differ_between_micro_batches_and_are_the_same_when_computed_again(
     mode: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     """The rows are the same; two layers draw a mask each for q, o, the router, and the experts' input."""
-    found = dropout_run.masks(str(tiny_base), str(tmp_path), "auto", mode, 2)
+    found = masks(str(tiny_base), str(tmp_path), "auto", mode, 2)
     drawn = [forward for forward, _ in found]
     assert [len(masks) for masks in drawn] == [8] * 4
     assert len(set().union(*drawn)) == 32
@@ -121,12 +177,12 @@ def test_masks_differ_between_ranks_and_a_resumed_run_draws_the_same(
     strategy: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     base, whole, cut = str(tiny_base), str(tmp_path / "whole"), str(tmp_path / "cut")
-    ranks = run_distributed(dropout_run.masks, 2, base, whole, strategy, "selective", 4)
+    ranks = run_distributed(masks, 2, base, whole, strategy, "selective", 4)
     drawn = [forward for found in ranks for forward, _ in found]
     assert sum(map(len, drawn)) == len(set().union(*drawn)) == 2 * 8 * 8
-    run_distributed(dropout_run.masks, 2, base, cut, strategy, "selective", 2)
+    run_distributed(masks, 2, base, cut, strategy, "selective", 2)
     checkpoint = str(next(Path(cut, "checkpoints").glob("step=*2.ckpt")))
-    resumed = run_distributed(dropout_run.masks, 2, base, cut, strategy, "full", 4, checkpoint)
+    resumed = run_distributed(masks, 2, base, cut, strategy, "full", 4, checkpoint)
     assert [[forward for forward, _ in found] for found in resumed] == [
         [forward for forward, _ in found[4:]] for found in ranks
     ]
