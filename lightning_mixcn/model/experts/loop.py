@@ -161,8 +161,9 @@ class _ExpertLoop(torch.autograd.Function):
                 dx_nH.addmm_(dup, decode_up(expert))
             if hidden_gate_up is not None:
                 mask_nH = None if mask_TH is None else mask_TH.index_select(0, token)
-                x_nH, hidden = x.index_select(0, token), hidden_gate_up[rows]
-                _train_gate_up(lora, dlora, expert, x_nH, hidden, dgate, dup, dx_nH, mask_nH)
+                hidden = hidden_gate_up[rows]
+                # Not in a variable, which would hold the rows until the next expert's are there.
+                _train_gate_up(lora, dlora, expert, x.index_select(0, token), hidden, dgate, dup, dx_nH, mask_nH)
         dx = None if dx_PH is None else sum_choices(dx_PH, row_TK, None, x.dtype)
         return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *dlora
 
