@@ -23,6 +23,7 @@ from lightning_mixcn.model import (
 from lightning_mixcn.model.inference.generation import prepare_for_generation
 from lightning_mixcn.testing import save_tiny_mixtral
 from lightning_mixcn.text import Turn, load_template, load_tokenizer
+from tests.model.trained_values import draw_trained
 
 EXACT = ["--quantization=none", "--dtype=float32", "--device=cpu"]
 GREEDY = [*EXACT, "--temperature=0", "--repetition_penalty=1.0", "--max_new_tokens=6"]
@@ -37,11 +38,7 @@ def save_adapter(base: Path, folder: Path, *, train_embeddings: bool = False) ->
     lora = LoraConfig(r=2, target_modules="all-linear")
     model = load_mixtral(base, quantization="none", dtype="float32", lora=lora, train_embeddings=train_embeddings)
     assert isinstance(model, MoePeftModel)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    draw_trained(model, 0.3)
     model.save_pretrained(folder)
     return folder
 

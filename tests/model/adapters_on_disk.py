@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mixcn.model import MoePeftModel, load_mixtral
+from tests.model.trained_values import draw_trained
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"]
 
@@ -32,11 +33,7 @@ def save_adapter(
         train_embeddings=train_embeddings,
     )
     assert isinstance(model, MoePeftModel)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    draw_trained(model, scale)
     model.save_pretrained(folder)
     return model.eval()
 

@@ -36,6 +36,7 @@ from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral, save_tiny_model
 from tests.extended_tokenizers import HAN, TALES, extend, qwen_like
 from tests.model.adapters_on_disk import TARGETS
+from tests.model.trained_values import draw_trained
 from tests.studies.vocabulary.vocab_data import small_base
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -238,11 +239,7 @@ def trained(base: Path, tokenizer: Path, folder: Path) -> MoePeftModel:
         base, quantization="none", dtype="float32", lora=lora, train_embeddings=True, tokenizer=tokenizer
     )
     assert isinstance(model, MoePeftModel)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    draw_trained(model, 0.05)
     model.save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)

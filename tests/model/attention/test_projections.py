@@ -24,6 +24,7 @@ from lightning_mixcn.model.nf4.linear import FrozenLinear
 from lightning_mixcn.testing import save_tiny_model, tiny_mixtral_config
 from tests.model.attention.varlen import dense_varlen
 from tests.model.philox import dropout_mask
+from tests.model.trained_values import draw_trained
 
 ROWS, LENGTH = 2, 7
 
@@ -174,11 +175,7 @@ def gradients(base: Path, ids: Tensor, mode: str, dropout: float) -> dict[str, T
         use_rslora=True, rank_pattern={"k_proj": 3, "o_proj": 5},
     )  # fmt: skip
     model = load_mixtral(base, dtype="float32", lora=lora).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_trained(model, 0.1, seed=3, around_start=False)
     set_activation_checkpointing(model, mode)
     torch.manual_seed(5)
     out: Any = model(input_ids=ids, labels=ids)

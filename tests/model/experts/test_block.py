@@ -26,6 +26,7 @@ from lightning_mixcn.model.experts.routing import route_rows
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from lightning_mixcn.testing import run_distributed
 from tests.model.philox import dropout_mask
+from tests.model.trained_values import draw_trained
 
 HIDDEN, INTERMEDIATE, RANK = 32, 48, 8
 Names = tuple[str, ...]
@@ -406,11 +407,7 @@ def gradients(base: Path, ids: Tensor, quantization: str, mode: str) -> dict[str
         rank_pattern={"up_proj": 8, "down_proj": 16}, alpha_pattern={"gate_proj": 3},
     )  # fmt: skip
     model = load_mixtral(base, quantization=quantization, dtype="float32", lora=lora).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_trained(model, 0.1, seed=3, around_start=False)
     set_activation_checkpointing(model, mode)
     torch.manual_seed(5)
     out = model(input_ids=ids, labels=ids, output_router_logits=True)

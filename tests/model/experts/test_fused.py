@@ -20,6 +20,7 @@ from lightning_mixcn.model.experts.path import PATHS
 from lightning_mixcn.model.experts.routing import Routing, route_rows_on_device
 from lightning_mixcn.model.nf4.storage import DenseWeight, NF4Weight, Weight
 from tests.model.philox import dropout_mask
+from tests.model.trained_values import draw_trained
 
 TOKENS, EXPERTS, HIDDEN, INTERMEDIATE = 21, 3, 64, 130
 DROPOUT = Dropout(0.25, 11)
@@ -199,11 +200,7 @@ def gradients(base: Path, ids: Tensor, mode: str, dropout: float, dtype: str = "
         rank_pattern={"up_proj": 8, "down_proj": 5}, alpha_pattern={"gate_proj": 3},
     )  # fmt: skip
     model = load_mixtral(base, dtype=dtype, lora=lora).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_trained(model, 0.1, seed=3, around_start=False)
     set_activation_checkpointing(model, mode)
     torch.manual_seed(5)
     out: Any = model(input_ids=ids, labels=ids, output_router_logits=True)

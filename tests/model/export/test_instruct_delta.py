@@ -24,6 +24,7 @@ from lightning_mixcn.model.export.gguf import CONVERTER
 from lightning_mixcn.testing import random_batch, save_tiny_mixtral, save_tiny_model
 from lightning_mixcn.text import Turn, load_template, load_tokenizer
 from tests.extended_tokenizers import HAN, extend, qwen_like
+from tests.model.trained_values import draw_trained
 
 Weights = dict[str, Tensor]
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.\w+\.experts\.(\d+)\.(\w+)")
@@ -56,11 +57,7 @@ def save_lora(base: Path, folder: Path, *, train_embeddings: bool = False, token
         tokenizer=tokenizer,
     )
     assert isinstance(model, MoePeftModel)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    draw_trained(model, 0.05)
     model.save_pretrained(folder)
     for file in [] if tokenizer is None else tokenizer.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_mixcn.model import MoePeftModel, load_mixtral
 from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.lora.attach import lora_layers
+from tests.model.trained_values import draw_trained
 
 ALL = list(architecture_named("mixtral").short_names)
 
@@ -28,11 +29,7 @@ def adapted(base: Path, quantization: str = "none", adapter: Path | None = None,
 
 def randomise(model: Any) -> MoePeftModel:
     assert isinstance(model, MoePeftModel)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_trained(model, 0.1, around_start=False)
     return model
 
 

@@ -13,6 +13,7 @@ from lightning_mixcn import build_mixtral
 from lightning_mixcn.model import set_activation_checkpointing
 from lightning_mixcn.model.products import finish
 from lightning_mixcn.testing import tiny_mixtral_config
+from tests.model.trained_values import draw_trained
 
 IDS = torch.randint(3, 200, (1, 8), generator=torch.Generator().manual_seed(2))
 
@@ -32,11 +33,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def make_model(mode: str, dropout: float = 0.0) -> Any:
     lora = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
     model: Any = build_mixtral(tiny_mixtral_config(), dtype="float32", lora=lora).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_trained(model, 0.1, seed=3, around_start=False)
     set_activation_checkpointing(model, mode)
     return model
 
