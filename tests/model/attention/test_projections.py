@@ -196,6 +196,14 @@ def test_a_model_trains_as_without(family: str, tmp_path: Path, ids: Tensor, on_
         assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+@torch.no_grad()
+def test_states_are_clipped_here_too(tmp_path: Path, ids: Tensor, on_cpu: Callable[[], None]) -> None:
+    model: Any = load_mixtral(save_tiny_model(tmp_path, "olmoe", clip_qkv=0.1), dtype="float32")
+    expected = model(input_ids=ids, labels=ids).nll
+    on_cpu()
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).nll, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("mode", "outputs"), [("selective", 2), ("full", 4)])
 def test_dropout_is_the_same_when_it_is_computed_again(
     mode: str, outputs: int, tiny: Path, ids: Tensor, on_cpu: Callable[[], None], monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from lightning_mixcn.model.memory.layer import LayerCounter, MicroBatch, model_a
 from lightning_mixcn.model.memory.optimizer import MemoryTracker, OptimizerMemory
 from lightning_mixcn.model.memory.paths import PATH_MEMORY
 from lightning_mixcn.model.memory.plan import Run, Sharing, plan_memory
-from lightning_mixcn.testing import tiny_mixtral_config
+from lightning_mixcn.testing import tiny_config, tiny_mixtral_config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_attention_heads": 32, "head_dim": 128,
@@ -67,8 +67,23 @@ def test_an_expert_block(path: str, tokens: int, dropout: float, targets: Any, m
     ids=str,
 )
 def test_attention(tokens: int, dropout: float, targets: Any) -> None:
+    check_attention(model_of(1, dropout, targets), tokens)
+
+
+@pytest.mark.usefixtures("cuda_on_meta")
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_attention_with_norms_of_its_own(family: str, dropout: float) -> None:
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 1}
+    config = tiny_config(family, **sizes, **({} if family == "olmoe" else {"head_dim": 128}))
+    lora = LoraConfig(r=64, lora_dropout=dropout, target_modules="all-linear")
+    check_attention(build_mixtral(config, lora=lora, device="meta").train(), 4096)
+
+
+def check_attention(model: Any, tokens: int) -> None:
+    """Compare what a layer's attention keeps, and its peak in backward, with living tensors."""
     pytest.importorskip("triton", reason="Triton is not installed; the dev extra has it on Linux")
-    layer = model_of(1, dropout, targets).get_base_model().model.layers[0]
+    layer = model.get_base_model().model.layers[0]
     attention, shape = layer.self_attn, (tokens // 4096, 4096)
     x = torch.empty(*shape, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
     angle = torch.empty(*shape, 128, dtype=torch.bfloat16, device="meta")

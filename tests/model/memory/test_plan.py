@@ -96,6 +96,23 @@ def test_activations_kept(case: Case) -> None:
     assert planned == pytest.approx(kept, rel=0.015)
 
 
+def test_weights_that_are_not_normalised_keep_no_quotient() -> None:
+    """Apart from the rest, of which it is less than the plan may be off: K float32 probabilities and their sum."""
+    kept, planned = [], []
+    for normalises in (True, False):
+        config = tiny_config("olmoe", **(sizes_of("olmoe") | {"norm_topk_prob": normalises}))
+        # In float32, whose rows are not padded: routing is another where weights are.
+        model: Any = build_mixtral(config, lora=LoraConfig(r=8, target_modules="all-linear"), dtype="float32").train()
+        with MemoryTracker() as live:
+            loss = loss_of(model, packed=False)
+            kept.append(live.now)
+        del loss
+        layers = model_activations(model, MicroBatch(2, LENGTH), "cpu").layers
+        planned.append(sum(layer.kept("none") for layer in layers))
+    assert planned[0] - planned[1] == LAYERS * 2 * LENGTH * (4 * 2 + 4)
+    assert planned[0] - planned[1] == pytest.approx(kept[0] - kept[1], rel=0.05)
+
+
 @pytest.mark.parametrize("accumulated", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [*CASES[:4], *CASES[8:10], *CASES[-6:-2:2]], ids=str)
 def test_the_fullest_moment(case: Case, accumulated: int) -> None:
