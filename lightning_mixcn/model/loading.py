@@ -67,13 +67,14 @@ def load_moe(
         dtype: Compute dtype. LoRA masters and trained embeddings are float32 whatever it is.
         device: Device of the model; ``None`` is the CPU.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
-        seed: Seed of LoRA's random start.
+        seed: Seed of LoRA's random start, and of random new rows.
         adapter: PEFT adapter folder to continue from, opened or not; needs ``lora`` with its rank and targets.
         tokenizer: Folder or hub id of a tokenizer that continues the base's. Embedding and head get rows for its
             further pieces, and must train; an adapter that was trained so brings them itself.
         new_rows: Start of those rows. ``mean``: the mean of the rows of the old pieces that the base's tokenizer splits
-            the new piece into; ``byte_mean``: the same, weighted by the bytes of each; ``random``: normal with the
-            config's ``initializer_range``; ``zeros``.
+            the new piece into; ``byte_mean``: the same, weighted by the bytes of each; ``multivariate``: normal with
+            the mean and the covariance of the old pieces' rows, those of embedding and head each; ``random``: normal
+            with the config's ``initializer_range``; ``zeros``.
         shard: Function that shards the model while it is on the meta device (see `shard_model`): a rank then reads,
             quantises and holds its share only, bit for bit that part of what one rank would hold.
 

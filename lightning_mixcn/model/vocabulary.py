@@ -2,7 +2,9 @@
 
 The mean of the rows of the old pieces that a new piece was written with before is the start that Hewitt (2021,
 https://nlp.stanford.edu/~johnhew/vocab-expansion.html) argues for, narrowed to those pieces, as in Chinese-LLaMA's
-successors; `random` is what `resize_token_embeddings` of the paper's predecessors did.
+successors; `random` is what `resize_token_embeddings` of the paper's predecessors did. `multivariate` is Hewitt's other
+start, compared with means in arXiv 2407.05841. transformers' `resize_token_embeddings(mean_resizing=True)` names the
+same, but draws with 1e-9 of the covariance, which is the mean but for the seventh digit or so.
 
 Legend: N = new rows, H = hidden.
 """
@@ -11,7 +13,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,26 @@ from .checkpoints.folder import Checkpoint
 from .lora.adapter_file import EMBEDDINGS, AdapterFile
 from .sharding import local_shard
 
-NewRows = Literal["mean", "byte_mean", "random", "zeros"]
+NewRows = Literal["mean", "byte_mean", "multivariate", "random", "zeros"]
 
 # Rows drawn at a time: 16 MB of float32 at a width of 4,096.
 _ROWS = 1024
+
+
+class RowDistribution(NamedTuple):
+    """A normal distribution of rows, float64.
+
+    Args:
+        mean: ``[H]``.
+        root: ``[H, H]``, the lower triangle L of which L Lᵀ is the covariance.
+    """
+
+    mean: Tensor
+    root: Tensor
+
+
+# Added to the covariance's diagonal, of the mean variance: one of fewer rows than H is singular. 1e-5 of a deviation.
+_JITTER = 1e-10
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class VocabularyExtension:
         new_rows: Start of the new ones.
         old: The base's pieces; ``None`` where an adapter brings all rows.
         new: The extended tokenizer's.
-        seed: Seed of ``random``.
+        seed: Seed of ``random`` and ``multivariate``.
     """
 
     checkpoint: Checkpoint
@@ -84,12 +102,15 @@ class VocabularyExtension:
     def _values(self, name: str, first: int, last: int, config: PreTrainedConfig) -> Tensor:
         """Return rows ``first`` to ``last`` of one matrix, float32 on the CPU."""
         values_NH = torch.zeros(last - first, config.hidden_size)
+        # A seed for each block, so that a rank need not draw what it does not hold; torch's generator of the CPU takes
+        # 32 bits of it, hence a hash.
+        digest = hashlib.blake2b(f"{self.seed} {name} {first}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
         if self.new_rows == "random":
-            # A seed for each block, so that a rank need not draw what it does not hold; torch's generator of the CPU
-            # takes 32 bits of it, hence a hash.
-            digest = hashlib.blake2b(f"{self.seed} {name} {first}".encode(), digest_size=4).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest))
             return values_NH.normal_(std=config.initializer_range, generator=generator)
+        if self.new_rows == "multivariate":
+            mean_H, root_HH = self._distributions[name]
+            return torch.addmm(mean_H, values_NH.double().normal_(generator=generator), root_HH.mT).float()
         if self.new_rows in ("mean", "byte_mean"):
             table = self._old_rows[name]
             for row, (ids, shares_P) in enumerate(self._parts[first - len(self._old) : last - len(self._old)]):
@@ -128,6 +149,26 @@ class VocabularyExtension:
             if (key := f"{name}.weight") in self.checkpoint
         }
 
+    @cached_property
+    def _distributions(self) -> dict[str, RowDistribution]:
+        """Mean and covariance of the old pieces' rows, by matrix; read from the base's files, `_ROWS` at a time."""
+        return {name: self._distribution(key) for name in EMBEDDINGS if (key := f"{name}.weight") in self.checkpoint}
+
+    def _distribution(self, key: str) -> RowDistribution:
+        count, origin_H = len(self._old), self.checkpoint.read_rows(key, 0, 1)[0].double()
+        sum_H = torch.zeros_like(origin_H)
+        products_HH = torch.zeros(len(sum_H), len(sum_H), dtype=torch.float64)
+        for first in range(0, count, _ROWS):
+            # From the first row, not from 0: little is lost where the mean is large beside the deviations.
+            rows_NH = self.checkpoint.read_rows(key, first, min(first + _ROWS, count)).double() - origin_H
+            sum_H += rows_NH.sum(0)
+            products_HH.addmm_(rows_NH.mT, rows_NH)
+        mean_H = sum_H / count
+        covariance_HH = products_HH.div_(count).addr_(mean_H, mean_H, alpha=-1)
+        variances_H = covariance_HH.diagonal()
+        variances_H += _JITTER * variances_H.mean() + torch.finfo(torch.float64).tiny  # rows that are all alike, too
+        return RowDistribution(origin_H + mean_H, torch.linalg.cholesky(covariance_HH))
+
 
 def find_extension(
     checkpoint: Checkpoint,
@@ -148,7 +189,7 @@ def find_extension(
         new_rows: Start of the new rows.
         train_embeddings: The rows will train.
         adapter: Adapter to continue from, which may hold more rows than the base.
-        seed: Seed of ``random``.
+        seed: Seed of ``random`` and ``multivariate``.
 
     Returns:
         The extension, ``None`` where there is no new piece.

@@ -76,7 +76,7 @@ class CausalLMModule(SavedStateModule):
         lr_scheduler: Schedule of the learning rate, stepped once an optimizer step.
         seed: Seed of LoRA's random start, and of dropout.
         new_rows: Start of the rows for an extended tokenizer's new pieces: the ``mean`` or ``byte_mean`` of the rows of
-            their old pieces, ``random``, ``zeros``.
+            their old pieces, ``multivariate`` (normal, with the old rows' mean and covariance), ``random``, ``zeros``.
         activation_memory: Bytes for activations, or ``auto`` for what the device has left: as many layers as fit are
             ``selective``, the others ``full``. It takes precedence over `activation_checkpointing`, to be left out.
         learning_rates: Multipliers of the optimizer's learning rate, by place (``embeddings`` are embed_tokens and
@@ -98,7 +98,7 @@ class CausalLMModule(SavedStateModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable = WarmupCosine,
         seed: Seed = 0,
-        new_rows: Literal["mean", "byte_mean", "random", "zeros"] = "mean",
+        new_rows: Literal["mean", "byte_mean", "multivariate", "random", "zeros"] = "mean",
         activation_memory: Annotated[int, Between(1, 2**50, "byte, or auto")] | Literal["auto"] | None = None,
         learning_rates: LearningRates | None = None,
     ) -> None:

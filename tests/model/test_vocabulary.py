@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 import transformers
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -30,10 +30,11 @@ from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.convert.quantize import quantize
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.model.sharding import full_tensor
-from lightning_mixcn.model.vocabulary import NewRows
+from lightning_mixcn.model.vocabulary import NewRows, VocabularyExtension
 from lightning_mixcn.studies.vocabulary.merge import choose_pieces, mergeable_base, write_tokenizer
 from lightning_mixcn.studies.vocabulary.scripts import ScriptFilter
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral, save_tiny_model
+from lightning_mixcn.tokenizer.pieces import TokenizerPieces
 from tests.extended_tokenizers import HAN, TALES, extend, qwen_like
 from tests.model.adapters_on_disk import TARGETS
 from tests.model.trained_values import draw_trained
@@ -147,7 +148,7 @@ def spare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return base
 
 
-@pytest.mark.parametrize("new_rows", ["mean", "byte_mean", "random", "zeros"])
+@pytest.mark.parametrize("new_rows", ["mean", "byte_mean", "multivariate", "random", "zeros"])
 def test_new_pieces_take_rows_that_the_base_has_to_spare(spare: Path, tmp_path: Path, new_rows: NewRows) -> None:
     """They were never trained: those of new pieces start as any others do, the rest stays."""
     extended = extend(spare, tmp_path / "t", HAN, 90)
@@ -166,6 +167,8 @@ def test_new_pieces_take_rows_that_the_base_has_to_spare(spare: Path, tmp_path: 
         elif new_rows == "random":
             assert float(rows[new].std()) == pytest.approx(model.config.initializer_range, rel=0.1)
             assert not torch.isclose(rows[new], stored[new]).all(dim=1).any()
+        elif new_rows == "multivariate":  # of the pieces' rows, not of those to spare
+            assert_whitened(rows[new], stored[:305])
         else:
             of_bytes = new_rows == "byte_mean"
             for index, text in texts.items():
@@ -232,6 +235,77 @@ def test_random_and_zeros(tiny: Path, tmp_path: Path) -> None:
     assert not torch.equal(weight(drawn, NAMES[0])[new], weight(drawn, NAMES[1])[new])
 
 
+def assert_whitened(drawn: Tensor, old: Tensor) -> None:
+    """Check that rows look drawn from the normal distribution with the old rows' mean and covariance, by numpy.
+
+    In the coordinates of the old rows' principal axes, n drawn ones are standard normal: n times the squared length of
+    their mean is chi-squared with H degrees of freedom (mean H, deviation √(2H)), and the singular values of the rows
+    by √n lie within 1 ± √(H/n), up to deviations of about 1/√n. All bounds are six deviations wide.
+    """
+    n, hidden = drawn.shape
+    old_NH = old.double().numpy()
+    variances_H, axes_HH = np.linalg.eigh(np.cov(old_NH.T, bias=True))
+    white_NH = (drawn.double().numpy() - old_NH.mean(0)) @ axes_HH / np.sqrt(variances_H)
+    assert n * float(np.square(white_NH.mean(0)).sum()) < hidden + 6 * (2 * hidden) ** 0.5
+    scales = np.linalg.svd(white_NH, compute_uv=False) / n**0.5
+    reach = (hidden / n) ** 0.5 + 6 / n**0.5
+    assert 1 - reach < scales[-1] <= scales[0] < 1 + reach
+    assert float((np.abs(white_NH) < 1).mean()) == pytest.approx(0.6827, abs=6 * (0.2166 / white_NH.size) ** 0.5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_multivariate_rows_have_mean_and_covariance_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """20,000 new rows beside 3,000 whose deviations differ by a factor of 100 and whose mean is not 0."""
+    base = save_tiny_mixtral(tmp_path / "base", vocab_size=3000, tie_word_embeddings=tied)
+    stored = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name in NAMES[: 2 - tied]:
+        mixing = torch.randn(32, 32, generator=generator) * torch.logspace(-3, -1, 32)
+        rows = torch.randn(3000, 32, generator=generator) @ mixing + torch.randn(32, generator=generator)
+        stored[f"{name}.weight"] = rows.bfloat16()
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+
+    def load(seed: int) -> Any:
+        old, new = cast(TokenizerPieces, range(3000)), cast(TokenizerPieces, range(23000))  # no piece is looked at
+        extension = VocabularyExtension(Checkpoint(base), 23000, "multivariate", old, new, seed)
+        monkeypatch.setattr("lightning_mixcn.model.loading.find_extension", lambda *args, **kwargs: extension)
+        return load_mixtral(base, train_embeddings=True)
+
+    model, again, other = load(0), load(0), load(1)
+    for name in NAMES:
+        rows = weight(model, name).detach()
+        old = stored[f"{name}.weight" if not tied else "model.embed_tokens.weight"].float()
+        assert torch.equal(rows[:3000], old)
+        assert_whitened(rows[3000:], old)
+        assert torch.equal(rows, weight(again, name))
+        assert not torch.isclose(rows[3000:], weight(other, name)[3000:]).all(dim=1).any()
+    assert torch.equal(*(weight(model, name) for name in NAMES)) == tied
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_multivariate_rows_of_fewer_old_rows_than_the_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alike: bool
+) -> None:
+    """The covariance is singular; where transformers falls back to the mean, rows stay in the old ones' plane."""
+    base = save_tiny_mixtral(tmp_path / "base", vocab_size=20)
+    stored = load_file(base / "model.safetensors")
+    stored["lm_head.weight"] = (
+        stored["lm_head.weight"][:1].expand(20, 32).contiguous() if alike else stored["lm_head.weight"]
+    )
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    old, new = cast(TokenizerPieces, range(20)), cast(TokenizerPieces, range(2020))
+    extension = VocabularyExtension(Checkpoint(base), 2020, "multivariate", old, new)
+    monkeypatch.setattr("lightning_mixcn.model.loading.find_extension", lambda *args, **kwargs: extension)
+    rows = weight(load_mixtral(base, train_embeddings=True, dtype="float32"), "lm_head").detach().double()
+    mean, deviations = rows[:20].mean(0), rows[20:] - rows[:20].mean(0)
+    plane = torch.linalg.svd(rows[:20] - mean, full_matrices=False)[2][: 0 if alike else 19]
+    outside = deviations - deviations @ plane.T @ plane
+    assert float(outside.norm()) < 1e-4 * float(rows[:20].std()) * rows[20:].numel() ** 0.5
+    assert alike or float(deviations.std()) == pytest.approx(float((rows[:20] - mean).std()), rel=0.05)
+
+
 def trained(base: Path, tokenizer: Path, folder: Path) -> MoePeftModel:
     """Return an extended model with random factors and moved embeddings, saved as a run does."""
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
@@ -296,7 +370,7 @@ def test_stock_peft_loads_the_adapter_on_a_resized_base(tiny: Path, tmp_path: Pa
     assert_close(logits_of(peft.PeftModel.from_pretrained(base, str(tmp_path / "out")), ids), logits_of(model, ids))
 
 
-MODES: tuple[NewRows, ...] = ("byte_mean", "random")
+MODES: tuple[NewRows, ...] = ("byte_mean", "multivariate", "random")
 
 
 def sharded(base: str, tokenizer: str) -> list[Tensor]:
