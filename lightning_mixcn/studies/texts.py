@@ -34,7 +34,7 @@ class StudyText:
         ValueError: a number is too small.
     """
 
-    text: list[Name]
+    text: Sequence[Name] = ()
     max_tokens: Annotated[int, Between(2, 10**12)] = 32_768
     sequence_length: RowTokens = 2048
     micro_batch_size: Annotated[int, Between(1, 2**16)] = 1

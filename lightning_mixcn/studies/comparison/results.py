@@ -67,11 +67,22 @@ def run_result(run: ComparedRun) -> dict[str, Any]:
 
 
 def run_cost(run: ComparedRun) -> dict[str, Any]:
-    """Return a finished run's ``arm``, ``seed``, ``tokens_per_second``, ``fit_seconds`` and ``peak_memory_bytes``."""
+    """Return what a finished run cost.
+
+    Returns:
+        ``arm``, ``seed``, ``tokens_per_second``, ``seconds_per_step`` (without validations), ``fit_seconds`` (with
+        them) and ``peak_memory_bytes``.
+    """
     facts = run.facts()
     assert facts is not None
-    names = "tokens_per_second", "fit_seconds", "peak_memory_bytes"
-    return {"arm": run.arm, "seed": run.seed} | {name: facts[name] for name in names}
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "tokens_per_second": facts["tokens_per_second"],
+        "seconds_per_step": facts["training_seconds"] / facts["steps"],
+        "fit_seconds": facts["fit_seconds"],
+        "peak_memory_bytes": facts["peak_memory_bytes"],
+    }
 
 
 def require_same_text(starts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -212,13 +223,14 @@ def _likelihoods(arms: Sequence[str], results: Rows) -> str:
 def _amounts(arms: Sequence[str], results: Rows, costs: Rows) -> str:
     sources = list(results[0]["sources"])
     head = ["arm", "text, bytes", "tokens", "steps", *(f"tokens per byte, {source}" for source in sources)]
-    head += ["trained parameters", "tokens/s", "time", "peak memory"]
+    head += ["trained parameters", "tokens/s", "seconds a step", "time", "peak memory"]
     lines = []
     for arm in arms:
         runs, cost = of_arm(results, arm), of_arm(costs, arm)
         cells = [arm, *(f"{_mean(runs, name):,.0f}" for name in ("text_bytes_seen", "tokens_seen", "steps"))]
         cells += [f"{runs[0]['sources'][source]['tokens_per_byte']:.3f}" for source in sources]
         cells += [f"{runs[0]['trainable_parameters']:,}", f"{_mean(cost, 'tokens_per_second'):,.0f}"]
+        cells += [f"{_mean(cost, 'seconds_per_step'):.3g}"]
         cells += [f"{_mean(cost, 'fit_seconds') / 60:,.1f} min", f"{_mean(cost, 'peak_memory_bytes') / 1e9:.2f} GB"]
         lines.append(cells)
     return markdown_table([head, *lines])

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import remove_path, write_text
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.masking import without_secrets
@@ -129,11 +129,11 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 _SOURCES = ("sources", "val_sources")
-_MODEL_PATHS = ("base", "tokenizer", "adapter")
+_MODEL_PATHS = ("base", "tokenizer", "adapter", "train_only")
 
 
 def check_inputs(config: Mapping[str, Any], prepared: Path) -> None:
-    """Check that base, tokenizer, adapter and text of a configuration are there; what will be prepared may come.
+    """Check that the files that a configuration names are there; what will be prepared may come.
 
     Args:
         config: A whole configuration of `mixcn fit`.
@@ -151,10 +151,13 @@ def check_inputs(config: Mapping[str, Any], prepared: Path) -> None:
                 "download the text first"
             )
     for name, path in _model_paths(config):
-        if name == "adapter" and Path(path).exists():  # a run's folder, which holds it
-            continue
-        if not _is_inside(path, prepared):
-            local_folder(path)
+        if _is_inside(path, prepared) or (name in ("adapter", "train_only") and Path(path).exists()):
+            continue  # an adapter may be a run's folder, which holds it
+        if name == "train_only":
+            raise MissingFileError(
+                f"`model.init_args.train_only={path!r}` is not there. Make it with `mixcn experts --choose`"
+            )
+        local_folder(path)
     for argument in _SOURCES:
         entries = config["data"]["init_args"].get(argument) or []
         kind: Any = Source if all("text_key" in entry for entry in entries) else ConversationSource
@@ -191,7 +194,8 @@ def _files(path: str) -> Iterator[Path]:
 
 def _model_paths(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     arguments = config["model"]["init_args"]
-    return [(name, str(arguments[name])) for name in _MODEL_PATHS if arguments.get(name)]
+    given = [(name, arguments.get(name)) for name in _MODEL_PATHS]
+    return [(name, path) for name, path in given if path and isinstance(path, str)]  # `train_only` may be in place
 
 
 def _paths(path: str | list[str]) -> list[str]:

@@ -8,12 +8,15 @@ from lightning_mixcn.arguments import Documents, Examples, Name
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies.texts import StudyText
 
+from .options import ChoiceOptions
+
 
 def experts(
     src: str,
     *,
     out: Name,
     text: StudyText,
+    choice: ChoiceOptions,
     tasks: Sequence[str] = (),
     mode: Literal["mask", "zero", "both", "saliency"] = "mask",
     limit: Documents | None = None,
@@ -29,14 +32,21 @@ def experts(
     FLOP and 2.1 hours. Mode saliency is one pass: 1.7e15, 1.6e14 and 4.5e14 FLOP. The cost is printed before work
     starts. A pass runs up to 8 × micro_batch_size rows together. In 16 bits, changes below 0.001 are rounding.
 
+    `choose` writes which experts a training should adapt, after the study, or without `text` from what was measured
+    before: no model is loaded then. Adapting only a language's experts: arXiv 2605.29714, see also 2605.18083.
+
     Args:
-        src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder.
+        src: Hugging Face folder or hub id, 4-bit folder of `mixcn quantize`, run folder, or PEFT adapter folder. To
+            choose without `text`: folder of a study, or of a run with `ExpertLoadMonitor`, or its experts.csv, of which
+            the last validation counts, or all training where there was none.
         out: Folder to make: experts.csv (change of bits per byte of each expert and source, with a 95 % bootstrap
             interval over documents, and saliency), differences.csv (between sources), accuracy.csv (change of accuracy
             of each expert and task), routing and co-activation and similarity of experts (.csv), pictures (.png),
-            ranking.txt, and experts.json (settings, base figures, cost). Until it is whole, its parts are in the hidden
-            folder .OUT.unfinished beside it.
+            ranking.txt, experts.json (settings, base figures, cost), and with `choose` choice.json. Until it is whole,
+            its parts are in the hidden folder .OUT.unfinished beside it. To choose without `text`, the JSON file to
+            make.
         text: Texts of the study.
+        choice: Choice of experts.
         tasks: Multiple choice of lm-evaluation-harness (extra `[eval]`), tasks or groups, e.g. ceval-valid: accuracy
             without each expert, judged by the harness. Prompts cost what as many tokens of text cost: C-Eval's 1,346
             questions of 700 tokens with 5 examples, 3.1e18 FLOP for each mode, 4.4 hours at 200 TFLOP/s. Choices that
@@ -55,6 +65,13 @@ def experts(
         FileExistsError: the folder holds something else, or a study with other arguments.
         FloatingPointError: a likelihood is not finite.
     """
-    from .study import study_experts
+    table, file = Path(src).expanduser(), Path(out).expanduser()
+    if choice.choose is None or text.text:
+        from .study import study_experts
 
-    study_experts(src, Path(out).expanduser(), text, mode, model, tasks, limit, num_fewshot, data_dir)
+        study_experts(src, file, text, choice, mode, model, tasks, limit, num_fewshot, data_dir)
+        table, file = file, file / "choice.json"
+    if choice.choose is not None:
+        from .choose import write_choice
+
+        write_choice(table, choice, file)

@@ -39,8 +39,10 @@ from .accuracy import (
     task_accuracies,
     write_accuracies,
 )
+from .choose import MEASURES
 from .disabling import MODES, Mode, check_modes
 from .importance import ExpertImportance
+from .options import ChoiceOptions
 from .report import saliency_figures, write_importance
 from .requests import RequestScores
 from .statistics import weight_cosines
@@ -63,6 +65,7 @@ def study_experts(
     src: str,
     folder: Path,
     text: StudyText,
+    choice: ChoiceOptions,
     mode: Mode | Literal["both", "saliency"],
     options: ModelOptions,
     tasks: Sequence[str],
@@ -79,6 +82,8 @@ def study_experts(
     check_modes(modes, config.num_local_experts, config.num_experts_per_tok)
     longest = text.check_context(config)
     documents = text.documents()
+    if choice.choose is not None:
+        choice.sources(list(text.paths), config.num_local_experts, MEASURES if modes else MEASURES[1:])
     tokenizer = load_tokenizer(found.tokenizer)
     encoder, place = PlainText(tokenizer), options.torch_device()
     settings: dict[str, Any] = {

@@ -52,7 +52,12 @@ def test_a_whole_study(
         assert int(line["trainable_parameters"]) == facts["parameters"]["trainable"]
     check_table(captured.out, lines)
     costs = lines_of(tmp_path / "one" / "costs.csv")
-    assert all(float(line["tokens_per_second"]) > 0 < int(line["peak_memory_bytes"]) for line in costs)
+    for line in costs:
+        facts = read(tmp_path / "one" / "runs" / line["arm"] / f"seed{line['seed']}" / "fit" / "facts.json")
+        assert float(line["tokens_per_second"]) > 0 < int(line["peak_memory_bytes"])
+        # A step's tokens in its seconds are the speed, whatever the validations take.
+        tokens = float(line["seconds_per_step"]) * float(line["tokens_per_second"])
+        assert tokens == pytest.approx(facts["tokens_seen"] / facts["steps"])
     assert (tmp_path / "one" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     # The same again is not done again; in another folder it gives the same numbers.
     mixcn.ran.clear()

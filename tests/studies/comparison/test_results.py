@@ -53,10 +53,13 @@ SCORES = {
     },
 }
 COSTS = [
-    {"arm": arm, "seed": seed, "tokens_per_second": 100.4, "fit_seconds": 90.0, "peak_memory_bytes": 2_500_000_000}
+    {
+        "arm": arm, "seed": seed, "tokens_per_second": 100.4, "seconds_per_step": 4.256, "fit_seconds": 90.0,
+        "peak_memory_bytes": 2_500_000_000,
+    }
     for arm in "ab"
     for seed in (0, 1)
-]
+]  # fmt: skip
 
 
 def results(scores: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -90,7 +93,7 @@ def test_tables() -> None:
         "| a | 3.000 ± 0.000 | 2.100 ± 0.141 | -0.900 ± 0.141 | 1.000 ± 0.000 | 1.500 ± 0.000 | +0.500 ± 0.000 |"
         in table
     )
-    assert "| a | 100 | 40 | 2 | 0.500 | 0.500 | 5 | 100 | 1.5 min | 2.50 GB |" in table
+    assert "| a | 100 | 40 | 2 | 0.500 | 0.500 | 5 | 100 | 4.26 | 1.5 min | 2.50 GB |" in table
     assert "| mmlu acc (en) | 0.250 ± 0.000 → 0.500 ± 0.000 | - |" in table
 
 

@@ -114,12 +114,22 @@ def test_what_will_be_prepared_may_come(config: dict[str, Any]) -> None:
     check_inputs(config, Path("prepared"))
 
 
+@pytest.mark.parametrize("train_only", ["prepared/choice.json", "choice.json", {"layers": [1]}, None])
+def test_a_choice_of_what_trains(train_only: Any, config: dict[str, Any]) -> None:
+    """A file that is there or will be prepared, or in place."""
+    Path("choice.json").write_text("{}")
+    config["model"]["init_args"]["train_only"] = train_only
+    check_inputs(config, Path("prepared"))
+    assert ("choice.json" in config_fingerprint(config)) == (train_only == "choice.json")
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
         ("model", "base", "gone", "'gone' is not there"),
         ("model", "tokenizer", "longer", "'longer' is not there"),
         ("model", "adapter", "other", "'other' is not there"),
+        ("model", "train_only", "my/choice.json", "train_only='my/choice.json'` is not there. Make it with `mixcn ex"),
         (
             "data",
             "val_sources",
