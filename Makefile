@@ -47,10 +47,14 @@ docs: venv  ## build the documentation into build/site; a broken link is an erro
 	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet -c constraints.txt -e '.[dev,demo,docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the tables of docs and README (5 GB, half an hour)
+bench: venv  ## every measurement that a CPU can make, beside peers and limits; writes the tables of docs and README (17 GB of memory, an hour)
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --result train_step_1024
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --contestants ours stock --micro_batch_size 4 --result train_step_4096
 	$(BIN)/python benchmarks/train_step.py --preset cpu-small --result train_step_1024_peers
+	$(BIN)/python benchmarks/train_step.py --preset cpu-olmoe --contestants ours stock --result train_step_olmoe_1024
+	$(BIN)/python benchmarks/train_step.py --preset cpu-olmoe --contestants ours stock --micro_batch_size 4 --result train_step_olmoe_4096
+	$(BIN)/python benchmarks/train_step.py --preset cpu-qwen3 --contestants ours stock --result train_step_qwen3_1024
+	$(BIN)/python benchmarks/train_step.py --preset cpu-qwen3 --contestants ours stock --micro_batch_size 4 --result train_step_qwen3_4096
 	$(BIN)/python benchmarks/expert_block.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/generate.py
