@@ -37,7 +37,7 @@ def write_pieces(file: Path, words: list[str], vocab_size: int, between: str = "
 
 
 # Qwen's own (tokenizer.json of Qwen3): letters with at most one other character in front, digits one by one.
-_QWEN_WORDS = (
+QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -47,7 +47,7 @@ def qwen_like(folder: Path, pieces: int = 300) -> Path:
     """Make a tokenizer as Qwen3's is, but small: pieces of bytes, and beyond them tokens that the model lacks."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -140,6 +140,8 @@ def _call(program: Path, arguments: list[str], output: Path) -> None:
     code = subprocess.run([*command, str(program), *arguments], stdout=_STDERR).returncode
     if code != 0 or not output.is_file():
         raise UserError(
-            f"llama.cpp's {program.name} ended with code {code} and no file; its last lines above say why. "
-            "Is this version made for this model, and are the packages in its requirements installed?"
+            f"llama.cpp's {program.name} ended with code {code} and no file; its last lines above say why. If they say "
+            "that the BPE pre-tokenizer was not recognized (new pieces change its hash), enter the printed chkhsh in "
+            "the converter's get_vocab_base_pre, with the name that the base's has there. Otherwise: is this version "
+            "made for this model, and are the packages in its requirements installed?"
         )

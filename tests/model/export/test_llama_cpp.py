@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model.export.gguf import CONVERTER
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
+from tests.extended_tokenizers import QWEN_WORDS
 from tests.model.adapters_on_disk import save_adapter
 from tests.model.conftest import STORIES
 
@@ -154,6 +156,84 @@ def test_a_byte_level_tokenizer_is_taken_from_its_json(llama_cpp: Any, tmp_path:
     theirs = llama_cpp.Llama(model_path=str(gguf), vocab_only=True, verbose=False)
     for text in TEXTS:
         assert theirs.tokenize(text.encode(), add_bos=False) == tokenizer(text).input_ids
+
+
+# The converter knows a byte-level tokenizer by the ids that it gives one text, so these have the real pieces, which are
+# in llama.cpp's checkout. OLMoE's pieces are GPT-NeoX's.
+VOCABULARIES = {"olmoe": ("gpt-neox", None), "qwen3_moe": ("qwen2", QWEN_WORDS)}
+
+
+def save_real_tokenizer(folder: Path, family: str) -> int:
+    """Write the tokenizer of a family's published models; return how many ids it has.
+
+    Raises:
+        FileNotFoundError: the checkout has no models/ggml-vocab-*.gguf.
+    """
+    import gguf
+
+    name, words = VOCABULARIES[family]
+    fields: Any = gguf.GGUFReader(Path(os.environ["LLAMA_CPP"]) / f"models/ggml-vocab-{name}.gguf").fields
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
+    padding = {token for token in tokens if token.startswith("[PAD")}
+    vocabulary = {token: index for index, token in enumerate(tokens) if token not in padding}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    backend.normalizer = normalizers.NFC()
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    split = [] if words is None else [pre_tokenizers.Split(Regex(words), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, by_bytes])
+    backend.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind != gguf.TokenType.NORMAL and token not in padding:
+            special = kind == gguf.TokenType.CONTROL
+            backend.add_tokens([AddedToken(token, special=special, normalized=not special)])
+    end: Any = "<|endoftext|>"
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        tokenizer_object=backend, eos_token=end, clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.mark.parametrize("family", sorted(VOCABULARIES))
+def test_other_families_in_llama_cpp(llama_cpp: Any, tmp_path: Path, family: str) -> None:
+    """Logits within 1e-4 of the merged model's in transformers, greedy tokens the same, texts split the same."""
+    folder, merged, gguf = tmp_path / "base", tmp_path / "merged", tmp_path / "model.gguf"
+    folder.mkdir()
+    size = save_real_tokenizer(folder, family)
+    files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    save_tiny_model(
+        folder, family, vocab_size=size + 3, hidden_size=64, num_experts=16, num_experts_per_tok=4,
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=0,
+        **({"head_dim": 64, "rms_norm_eps": 1e-6} if family == "qwen3_moe" else {"rms_norm_eps": 1e-5}),
+    )  # fmt: skip
+    save_adapter(folder, tmp_path / "adapter", scale=0.05)
+    for place in (folder, tmp_path / "adapter"):
+        for name, content in files.items():
+            (place / name).write_bytes(content)
+    assert main(["export", str(tmp_path / "adapter"), str(gguf), "--format=gguf", "--outtype=f32"]) == 0
+    assert main(["export", str(tmp_path / "adapter"), str(merged)]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    theirs = llama_cpp.Llama(
+        model_path=str(gguf), logits_all=True, type_k=0, type_v=0, n_ctx=512, n_threads=1, n_threads_batch=1,
+        verbose=False,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert theirs.tokenize(text.encode(), add_bos=False) == ids
+        theirs.reset()
+        theirs.eval(ids)
+        found = torch.from_numpy(theirs.scores[: len(ids)].copy())
+        with torch.no_grad():
+            expected = ours(input_ids=torch.tensor([ids])).logits[0]
+            made = ours.generate(
+                torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        written = []
+        for _ in range(12):
+            written.append(int(theirs.scores[theirs.n_tokens - 1].argmax()))
+            theirs.eval(written[-1:])
+        assert written == made[0, len(ids) :].tolist()
 
 
 def root_mean_square(values: Tensor) -> float:
