@@ -175,12 +175,14 @@ def _evidence(tensor: TrainedTensor, arrivals: Mapping[Experts, Tensor], device:
     """Count on this rank, ``[4, G]`` int64: a gradient; a non-zero one; tokens that it came back to; a non-zero B."""
     count = len(tensor.names)
     gradient = tensor.parameter.grad
-    ones = torch.ones(count, dtype=torch.int64, device=device)
+    arrived = ones = torch.ones(count, dtype=torch.int64, device=device)
+    if tensor.experts is not None:
+        arrived = arrivals[tensor.experts][list(tensor.numbers)] if tensor.experts in arrivals else ones * 0
     return torch.stack(
         [
             ones if gradient is not None else ones * 0,
             nonzero_groups(gradient, count) if gradient is not None else ones * 0,
-            ones if tensor.experts is None else arrivals.get(tensor.experts, ones * 0),
+            arrived,
             ones if tensor.after is None else nonzero_groups(tensor.after, count),
         ]
     )

@@ -202,6 +202,8 @@ def _of_kind(value: Any, kind: Any) -> _Mismatch | None:
         return None if callable(value) else _Mismatch("", value, "a function or a class", True)
     if kind is Any or not isinstance(kind, type):
         return None  # a type variable has no class
+    if is_typeddict(kind):  # what reads one checks what is in it
+        return None if isinstance(value, Mapping) else _Mismatch("", value, "a mapping", True)
     classes, words = _KINDS.get(kind, (kind, f"a {kind.__name__}"))
     if not isinstance(value, classes) or (isinstance(value, bool) and kind in (int, float)):
         return _Mismatch("", value, words, True)

@@ -34,6 +34,7 @@ from .lora.attach import (
     load_adapter,
     reset_lora,
 )
+from .lora.choice import TrainOnly
 from .nf4.linear import FrozenLinear
 from .nf4.storage import NF4Weight
 from .vocabulary import NewRows, find_extension
@@ -55,6 +56,7 @@ def load_moe(
     tokenizer: str | Path | None = None,
     new_rows: NewRows = "mean",
     shard: Callable[[nn.Module], None] | None = None,
+    train_only: TrainOnly | str | Path | None = None,
 ) -> MoeForCausalLM | MoePeftModel:
     """Load a mixture of a supported family, its experts quantised on the way.
 
@@ -77,6 +79,8 @@ def load_moe(
             with the config's ``initializer_range``; ``zeros``.
         shard: Function that shards the model while it is on the meta device (see `shard_model`): a rank then reads,
             quantises and holds its share only, bit for bit that part of what one rank would hold.
+        train_only: What of `lora` there is, see `lora.choice.TrainOnly`, or the path of a JSON file with that. Experts
+            that are not chosen have no factors.
 
     Returns:
         transformers' causal LM of the family, or the `peft.PeftModel` around it; only adapters (and embeddings) train.
@@ -107,7 +111,7 @@ def load_moe(
     if extension is not None:
         extension.grow(model)
     model.name_or_path = stock_base(checkpoint) or ""
-    complete = _complete(model, lora, train_embeddings)
+    complete = _complete(model, lora, train_embeddings, train_only)
     if quantization == "nf4":
         verify_quantised(model, config)
     if shard is not None:
@@ -136,6 +140,7 @@ def build_moe(
     device: str | torch.device | None = None,
     train_embeddings: bool = False,
     seed: int = 0,
+    train_only: TrainOnly | str | Path | None = None,
 ) -> MoeForCausalLM | MoePeftModel:
     """Make the same model with random weights, normal with ``config.initializer_range``; on ``meta`` without any.
 
@@ -147,10 +152,11 @@ def build_moe(
         device: As in `load_moe`; ``meta`` allocates nothing.
         train_embeddings: As in `load_moe`.
         seed: Seed of the random weights and of LoRA's start.
+        train_only: As in `load_moe`.
     """
     model, device = meta_model(config, quantization, torch_dtype(dtype)), torch_device(device or "cpu")
     model.name_or_path = ""
-    complete = _complete(model, lora, train_embeddings)
+    complete = _complete(model, lora, train_embeddings, train_only)
     if quantization == "nf4":
         verify_quantised(model, config)
     if device.type != "meta":
@@ -170,11 +176,20 @@ build_mixtral = build_moe
 """`build_moe` under its name of that time."""
 
 
-def _complete(model: MoeForCausalLM, lora: LoraConfig | None, train_embeddings: bool) -> MoeForCausalLM | MoePeftModel:
+def _complete(
+    model: MoeForCausalLM,
+    lora: LoraConfig | None,
+    train_embeddings: bool,
+    train_only: TrainOnly | str | Path | None,
+) -> MoeForCausalLM | MoePeftModel:
     """Add what trains to a meta model: float32 embeddings, adapters."""
     if train_embeddings:
         _train_embeddings(model)
-    return model if lora is None else attach_lora(model, lora)
+    if lora is not None:
+        return attach_lora(model, lora, train_only)
+    if train_only is not None:
+        raise UserError("`train_only` chooses what has LoRA, but `lora` is null. Set lora, or leave train_only out")
+    return model
 
 
 def open_entries(

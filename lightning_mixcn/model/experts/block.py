@@ -104,7 +104,8 @@ class Experts(nn.Module):
             return self._forward_gemv(hidden_states, top_k_index, top_k_weights)
         masters = [projection.active_masters() for projection in projections]
         gate, up, down = (pair and pair.b for pair in masters)
-        path = choose_expert_path(hidden_states, top_k_index, weights, ExpertFactors(None, gate, up, None, down))
+        factors = ExpertFactors(None, gate, up, None, down, self.gate_proj.slots)
+        path = choose_expert_path(hidden_states, top_k_index, weights, factors)
         probability = max((pair.dropout for pair in masters if pair is not None), default=0.0)
         # Drawn from torch's CPU generator, which activation checkpointing restores: recomputation sees the same masks.
         dropout = Dropout(probability, int(torch.randint(2**31, (), device="cpu"))) if probability > 0.0 else Dropout()
@@ -112,7 +113,9 @@ class Experts(nn.Module):
         if path == "fused":  # casts the masters itself, where it copies them anyway
             gate_scale, up_scale, down_scale = (1.0 if pair is None else pair.scale for pair in masters)
             pairs = [(None, None) if pair is None else (pair.a, pair.b) for pair in masters]
-            return fused_loop(*operands, (gate_scale, up_scale, down_scale), *chain.from_iterable(pairs))
+            return fused_loop(
+                *operands, (gate_scale, up_scale, down_scale), *chain.from_iterable(pairs), self.gate_proj.slots
+            )
         return PATHS[path](*operands, *self._factors(hidden_states.dtype))
 
     def _factors(self, dtype: torch.dtype) -> ExpertFactors:
@@ -124,6 +127,7 @@ class Experts(nn.Module):
             up and up.b,
             down and down.a,
             down and down.b,
+            self.gate_proj.slots,
         )
 
     def _forward_gemv(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -140,5 +144,7 @@ class Experts(nn.Module):
 def _gemv(projection: FrozenLinear, rows: Tensor, expert: int) -> Tensor:
     assert projection.storage.gemv is not None
     y = projection.storage.gemv.product(rows, expert)
-    factors = projection.factors(rows.dtype, slice(expert, expert + 1))
+    if (slot := projection.slots.get(expert)) is None:
+        return y
+    factors = projection.factors(rows.dtype, slice(slot, slot + 1))
     return y if factors is None else y.addmm_(rows @ factors.a[0].t(), factors.b[0].t())

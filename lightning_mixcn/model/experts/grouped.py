@@ -130,7 +130,7 @@ class _GroupedExperts(torch.autograd.Function):
         weight: Tensor,
         weights: ExpertWeights,
         dropout: Dropout,
-        *factors: Tensor,
+        *factors: Any,
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Compute gate and up."""
         lora, (gate, up, down) = ExpertFactors(*factors), weights
@@ -148,7 +148,7 @@ class _GroupedExperts(torch.autograd.Function):
             # Masks are drawn expert by expert: the one case in which the host must know their rows.
             offsets = [0, *ends_E.tolist()]
         ctx.product, ctx.weights, ctx.dropout, ctx.offsets = product, weights, dropout, offsets
-        ctx.save_for_backward(x, weight, gate_SI, up_SI, hidden_gate_up, token_S, row_TK, ends_E, *factors)
+        ctx.save_for_backward(x, weight, gate_SI, up_SI, hidden_gate_up, token_S, row_TK, ends_E, *lora[:-1])
 
         def output() -> Tensor:
             h_SI = swiglu(gate_SI, up_SI)

@@ -4,11 +4,11 @@ One decoded matrix lives at a time (0.12 GB for Mixtral-8x7B), and the rows of e
 synchronisation a layer. On the CPU it is the only path: few row counts keep oneDNN's kernels. The LoRA factors and the
 dropout that `grouped` takes, too, are here.
 
-Legend: T tokens, H hidden, I intermediate, E experts, K experts a token, R LoRA rank, S = T·K routed rows, P = rows
-with each expert's share padded, n = rows of one expert.
+Legend: T tokens, H hidden, I intermediate, E experts, C those of them with LoRA factors, K experts a token, R LoRA
+rank, S = T·K routed rows, P = rows with each expert's share padded, n = rows of one expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,11 +29,12 @@ class ExpertFactors(NamedTuple):
     """LoRA factors in the compute dtype, α/r already in the Bs; ``None`` where a projection has no adapter.
 
     Args:
-        a_gate_up: ``[E, R_gate + R_up, H]``: both projections read the same rows, so their As are one product.
-        b_gate: ``[E, I, R_gate]``.
-        b_up: ``[E, I, R_up]``.
-        a_down: ``[E, R_down, I]``.
-        b_down: ``[E, H, R_down]``.
+        a_gate_up: ``[C, R_gate + R_up, H]``: both projections read the same rows, so their As are one product.
+        b_gate: ``[C, I, R_gate]``.
+        b_up: ``[C, I, R_up]``.
+        a_down: ``[C, R_down, I]``.
+        b_down: ``[C, H, R_down]``.
+        slots: `FrozenLinear.slots`; ``None`` for all experts.
     """
 
     a_gate_up: Tensor | None
@@ -41,6 +42,11 @@ class ExpertFactors(NamedTuple):
     b_up: Tensor | None
     a_down: Tensor | None
     b_down: Tensor | None
+    slots: Mapping[int, int] | None = None
+
+    def slot(self, expert: int) -> int | None:
+        """Return the place of an expert's factors; ``None`` if it has none."""
+        return expert if self.slots is None else self.slots.get(expert)
 
     def halves(self, gate: Tensor, up: Tensor) -> list[tuple[Tensor, Tensor, slice]]:
         """Return, for gate and up if adapted, the given tensor, B, and B's columns of ``rows @ a_gate_upᵀ``."""
@@ -81,7 +87,7 @@ def masked(rows: Tensor, mask: Tensor | None, token: Tensor | None = None) -> Te
 
 
 def expert_loop(
-    x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor | None
+    x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Any
 ) -> Tensor:
     """Compute the block by the path ``loop``.
 
@@ -91,7 +97,7 @@ def expert_loop(
         weight: ``[T, K]``, their routing weights; float32 or the compute dtype.
         weights: Frozen weights.
         dropout: LoRA dropout.
-        factors: The five tensors of `ExpertFactors`.
+        factors: Members of `ExpertFactors`.
 
     Returns:
         ``[T, H]`` in the dtype of ``x``: Σₖ weight · down(silu(gate x) ⊙ up x).
@@ -104,7 +110,7 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Tensor
+        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, weights: ExpertWeights, dropout: Dropout, *factors: Any
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Compute gate and up."""
         lora = ExpertFactors(*factors)
@@ -122,35 +128,37 @@ class _ExpertLoop(torch.autograd.Function):
             x_nH, gate, up = x.index_select(0, token), gate_PI[rows], up_PI[rows]
             torch.mm(x_nH, decode_gate(expert).t(), out=gate)
             torch.mm(x_nH, decode_up(expert).t(), out=up)
-            if lora.a_gate_up is not None and hidden_gate_up is not None:
+            slot = lora.slot(expert)
+            if slot is not None and lora.a_gate_up is not None and hidden_gate_up is not None:
                 hidden = hidden_gate_up[rows]
-                torch.mm(masked(x_nH, mask_TH, token), lora.a_gate_up[expert].t(), out=hidden)
+                torch.mm(masked(x_nH, mask_TH, token), lora.a_gate_up[slot].t(), out=hidden)
                 for result, b, rank in lora.halves(gate, up):
-                    result.addmm_(hidden[:, rank], b[expert].t())
-        ctx.weights, ctx.dropout, ctx.offsets = weights, dropout, routing.offsets
-        ctx.save_for_backward(x, weight, gate_up_P2I, hidden_gate_up, routing.token, routing.row, *factors)
+                    result.addmm_(hidden[:, rank], b[slot].t())
+        ctx.weights, ctx.dropout, ctx.offsets, ctx.slots = weights, dropout, routing.offsets, lora.slots
+        ctx.save_for_backward(x, weight, gate_up_P2I, hidden_gate_up, routing.token, routing.row, *lora[:-1])
         return pending_output(x), partial(_down, gate_up_P2I, routing, weight, weights[2], dropout, lora)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, the routing weights and the factors."""
         x, weight_TK, gate_up_P2I, hidden_gate_up, token_P, row_TK, *factors = ctx.saved_tensors
-        lora = ExpertFactors(*factors)
+        lora = ExpertFactors(*factors)._replace(slots=ctx.slots)
         gate_PI, up_PI = gate_up_P2I.chunk(2, dim=1)
         weight_P = weight_TK.new_zeros(len(token_P)).index_copy_(0, row_TK.flatten(), weight_TK.flatten()).to(x.dtype)
         dweight_P = torch.zeros(len(token_P), dtype=torch.float32, device=x.device)
         dx_PH = x.new_empty(len(token_P), x.shape[1]) if ctx.needs_input_grad[0] else None
-        dlora = ExpertFactors(*(None if factor is None else torch.zeros_like(factor) for factor in lora))
+        gradients: list[Any] = [None if factor is None else torch.zeros_like(factor) for factor in factors]
+        dlora = ExpertFactors(*gradients)
         mask_TH = ctx.dropout.mask(x.shape, 0, x)
         decode_gate, decode_up, decode_down = (weight.decoder(x.dtype) for weight in ctx.weights)
         for expert, rows in Routing(token_P, row_TK, ctx.offsets).experts():
             gate, up, token, weight = gate_PI[rows], up_PI[rows], token_P[rows], weight_P[rows, None]
             silu, grad_nH = F.silu(gate), grad_TH.index_select(0, token)
             h_nI = silu * up
-            dh = grad_nH @ decode_down(expert)
-            if lora.a_down is not None:
+            dh, slot = grad_nH @ decode_down(expert), lora.slot(expert)
+            if slot is not None and lora.a_down is not None:
                 mask_nI = ctx.dropout.mask(h_nI.shape, 1 + expert, h_nI)
-                _train_down(lora, dlora, expert, h_nI, grad_nH, weight, dh, mask_nI)
+                _train_down(lora, dlora, slot, h_nI, grad_nH, weight, dh, mask_nI)
             torch.sum(h_nI.mul_(dh), dim=1, dtype=torch.float32, out=dweight_P[rows])
             dh.mul_(weight)
             dup = silu.mul_(dh)
@@ -159,13 +167,13 @@ class _ExpertLoop(torch.autograd.Function):
             if dx_nH is not None:
                 torch.mm(dgate, decode_gate(expert), out=dx_nH)
                 dx_nH.addmm_(dup, decode_up(expert))
-            if hidden_gate_up is not None:
+            if slot is not None and hidden_gate_up is not None:
                 mask_nH = None if mask_TH is None else mask_TH.index_select(0, token)
                 hidden = hidden_gate_up[rows]
                 # Not in a variable, which would hold the rows until the next expert's are there.
-                _train_gate_up(lora, dlora, expert, x.index_select(0, token), hidden, dgate, dup, dx_nH, mask_nH)
+                _train_gate_up(lora, dlora, slot, x.index_select(0, token), hidden, dgate, dup, dx_nH, mask_nH)
         dx = None if dx_PH is None else sum_choices(dx_PH, row_TK, None, x.dtype)
-        return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *dlora
+        return dx, None, dweight_P[row_TK].to(weight_TK.dtype), None, None, *gradients, None
 
 
 def _down(
@@ -177,16 +185,16 @@ def _down(
     for expert, rows in routing.experts():
         h_nI = F.silu(gate_PI[rows]).mul_(up_PI[rows])
         y = torch.mm(h_nI, decode(expert).t(), out=y_PH[rows])
-        if lora.a_down is not None and lora.b_down is not None:
+        if (slot := lora.slot(expert)) is not None and lora.a_down is not None and lora.b_down is not None:
             h_dropped = masked(h_nI, dropout.mask(h_nI.shape, 1 + expert, h_nI))
-            y.addmm_(h_dropped @ lora.a_down[expert].t(), lora.b_down[expert].t())
+            y.addmm_(h_dropped @ lora.a_down[slot].t(), lora.b_down[slot].t())
     return sum_choices(y_PH, routing.row, weight_TK, y_PH.dtype)
 
 
 def _train_down(
     lora: ExpertFactors,
     dlora: ExpertFactors,
-    expert: int,
+    slot: int,
     h_nI: Tensor,
     grad_nH: Tensor,
     weight_n1: Tensor,
@@ -202,22 +210,22 @@ def _train_down(
     assert b is not None
     assert da is not None
     assert db is not None
-    through_b, h_dropped = grad_nH @ b[expert], masked(h_nI, mask_nI)
+    through_b, h_dropped = grad_nH @ b[slot], masked(h_nI, mask_nI)
     # Made again: saved, it would have recomputation run until there is h.
-    hidden = h_dropped @ a[expert].t()
-    torch.mm(grad_nH.t(), hidden.mul_(weight_n1), out=db[expert])
-    torch.mm((through_b * weight_n1).t(), h_dropped, out=da[expert])
+    hidden = h_dropped @ a[slot].t()
+    torch.mm(grad_nH.t(), hidden.mul_(weight_n1), out=db[slot])
+    torch.mm((through_b * weight_n1).t(), h_dropped, out=da[slot])
     del h_dropped  # before as much is taken again
     if mask_nI is None:
-        dh_nI.addmm_(through_b, a[expert])
+        dh_nI.addmm_(through_b, a[slot])
     else:
-        dh_nI.add_((through_b @ a[expert]).mul_(mask_nI))
+        dh_nI.add_((through_b @ a[slot]).mul_(mask_nI))
 
 
 def _train_gate_up(
     lora: ExpertFactors,
     dlora: ExpertFactors,
-    expert: int,
+    slot: int,
     x_nH: Tensor,
     hidden_nR: Tensor,
     dgate: Tensor,
@@ -231,8 +239,8 @@ def _train_gate_up(
     assert da is not None
     through_b = torch.zeros_like(hidden_nR)
     for (grad, b, rank), (_, db, _) in zip(lora.halves(dgate, dup), dlora.halves(dgate, dup), strict=True):
-        torch.mm(grad.t(), hidden_nR[:, rank], out=db[expert])
-        through_b[:, rank] = grad @ b[expert]
-    torch.mm(through_b.t(), masked(x_nH, mask_nH), out=da[expert])
+        torch.mm(grad.t(), hidden_nR[:, rank], out=db[slot])
+        through_b[:, rank] = grad @ b[slot]
+    torch.mm(through_b.t(), masked(x_nH, mask_nH), out=da[slot])
     if dx_nH is not None:
-        dx_nH.add_(masked(through_b @ a[expert], mask_nH))
+        dx_nH.add_(masked(through_b @ a[slot], mask_nH))

@@ -98,7 +98,8 @@ def choose_expert_path(x: Tensor, index: Tensor, weights: ExpertWeights, factors
         factors: LoRA factors.
 
     Returns:
-        A key of `PATHS`; ``loop`` where the fastest path cannot compute these sizes.
+        A key of `PATHS`; ``loop`` where the fastest path cannot compute these sizes. ``grouped`` and ``decode`` cannot
+        where some experts have no factors: a grouped product takes the rows of all experts, side by side.
 
     Raises:
         ValueError: ``MIXCN_EXPERT_PATH`` is no path, or one that cannot compute these sizes.
@@ -131,6 +132,8 @@ def _obstacle(path: str, x: Tensor, weights: ExpertWeights, factors: ExpertFacto
         return "Triton is not installed (torch's CUDA builds for Linux bring it)"
     if path == "fused":
         return _obstacle_of_fused(x, weights)
+    if factors.slots is not None and len(factors.slots) < weights[0].shape[0]:
+        return "its products with LoRA are of all experts, and `train_only` chooses some"
     if x.is_cuda and (x.dtype != torch.bfloat16 or _capability(x.device) not in _GROUPED_PRODUCT):
         return (
             "torch's grouped product is one call in bfloat16 on GPUs of capability 9.0 and 10.0 (H100, B200) only, not "
@@ -176,7 +179,8 @@ def training_path(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         x, index = torch.empty(tokens, weights[0].shape[2], dtype=dtype, device=device_type), torch.empty(tokens, top_k)
         gate, up, down = (None if not (pair := module.factors(dtype)) else pair.b for module in projections)
-        return choose_expert_path(x, index, weights, ExpertFactors(None, gate, up, None, down))
+        factors = ExpertFactors(None, gate, up, None, down, projections[0].slots)
+        return choose_expert_path(x, index, weights, factors)
 
 
 def _winner(table: Table, rows: int, weights: ExpertWeights) -> str:

@@ -7,14 +7,14 @@ In memory an expert's matrices are ``gate_proj up_proj down_proj`` of all expert
 ``gate.linear``. On disk they have the family's own names, one pair of factors an expert, which is what stock PEFT, vLLM
 and llama.cpp read.
 
-Legend: G groups (experts, or 1), R rank.
+Legend: G groups (experts, or 1), C those of them that have factors, R rank.
 """
 
 import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -32,10 +32,11 @@ from lightning_mixcn.model.checkpoints.identity import write_identity
 from lightning_mixcn.model.checkpoints.layout import disk_names
 from lightning_mixcn.model.nf4.linear import FrozenLinear, LoraFactors, LoraMasters
 from lightning_mixcn.model.nf4.storage import NF4Weight, Weight
-from lightning_mixcn.model.sharding import copy_to_shard, full_tensor
+from lightning_mixcn.model.sharding import copy_to_shard, full_tensor, local_shard
 
 from .adapter_file import EMBEDDINGS, PREFIX, AdapterFile, StoredFactors
 from .adapter_writer import write_adapter
+from .choice import TrainOnly, chosen_groups
 from .options import check_training_options
 from .targets import adapted_modules
 
@@ -48,7 +49,7 @@ class _KeptFactors(NamedTuple):
 
 
 class LoraFrozenLinear(nn.Module, LoraLayer):
-    """The PEFT layer around a `FrozenLinear`; parameters ``lora_A [G·R, in]`` and ``lora_B [G·out, R]``, float32.
+    """The PEFT layer around a `FrozenLinear`; parameters ``lora_A [C·R, in]`` and ``lora_B [C·out, R]``, float32.
 
     Args:
         base_layer: Layer to adapt.
@@ -75,6 +76,11 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         """Return the frozen weights."""
         return cast(FrozenLinear, self.get_base_layer()).storage
 
+    @property
+    def slots(self) -> dict[int, int]:
+        """Return `FrozenLinear.slots`."""
+        return cast(FrozenLinear, self.get_base_layer()).slots
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """Tell PEFT the sizes; its default knows the layers of torch and a few libraries only, and warns of others."""
         linear = cast(FrozenLinear, module)
@@ -92,27 +98,28 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         self.lora_bias[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         for name, factors in (
-            (self.lora_A, (linear.in_features, self.groups * r)),
-            (self.lora_B, (r, self.groups * linear.out_features)),
+            (self.lora_A, (linear.in_features, len(self.slots) * r)),
+            (self.lora_B, (r, len(self.slots) * linear.out_features)),
         ):
             name[adapter_name] = nn.Linear(*factors, bias=False, device=device, dtype=torch.float32)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)  # type: ignore[no-untyped-call]  # PEFT's
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def weights(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return the float32 parameters, ``[G·R, in]`` and ``[G·out, R]``; DTensors where they are sharded."""
+        """Return the float32 parameters, ``[C·R, in]`` and ``[C·out, R]``; DTensors where they are sharded."""
         a, b = (cast(nn.Linear, factor[adapter]).weight for factor in (self.lora_A, self.lora_B))
         return a, b
 
     def masters(self, adapter: str, *, gather: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the same as ``[G, R, in]`` and ``[G, out, R]``.
+        """Return the same as ``[C, R, in]`` and ``[C, out, R]``.
 
         Args:
             adapter: Its name.
             gather: Return all of them without autograd where they are sharded; all ranks must call it.
         """
         a, b = map(full_tensor, self.weights(adapter)) if gather else self.weights(adapter)
-        return a.view(self.groups, self.r[adapter], -1), b.view(self.groups, -1, self.r[adapter])
+        count = len(self.slots)
+        return a.view(count, self.r[adapter], -1), b.view(count, -1, self.r[adapter])
 
     def reset_factors(self, adapter: str, init: bool | str) -> None:
         """Start `adapter` as PEFT does, with the numbers that it would draw on one CPU, whatever is held here.
@@ -123,8 +130,8 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
                 uniform, so that the model changes at once).
         """
         rank, linear = self.r[adapter], cast(FrozenLinear, self.get_base_layer())
-        a = nn.Linear(linear.in_features, self.groups * rank, bias=False).weight.detach()
-        b = nn.Linear(rank, self.groups * linear.out_features, bias=False).weight.detach()
+        a = nn.Linear(linear.in_features, len(self.slots) * rank, bias=False).weight.detach()
+        b = nn.Linear(rank, len(self.slots) * linear.out_features, bias=False).weight.detach()
         if init == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         elif init:
@@ -137,7 +144,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
 
         Args:
             dtype: Compute dtype.
-            groups: Groups whose factors are wanted; the others' are not converted.
+            groups: Slots of the groups whose factors are wanted; the others' are not converted.
         """
         kept = self._kept
         if kept is not None and not (self.training or torch.is_grad_enabled()) and kept.state == self._state(dtype):
@@ -187,7 +194,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
     def factor_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes that `keep_factors` takes."""
         linear = cast(FrozenLinear, self.get_base_layer())
-        return adapter_rank(self) * self.groups * (linear.in_features + linear.out_features) * dtype.itemsize
+        return adapter_rank(self) * len(self.slots) * (linear.in_features + linear.out_features) * dtype.itemsize
 
     def train(self, mode: bool = True) -> Self:
         """Free the factors that `keep_factors` cast when training begins."""
@@ -216,7 +223,10 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         """Return what ``adapter`` adds to the weights, ``[G, out, in]`` float32."""
         a, b = self.masters(adapter)
         delta: Tensor = torch.bmm(b, a) * self.scaling[adapter]
-        return delta
+        if len(delta) == self.groups:
+            return delta
+        chosen = torch.tensor(list(self.slots), device=delta.device)
+        return delta.new_zeros(self.groups, *delta.shape[1:]).index_copy(0, chosen, delta)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -287,20 +297,29 @@ class MoePeftModel(PeftModelForCausalLM):
             write_identity(folder, self.base_identity)
 
 
-def attach_lora(model: MoeForCausalLM, lora: LoraConfig) -> MoePeftModel:
+def attach_lora(
+    model: MoeForCausalLM, lora: LoraConfig, train_only: TrainOnly | str | Path | None = None
+) -> MoePeftModel:
     """Wrap ``model`` with LoRA adapters, which `reset_lora` gives their values.
 
     Args:
         model: The frozen base, on the meta device.
         lora: PEFT's configuration, with the names of adapter files or of memory; see `lora_targets`.
+        train_only: What of that has adapters at all, see `choice`; null for all of it.
 
     Raises:
-        ValueError: an option that is not implemented, or a name or pattern that matches nothing.
+        ValueError: an option that is not implemented, a name or pattern that matches nothing, or a choice that does
+            not fit the model.
     """
     check_training_options(lora)
     groups = {name: module.groups for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     others = {name for name, _ in model.named_modules()} - groups.keys()
     chosen = adapted_modules(lora, model.architecture, groups, others)
+    if train_only is not None:
+        kept = chosen_groups(train_only, groups, chosen)
+        chosen = {name: adaptation for name, adaptation in chosen.items() if kept[name]}
+        for name, numbers in kept.items():
+            cast(FrozenLinear, model.get_submodule(name)).slots = {group: slot for slot, group in enumerate(numbers)}
     config = copy.deepcopy(lora)
     # PEFT gets the modules' names one by one: it knows neither the paper's names nor that a key means a stack.
     config.target_modules = sorted(chosen)
@@ -376,8 +395,9 @@ def stored_adapter(model: MoePeftModel) -> tuple[dict[str, StoredFactors], dict[
     architecture = base_of(model).architecture
     for module_name, layer in lora_layers(model):
         a, b = (master.cpu() for master in layer.masters(active, gather=True))
-        for group, name in enumerate(disk_names(architecture, module_name, layer.groups)):
-            factors[name] = StoredFactors(a[group], b[group], layer.scaling[active])
+        names = disk_names(architecture, module_name, layer.groups)
+        for group, slot in layer.slots.items():
+            factors[names[group]] = StoredFactors(a[slot], b[slot], layer.scaling[active])
     trained = {name: weight for name in EMBEDDINGS if (weight := _weight(model, name)).requires_grad}
     return factors, {name: full_tensor(weight).cpu().clone() for name, weight in trained.items()}
 
@@ -396,10 +416,14 @@ def load_adapter(model: MoePeftModel, adapter: AdapterFile) -> None:
     left, architecture = set(adapter.names), base_of(model).architecture
     with torch.no_grad():
         for module_name, layer in lora_layers(model):
-            names, rank = disk_names(architecture, module_name, layer.groups), layer.r[active]
+            of_groups, rank = disk_names(architecture, module_name, layer.groups), layer.r[active]
+            names = [of_groups[group] for group in layer.slots]
             for name in names:
                 if name not in adapter:
-                    raise UserError(f"`adapter={adapter.name!r}` has no {name}.lora_A, but `lora` adapts it here")
+                    raise UserError(
+                        f"`adapter={adapter.name!r}` has no {name}.lora_A, but `lora` adapts it here. Leave it out of "
+                        "`lora.target_modules`, or give `train_only` as the adapter was trained"
+                    )
                 if adapter.rank(name) != rank:
                     raise UserError(
                         f"`adapter={adapter.name!r}`: {name} has the rank {adapter.rank(name)}, expected {rank}. "
@@ -408,22 +432,32 @@ def load_adapter(model: MoePeftModel, adapter: AdapterFile) -> None:
             left.difference_update(names)
             stored = [adapter.factors(name) for name in names]
             a, b = layer.weights(active)
-            _fill(a, [factors.a for factors in stored], adapter.name, names)
+            # With a B of zeros, an A of zeros would never train. One is written for an expert that was not chosen.
+            is_blank = [not factors.a.any() and not factors.b.any() for factors in stored]
+            _fill(a, [factors.a for factors in stored], adapter.name, names, is_blank)
             scaled = [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored]
             _fill(b, scaled, adapter.name, names)
     for name in adapter.saved:
         _fill(_weight(model, name), [adapter.read_saved(name)], adapter.name, [name])
     for name in sorted(left):
         if adapter.factors(name).b.any():  # a B of zeros adds nothing
-            raise UserError(f"`adapter={adapter.name!r}` trains {name}, which `lora.target_modules` leaves out here")
+            raise UserError(
+                f"`adapter={adapter.name!r}` trains {name}, which `lora.target_modules` or `train_only` leaves out here"
+            )
 
 
-def _fill(parameter: Tensor, groups: list[Tensor], adapter: str, names: list[str]) -> None:
-    """Fill a parameter with the values of its groups, one below the other."""
+def _fill(
+    parameter: Tensor, groups: list[Tensor], adapter: str, names: list[str], left: Sequence[bool] | None = None
+) -> None:
+    """Fill a parameter with the values of its groups, one below the other, but for those that are ``left``."""
     values = torch.cat(groups)
     if values.shape != parameter.shape:
         raise UserError(
             f"`adapter={adapter!r}`: {names[0]} has the shape {list(values.shape)}, the base has "
             f"{list(parameter.shape)}. Give the base that the adapter was trained on"
         )
+    if left is not None and any(left):
+        shard, first = local_shard(parameter)
+        rows = torch.tensor(left).repeat_interleave(len(values) // len(left))[first : first + len(shard)]
+        values[first : first + len(shard)][rows] = shard[rows.to(shard.device)].to(values)
     copy_to_shard(parameter, values)

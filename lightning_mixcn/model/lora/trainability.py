@@ -3,7 +3,7 @@
 Legend: G groups (the experts of a stack, or 1), T tokens, H hidden, E experts, K experts a token.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,12 +31,14 @@ class TrainedTensor:
         parameter: Its rows are those of the groups, one after the other.
         experts: The block whose experts the groups are; ``None`` for what every token goes through.
         after: LoRA's B for an A, which has no gradient while B is 0.
+        numbers: Numbers of the groups among `experts`.
     """
 
     names: list[str]
     parameter: Tensor
     experts: Experts | None = None
     after: Tensor | None = None
+    numbers: Sequence[int] = ()
 
 
 def trained_tensors(model: nn.Module, train_embeddings: bool) -> Iterator[TrainedTensor]:
@@ -50,12 +52,13 @@ def trained_tensors(model: nn.Module, train_embeddings: bool) -> Iterator[Traine
     for name, layer in lora_layers(model):
         parent = base.get_submodule(name.rpartition(".")[0])
         experts = parent if isinstance(parent, Experts) else None
-        names = disk_names(base.architecture, name, layer.groups)
+        of_groups, numbers = disk_names(base.architecture, name, layer.groups), list(layer.slots)
+        names = [of_groups[number] for number in numbers]
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
                 a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (layer.lora_A, layer.lora_B))
-                yield TrainedTensor([f"{group}.lora_B" for group in names], b, experts)
-                yield TrainedTensor([f"{group}.lora_A" for group in names], a, experts, after=b)
+                yield TrainedTensor([f"{group}.lora_B" for group in names], b, experts, numbers=numbers)
+                yield TrainedTensor([f"{group}.lora_A" for group in names], a, experts, after=b, numbers=numbers)
     if train_embeddings:
         weights = {name: base.get_submodule(name).weight for name in EMBEDDINGS}
         for name in list({id(weight): name for name, weight in reversed(weights.items())}.values()):  # once if tied

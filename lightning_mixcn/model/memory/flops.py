@@ -1,10 +1,11 @@
 """Count the floating point operations of a training step from the model's modules.
 
 A product of ``[n, i]`` and ``[i, o]`` counts 2·n·i·o; norms, activations, softmax and the decoding of weights count
-nothing. Frozen weights have a gradient of their input only; LoRA has those of both factors and of its input. A layer
-whose input needs no gradient (the first one, under a frozen embedding) has none. Attention is causal inside documents
-and counts the pairs of a token and one that it attends to; its backward counts 2.5 times its forward, since fused
-kernels compute the scores again (FlashAttention, https://arxiv.org/abs/2205.14135).
+nothing. Frozen weights have a gradient of their input only; LoRA has those of both factors and of its input. Experts
+that have LoRA, where some have none, are taken to have an equal share of the rows. A layer whose input needs no
+gradient (the first one, under a frozen embedding) has none. Attention is causal inside documents and counts the pairs
+of a token and one that it attends to; its backward counts 2.5 times its forward, since fused kernels compute the scores
+again (FlashAttention, https://arxiv.org/abs/2205.14135).
 
 Legend: B rows, S positions of a row, R rank.
 """
@@ -134,7 +135,8 @@ class _Chain:
         """Return the cost of one projection a row, and whether it has an adapter."""
         linear: Any = module
         inputs, outputs, rank = linear.in_features, linear.out_features, adapter_rank(module)
-        product, a, b = 2 * inputs * outputs, 2 * rank * inputs, 2 * rank * outputs
+        product = 2 * inputs * outputs
+        a, b = (2 * rank * width * len(linear.slots) // linear.groups for width in (inputs, outputs))
         # LoRA: dB (b), the gradient through B (b), dA (a), and the gradient through A (a) where the input needs it.
         backward = (a + 2 * b) + (product + a if self.needs_gradient else 0)
         return Flops(product + a + b, backward), rank > 0
@@ -158,7 +160,7 @@ def _experts(mlp: Any, chain: _Chain, top_k: int) -> tuple[Flops, Flops]:
     output, _ = _Chain(chain.needs_gradient or adapted).run(mlp.experts.down_proj)
     chain.needs_gradient = chain.needs_gradient or adapted
     down: Any = mlp.experts.down_proj
-    output += Flops(recompute=2 * adapter_rank(down) * down.in_features)
+    output += Flops(recompute=2 * adapter_rank(down) * down.in_features * len(down.slots) // down.groups)
     return router + sum((flops for flops, _ in inputs), Flops()) * top_k, output * top_k
 
 

@@ -170,7 +170,7 @@ class LayerCounter:
         if rank == 0:
             return 0
         # B is kept as it is used, cast or not; A only where it is cast to the compute dtype.
-        factors = module.groups * rank * (module.out_features + module.in_features * (self.size < 4))
+        factors = len(module.slots) * rank * (module.out_features + module.in_features * (self.size < 4))
         kept: int = rows * rank + factors
         if module.groups == 1 and _drops(module):
             kept += rows * module.in_features
@@ -281,7 +281,7 @@ class LayerCounter:
         if self.path == "fused":  # products with A alone: the masters are there anyway
             adapters = sum(rows * adapter_rank(module) * self.size for module in pair)
         elif self.size == 4:  # gate's and up's As are put side by side, whatever their type
-            adapters += sum(4 * module.groups * adapter_rank(module) * module.in_features for module in pair)
+            adapters += sum(4 * len(module.slots) * adapter_rank(module) * module.in_features for module in pair)
         kept = int(
             tokens * experts.gate_proj.in_features * self.size + gate_up + routing + 4 * tokens * top_k + adapters
         )
@@ -290,7 +290,7 @@ class LayerCounter:
     def block_sizes(self, experts: Any) -> BlockSizes:
         """Return the sizes of an expert block, for `PATH_MEMORY`."""
         gate, stack = experts.gate_proj, self._stack(experts)
-        factors = sum(m.groups * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size
+        factors = sum(len(m.slots) * adapter_rank(m) * (m.in_features + m.out_features) for m in stack) * self.size
         return BlockSizes(
             self.tokens,
             self._rows(experts),

@@ -25,8 +25,8 @@ class LoraFactors(NamedTuple):
     """LoRA factors of a stack, ready for use.
 
     Args:
-        a: ``[G, R, in]`` in the compute dtype.
-        b: ``[G, out, R]`` in the compute dtype, scaled with α/r.
+        a: ``[C, R, in]`` in the compute dtype, of the groups in `FrozenLinear.slots`.
+        b: ``[C, out, R]`` in the compute dtype, scaled with α/r.
         dropout: Probability that applies now (0 in evaluation).
     """
 
@@ -39,8 +39,8 @@ class LoraMasters(NamedTuple):
     """LoRA factors of a stack as they train.
 
     Args:
-        a: ``[G, R, in]`` float32.
-        b: ``[G, out, R]`` float32.
+        a: ``[C, R, in]`` float32, of the groups in `FrozenLinear.slots`.
+        b: ``[C, out, R]`` float32.
         scale: Factor of the product, α/r.
         dropout: Probability that applies now (0 in evaluation).
     """
@@ -64,6 +64,10 @@ class FrozenLinear(nn.Module):
         quantization: ``nf4`` or ``none``.
         dtype: Type of the stored weight where it is not quantised.
         device: Device of the (uninitialised) weight.
+
+    Attributes:
+        slots: Number of each group that has factors where LoRA adapts this layer, ascending → its place among them;
+            all, unless `train_only` chooses some. The projections of an expert block have the same.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class FrozenLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.groups = in_features, out_features, groups
+        self.slots = {group: group for group in range(groups)}
         shape = (groups, out_features, in_features)
         # PEFT takes an attribute named `weight` for a tensor, hence `storage`.
         self.storage: Weight = NF4Weight(shape, device) if quantization == "nf4" else DenseWeight(shape, dtype, device)

@@ -4,11 +4,11 @@ B is behind a decoded matrix's columns, and ``dropout(x) Aᵀ`` behind its rows'
 one product. In backward ``dy [W | B]`` is the gradient of x and that of ``dropout(x) Aᵀ``. The factors come as their
 float32 masters: each is cast where it is copied beside a matrix, and its gradient is written in float32.
 
-Legend: E matrices of a stack (experts, or 1), n rows, R LoRA rank of a product: its projections' side by side, and
-zeros up to a multiple of 8.
+Legend: E matrices of a stack (experts, or 1), C those of them with factors, n rows, R LoRA rank of a product: its
+projections' side by side, and zeros up to a multiple of 8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
@@ -37,11 +37,17 @@ class AdaptedProduct:
     Args:
         adapted: Of each projection, frozen weights, masters of A and B or ``None``, and α/r.
         dtype: Compute dtype.
+        slots: Number of each matrix that has factors → its place among them; ``None`` for all. The products of the
+            others are without LoRA.
     """
 
     def __init__(
-        self, adapted: Sequence[tuple[Weight, Tensor | None, Tensor | None, float]], dtype: torch.dtype
+        self,
+        adapted: Sequence[tuple[Weight, Tensor | None, Tensor | None, float]],
+        dtype: torch.dtype,
+        slots: Mapping[int, int] | None = None,
     ) -> None:
+        self._slots = slots
         self.parts: list[_Part] = []
         rank = 0
         for weight, a, b, scale in adapted:
@@ -51,11 +57,20 @@ class AdaptedProduct:
         self.width, self.rank = adapted[0][0].shape[2], -(-rank // _EIGHT) * _EIGHT
         self.a = self._cast_a(rank, dtype) if rank else None
 
+    def slot(self, expert: int) -> int | None:
+        """Return the place of an expert's factors; ``None`` if it has none."""
+        if self.a is None:
+            return None
+        return expert if self._slots is None else self._slots.get(expert)
+
+    def columns(self, expert: int) -> int:
+        """Return the width of an expert's rows: in + R, or in for one without factors."""
+        return self.width if self.slot(expert) is None else self.width + self.rank
+
     def _cast_a(self, rank: int, dtype: torch.dtype) -> Tensor:
-        """Return all As ``[E, R, in]`` in the compute dtype."""
-        weight = self.parts[0].weight
+        """Return all As ``[C, R, in]`` in the compute dtype."""
         masters = [(part.a, part.columns) for part in self.parts if part.a is not None]
-        found = masters[0][0].new_empty(weight.shape[0], self.rank, self.width, dtype=dtype)
+        found = masters[0][0].new_empty(len(masters[0][0]), self.rank, self.width, dtype=dtype)
         for a, columns in masters:
             found[:, columns].copy_(a)
         if rank < self.rank:
@@ -68,23 +83,26 @@ class AdaptedProduct:
 
     def decode(self, expert: int, out: Tensor) -> None:
         """Write one expert's ``[W | B]``."""
-        outs = torch.split(out, [part.weight.shape[1] for part in self.parts])
+        outs, slot = torch.split(out, [part.weight.shape[1] for part in self.parts]), self.slot(expert)
         for (weight, _, b, scale, columns), rows in zip(self.parts, outs, strict=True):
-            _write_operand(weight, expert, rows, None if b is None else b[expert], scale, self.width + columns.start)
+            own = None if b is None or slot is None else b[slot]
+            _write_operand(weight, expert, rows, own, scale, self.width + columns.start)
 
     def multiply_a(self, expert: int, wide: Tensor, dropped: Tensor | None) -> Tensor:
         """Write ``dropout(rows) Aᵀ`` behind the columns of the rows ``wide [n, in + R]``, and return these columns."""
         hidden_nR = wide[:, self.width :]
-        if self.a is not None:
-            torch.mm(wide[:, : self.width] if dropped is None else dropped, self.a[expert].t(), out=hidden_nR)
+        if self.a is not None and (slot := self.slot(expert)) is not None:
+            torch.mm(wide[:, : self.width] if dropped is None else dropped, self.a[slot].t(), out=hidden_nR)
         return hidden_nR
 
     def scaled_hidden(self, expert: int, dropped: Tensor) -> Tensor:
         """Return ``dropped Aᵀ`` as the gradient of B needs it, scaled with α/r; of a product of one projection."""
+        slot = self.slot(expert)
         assert self.a is not None
+        assert slot is not None
         (part,) = self.parts
         hidden_nR = dropped.new_empty(len(dropped), self.rank)
-        return hidden_nR.addmm_(dropped, self.a[expert].t(), beta=0.0, alpha=part.scale)
+        return hidden_nR.addmm_(dropped, self.a[slot].t(), beta=0.0, alpha=part.scale)
 
     def through_a(self, expert: int, dhidden: Tensor, dx: Tensor, dropped: Tensor | None) -> None:
         """Take the gradient that comes through A.
@@ -95,12 +113,13 @@ class AdaptedProduct:
             dx: ``[n, in]``, that of the rows; without dropout, what comes through A is added.
             dropped: ``[n, in]`` for what comes to the dropped rows, if rows are dropped.
         """
-        if self.a is None:
+        slot = self.slot(expert)
+        if self.a is None or slot is None:
             return
         if dropped is None:
-            dx.addmm_(dhidden, self.a[expert])
+            dx.addmm_(dhidden, self.a[slot])
         else:
-            torch.mm(dhidden, self.a[expert], out=dropped)
+            torch.mm(dhidden, self.a[slot], out=dropped)
 
     def scaled(self, hidden_SR: Tensor) -> Tensor:
         """Return ``hidden`` as the gradients of B need it, scaled with α/r."""
@@ -129,20 +148,22 @@ class FactorGradients:
             dhidden: ``[n, R]``, the gradient of ``dropout(rows) Aᵀ``.
             dropped: ``[n, in]``, the dropped rows, scaled as ``dy`` is.
         """
-        if self._a is None or dropped is None:
+        slot = self._product.slot(expert)
+        if self._a is None or slot is None or dropped is None:
             return
-        _multiply_into(self._a[expert], dhidden.t(), dropped)
+        _multiply_into(self._a[slot], dhidden.t(), dropped)
         dys = torch.split(dy, [part.weight.shape[1] for part in self._product.parts], dim=1)
         for part, db, part_dy in zip(self._product.parts, self._b, dys, strict=True):
             if db is not None:
-                _multiply_into(db[expert], part_dy.t(), hidden[:, part.columns])
+                _multiply_into(db[slot], part_dy.t(), hidden[:, part.columns])
 
     def of_masters(self, experts: list[int]) -> Iterator[Tensor | None]:
         """Yield the gradients of each projection's A and B; 0 for all but ``experts``."""
+        written = {self._product.slot(expert) for expert in experts}
         for gradient in (self._a, *self._b):
-            for expert in set(range(0 if gradient is None else len(gradient))).difference(experts):
+            for slot in set(range(0 if gradient is None else len(gradient))).difference(written):
                 assert gradient is not None
-                gradient[expert].zero_()
+                gradient[slot].zero_()
         for part, db in zip(self._product.parts, self._b, strict=True):
             yield None if self._a is None or db is None else self._a[:, part.columns]
             yield db
@@ -193,14 +214,15 @@ class Operands:
             self._decode(0)
 
     def take(self, product: AdaptedProduct) -> Tensor:
-        """Return the next operand, whose product the caller enqueues before it takes another."""
+        """Return the next operand ``[out, columns]``, whose product the caller enqueues before it takes another."""
         step, self._next = self._next, self._next + 1
-        assert self._order[step][0] is product
+        ordered, expert = self._order[step]
+        assert ordered is product
         if self._next < len(self._order):
             self._decode(self._next)
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._events[step])
-        return self._buffers[step % 2]
+        return self._buffers[step % 2][:, : product.columns(expert)]
 
     def _decode(self, step: int) -> None:
         product, expert = self._order[step]

@@ -133,7 +133,7 @@ def _cosines(projection: Any, dtype: torch.dtype) -> Tensor:
     for start in range(0, rows, step):
         part_EOI = torch.stack([matrix[start : start + step].float() for matrix in matrices_OI])
         if factors is not None:
-            part_EOI += factors.b[:, start : start + step] @ factors.a
+            part_EOI[list(projection.slots)] += factors.b[:, start : start + step] @ factors.a
         part_EN = part_EOI.flatten(1)
         products_EE += (part_EN @ part_EN.t()).double().cpu()
     norm_E = products_EE.diagonal().sqrt()

@@ -85,6 +85,16 @@ def test_a_step_is_what_torch_counts_of_ours(quantization: str, train_embeddings
     assert total(counter) == count_training_flops(model, "none").per_token.total * 48
 
 
+def test_chosen_experts_have_their_share_of_the_rows() -> None:
+    lora = LoraConfig(r=4, target_modules=["w1", "w2", "w3"])
+    config = tiny_mixtral_config()
+    none, whole, half = (
+        counted(config, lora=lora, train_only=choice)[0].forward if choice is not None else counted(config)[0].forward
+        for choice in (None, {}, {"experts": [1, 2]})
+    )
+    assert (half - none) * 2 == whole - none > 0
+
+
 def test_only_what_lies_above_an_adapter_has_a_backward() -> None:
     config = tiny_mixtral_config()
     head = 2 * config.hidden_size * config.vocab_size
