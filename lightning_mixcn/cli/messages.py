@@ -115,7 +115,8 @@ def libraries_in_one_line(caller: type) -> Iterator[None]:
         raise
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:  # jsonargparse wraps what the constructor of a class raises
+        # jsonargparse wraps what the constructor of a class raises, and a UserError has a cause of its own.
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
         is_ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_mixcn.")

@@ -176,6 +176,7 @@ def meta_model_of(module: CausalLMModule) -> Any:
         dtype=module.dtype_name,
         device="meta",
         train_embeddings=module.train_embeddings,
+        train_only=module.train_only,
     )
 
 

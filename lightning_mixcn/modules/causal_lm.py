@@ -27,6 +27,7 @@ from lightning_mixcn.metrics import (
 )
 from lightning_mixcn.model import is_sharded, load_moe, set_activation_checkpointing, set_gradient_sync
 from lightning_mixcn.model.causal_lm import CausalLMOutput
+from lightning_mixcn.model.lora.choice import TrainOnly, read_choice
 from lightning_mixcn.model.lora.options import check_training_options
 from lightning_mixcn.model.vocabulary import tokenizer_for
 
@@ -82,6 +83,8 @@ class CausalLMModule(SavedStateModule):
         learning_rates: Multipliers of the optimizer's learning rate, by place (``embeddings`` are embed_tokens and
             lm_head, ``attention``, ``router``, ``experts``) and by factor (``lora_A``, ``lora_B``). A tensor's is the
             product of those of its place and its factor; ``{lora_B: 16}`` is LoRA+ (arXiv 2402.12354).
+        train_only: Choice of what has LoRA at all: ``layers`` (numbers; all), ``experts`` (numbers by layer, or for
+            each chosen layer; all), ``router``, ``attention`` (true). In place, or as a JSON file with such an object.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class CausalLMModule(SavedStateModule):
         new_rows: Literal["mean", "byte_mean", "multivariate", "random", "zeros"] = "mean",
         activation_memory: Annotated[int, Between(1, 2**50, "byte, or auto")] | Literal["auto"] | None = None,
         learning_rates: LearningRates | None = None,
+        train_only: TrainOnly | Name | None = None,
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
         check_arguments(CausalLMModule, locals())
@@ -108,12 +112,15 @@ class CausalLMModule(SavedStateModule):
             check_training_options(lora)
         if learning_rates and "embeddings" in learning_rates and not train_embeddings:
             raise UserError("`learning_rates` has embeddings, which do not train. Set `train_embeddings: true`")
+        if train_only is not None and lora is None:
+            raise UserError("`train_only` chooses what has LoRA, but `lora` is null. Set lora, or leave train_only out")
         super().__init__()
         self.save_hyperparameters()
         make_plain(self)
         self.base, self.quantization, self.dtype_name = base, quantization, dtype
         self.given_tokenizer, self.new_rows = tokenizer, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
+        self.train_only = None if train_only is None else read_choice(train_only)
         self.router_aux_loss_coef = router_aux_loss_coef
         check_activation_settings(activation_checkpointing, activation_memory)
         self.activation_memory = activation_memory
@@ -157,6 +164,7 @@ class CausalLMModule(SavedStateModule):
                 tokenizer=self.tokenizer_path,
                 new_rows=self.new_rows,
                 shard=self.shard,
+                train_only=self.train_only,
             )
 
     def forward(self, batch: Batch) -> CausalLMOutput:

@@ -111,14 +111,16 @@ def lora_record(module: LightningModule) -> dict[str, Any]:
 
     Returns:
         ``config``, PEFT's options that differ from its defaults, and ``layers``: rank and scaling of each adapted
-        projection, as they are in effect.
+        projection, as they are in effect; ``experts``: numbers of those that have factors, where some have none.
     """
-    layers = {}
+    layers, experts = {}, {}
     for name, layer in lora_layers(cast(nn.Module, module.model)):
         for adapter in layer.active_adapters:
             layers[name] = [int(layer.r[adapter]), float(layer.scaling[adapter])]
+        if len(layer.slots) < layer.groups:
+            experts[name] = list(layer.slots)
     lora = getattr(module, "lora", None)
-    return {"config": {} if lora is None else plain_lora(lora), "layers": layers}
+    return {"config": {} if lora is None else plain_lora(lora), "layers": layers, "experts": experts}
 
 
 def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
@@ -129,7 +131,7 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
         module: Module whose model is built.
 
     Raises:
-        ValueError: another rank, scaling or target; says both values.
+        ValueError: another rank, scaling, target or choice of experts; says both values.
     """
     if getattr(module, "model", None) is None:
         return
@@ -142,7 +144,7 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
     for name, (rank, scaling) in saved["layers"].items():
         here = present["layers"].get(name)
         if here is None:
-            changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` leaves it out"
+            changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` or `train_only` leaves it out"
             raise UserError(f"The checkpoint adapts {name}, which has no adapter here: {changed}. {_remedy()}")
         if here[0] != rank or not math.isclose(here[1], scaling, rel_tol=1e-6):
             changed = _changed(saved["config"], present["config"], _MEANING)
@@ -151,8 +153,16 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
                 f"{here[0]} and {here[1]:g}{changed and ': '}{changed}. {_remedy()}"
             )
     if more := sorted(present["layers"].keys() - saved["layers"].keys()):
-        changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` is another"
+        changed = _changed(saved["config"], present["config"], _TARGETS) or "`lora` or `train_only` is another"
         raise UserError(f"The checkpoint has no adapter of {more[0]}, which has one here: {changed}. {_remedy()}")
+    chosen, given = (record.get("experts", {}) for record in (saved, present))
+    for name in present["layers"]:
+        if chosen.get(name) != given.get(name):
+            numbers = [record.get(name, "all") for record in (chosen, given)]
+            raise UserError(
+                f"The checkpoint has adapters of the experts {numbers[0]} in {name}, but `train_only` chooses "
+                f"{numbers[1]}. {_remedy()}"
+            )
 
 
 def lora_changes(checkpoint: Mapping[str, Any], module: LightningModule) -> list[str]:
@@ -193,7 +203,10 @@ def _listed(value: Any) -> Any:
 
 
 def _remedy() -> str:
-    return "Give `model.init_args.lora` as it was in the run that wrote the checkpoint"
+    return (
+        "Give `lora` and `train_only` in `model.init_args` as they were in the run that wrote the checkpoint; to go on "
+        "from its adapter, begin a new run with `adapter`"
+    )
 
 
 BASE_KEY = "mixcn_base"
@@ -205,6 +218,7 @@ _APART = frozenset(
         "tokenizer",
         "adapter",
         "lora",
+        "train_only",
         "new_rows",
         "optimizer",
         "lr_scheduler",
@@ -381,7 +395,8 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> Non
         ValueError: a parameter is missing, left over, or of another shape.
     """
     trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    remedy = "Give `lora`, `train_embeddings` and `tokenizer` as they were in the run that wrote the checkpoint"
+    options = "`lora`, `train_only`, `train_embeddings` and `tokenizer`"
+    remedy = f"Give {options} as they were in the run that wrote the checkpoint"
     if missing := sorted(trainable.keys() - state.keys()):
         raise UserError(f"The checkpoint lacks {_some(missing)}, which train here. {remedy}")
     if extra := sorted(state.keys() - trainable.keys()):

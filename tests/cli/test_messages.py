@@ -18,3 +18,10 @@ def test_a_cause_that_was_never_raised_is_reported() -> None:
         libraries_in_one_line(dict),
     ):
         raise RuntimeError("wrapped") from ValueError("no number")
+
+
+def test_an_error_of_our_own_with_a_cause_is_let_through() -> None:
+    own = UserError("choice.json is not valid JSON")
+    own.__cause__ = ValueError("no number")
+    with pytest.raises(RuntimeError, match="wrapped"), libraries_in_one_line(dict):
+        raise RuntimeError("wrapped") from own
