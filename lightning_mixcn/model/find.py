@@ -1,7 +1,7 @@
 """Open what a user calls a model (a checkpoint, a 4-bit folder, a run, an adapter) as a base and its adapters."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -53,6 +53,10 @@ class ModelSource:
         """Return the model with a further adapter, whose tokenizer counts if it has one."""
         tokenizer = adapter.folder if has_tokenizer(adapter.folder) else self.tokenizer
         return replace(self, adapters=(*self.adapters, adapter), tokenizer=tokenizer)
+
+    def scaled_by_layer(self, factors: Mapping[int, float]) -> Self:
+        """Return the model with all adapters scaled, see `AdapterFile.scaled_by_layer`."""
+        return replace(self, adapters=tuple(adapter.scaled_by_layer(factors) for adapter in self.adapters))
 
 
 def find_model(src: str) -> ModelSource:

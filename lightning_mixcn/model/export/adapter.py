@@ -22,6 +22,7 @@ from .card import (
     base_shortcomings,
     model_card,
     resizing_note,
+    scaling_note,
 )
 from .folder import ExportOptions
 
@@ -50,9 +51,8 @@ def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> Non
         )
     (adapter,) = found.adapters
     if not adapter.names:
-        raise UserError(
-            f"the adapter {adapter.name!r} holds no LoRA factors, only embeddings. Merge it with `--format hf`"
-        )
+        held = " but those that `layer_scale` reverts" if adapter.layer_scale else ", only embeddings"
+        raise UserError(f"the adapter {adapter.name!r} holds no LoRA factors{held}. Merge it with `--format hf`")
     config = model_config(found.base)
     factors = {name: adapter.factors(name) for name in adapter.names}
     saved = {name: adapter.read_saved(name) for name in adapter.saved}
@@ -61,7 +61,8 @@ def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> Non
         print(line, file=sys.stderr)
     with new_folder(out) as folder:
         write_adapter(folder, factors, saved, config, stock_base(found.base), fused=options.format == "peft")
-        made = f"A LoRA adapter in the {LAYOUTS[options.format]}.{resizing_note(rows, config.vocab_size)}"
+        notes = resizing_note(rows, config.vocab_size) + scaling_note(found)
+        made = f"A LoRA adapter in the {LAYOUTS[options.format]}.{notes}"
         card = model_card(found, options.src, made, "peft", onto=None, languages=options.languages)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         if (adapter.folder / IDENTITY_FILE).is_file():  # as we write it now, whichever version wrote the adapter

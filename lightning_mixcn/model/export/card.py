@@ -127,7 +127,7 @@ def model_card(
         *(base_shortcomings(found.base) if onto is None else []),
         _license_line(license_of),
         _template_line(instruct, is_base=onto is not None and not found.adapters),
-        _figures(src, onto, instruct) if found.adapters else None,
+        _figures(src, onto, instruct, is_scaled=bool(scaling_note(found))) if found.adapters else None,
         *map(_adapter_text, folders),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -166,6 +166,15 @@ def resizing_note(rows: int | None, base_rows: int) -> str:
         f" Its tokenizer has more pieces than the base's: call `base.resize_token_embeddings({rows}, "
         "mean_resizing=False)` before PEFT loads it."
     )
+
+
+def scaling_note(found: ModelSource) -> str:
+    """Say by which factors an export scales its adapters (which it does alike), and nothing where it does not."""
+    factors = found.adapters[0].layer_scale if found.adapters else {}
+    if not factors:
+        return ""
+    by_layer = ", ".join(f"{factor:g} in layer {layer}" for layer, factor in factors.items())
+    return f" What it changes is multiplied by layer: {by_layer} (arXiv 2606.00284)."
 
 
 def _header(
@@ -261,7 +270,7 @@ def _chat_line(training: Training) -> str:
     )
 
 
-def _figures(src: str, onto: str | None, instruct: str | None) -> str | None:
+def _figures(src: str, onto: str | None, instruct: str | None, *, is_scaled: bool) -> str | None:
     """Return a table of the likelihoods that `mixcn validate` wrote into the run's folder."""
     folder = Path(src).expanduser()
     runs = [folder, folder.parent] if folder.name == ADAPTER_FOLDER else [folder]
@@ -274,6 +283,8 @@ def _figures(src: str, onto: str | None, instruct: str | None) -> str | None:
         says = f"Measured on the run after {report['steps_trained']} steps{f', {held}' if held else ''}, before export"
         if report.get("quantization") == "nf4" and onto == "original":
             says += "; the merged model differs by what the 4 bits round off"
+        if is_scaled:
+            says += "; layers were scaled after that"
         if instruct is not None:
             says += f"; the difference of `{instruct}` was added after that"
         return _table(report["sources"], f"{says}:")

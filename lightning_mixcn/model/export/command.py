@@ -1,11 +1,18 @@
 """`mixcn export`: write a trained model in the formats that other tools load."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from lightning_mixcn.arguments import Between, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import expect, mapping_of, real
+
+if TYPE_CHECKING:
+    from lightning_mixcn.model.find import ModelSource
+
+_LARGEST_FACTOR = 100
 
 
 def export(
@@ -24,6 +31,7 @@ def export(
     languages: list[str] | None = None,
     instruct_delta: str | None = None,
     instruct_weight: Annotated[float, Between(0, 2, excluded=(0,))] = 1.0,
+    layer_scale: str | None = None,
 ) -> None:
     """Write SRC as a checkpoint or adapter that transformers, PEFT, vLLM and llama.cpp load.
 
@@ -61,6 +69,9 @@ def export(
             Jindal et al. 2024, arXiv 2410.10739). Tokenizer, chat template and generation config are then the instruct
             model's; pieces and rows beyond its vocabulary stay as SRC has them.
         instruct_weight: Factor of that difference, above 0 and at most 2. 1 is the whole; less keeps more of SRC.
+        layer_scale: JSON file with a factor of 0 to 100 by layer, e.g. {"0": 0, "1": 0.5}, for what the adapters change
+            in attention, router and experts there; 1 where a layer is not named. 0 is the base's layer, which the
+            adaptation may not have needed (reverting layers: arXiv 2606.00284). Trained embeddings and head stay.
 
     Raises:
         FileNotFoundError: SRC, its base, or llama.cpp is not there.
@@ -99,5 +110,24 @@ def export(
     found = find_model(src)
     for further in adapter or ():
         found = found.with_adapter(AdapterFile(further, found.architecture))
+    if layer_scale is not None:
+        found = _scaled(found, layer_scale)
     writers = {"hf": export_checkpoint, "gguf": export_gguf, **dict.fromkeys(LAYOUTS, export_adapter)}
     writers[format](found, target, options)
+
+
+def _scaled(found: "ModelSource", layer_scale: str) -> "ModelSource":
+    """Return the model with its adapters scaled by the factors in a file."""
+    from lightning_mixcn.model.checkpoints.reading import model_config
+
+    if not found.adapters:
+        raise UserError(
+            f"`layer_scale={layer_scale!r}` scales adapters, of which SRC has none. Give a run or an adapter, or leave "
+            "it out"
+        )
+    layers = model_config(found.base).num_hidden_layers
+    names = {str(layer): layer for layer in range(layers)}
+    number = expect(f"the number of a layer, 0 to {layers - 1}", names.__contains__)
+    remedy = 'Give one factor a layer, e.g. {"0": 0, "1": 0.5}'
+    factors = read_object(Path(layer_scale).expanduser(), mapping_of(number, real(0, _LARGEST_FACTOR)), remedy=remedy)
+    return found.scaled_by_layer({names[name]: float(factor) for name, factor in factors.items()})

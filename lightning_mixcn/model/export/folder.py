@@ -13,7 +13,7 @@ from lightning_mixcn.model.checkpoints.writer import new_checkpoint
 from lightning_mixcn.model.find import ModelSource
 from lightning_mixcn.tokenizer.files import generation_files, tokenizer_files
 
-from .card import CARD_NAME, model_card
+from .card import CARD_NAME, model_card, scaling_note
 from .instruct import InstructDelta
 from .merge import (
     BaseWeights,
@@ -112,7 +112,8 @@ def export_checkpoint(found: ModelSource, out: Path, options: ExportOptions) -> 
                 writer.add_file(file)
         else:
             instruct.write_files(writer)
-        made, added = _made(len(found.adapters), options.base), "" if instruct is None else instruct.made
+        made = _made(len(found.adapters), options.base) + scaling_note(found)
+        added = "" if instruct is None else instruct.made
         card = model_card(
             found,
             options.src,

@@ -6,11 +6,12 @@ the layout of the file.
 Legend: R rank.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from peft import LoraConfig
@@ -151,6 +152,7 @@ _STRUCTURE = record(
 EMBEDDINGS = ("model.embed_tokens", "lm_head")
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class StoredFactors(NamedTuple):
@@ -180,6 +182,7 @@ class AdapterFile:
         config: PEFT's configuration as it is stored.
         names: The adapted matrices, sorted.
         saved: Names of the embeddings that were trained as a whole, out of ``model.embed_tokens`` and ``lm_head``.
+        layer_scale: Number of a layer → factor of its updates, where that is not 1; see `scaled_by_layer`.
 
     Raises:
         FileNotFoundError: no such folder, or not an adapter's.
@@ -195,6 +198,7 @@ class AdapterFile:
         self.config = self._read_config()
         self._file = SafetensorsFile(self.folder / WEIGHTS_NAME)
         self._is_checked = False
+        self.layer_scale: dict[int, float] = {}
         found: dict[str, set[str]] = {}
         saved = {f"{PREFIX}{name}.weight": name for name in EMBEDDINGS}
         for key in self._file.entries:
@@ -210,6 +214,17 @@ class AdapterFile:
         # A router's factors may have the same name in both layouts.
         self.names = sorted(found.keys() - in_stacks | self._fused.keys())
         self.saved = [name for key, name in saved.items() if key in self._file.entries]
+
+    def scaled_by_layer(self, factors: Mapping[int, float]) -> Self:
+        """Return the adapter with every update of a layer multiplied by its factor; at 0 it adapts that layer no more.
+
+        Args:
+            factors: Number of a layer → factor; layers that are not named, and saved embeddings, stay as they are.
+        """
+        scaled = copy.copy(self)
+        scaled.layer_scale = {layer: factor for layer, factor in sorted(factors.items()) if factor != 1}
+        scaled.names = [name for name in self.names if scaled._scale(name) != 0]
+        return scaled
 
     def __contains__(self, name: object) -> bool:
         """Tell whether the matrix of this name has both factors."""
@@ -240,7 +255,7 @@ class AdapterFile:
         rank, place = self.rank(name), self._fused.get(name)
         alphas = self.config.alpha_pattern or {}
         alpha = alphas.get(get_pattern_key(list(alphas), place.parameter if place else name), self.config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+        scaling = alpha / (math.sqrt(rank) if self.config.use_rslora else rank) * self._scale(name)
         if place is None:
             a, b = (self._read(f"{PREFIX}{name}.lora_{factor}.weight") for factor in "AB")
             return StoredFactors(a, b, scaling)
@@ -300,6 +315,10 @@ class AdapterFile:
             ) from error
         assert isinstance(config, LoraConfig)
         return config
+
+    def _scale(self, name: str) -> float:
+        match = _LAYER.match(name)
+        return self.layer_scale.get(int(match[1]), 1.0) if match else 1.0
 
     def _shape(self, name: str, factor: str) -> tuple[int, ...]:
         key = f"{PREFIX}{name}.lora_{factor}.weight"
