@@ -114,7 +114,7 @@ def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for name in LINKS for path in (ROOT / name).rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     expected |= {"lightning_mixcn/py.typed", "lightning_mixcn/studies/preference/sheet.html.jinja"}
-    expected |= {"lightning_mixcn/model/experts/fastest.json"}
+    expected |= {"lightning_mixcn/model/experts/fastest.json", "lightning_mixcn/studies/task_groups.json"}
     assert len(came) == len(set(came))
     assert {name for name in came if ".dist-info/" not in name} == expected
 

@@ -58,6 +58,7 @@ def _columns(*names: str, **others: Any) -> pa.Schema:
 
 _CEVAL = ("id", "question", "A", "B", "C", "D", "answer", "explanation")
 _CMMLU = ("Question", "A", "B", "C", "D", "Answer")
+_XCOPA = ("premise", "choice1", "choice2", "question", "label", "idx", "changed")
 _HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "ctx", "label")
 
 RELEASES: dict[str, Release] = {
@@ -97,6 +98,13 @@ RELEASES: dict[str, Release] = {
         {"train": "train", "val": "validation", "test": "test"},
         configuration="default",
     ),
+    "cambridgeltl/xcopa": Release(
+        ("xcopa_zh_{split}.jsonl", "{split}.zh.jsonl", "xcopa/data/zh/{split}.zh.jsonl"),
+        _columns("premise", "choice1", "choice2", "question", label=pa.int32(), idx=pa.int32(), changed=pa.bool_()),
+        lambda record, subject: {name: record[name] for name in _XCOPA},
+        {"val": "validation", "test": "test"},
+        configuration="zh",
+    ),
 }  # fmt: skip
 
 
@@ -105,8 +113,8 @@ class BenchmarkFiles:
 
     Args:
         path: Folder with datasets of the hub as ``OWNER/NAME/`` (what ``hf download --repo-type dataset`` fetches), or
-            with releases of C-Eval, CMMLU, MMLU (archives or folders of CSV files), GSM8K and HellaSwag (JSONL), which
-            are converted once into the cache folder.
+            with releases of C-Eval, CMMLU, MMLU (archives or folders of CSV files), GSM8K, HellaSwag and XCOPA's
+            Chinese (JSONL), which are converted once into the cache folder.
 
     Raises:
         FileNotFoundError: no such folder.

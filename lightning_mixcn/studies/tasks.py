@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.schema import TEXT, each, mapping_of, record
 
 from .task_files import BenchmarkFiles
 
@@ -39,6 +42,26 @@ class Benchmarks:
         return {name: int(task.get_config("num_fewshot")) for name, task in self.tasks.items()}
 
 
+class LanguageGroup(NamedTuple):
+    """Tasks and groups of the harness in one language.
+
+    Args:
+        language: Code of the language, e.g. ``zh``.
+        tasks: Their names.
+    """
+
+    language: str
+    tasks: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def language_groups() -> dict[str, LanguageGroup]:
+    """Return the groups of tasks by language, e.g. ``chinese``, which are names of this project, not of the harness."""
+    check = mapping_of(TEXT, record({"language": TEXT, "tasks": each(TEXT)}))
+    found = read_object(Path(__file__).with_name("task_groups.json"), check, remedy="Install the package again")
+    return {name: LanguageGroup(group["language"], tuple(group["tasks"])) for name, group in found.items()}
+
+
 def require_harness() -> None:
     """Raise ValueError, saying how to install it, unless lm-evaluation-harness is there."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -51,10 +74,13 @@ def require_harness() -> None:
 def split_names(tasks: Sequence[str]) -> list[str]:
     """Return names of tasks, which may be given one by one or with commas between them.
 
+    A group by language, such as ``chinese``, is replaced by its tasks.
+
     Raises:
         ValueError: none is given, or one is given twice.
     """
-    names = [name.strip() for part in tasks for name in part.split(",") if name.strip()]
+    given, groups = [name.strip() for part in tasks for name in part.split(",") if name.strip()], language_groups()
+    names = [task for name in given for task in (groups[name].tasks if name in groups else (name,))]
     if not names:
         raise UserError("`tasks` is empty. Give at least one task, e.g. ceval-valid,cmmlu,mmlu,hellaswag")
     for name in names:
@@ -148,8 +174,10 @@ class HarnessMessages(logging.Handler):
 def _check_name(name: str, known: Sequence[str]) -> None:
     if name in known:
         return
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    groups = language_groups()
+    close = difflib.get_close_matches(name, [*groups, *known], n=5, cutoff=0.5)
     hint = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
+    hint += f" Groups by language here are {', '.join(groups)}"
     raise UserError(f"`tasks`: lm-evaluation-harness has no task {name!r}. {hint}")
 
 

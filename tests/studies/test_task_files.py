@@ -68,6 +68,25 @@ def test_jsonl_releases(tmp_path: Path) -> None:
     assert load(tmp_path, "openai/gsm8k", "main")["test"].to_list() == lines
 
 
+@pytest.mark.parametrize("name", ["xcopa_zh_{}.jsonl", "{}.zh.jsonl", "xcopa/data/zh/{}.zh.jsonl"])
+def test_xcopas_chinese(tmp_path: Path, name: str) -> None:
+    row = {
+        "premise": "水。",
+        "choice1": "a",
+        "choice2": "b",
+        "question": "effect",
+        "label": 1,
+        "idx": 0,
+        "changed": False,
+    }
+    for split in ("val", "test"):
+        file = tmp_path / name.format(split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = load(tmp_path, "cambridgeltl/xcopa", "zh")
+    assert found["validation"].to_list() == found["test"].to_list() == [row]
+
+
 def test_hub_layout_comes_first(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

@@ -12,7 +12,8 @@ class EvaluationOptions:
     """Tasks, prompts and probes of an evaluation.
 
     Args:
-        tasks: Tasks or groups of the harness (`lm_eval ls tasks` lists them), e.g. ceval-valid,cmmlu,mmlu,hellaswag.
+        tasks: Tasks or groups of the harness (`lm_eval ls tasks` lists them), e.g. ceval-valid,cmmlu,mmlu,hellaswag, or
+            groups by language such as chinese,english (docs/studies/evaluate.md lists them).
             The cost, for each model, is about one forward pass over every prompt of multiple choice, and one for each
             token of a generated answer. Mixtral-8x7B (26 GFLOP a token) on MMLU, 14,042 questions of 700 tokens with 5
             examples: 2.6e17 FLOP, by arithmetic 21 minutes at 200 TFLOP/s. Finding the tasks takes 10 to 20 seconds.
@@ -21,7 +22,8 @@ class EvaluationOptions:
         apply_chat_template: Write prompts as conversations with the chat template of the model's tokenizer.
         batch_size: Prompts in a forward pass, or auto: as many as memory holds.
         data_dir: Folder with the data, instead of the hub: datasets as OWNER/NAME/, or what the authors of C-Eval,
-            CMMLU and MMLU (.zip or folder), GSM8K and HellaSwag (.jsonl) publish. Nothing is fetched then.
+            CMMLU and MMLU (.zip or folder), GSM8K, HellaSwag and XCOPA's Chinese (.jsonl) publish. Nothing is fetched
+            then.
         eos_probe: Texts, each as name=PATH: how likely EOS is after a line break inside a document. A model that
             learned from single lines stops there, and reasons over one line only.
         eos_probe_tokens: Tokens of each text; the cost is one forward pass.

@@ -14,7 +14,7 @@ from lightning_mixcn.studies.task_scores import (
     metric_keys,
     standard_error,
 )
-from lightning_mixcn.studies.tasks import Benchmarks, weighted_metrics
+from lightning_mixcn.studies.tasks import Benchmarks, language_groups, weighted_metrics
 
 OTHER = "other"
 
@@ -40,9 +40,12 @@ LANGUAGES: dict[str, str] = {
     "longbench_vcsum*": "zh",
     "*_en": "en",
     "*_en_*": "en",
+    "*_eng_*": "en",
     "*-en": "en",
     "mmlu_prox*": OTHER,
     "mmlu*": "en",
+    "blimp": "en",
+    "copa": "en",
     "hellaswag": "en",
     "arc_challenge": "en",
     "arc_easy": "en",
@@ -98,10 +101,18 @@ def language_of(task: str, more: Mapping[str, str] | None = None) -> str:
     Returns:
         A short name such as ``zh``, or ``other``.
     """
-    for pattern, language in {**(more or {}), **LANGUAGES}.items():
+    for pattern, language in {**(more or {}), **_of_groups(), **LANGUAGES}.items():
         if fnmatchcase(task, pattern):
             return language
     return OTHER
+
+
+def _of_groups() -> dict[str, str]:
+    """Return the languages of the tasks in the groups by language; those in English have patterns of their own."""
+    named = {task: group.language for group in language_groups().values() for task in group.tasks}
+    return {
+        pattern: language for task, language in named.items() if language != "en" for pattern in (task, f"{task}_*")
+    }
 
 
 Models = Mapping[str, Mapping[str, TaskScores]]
