@@ -21,7 +21,15 @@ from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.model.experts.observe import observe_routing
 from lightning_mixcn.modules.checkpoint_schema import require_state
 
-from .report import ExpertLoadFile, ExpertLoadRow, divergence_tags, layer_tags, load_figure, load_tags
+from .report import (
+    ExpertLoadFile,
+    ExpertLoadRow,
+    divergence_tags,
+    entropy_figure,
+    layer_tags,
+    load_figure,
+    load_tags,
+)
 from .window import LoadWindow, StarvingExperts
 
 _PREFIX = {"train": "experts", "val": "experts/val"}
@@ -34,8 +42,10 @@ class ExpertLoadMonitor(Callback):
     each pass, under ``experts/val/``. Every number is the mean over the layers, ``…_worst_layer`` is its worst layer's.
     ``experts/<source>/`` is the same of each source's tokens, ``source_divergence_bits`` how differently the sources
     use the experts, and ``drift_bits`` how far the shares have moved from those of the run's first log: both are
-    Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares in uniform shares, 1 / E. Padding is
-    not counted, nor is what activation checkpointing computes again.
+    Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares in uniform shares, 1 / E. A second
+    figure of validation has the routing entropy of each source in every layer, beside that of the check before training
+    (``trainer.num_sanity_val_steps``; -1 checks all of the text), whose counts are the stage ``base`` of
+    ``experts.csv``. Padding is not counted, nor is what activation checkpointing computes again.
 
     Args:
         every_n_steps: Optimizer steps between logs of training; a log waits for the device, and sums over the ranks.
@@ -72,6 +82,8 @@ class ExpertLoadMonitor(Callback):
         self._observation = ExitStack()
         self._trainer: Trainer | None = None
         self._base_shares_LE: Tensor | None = None
+        self._base_entropy: dict[str, Tensor] = {}  # of each source, [L]
+        self._base_rows: list[ExpertLoadRow] = []
         self._logged_at = 0
         self._drawn_at: int | None = None
         self._restored: dict[str, Any] | None = None
@@ -93,7 +105,7 @@ class ExpertLoadMonitor(Callback):
                 raise UserError("A source is named 'val', as validation is under `experts/`. Give it another name")
             sizes = len(routers), routers[0].num_experts
             self._windows[stage] = LoadWindow(sources, self.position_boundaries, *sizes, pl_module.device)
-        self._trainer = trainer
+        self._trainer, self._base_entropy, self._base_rows = trainer, {}, []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the window of a checkpoint, or open the first one."""
@@ -107,6 +119,7 @@ class ExpertLoadMonitor(Callback):
             self._restored = None
             require_state(self, state, self._windows["train"].structure_of_state())
             self._base_shares_LE = state["base_shares"]
+            self._base_entropy = state.get("base_entropy", {})
             self._starving.load_state_dict(state["starving"])
             if self._windows["train"].load_state_dict(state["window"]):
                 self._logged_at = state["logged_at"]
@@ -116,6 +129,8 @@ class ExpertLoadMonitor(Callback):
                 )
         if trainer.is_global_zero:
             self._file.start(trainer.global_step, self._logged_at)
+            if trainer.global_step == 0 and self._base_rows:
+                self._file.append(self._base_rows)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Expect the batch's forward pass."""
@@ -144,14 +159,14 @@ class ExpertLoadMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a pass of its own."""
-        if self._is_fitting(trainer):
+        if self._is_fitting():
             self._windows["val"].clear()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Expect the batch's forward pass."""
-        if self._is_fitting(trainer):
+        if self._is_fitting():
             self._expect("val", batch)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -159,8 +174,13 @@ class ExpertLoadMonitor(Callback):
         self._close_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the pass."""
-        if self._is_fitting(trainer):
+        """Log the pass; of the check before training, keep the routing to compare with."""
+        if self._is_fitting() and trainer.sanity_checking:
+            window = self._windows["val"]
+            sums = window.sum_up(trainer)
+            self._base_rows = list(_rows(0, "base", window, sums))
+            self._base_entropy = _entropies(window, sums)
+        elif self._is_fitting():
             self._log(trainer, "val", is_drawn=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,6 +202,7 @@ class ExpertLoadMonitor(Callback):
             "window": self._windows["train"].state_dict(),
             "logged_at": self._logged_at,
             "base_shares": self._base_shares_LE,
+            "base_entropy": self._base_entropy,
             "starving": self._starving.state_dict(),
         }
 
@@ -189,9 +210,9 @@ class ExpertLoadMonitor(Callback):
         """Go on from a checkpoint, once training starts."""
         self._restored = state_dict
 
-    def _is_fitting(self, trainer: Trainer) -> bool:
-        """Return whether a validation is one of a run, unlike `mixcn validate` and the check before training."""
-        return self._trainer is not None and not trainer.sanity_checking
+    def _is_fitting(self) -> bool:
+        """Return whether a validation is one of a run, unlike `mixcn validate`."""
+        return self._trainer is not None
 
     def _expect(self, stage: str, batch: Any) -> None:
         self._open = self._windows[stage]
@@ -241,6 +262,9 @@ class ExpertLoadMonitor(Callback):
             if is_drawn and (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)):
                 panels = {"all": shares_LE} | (shares_of if len(shares_of) > 1 else {})
                 add_figure(f"{_PREFIX[stage]}/load", load_figure(panels, f"{stage}, {step}"), max(step - 1, 0))
+                if stage == "val":  # of the same text each time, so that lines differ by the model alone
+                    lines = entropy_figure(self._base_entropy, _entropies(window, sums), f"{stage}, {step}")
+                    add_figure(f"{_PREFIX[stage]}/routing_entropy", lines, max(step - 1, 0))
 
     def _judge(self, step: int, shares_LE: Tensor | None) -> None:
         """Keep the run's first shares, and warn of starving experts, or of no token at all."""
@@ -269,6 +293,12 @@ class ExpertLoadMonitor(Callback):
                 bits_L = jensen_shannon_bits(torch.stack(tables))
                 tags |= divergence_tags(prefix, name, bits_L, self.per_layer)
         return tags
+
+
+def _entropies(window: LoadWindow, sums: LoadSums) -> dict[str, Tensor]:
+    """Return the routing entropy of each source, or of all tokens where sources have no names, ``[L]``."""
+    parts = window.by_source(sums) or {"all": sums.of_groups(range(len(sums.counts)))}
+    return {name: part.numbers()["routing_entropy"] for name, part in parts.items() if int(part.tokens.min())}
 
 
 def _rows(step: int, stage: str, window: LoadWindow, sums: LoadSums) -> Iterator[ExpertLoadRow]:

@@ -17,7 +17,8 @@ class ExpertLoadRow(NamedTuple):
 
     Args:
         step: Optimizer steps done when it was written.
-        stage: ``train``, of the steps since the last such line; or ``val``, of one pass.
+        stage: ``train``, of the steps since the last such line; ``val``, of one pass; or ``base``, of the check before
+            training.
         source: Name of the source, ``all`` where sources have no names.
         position_from: First position in its document of the bucket of positions.
         layer: Number of the layer, from 0.
@@ -117,12 +118,41 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     return figure
 
 
+def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], title: str) -> Any:
+    """Draw how evenly each source is routed in every layer, before training beside now.
+
+    Args:
+        base: Routing entropy of each source before training ``[L]``, over log E; empty where it was not measured.
+        now: The same now.
+        title: Title of the figure.
+
+    Returns:
+        A `matplotlib.figure.Figure`, which belongs to no window.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for name, values_L in now.items():
+        (line,) = panel.plot(values_L.numpy(), marker="o", markersize=3, label=name)
+        if name in base:
+            label = f"{name}, before training"
+            panel.plot(base[name].numpy(), linestyle="--", color=line.get_color(), label=label)
+    panel.set(title=title, xlabel="layer", ylabel="routing entropy / log E", ylim=(0, 1.02))
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.legend(fontsize="small")
+    return figure
+
+
 # The worst layer's value of each number. A router's entropy and confidence have no bad end.
 _WORST: Mapping[str, Callable[[Tensor], Tensor]] = {
     "imbalance_max_over_mean": Tensor.max,
     "coefficient_of_variation": Tensor.max,
     "dead_expert_fraction": Tensor.max,
     "effective_experts": Tensor.min,
+    "routing_entropy": Tensor.min,
     "smallest_share": Tensor.min,
 }
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.schema import ANYTHING, NULL, TEXT, Check, each, either, record, row_of
+from lightning_mixcn.files.schema import ANYTHING, NULL, TEXT, Check, each, either, mapping_of, record, row_of
 from lightning_mixcn.metrics.expert_load import ExpertLoad, LoadSums
 from lightning_mixcn.modules.checkpoint_schema import COUNT, require_state, tensor_of
 
@@ -134,7 +134,8 @@ class LoadWindow:
                 "base_shares": shares_LE,
                 "starving": record({"steps": shares_LE}),
                 "window": record({"sources": each(TEXT), "boundaries": each(COUNT), "sums": sums}),
-            }
+            },
+            {"base_entropy": mapping_of(TEXT, tensor_of(self._totals.tokens.shape[1:]))},
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:

@@ -133,17 +133,21 @@ def load_numbers(counts: Tensor) -> dict[str, Tensor]:
         * ``coefficient_of_variation``: standard deviation of the loads over their mean; 0 if even.
         * ``dead_expert_fraction``: fraction of experts that no token chose.
         * ``effective_experts``: exponential of the entropy of the shares: as many even experts have this entropy.
+        * ``routing_entropy``: entropy of the shares over its largest value, log E: 1 if even, 0 if one expert has all.
+          Routing has collapsed where it falls (routing collapse: arXiv 2605.17598).
         * ``smallest_share``: share of the expert with the least load.
 
     >>> round(float(load_numbers(torch.tensor([40, 40, 20, 20]))["imbalance_max_over_mean"]), 2)
     1.33
     """
     experts, parts = counts.shape[-1], shares(counts)
+    entropy = _entropy(parts)
     return {
         "imbalance_max_over_mean": parts.amax(-1) * experts,
         "coefficient_of_variation": parts.std(-1, correction=0) * experts,
         "dead_expert_fraction": torch.where(counts.sum(-1) > 0, (counts == 0).double().mean(-1), math.nan),
-        "effective_experts": _entropy(parts).exp(),
+        "effective_experts": entropy.exp(),
+        "routing_entropy": entropy / math.log(max(experts, 2)),
         "smallest_share": parts.amin(-1),
     }
 

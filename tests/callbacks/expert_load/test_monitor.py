@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
@@ -21,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from lightning_mixcn import build_mixtral
 from lightning_mixcn.callbacks import ExpertLoadMonitor, SampleText, StepCheckpoint
+from lightning_mixcn.model.experts.block import Router
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_model, tiny_mixtral_config
 
@@ -114,7 +117,48 @@ def test_counts_are_those_of_transformers(
         seen = [BATCHES[index % 6] for index in range((step - 1) * accumulation, step * accumulation)]
         assert counted(tmp_path, step=step, stage="train") == recount(tiny_base, seen)
         assert counted(tmp_path, step=step, stage="val") == recount(tiny_base, BATCHES[:2], "val")
-    assert {row["step"] for row in rows(tmp_path)} == {"1", "2"}
+    assert counted(tmp_path, step=0, stage="base") == recount(tiny_base, BATCHES[:1], "base")
+    assert {(row["step"], row["stage"]) for row in rows(tmp_path)} == {
+        ("0", "base"), ("1", "train"), ("2", "train"), ("1", "val"), ("2", "val"),
+    }  # fmt: skip
+
+
+class Collapse(Callback):
+    """Makes every router choose the same experts for each token, once the check before training is over."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, Router):
+                weight = dict(module.named_parameters())["weight"]
+                torch.nn.init.zeros_(weight)
+
+
+def entropy_of(counts: Counter[Key], stage: str, source: str) -> list[float]:
+    """Compute the entropy of each layer's shares over log E, with numpy."""
+    table = np.array([[counts[stage, source, layer, expert] for expert in range(4)] for layer in (0, 1)])
+    parts = table / table.sum(1, keepdims=True)
+    return [-sum(float(p) * math.log(p, 4) for p in row if p) for row in parts]
+
+
+def test_a_planted_collapse_is_seen_beside_the_base(tmp_path: Path, tiny_base: Path, trainer: Make) -> None:
+    logger = TensorBoardLogger(tmp_path, name="log", version="")
+    monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True)
+    settings = {"max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    settings |= {"limit_val_batches": 2, "num_sanity_val_steps": -1}
+    run = trainer(max_steps=2, callbacks=[monitor, Collapse()], logger=logger, **settings)
+    run.fit(still(tiny_base), FixedBatches(BATCHES, SOURCES))
+    base, now = (counted(tmp_path, stage=stage) for stage in ("base", "val"))
+    assert base == recount(tiny_base, BATCHES[:2], "base")
+    kept = monitor.state_dict()["base_entropy"]
+    events = EventAccumulator(str(tmp_path / "log"), {"scalars": 0, "images": 0}).Reload()
+    for source in SOURCES:
+        assert kept[source].tolist() == pytest.approx(entropy_of(base, "base", source))
+        assert min(entropy_of(base, "base", source)) > 0.8
+        assert entropy_of(now, "val", source) == pytest.approx([0.5, 0.5])  # two of four experts have all tokens
+        for name in ("routing_entropy", "routing_entropy_worst_layer"):
+            assert events.Scalars(f"experts/val/{source}/{name}")[-1].value == pytest.approx(0.5)
+    assert events.Scalars("experts/val/layer_01/routing_entropy")[-1].value == pytest.approx(0.5)
+    assert "experts/val/routing_entropy" in events.Tags()["images"]
 
 
 @pytest.mark.filterwarnings("ignore:Experts have starved:UserWarning")
@@ -304,7 +348,7 @@ module = PretrainModule(
 )
 trainer = Trainer(
     accelerator="cpu", devices=2, strategy="ddp", max_steps=3, use_distributed_sampler=False, logger=False,
-    enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, num_sanity_val_steps=0,
+    enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, num_sanity_val_steps=2,
     callbacks=[ExpertLoadMonitor(every_n_steps=2), StepCheckpoint(1, keep=3, dirpath=out)],
 )
 trainer.fit(module, Shared(torch.load(f"{out}/batches.pt"), ["zh", "en"]))

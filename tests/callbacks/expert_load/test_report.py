@@ -10,6 +10,7 @@ from lightning_mixcn.callbacks.expert_load.report import (
     ExpertLoadFile,
     ExpertLoadRow,
     divergence_tags,
+    entropy_figure,
     layer_tags,
     load_figure,
     load_tags,
@@ -96,6 +97,8 @@ def test_means_and_worst_layers() -> None:
             "experts/dead_expert_fraction_worst_layer": 0.75,
             "experts/effective_experts": 2.5,
             "experts/effective_experts_worst_layer": 1.0,
+            "experts/routing_entropy": 0.5,
+            "experts/routing_entropy_worst_layer": 0.0,
             "experts/smallest_share": 0.125,
             "experts/smallest_share_worst_layer": 0.0,
             "experts/router_entropy_nats": 0.75,
@@ -110,7 +113,7 @@ def test_each_layer() -> None:
     assert tags["experts/layer_01/effective_experts"] == pytest.approx(1.0)
     assert tags["experts/layer_01/router_entropy_nats"] == 0.5
     assert [tags[f"experts/layer_01/share_{expert}"] for expert in range(4)] == [1.0, 0.0, 0.0, 0.0]
-    assert len(tags) == 2 * (7 + 4)
+    assert len(tags) == 2 * (8 + 4)
 
 
 def test_divergence() -> None:
@@ -154,4 +157,15 @@ def test_128_experts_have_narrow_cells_and_no_tags_of_their_own() -> None:
     assert panel.get_window_extent().width > 3 * 128
     assert len(panel.get_xticks()) <= 16
     sums = LoadSums(torch.ones(48, 128, dtype=torch.int64), *(torch.ones(48) for _ in range(3)))
-    assert len(layer_tags("experts", sums)) == 48 * 7
+    assert len(layer_tags("experts", sums)) == 48 * 8
+
+
+def test_a_line_for_each_source_and_its_base() -> None:
+    base, now = {"zh": torch.tensor([0.9, 0.8])}, {"zh": torch.tensor([0.9, 0.1]), "en": torch.tensor([1.0, 0.7])}
+    (panel,) = entropy_figure(base, now, "val, 10").axes
+    drawn = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in panel.lines}
+    assert drawn == {
+        "zh": pytest.approx([0.9, 0.1]), "zh, before training": pytest.approx([0.9, 0.8]),
+        "en": pytest.approx([1.0, 0.7]),
+    }  # fmt: skip
+    panel.figure.canvas.draw()
