@@ -129,8 +129,8 @@ class Collapse(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for module in pl_module.modules():
             if isinstance(module, Router):
-                weight = dict(module.named_parameters())["weight"]
-                torch.nn.init.zeros_(weight)
+                for parameter in module.parameters():
+                    torch.nn.init.zeros_(parameter)
 
 
 def entropy_of(counts: Counter[Key], stage: str, source: str) -> list[float]:
@@ -145,7 +145,7 @@ def test_a_planted_collapse_is_seen_beside_the_base(tmp_path: Path, tiny_base: P
     monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True)
     settings = {"max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
     settings |= {"limit_val_batches": 2, "num_sanity_val_steps": -1}
-    run = trainer(max_steps=2, callbacks=[monitor, Collapse()], logger=logger, **settings)
+    run = trainer(max_steps=2, callbacks=[monitor, Collapse()], logger=logger, log_every_n_steps=1, **settings)
     run.fit(still(tiny_base), FixedBatches(BATCHES, SOURCES))
     base, now = (counted(tmp_path, stage=stage) for stage in ("base", "val"))
     assert base == recount(tiny_base, BATCHES[:2], "base")
