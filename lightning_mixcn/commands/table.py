@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "run a recipe's arms on the same bytes of text: table and figure",
     "preference": "blind sheets of models' answers for judges; win rates, Elo and agreement from filled-in ones",
     "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
+    "data": "find and remove duplicates, noise and benchmark questions in texts to train on",
 }
 
 FUNCTIONS = {
@@ -29,8 +30,9 @@ FUNCTIONS = {
     "compare": "lightning_mixcn.studies.comparison.command",
     "preference": "lightning_mixcn.studies.preference.command",
     "quantization": "lightning_mixcn.studies.quantization.command",
+    "data": "lightning_mixcn.studies.hygiene.command",
 }
 
 
 # Of a module that is several functions: `mixcn vocab train` and so on.
-NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score")}
+NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score"), "data": ("report", "clean")}

@@ -1,0 +1,1 @@
+"""Clean text before training: duplicates, scripts, noise and benchmark questions in it: ``mixcn data``."""
