@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mixcn.arguments import Between, Documents, Examples, Filled, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.studies.long_context.rows import evaluating
+from lightning_mixcn.model.reference import evaluating
 from lightning_mixcn.studies.task_files import BenchmarkFiles
 from lightning_mixcn.studies.task_scores import (
     TaskScores,

@@ -166,6 +166,8 @@ def _mismatch(value: Any, hint: Any) -> _Mismatch | None:
         return None if fits else _Mismatch("", value, f"one of {names}" if len(parts) > 1 else names, True)
     if isinstance(origin, type) and issubclass(origin, Collection):
         return _in_collection(value, origin, parts)
+    if is_typeddict(hint):
+        return _in_record(value, hint)
     return _of_kind(value, origin or hint)
 
 
@@ -192,6 +194,17 @@ def _in_collection(value: Any, origin: type, parts: tuple[Any, ...]) -> _Mismatc
     checks += [(key, item, parts[-1]) for key, item in (dict(value) if is_mapping else dict(enumerate(value))).items()]
     for key, item, hint in checks:
         if (found := _mismatch(item, hint)) is not None:
+            return found._replace(inside=f"[{key!r}]{found.inside}", is_kind=False)
+    return None
+
+
+def _in_record(value: Any, kind: Any) -> _Mismatch | None:
+    """Check a mapping whose keys a `TypedDict` declares."""
+    hints = _hints(kind)
+    if not isinstance(value, Mapping) or value.keys() - hints.keys() or kind.__required_keys__ - value.keys():
+        return _Mismatch("", value, f"a mapping of {', '.join(hints)}", False)
+    for key, item in value.items():
+        if (found := _mismatch(item, hints[key])) is not None:
             return found._replace(inside=f"[{key!r}]{found.inside}", is_kind=False)
     return None
 

@@ -67,9 +67,11 @@ class CausalLMOutput(MoeCausalLMOutputWithPast):
 
     Args:
         nll: float32 ``[B, S]``, nats of ``labels[:, t]`` given the row up to t − 1; 0 where nothing is predicted.
+        last_hidden_state: ``[B, S, H]`` in the compute dtype, what the head is given.
     """
 
     nll: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 if TYPE_CHECKING:  # what it is mixed into
@@ -122,17 +124,27 @@ class MoeForCausalLM(_CausalLM):  # type: ignore[no-untyped-call]  # its __init_
             return super().forward(input_ids, output_router_logits=output_router_logits, **kwargs)
         assert input_ids is not None, "labels go with input_ids"
         kwargs.pop("return_dict", None)
-        if self.config._attn_implementation == attention.NAME and kwargs.get("attention_mask") is None:
-            kwargs |= self._document_attention(input_ids, kwargs.get("position_ids"))
         with_router = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        hidden = self.model(input_ids, output_router_logits=with_router, **(kwargs | {"use_cache": False}))
+        hidden = self.decode(input_ids, output_router_logits=with_router, **kwargs)
         nll = self.lm_head(hidden.last_hidden_state, labels)
         loss = nll.sum() / (labels[:, 1:] != IGNORED).sum().clamp_min(1)
         auxiliary: Any = None
         if with_router:
             auxiliary = self._auxiliary_loss(hidden.router_logits, document_ids)
             loss = loss + self.config.router_aux_loss_coef * auxiliary
-        return CausalLMOutput(loss=loss, nll=nll, aux_loss=auxiliary, router_logits=hidden.router_logits)
+        return CausalLMOutput(
+            loss=loss,
+            nll=nll,
+            aux_loss=auxiliary,
+            router_logits=hidden.router_logits,
+            last_hidden_state=hidden.last_hidden_state,
+        )
+
+    def decode(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Run the layers without the head, each document of a row on its own; arguments as of `forward`."""
+        if self.config._attn_implementation == attention.NAME and kwargs.get("attention_mask") is None:
+            kwargs |= self._document_attention(input_ids, kwargs.get("position_ids"))
+        return self.model(input_ids, **(kwargs | {"use_cache": False}))
 
     def _auxiliary_loss(self, router_logits: Any, document_ids: Tensor | None) -> Any:
         loss_of = self.architecture.auxiliary_loss

@@ -74,6 +74,38 @@ class _TokenNLL(torch.autograd.Function):
         return dhidden_NH, dweight_VH.to(master_VH.dtype), None
 
 
+class _TokenKL(torch.autograd.Function):
+    """KL(reference ‖ model) of each position's next-token distributions, chunk by chunk, under one frozen head.
+
+    As in `_TokenNLL` the gradient for a unit upstream gradient, (q − p) W with the model's q and the reference's p, is
+    computed in forward. Three tensors of a chunk are float32 at once, so a chunk is a quarter of the loss's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, reference_NH: Tensor, master_VH: Tensor) -> Tensor:
+        assert not ctx.needs_input_grad[2], "the reference has the same head, so it is frozen"
+        weight_VH = master_VH.to(hidden_NH.dtype)
+        kl_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
+        unit_NH = torch.empty_like(hidden_NH)
+        size = -(-chunk_positions(hidden_NH.device.type, len(weight_VH)) // 4)
+        for start in range(0, len(hidden_NH), size):
+            rows = slice(start, start + size)
+            log_p_CV, log_q_CV = (
+                torch.log_softmax(side_NH[rows] @ weight_VH.t(), 1, dtype=torch.float32)
+                for side_NH in (reference_NH, hidden_NH)
+            )
+            p_CV = log_p_CV.exp()
+            kl_N[rows] = log_p_CV.sub_(log_q_CV).mul_(p_CV).sum(1)
+            torch.mm(log_q_CV.exp_().sub_(p_CV).to(hidden_NH.dtype), weight_VH, out=unit_NH[rows])
+        ctx.save_for_backward(unit_NH)
+        return kl_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        (unit_NH,) = ctx.saved_tensors
+        return torch.mul(unit_NH, grad_N[:, None], out=torch.empty_like(unit_NH)), None, None
+
+
 class _Chunks:
     """The positions in chunks, and the buffers ``[C, V]`` that every chunk's logits go through.
 
@@ -139,17 +171,22 @@ class Embedding(nn.Embedding):
 class Head(nn.Linear):
     """The output head; computes in the dtype of its input, whatever the dtype of its weight."""
 
-    def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return logits, or each position's loss.
+    def forward(self, input: Tensor, labels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """Return logits, or each position's loss, or its divergence from other states.
 
         Args:
             input: ``[B, S, H]``.
             labels: ``[B, S]`` int64 aligned with the input ids, −100 ignored; ``None`` for logits.
+            reference: In place of labels, for ``[N, H]``: other states ``[N, H]``, which get no gradient; the head must
+                be frozen.
 
         Returns:
-            Without labels, logits ``[B, S, V]``. With labels, float32 ``[B, S]``: nats of ``labels[:, t]`` given the
+            Without labels, logits ``[B, S, V]``. With a reference, float32 ``[N]``: KL(p ‖ q) in nats, p of its states
+            and q of the input's. With labels, float32 ``[B, S]``: nats of ``labels[:, t]`` given the
             row up to t − 1, and 0 where there is no label or no row before it.
         """
+        if reference is not None:
+            return _TokenKL.apply(input, reference, self.weight)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
         if labels is None:
             return F.linear(input, self.weight.to(input.dtype))
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)

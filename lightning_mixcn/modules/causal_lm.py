@@ -28,6 +28,7 @@ from lightning_mixcn.metrics import (
 from lightning_mixcn.model import is_sharded, load_moe, set_activation_checkpointing, set_gradient_sync
 from lightning_mixcn.model.causal_lm import CausalLMOutput
 from lightning_mixcn.model.lora.choice import TrainOnly, read_choice
+from lightning_mixcn.model.kl_to_base import BaseDivergence, KLToBase, check_kl_to_base
 from lightning_mixcn.model.lora.options import check_training_options
 from lightning_mixcn.model.vocabulary import tokenizer_for
 
@@ -85,6 +86,8 @@ class CausalLMModule(SavedStateModule):
             product of those of its place and its factor; ``{lora_B: 16}`` is LoRA+ (arXiv 2402.12354).
         train_only: Choice of what has LoRA at all: ``layers`` (numbers; all), ``experts`` (numbers by layer, or for
             each chosen layer; all), ``router``, ``attention`` (true). In place, or as a JSON file with such an object.
+        kl_to_base: Named sources, such as replayed English, on whose labelled tokens coefficient × KL(base ‖ model) of
+            the next-token distributions is added to the loss (arXiv 2605.29498); null adds none.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class CausalLMModule(SavedStateModule):
         activation_memory: Annotated[int, Between(1, 2**50, "byte, or auto")] | Literal["auto"] | None = None,
         learning_rates: LearningRates | None = None,
         train_only: TrainOnly | Name | None = None,
+        kl_to_base: KLToBase | None = None,
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
         check_arguments(CausalLMModule, locals())
@@ -114,6 +118,7 @@ class CausalLMModule(SavedStateModule):
             raise UserError("`learning_rates` has embeddings, which do not train. Set `train_embeddings: true`")
         if train_only is not None and lora is None:
             raise UserError("`train_only` chooses what has LoRA, but `lora` is null. Set lora, or leave train_only out")
+        check_kl_to_base(kl_to_base, train_embeddings)
         super().__init__()
         self.save_hyperparameters()
         make_plain(self)
@@ -127,10 +132,11 @@ class CausalLMModule(SavedStateModule):
         # Once the model is there and `activation_memory` is given, a mode for each layer.
         self.activation_checkpointing: str | list[str] = activation_checkpointing
         self.make_optimizer, self.make_lr_scheduler, self.learning_rates = optimizer, lr_scheduler, learning_rates
-        self.seed = seed
+        self.seed, self.kl_to_base = seed, kl_to_base
         self.model: nn.Module | None = None
         self.source_likelihoods: dict[str, dict[str, Likelihood]] = {}
         self._window = GradientWindow()
+        self._divergence: BaseDivergence | None = None
         self.tokens_of_step = 0.0  # of the last optimizer step, of all ranks, without padding
 
     @cached_property
@@ -247,9 +253,14 @@ class CausalLMModule(SavedStateModule):
         return known_length(schedule, trainer.max_steps, is_trial=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]  # untyped in Lightning
 
     def on_fit_start(self) -> None:
-        """Check that the data fit the model."""
+        """Check that the data fit the model, and that they have the sources of `kl_to_base`."""
         run_checks.check_vocabulary(self.trainer, self.model)
         run_checks.check_context(self.trainer, self.model)
+        self._divergence = None
+        if self.kl_to_base is not None and self.kl_to_base["coefficient"]:
+            assert self.model is not None
+            names = run_checks.source_names(self.trainer, "train")
+            self._divergence = BaseDivergence(self.kl_to_base, names, self.model, self.trainer.strategy)
 
     def on_train_start(self) -> None:
         """Have the configuration hold against a checkpoint's optimizer."""
@@ -263,13 +274,21 @@ class CausalLMModule(SavedStateModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the loss over the micro-batch, scaled so that accumulation is exact; see `step`."""
-        output = self(batch)
-        loss, count = self.compute_loss(batch, output)
+        base = None if self._divergence is None else self._divergence.base_states(batch)
+        output = penalised = self(batch)
+        divergence = compared = output.nll.new_zeros(())
+        if self._divergence is not None and base is not None:
+            kl = self._divergence.per_token(output, base)
+            divergence, compared = kl.sum(), divergence + len(base.place)
+            # A part of the token's loss, so that it is weighted and divided as that is, by a subclass, too.
+            penalised = CausalLMOutput(**dict(output) | {"nll": output.nll + self._divergence.coefficient * kl})
+        loss, count = self.compute_loss(batch, penalised)
         labels = scored_positions(batch["labels"]).sum()
         auxiliary = output.aux_loss * labels
         minimised = loss + self.router_aux_loss_coef * (output.aux_loss * count)
         positions = (batch["document_ids"] >= 0).sum()
-        self._window.add(Contribution(minimised, count, output.nll.sum(), auxiliary, labels, positions))
+        nats = output.nll.sum()
+        self._window.add(Contribution(minimised, count, nats, auxiliary, labels, positions, divergence, compared))
         # Lightning divides by `accumulate_grad_batches`.
         scaled: Tensor = minimised * (self.trainer.accumulate_grad_batches / REFERENCE_COUNT)
         return scaled
@@ -295,6 +314,8 @@ class CausalLMModule(SavedStateModule):
         self.log("train/loss", totals.minimised / count)
         self.log("train/auxiliary_loss", totals.auxiliary / labels)
         self.log("train/gradient_norm", norm)
+        if totals.compared:
+            self.log("train/kl_to_base_nats_per_token", totals.divergence / totals.compared)
 
     def configure_gradient_clipping(
         self,

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.model.kl_to_base import KLToBase
 from lightning_mixcn.model.memory.budget import fitting_modes, usable_bytes
 from lightning_mixcn.model.memory.layer import MicroBatch
 from lightning_mixcn.model.memory.optimizer import OptimizerMemory, optimizer_memory
@@ -72,11 +73,13 @@ def planned_run(
     accumulates: bool,
     sharing: Sharing,
     make_optimizer: Callable[[Any], Optimizer] | None,
+    kl_to_base: KLToBase | None,
 ) -> Run:
     """Describe a run to `plan_memory`; without ``make_optimizer`` the optimizer is left out."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_memory(make_optimizer, trained, device_type) if make_optimizer else _NO_OPTIMIZER
-    return Run(batch, modes, device_type, accumulates, optimizer, sharing)
+    compares = kl_to_base is not None and kl_to_base["coefficient"] > 0
+    return Run(batch, modes, device_type, accumulates, optimizer, sharing, compares)
 
 
 def budgeted_modes(module: Any) -> list[str]:
@@ -95,7 +98,7 @@ def budgeted_modes(module: Any) -> list[str]:
     optimizer = module.make_optimizer if budget == "auto" else None
     accumulates = trainer.accumulate_grad_batches > 1
     batch = micro_batch(trainer.datamodule)
-    run = planned_run(module.model, batch, [], device.type, accumulates, sharing, optimizer)
+    run = planned_run(module.model, batch, [], device.type, accumulates, sharing, optimizer, module.kl_to_base)
     return fitting_modes(module.model, run, budget, fewest_usable(trainer, device))
 
 

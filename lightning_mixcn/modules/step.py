@@ -30,6 +30,8 @@ class Contribution:
         auxiliary: Auxiliary load-balancing loss times ``labels``.
         labels: Number of predicted tokens.
         positions: Number of tokens that went through the model, without padding.
+        divergence: Sum of KL(base ‖ model), where `kl_to_base` is given, before its coefficient.
+        compared: Number of tokens in ``divergence``.
     """
 
     minimised: Tensor
@@ -38,6 +40,8 @@ class Contribution:
     auxiliary: Tensor
     labels: Tensor
     positions: Tensor
+    divergence: Tensor
+    compared: Tensor
 
 
 class GradientWindow:

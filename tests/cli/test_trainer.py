@@ -176,6 +176,24 @@ def test_wrong_learning_rates_are_one_line(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sources": ["zh"], "coefficient": -1}, "`kl_to_base['coefficient']=-1"),
+        ({"sources": ["zhh"], "coefficient": 1.0}, "`kl_to_base.sources[0]='zhh'` is no source (did you mean 'zh'?)"),
+        ({"sources": ["zh"]}, "kl_to_base: Missing required keys: {'coefficient'}"),
+    ],
+)
+def test_a_wrong_kl_to_base_is_one_line(
+    given: dict[str, Any], message: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["model"]["init_args"] |= {"kl_to_base": given, "train_embeddings": False}
+    assert run(config) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("mixcn: error:") == 1
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config: dict[str, Any]) -> None:
     """As after a kill between the checkpoints of steps 2 and 4."""
     config["trainer"]["limit_val_batches"] = 0

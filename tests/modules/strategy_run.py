@@ -85,10 +85,16 @@ class Losses(Callback):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def batches() -> list[dict[str, torch.Tensor]]:
-    """Rows of very different lengths; those of the last of four ranks are one token, which reaches two experts."""
+def batches(sources: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Rows of very different lengths; those of the last of four ranks are one token, which reaches two experts.
+
+    Row i is of source i modulo ``sources``.
+    """
     lengths = [1 if row % 4 == 3 else 2 + (5 * row) % 23 for row in range(MICRO_BATCHES * 3)]
-    return [random_batch([length], seed=row) for row, length in enumerate(lengths)]
+    made = [random_batch([length], seed=row) for row, length in enumerate(lengths)]
+    for row, batch in enumerate(made):
+        batch["source_ids"] = torch.where(batch["document_ids"] >= 0, row % sources, -1).short()
+    return made
 
 
 def text(base: str, path: str) -> PretrainDataModule:
@@ -129,6 +135,7 @@ def _train(
     ckpt_path: str | None = None,
     path: str | None = None,
     checkpoints: str | None = None,
+    sources: tuple[str, ...] = ("zh",),
     **changes: Any,
 ) -> dict[str, Any]:
     ranks = torch.distributed.get_world_size()
@@ -141,7 +148,7 @@ def _train(
         logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=out,
         enable_checkpointing=bool(saving), callbacks=[losses, ExpertLoadMonitor(), TrainabilityCheck(), *saving],
     )  # fmt: skip
-    data = SharedBatches(batches()) if path is None else text(base, path)
+    data = SharedBatches(batches(len(sources)), sources) if path is None else text(base, path)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     assert isinstance(model.model, MoePeftModel)
     factors, embeddings = stored_adapter(model.model)

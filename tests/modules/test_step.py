@@ -28,7 +28,7 @@ from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed
 
 def contribution(minimised: float, count: float) -> Contribution:
     value, number = torch.tensor(minimised), torch.tensor(count)
-    return Contribution(value, number, value, value, number, number)
+    return Contribution(value, number, value, value, number, number, value, number)
 
 
 class TwoRanks:
@@ -46,7 +46,7 @@ def test_sums_over_micro_batches_and_ranks() -> None:
     window = GradientWindow()
     window.add(contribution(3.0, 5))
     window.add(contribution(4.0, 2))
-    totals = window.close(TwoRanks(torch.full((6,), 10.0, dtype=torch.float64)))
+    totals = window.close(TwoRanks(torch.full((8,), 10.0, dtype=torch.float64)))
     assert (float(totals.minimised), float(totals.count)) == (17.0, 17.0)
     assert totals.count.dtype == torch.float64
 

@@ -3,8 +3,8 @@
 Legend: T tokens, E experts, K experts a token.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,20 @@ def is_recomputing() -> bool:
     holds for reentrant checkpoints and for the others.
     """
     return torch._C._current_graph_task_id() != -1
+
+
+_paused = False
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Keep a forward pass from all observers, such as one of the base beside a batch that is counted."""
+    global _paused
+    _paused = True
+    try:
+        yield
+    finally:
+        _paused = False
 
 
 def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
@@ -53,7 +67,7 @@ def observe_routing(model: nn.Module, observer: Observer) -> ExitStack:
 
 
 def _tell(observer: Observer, layer: int, _router: nn.Module, _inputs: Any, routing: tuple[Tensor, ...]) -> None:
-    if is_recomputing():
+    if _paused or is_recomputing():
         return
     logits_TE, weights_TK, index_TK = (part.detach() for part in routing)
     with torch.no_grad():

@@ -159,6 +159,7 @@ class Run:
         accumulates: A step has several micro-batches, so that gradients are there in each backward but one.
         optimizer: Bytes of the optimizer.
         sharing: Distribution of parameters over ranks.
+        compares_with_base: The loss has `kl_to_base`; any row may hold tokens of its sources.
     """
 
     batch: MicroBatch
@@ -167,6 +168,7 @@ class Run:
     accumulates: bool
     optimizer: OptimizerMemory
     sharing: Sharing
+    compares_with_base: bool = False
 
 
 def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
@@ -200,15 +202,24 @@ class _Step:
         self.activations = model_activations(base, run.batch, run.device_type)
         self.kept = [layer.kept(mode) for layer, mode in zip(self.activations.layers, run.modes, strict=True)]
         self.gradients = self._gradients(base)
+        # Of each position that is compared with the base. The base's own pass comes first, when nothing is kept yet.
+        states = run.batch.tokens * base.config.hidden_size * base.model.embed_tokens.output_dtype.itemsize
+        self.compared = states if run.compares_with_base else 0
 
     def moments(self) -> Iterator[Moment]:
         """Yield the moments of a step in order."""
         activations, run = self.activations, self.run
         kept = activations.shared + sum(self.kept)
         last, forward = self._gathered(self.layers[-1], forward=True), activations.layers[-1].forward(run.modes[-1])
-        yield Moment("forward of the last layer", self.gradients, kept, forward, last)
-        tail = kept + activations.tail
-        yield Moment("loss", self.gradients, tail, activations.head, self._gathered(self.head, 1, forward=True))
+        yield Moment("forward of the last layer", self.gradients, kept + self.compared, forward, last)
+        tail = kept + activations.tail + self.compared
+        gathered = self._gathered(self.head, 1, forward=True)
+        yield Moment("loss", self.gradients, tail, activations.head, gathered)
+        if self.compared:
+            # The model's states and the gradients for them, beside those of the loss, and as many logits as the loss
+            # holds where no kernel makes their gradient: three parts in float32 of a quarter of its chunk.
+            work = activations.head + 3 * self.compared + activations.logits_chunk
+            yield Moment("KL to the base", self.gradients, tail, work, gathered)
         there = self.gradients if run.accumulates else 0
         head = self._gathered(self.head, 1, forward=False)
         yield Moment("backward of the loss", there, tail, activations.head_backward, head)

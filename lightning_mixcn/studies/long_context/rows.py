@@ -3,8 +3,7 @@
 Legend: N tokens of a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -111,19 +110,6 @@ def as_far_as_memory_goes(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return None, list(lengths)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode without gradients; afterwards each submodule's mode is what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 Made = TypeVar("Made", ChunkedPrefill, ChunkScores)

@@ -186,6 +186,22 @@ def test_pinned_memory_is_a_power_of_two(length: int, pinned: int) -> None:
     assert plan_memory(model, run).host == LAYERS * pinned * SIZES["hidden_size"] * 2
 
 
+def test_a_comparison_with_the_base_counts() -> None:
+    model: Any = build_mixtral(tiny_mixtral_config(**SIZES), lora=LoraConfig(r=8, target_modules="all-linear"))
+    plans = []
+    for compares in (False, True):
+        run = Run(
+            MicroBatch(2, LENGTH), ["full"] * LAYERS, "cpu", False, OptimizerMemory(0, 0), Sharing(),
+            compares_with_base=compares,
+        )  # fmt: skip
+        plans.append({moment.name: moment.total for moment in plan_memory(model, run).moments})
+    without, compared = plans
+    states = 2 * LENGTH * SIZES["hidden_size"] * 2
+    assert compared["loss"] - without["loss"] == states
+    assert compared["KL to the base"] > compared["loss"] + 3 * states
+    assert compared["update"] == without["update"]
+
+
 def gathered(plan: MemoryPlan, when: str) -> int:
     return max(moment.gathered for moment in plan.moments if moment.name.startswith(when))
 
