@@ -6,6 +6,7 @@ if __name__ != "lightning_mixcn.callbacks":
         "Install the project (`pip install -e .`) and import lightning_mixcn.callbacks"
     )
 
+from .adapter_average import AdapterAverage
 from .adapter_checkpoint import AdapterCheckpoint
 from .benchmark_eval import BenchmarkEval
 from .checkpoints import PreemptionCheckpoint, StepCheckpoint
@@ -21,6 +22,7 @@ from .throughput_logger import ThroughputLogger
 from .trainability_check import TrainabilityCheck
 
 __all__ = [
+    "AdapterAverage",
     "AdapterCheckpoint",
     "BenchmarkEval",
     "ByteBudget",

@@ -202,6 +202,68 @@ ADAPTER_FILES = (
 )
 
 
+class AdapterFolder:
+    """Writes the present values of a run's adapter as a PEFT folder, see `AdapterCheckpoint`.
+
+    Args:
+        languages: Codes of the languages that the card names.
+    """
+
+    def __init__(self, languages: list[Name] | None) -> None:
+        self._languages = languages
+        self._files: RunFiles | None = None
+
+    def write(self, trainer: Trainer, module: CausalLMModule, name: str, measured: dict[str, Any]) -> None:
+        """Replace a folder; all ranks call it, and rank zero writes.
+
+        Args:
+            trainer: Lightning's.
+            module: The module; without an adapter nothing is written.
+            name: Name of the folder in the run's.
+            measured: The last validation, for the card: ``step``, and ``sources`` with their likelihoods.
+        """
+        model = module.model
+        if not isinstance(model, PeftModel):
+            return
+        # Every rank has a part in gathering what is sharded.
+        if not trainer.is_global_zero:
+            model.save_pretrained("", is_main_process=False)
+            return
+        root = Path(trainer.default_root_dir)
+        with new_folder(root / name, replace=ADAPTER_FILES) as folder:
+            model.save_pretrained(str(folder))
+            if (root / _CONFIG).is_file():
+                text = _without_paths(yaml.safe_load((root / _CONFIG).read_text(encoding="utf-8")))
+                (folder / _CONFIG).write_text(
+                    yaml.safe_dump(text, allow_unicode=True, sort_keys=False), encoding="utf-8"
+                )
+            self._run_files(trainer, module).write(folder)
+            card = adapter_card(self.training(trainer, module), measured)
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+    def _run_files(self, trainer: Trainer, module: CausalLMModule) -> RunFiles:
+        if self._files is None:
+            self._files = RunFiles(trainer, module)
+        return self._files
+
+    def training(self, trainer: Trainer, module: CausalLMModule) -> Training:
+        """Collect the card's facts of the run."""
+        files = self._run_files(trainer, module)
+        assert module.model is not None
+        return Training(
+            base=module.base_checkpoint,
+            steps=trainer.global_step,
+            quantization=module.quantization,
+            dtype=module.dtype_name,
+            chat_template=files.chat.name if files.chat else None,
+            chat_is_portable=files.chat is None or files.chat.source is not None,
+            end_ids=files.chat.end_ids if files.chat else (),
+            languages=self._languages,
+            identity=getattr(module.model, "base_identity", None),
+            vocabulary_rows=base_of(module.model).config.vocab_size,
+        )
+
+
 class AdapterCheckpoint(Callback):
     """Writes ``adapter/`` into the run's folder with every checkpoint and at the end, and ``adapter_best/`` beside it.
 
@@ -231,12 +293,11 @@ class AdapterCheckpoint(Callback):
         self.folder = plain_name("folder", folder)
         self.run_files = (folder, f"{folder}_best")
         self.monitor = monitor
-        self.languages = languages
         self._mode, self._sign = mode, 1 if mode == "min" else -1
         self._written_at: int | None = None
         self._best = math.inf  # times the sign
         self._measured: dict[str, Any] = {}  # the last validation: its step and its sources' likelihoods
-        self._files: RunFiles | None = None
+        self._writer = AdapterFolder(languages)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse another kind of module, and a monitor that nothing will log."""
@@ -248,7 +309,7 @@ class AdapterCheckpoint(Callback):
         """Say at once what the adapter's folder will lack."""
         module = causal_lm(self, pl_module)
         if trainer.is_global_zero and isinstance(module.model, PeftModel):
-            for line in self._training(trainer, module).shortcomings:
+            for line in self._writer.training(trainer, module).shortcomings:
                 rank_zero_warn(f"{Path(trainer.default_root_dir, self.folder)}: {line}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,7 +340,7 @@ class AdapterCheckpoint(Callback):
         value = self._value(trainer, sources)
         if value is not None and self._sign * value < self._best:
             self._best = self._sign * value
-            self._write(trainer, module, f"{self.folder}_best")
+            self._writer.write(trainer, module, f"{self.folder}_best", self._measured)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the adapter of this step."""
@@ -304,46 +365,4 @@ class AdapterCheckpoint(Callback):
         if self._written_at != trainer.global_step:
             module = causal_lm(self, pl_module)
             self._written_at = trainer.global_step if isinstance(module.model, PeftModel) else None
-            self._write(trainer, module, self.folder)
-
-    def _write(self, trainer: Trainer, module: CausalLMModule, name: str) -> None:
-        model = module.model
-        if not isinstance(model, PeftModel):
-            return
-        # Every rank has a part in gathering what is sharded.
-        if not trainer.is_global_zero:
-            model.save_pretrained("", is_main_process=False)
-            return
-        root = Path(trainer.default_root_dir)
-        with new_folder(root / name, replace=ADAPTER_FILES) as folder:
-            model.save_pretrained(str(folder))
-            if (root / _CONFIG).is_file():
-                text = _without_paths(yaml.safe_load((root / _CONFIG).read_text(encoding="utf-8")))
-                (folder / _CONFIG).write_text(
-                    yaml.safe_dump(text, allow_unicode=True, sort_keys=False), encoding="utf-8"
-                )
-            self._run_files(trainer, module).write(folder)
-            card = adapter_card(self._training(trainer, module), self._measured)
-            (folder / CARD_NAME).write_text(card, encoding="utf-8")
-
-    def _run_files(self, trainer: Trainer, module: CausalLMModule) -> RunFiles:
-        if self._files is None:
-            self._files = RunFiles(trainer, module)
-        return self._files
-
-    def _training(self, trainer: Trainer, module: CausalLMModule) -> Training:
-        """Collect the card's facts of the run."""
-        files = self._run_files(trainer, module)
-        assert module.model is not None
-        return Training(
-            base=module.base_checkpoint,
-            steps=trainer.global_step,
-            quantization=module.quantization,
-            dtype=module.dtype_name,
-            chat_template=files.chat.name if files.chat else None,
-            chat_is_portable=files.chat is None or files.chat.source is not None,
-            end_ids=files.chat.end_ids if files.chat else (),
-            languages=self.languages,
-            identity=getattr(module.model, "base_identity", None),
-            vocabulary_rows=base_of(module.model).config.vocab_size,
-        )
+            self._writer.write(trainer, module, self.folder, self._measured)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_mixcn.callbacks.adapter_average import AdapterAverage
 from lightning_mixcn.callbacks.adapter_checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, AdapterCheckpoint
 from lightning_mixcn.callbacks.checkpoints import restore_last
 from lightning_mixcn.callbacks.host import CHECKPOINTS, LONG_CONTEXT, RUN_FILES, TENSORBOARD
@@ -188,7 +189,7 @@ def check_outputs(root: Path, callbacks: Sequence[Callback], *, trains: bool) ->
                     "another name if it has an argument for that"
                 )
     for callback in callbacks if trains else ():
-        if isinstance(callback, AdapterCheckpoint):
+        if isinstance(callback, AdapterCheckpoint | AdapterAverage):
             for name in callback.run_files:
                 check_replaceable(root / name, ADAPTER_FILES)
         if isinstance(callback, ModelCheckpoint):

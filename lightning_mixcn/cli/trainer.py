@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mixcn.callbacks import (
+    AdapterAverage,
     AdapterCheckpoint,
     ByteBudget,
     DataMonitor,
@@ -290,6 +291,7 @@ class MixcnCLI(LightningCLI):
         if self.subcommand == "fit" and self._settings.ckpt_path is None and not settings.fast_dev_run:
             adapters = [callback.folder for callback in callbacks if isinstance(callback, AdapterCheckpoint)]
             folders = [name for folder in adapters or ["adapter"] for name in (folder, f"{folder}_best")]
+            folders += [callback.folder for callback in callbacks if isinstance(callback, AdapterAverage)]
             callbacks.insert(0, Overwrite(root, folders, input_paths(self._settings)))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 

@@ -360,7 +360,7 @@ class CausalLMModule(SavedStateModule):
 
     def _start_evaluation(self, stage: str) -> None:
         run_checks.check_vocabulary(self.trainer, self.model)
-        self._evaluation = _SourceEvaluation(stage, self.trainer, self.device)
+        self._evaluation = SourceEvaluation(stage, self.trainer, self.device)
 
     def _finish_evaluation(self) -> None:
         results = self._evaluation.finish()
@@ -374,18 +374,19 @@ class CausalLMModule(SavedStateModule):
         return None if self._trainer is None else self.trainer.strategy
 
 
-class _SourceEvaluation:
+class SourceEvaluation:
     """Sums of one pass over the evaluation data.
 
     Args:
-        stage: ``val`` or ``test``; the first part of the logged names.
+        stage: ``val`` or ``test``.
         trainer: Lightning's trainer, whose data module names the sources.
         device: Device of the batches.
+        prefix: First part of the logged names; null is the stage.
     """
 
-    def __init__(self, stage: str, trainer: Any, device: torch.device) -> None:
+    def __init__(self, stage: str, trainer: Any, device: torch.device, prefix: str | None = None) -> None:
         """Make empty sums."""
-        self.stage = stage
+        self.stage, self._prefix = stage, prefix or stage
         self._names = run_checks.source_names(trainer, stage)
         self._likelihood = SourceLikelihood(len(self._names)).to(device)
 
@@ -409,10 +410,10 @@ class _SourceEvaluation:
         return results
 
     def tags(self, results: dict[str, Likelihood]) -> dict[str, float]:
-        """Return the values of ``<stage>/<source>/nll_nats_per_token`` and ``<stage>/<source>/bits_per_byte``."""
+        """Return the values of ``<prefix>/<source>/nll_nats_per_token`` and ``<prefix>/<source>/bits_per_byte``."""
         tags: dict[str, float] = {}
         for name, result in results.items():
-            tags[f"{self.stage}/{name}/nll_nats_per_token"] = result["nll_nats_per_token"]
+            tags[f"{self._prefix}/{name}/nll_nats_per_token"] = result["nll_nats_per_token"]
             if result["bytes"]:
-                tags[f"{self.stage}/{name}/bits_per_byte"] = result["bits_per_byte"]
+                tags[f"{self._prefix}/{name}/bits_per_byte"] = result["bits_per_byte"]
         return tags
