@@ -25,13 +25,14 @@ class DataMonitor(Callback):
     ``<source>/tokens`` are all tokens of a source that were trained on since the beginning of the run, by all ranks;
     they go on exactly when a run is resumed. ``<source>/token_share`` is the source's share of the tokens of the last
     2 × ``num_streams`` rows (of 64 if these are fewer), and ``<source>/token_share_asked`` the share that the sources'
-    weights ask for, where the data module has a method `token_shares`; a difference of more than 5 points in a whole
-    window, before any source ends, is warned of once. ``padding_share`` is the share of positions that are padding,
-    since the last log. ``seconds_waiting`` are the seconds since the last log in which the training loop had asked the
-    loader for a batch and had not got it, on the rank that waited longest, and ``wait_share`` is their share of the
-    time since then without validation. Where the data module has methods `epochs`, `too_long`, `refused` or
-    `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and ``<source>/shortened``, ``<source>/refused``,
-    and ``bad_records``. Without `source_names`, as in a data module of your own, only the waiting is logged.
+    weights ask for in these rows, where the data module has a method `token_shares(last_rows)`; a difference of more
+    than 5 points in a whole window, before any source ends, is warned of once. ``padding_share`` is the share of
+    positions that are padding, since the last log. ``seconds_waiting`` are the seconds since the last log in which the
+    training loop had asked the loader for a batch and had not got it, on the rank that waited longest, and
+    ``wait_share`` is their share of the time since then without validation. Where the data module has methods `epochs`,
+    `too_long`, `refused` or `bad_records`, they tell ``<source>/epoch``, ``<source>/dropped`` and
+    ``<source>/shortened``, ``<source>/refused``, and ``bad_records``. Without `source_names`, as in a data module of
+    your own, only the waiting is logged.
     """
 
     def __init__(self) -> None:
@@ -150,7 +151,7 @@ class DataMonitor(Callback):
         while (seen := sum(positions for positions, _ in self._recent)) - self._recent[0][0] >= wanted:
             self._recent.popleft()
         counts = {name: sum(tokens.get(name, 0) for _, tokens in self._recent) for name in self._names}
-        shares = _beside(counts, data.token_shares())
+        shares = _beside(counts, data.token_shares(seen // data.sequence_length))
         off = {name: pair for name, pair in shares.items() if abs(pair[0] - pair[1]) > _SHARE_TOLERANCE}
         host: Any = trainer
         # Where a source has ended the others take its place, and repeated batches hold what they hold.

@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch import nn
 from transformers import PreTrainedConfig
 
+from lightning_mixcn.data import StreamDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.schema import first_fault
@@ -81,6 +82,9 @@ class RunPlan:
         self.usable = None if self.device is None else usable_bytes(self.device, self.ranks.of_node)
         self.run = replace(run, modes=self._modes(run))
         self.memory = plan_memory(self.model, self.run)
+        rows_a_step = micro_batch(data).rows * self.ranks.of_node * self.ranks.nodes * settings.accumulate_grad_batches
+        is_stream = isinstance(data, StreamDataModule)
+        self.progress_rows = data.rows_of_progress(settings.max_steps or -1, rows_a_step) if is_stream else None
 
     def _modes(self, run: Run) -> list[str]:
         budget, layers = self.module.activation_memory, self.model.config.num_hidden_layers
@@ -128,6 +132,8 @@ class RunPlan:
             "",
             f"The fullest moment of a step is the {self.memory.fullest.name}.",
         ]
+        if self.progress_rows is not None:
+            lines.append(f"Weights of sources by progress are fractions of {self.progress_rows:,} rows.")
         if self.device is None:
             return "\n".join([*lines, "There is no GPU here: what it holds, and how fast it is, is not known."])
         return "\n".join([*lines, self._fit(), *self._speed(self.device)])

@@ -21,7 +21,7 @@ from lightning_mixcn.text import (
     load_template,
 )
 
-from .module import BatchRows, EvaluationRows, StreamDataModule, Streams, Workers
+from .module import BatchRows, EvaluationRows, ProgressRows, StreamDataModule, Streams, Workers
 
 _TRIED_CONVERSATIONS = 4096  # about a second and a half
 
@@ -58,6 +58,8 @@ class InstructDataModule(StreamDataModule):
             the template refuses: `error` names file and line, `skip` leaves it out and counts it in `data/bad_records`,
             or, if the template refuses it, in `data/<source>/refused`. One with an empty turn is always left out.
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
+        progress_rows: Rows of the run that weights by progress are fractions of; past them the last weights hold. Null
+            takes `max_steps` times the rows of a step. Give it to resume with another number of steps or rows a step.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class InstructDataModule(StreamDataModule):
         max_eval_rows: EvaluationRows | None = 256,
         on_bad_record: BadRecordPolicy = "error",
         tokenizer: Name | None = None,
+        progress_rows: ProgressRows | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         check_arguments(InstructDataModule, locals())
@@ -94,6 +97,7 @@ class InstructDataModule(StreamDataModule):
             seed=seed,
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
+            progress_rows=progress_rows,
         )
         self.template_name = template
         self.answers = answers

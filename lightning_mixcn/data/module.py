@@ -34,6 +34,7 @@ BatchRows = Annotated[int, Between(1, 2**16, "(rows of a batch on one rank)")]
 Streams = Annotated[int, Between(1, 2**16, "(64 is a good number)")]
 Workers = Annotated[int, Between(0, 1024, "(0 tokenizes in the training process)")]
 EvaluationRows = Annotated[int, Between(1, 10**12, "(null for all)")]
+ProgressRows = Annotated[int, Between(1, 10**12, "(null for max_steps times the rows of a step)")]
 
 
 class StreamDataModule(LightningDataModule):
@@ -52,6 +53,7 @@ class StreamDataModule(LightningDataModule):
         max_eval_rows: Rows of each source that validation and test use at most; None uses all.
         tokenizer: Folder of the tokenizer.
         weight_unit: Unit of the sources' weights.
+        progress_rows: Rows of the run that weights by progress are fractions of; None takes the trainer's.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class StreamDataModule(LightningDataModule):
         max_eval_rows: EvaluationRows | None,
         tokenizer: Name | None,
         weight_unit: WeightUnit = "tokens",
+        progress_rows: ProgressRows | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         check_arguments(StreamDataModule, locals())
@@ -75,6 +78,7 @@ class StreamDataModule(LightningDataModule):
         self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.num_streams, self.num_workers, self.max_eval_rows = num_streams, num_workers, max_eval_rows
         self.packing, self.weight_unit, self.seed = packing, weight_unit, seed
+        self.progress_rows = progress_rows
         self.tokenizer_path = tokenizer
         self._tokenizer: TextTokenizer | None = None
         self._evaluation_sets: dict[str, EvaluationSet] = {}
@@ -132,7 +136,7 @@ class StreamDataModule(LightningDataModule):
             self._documents.prepare("fit")
             self._plan = StreamPlan(
                 self._documents.training, self.make_encoder(), self.sequence_length, self.num_streams, self.seed,
-                self.packing, self.weight_unit,
+                self.packing, self.weight_unit, self._rows_of_trainer(),
             )  # fmt: skip
             self._progress.set_order(order_of(self._plan), self._plan)
 
@@ -144,6 +148,7 @@ class StreamDataModule(LightningDataModule):
             `trainer.overfit_batches` always the same ones.
         """
         assert self._plan is not None, "Lightning calls setup('fit') first"
+        self._check_progress_rows(self._plan)
         self.teardown("fit")  # the loader before, under `reload_dataloaders_every_n_epochs`
         trainer, progress = self.trainer, self._progress
         if is_overfit := overfit_batches(trainer) > 0:
@@ -257,6 +262,28 @@ class StreamDataModule(LightningDataModule):
         """Rows of a batch of all ranks together."""
         return self._shard().rows_a_batch
 
+    def rows_of_progress(self, max_steps: int, rows_a_step: int) -> int | None:
+        """Return the rows that weights by progress are fractions of: those given, else those of the run's steps.
+
+        Args:
+            max_steps: Steps of the run; -1 where they are not known.
+            rows_a_step: Rows of a step, of all ranks and micro-batches together.
+
+        Returns:
+            The rows; None if every weight is constant.
+
+        Raises:
+            ValueError: Neither is known.
+        """
+        if not self._documents.by_progress:
+            return None
+        if self.progress_rows is None and max_steps < 1:
+            raise UserError(
+                f"`trainer.max_steps={max_steps}`: a `weight` of `sources` is by fraction of the run, whose rows are "
+                "not known. Give `trainer.max_steps`, or the rows as `data.init_args.progress_rows`"
+            )
+        return self.progress_rows or max_steps * rows_a_step
+
     def epochs(self) -> dict[str, float]:
         """Count the epochs of each training source, such as ``{"zh": 0.25}``, in the streams that this rank reads."""
         assert self._plan is not None, "Lightning calls setup('fit') first"
@@ -268,12 +295,18 @@ class StreamDataModule(LightningDataModule):
             for index, part in enumerate(self._plan.documents)
         }
 
-    def token_shares(self) -> dict[str, float]:
+    def token_shares(self, last_rows: int | None = None) -> dict[str, float]:
         """Return the share of tokens that the weights ask of each training source, such as ``{"zh": 0.55}``.
 
         Weights in bytes are turned into tokens by what the streams of this rank have read.
+
+        Args:
+            last_rows: Rows trained on last, over which weights by progress are averaged; None takes all of the run.
         """
-        shares = zip(*(stream.token_shares() for stream in self._current_streams()), strict=True)
+        assert self._plan is not None, "Lightning calls setup('fit') first"
+        stop = self.rows_trained
+        weights = self._plan.mean_weights(range(max(0, stop - (last_rows or stop)), stop))
+        shares = zip(*(stream.token_shares(weights) for stream in self._current_streams()), strict=True)
         return {name: sum(each) / len(each) for name, each in zip(self.source_names("train"), shares, strict=True)}
 
     def ended_sources(self) -> list[str]:
@@ -323,6 +356,19 @@ class StreamDataModule(LightningDataModule):
             ValueError: The order of rows would be another; the message names what changed.
         """
         self._progress.load_state_dict(state_dict)
+
+    def _rows_of_trainer(self) -> int | None:
+        if (trainer := self.trainer) is None or not self._documents.by_progress:
+            return self.rows_of_progress(-1, 0)
+        return self.rows_of_progress(trainer.max_steps, self.rows_a_batch * trainer.accumulate_grad_batches)
+
+    def _check_progress_rows(self, plan: StreamPlan) -> None:
+        """Refuse a run whose steps a callback has set after the rows were planned."""
+        if (rows := self._rows_of_trainer()) != plan.progress_rows:
+            raise UserError(
+                f"`trainer.max_steps` was {plan.progress_rows:,} rows and a callback, such as ByteBudget, has made it "
+                f"{rows:,}: fractions of the run would be others. Give the rows of the run as `progress_rows`"
+            )
 
     def _evaluation_set(self, stage: str) -> EvaluationSet:
         if stage not in self._evaluation_sets:

@@ -15,7 +15,7 @@ from lightning_mixcn.text import (
     WeightUnit,
 )
 
-from .module import BatchRows, EvaluationRows, StreamDataModule, Streams, Workers
+from .module import BatchRows, EvaluationRows, ProgressRows, StreamDataModule, Streams, Workers
 
 
 class PretrainDataModule(StreamDataModule):
@@ -44,6 +44,8 @@ class PretrainDataModule(StreamDataModule):
         tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
         weight_unit: Unit of the sources' weights: `tokens`, or `bytes` of text, which mix the sources alike with every
             tokenizer.
+        progress_rows: Rows of the run that weights by progress are fractions of; past them the last weights hold. Null
+            takes `max_steps` times the rows of a step. Give it to resume with another number of steps or rows a step.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PretrainDataModule(StreamDataModule):
         on_bad_record: BadRecordPolicy = "error",
         tokenizer: Name | None = None,
         weight_unit: WeightUnit = "tokens",
+        progress_rows: ProgressRows | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         check_arguments(PretrainDataModule, locals())
@@ -79,6 +82,7 @@ class PretrainDataModule(StreamDataModule):
             max_eval_rows=max_eval_rows,
             tokenizer=tokenizer,
             weight_unit=weight_unit,
+            progress_rows=progress_rows,
         )
 
     def make_encoder(self) -> PlainText:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.schema import FLAG, PLAIN, TEXT, each, first_fault, mapping_of, real, record, row_of, whole
 from lightning_mixcn.text import StreamPlan, StreamState
+from lightning_mixcn.text.corpus.sources import weight_points
 
 Order = dict[str, str | int | float | None]
 
@@ -224,11 +225,15 @@ def order_of(plan: StreamPlan) -> Order:
     }
     for documents in plan.documents:
         source = documents.corpus.source
-        order[f"weight of source {source.name}"] = float(source.weight)
+        by_progress, weights = weight_points(source.weight)
+        points = ", ".join(f"{fraction}: {weight}" for fraction, weight in zip(by_progress, weights, strict=True))
+        order[f"weight of source {source.name}"] = weights[0] if len(weights) == 1 else points
         order[f"max_epochs of source {source.name}"] = source.max_epochs
         order[f"training texts of source {source.name}"] = documents.fingerprint
     if plan.weight_unit != "tokens":  # checkpoints of runs that had no choice name none
         order["weight_unit"] = plan.weight_unit
+    if plan.by_progress:
+        order["progress_rows"] = plan.progress_rows
     return order
 
 
@@ -254,6 +259,12 @@ def require_same_order(saved: Mapping[str, Any], current: Order) -> None:
         for name in names
         if saved.get(name) != current.get(name)
     ]
+    rows, now = saved.get("progress_rows"), current.get("progress_rows")
+    if len(changed) == 1 and rows and now and rows != now:
+        raise UserError(
+            f"Weights of `sources` are fractions of a run of {rows:,} rows in the checkpoint and of {now:,} here. To "
+            f"go on with the same rows, set `data.init_args.progress_rows={rows}`: past them the last weights hold"
+        )
     if changed:
         raise UserError(
             f"The checkpoint's sequence of training rows cannot be continued: {'; '.join(changed)}. Restore these "

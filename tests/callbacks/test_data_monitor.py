@@ -263,7 +263,7 @@ class Weighted(FixedBatches):
         super().__init__(BATCHES, SOURCES)
         self.asked, self.ended = asked, ended or []
 
-    def token_shares(self) -> dict[str, float]:
+    def token_shares(self, last_rows: int | None = None) -> dict[str, float]:
         return self.asked
 
     def ended_sources(self) -> list[str]:

@@ -69,7 +69,7 @@ def test_the_table(trainer: Make, module: PretrainModule, tmp_path: Path, caplog
 class Weighted(FixedBatches):
     num_streams, sequence_length = 3, 24
 
-    def token_shares(self) -> dict[str, float]:
+    def token_shares(self, last_rows: int | None = None) -> dict[str, float]:
         return {"zh": 0.6, "en": 0.4}
 
     def ended_sources(self) -> list[str]:

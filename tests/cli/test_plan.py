@@ -80,6 +80,15 @@ def test_a_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "activations: selective in 2 layers" in capsys.readouterr().out
 
 
+def test_weights_by_progress_are_planned(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = "--data.init_args.sources=[{name: zh, path: zh.jsonl, weight: {0.0: 1, 1.0: 0.5}}]"
+    arguments = ["fit", "--config", str(config), "--plan", sources]
+    assert main([*arguments, "--trainer.accumulate_grad_batches=3"]) == 0
+    assert "Weights of sources by progress are fractions of 24 rows." in capsys.readouterr().out
+    assert main([*arguments, "--trainer.max_steps=-1"]) == 2
+    assert "`trainer.max_steps=-1`: a `weight` of `sources` is by fraction" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(config), "--plan", "--model.init_args.base=nowhere"]) == 2
     assert "'nowhere' is not there" in capsys.readouterr().err

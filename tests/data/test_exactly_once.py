@@ -200,9 +200,28 @@ def records(file: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return whole[:, 0], whole[:, 4:].reshape(-1, *shape)
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))])
+# Chinese and English by fraction of the run, of which the parts together are about a half.
+PROGRESS_ROWS = 400
+BY_PROGRESS: list[dict[float | str, float]] = [{0.0: 0.2, 0.25: 0.9}, {0.0: 0.8, 0.25: 0.1}]
+SEEDS = [(seed, False) for seed in range(20)] + [(seed, True) for seed in range(12)]
+FAST = [(0, False), (1, False), (2, False), (3, False), (2, True)]
+
+
+def require_shares(sources_RS: NDArray[np.int64]) -> None:
+    """Compare the share of Chinese in every 64 rows with what their places in the run ask for."""
+    zh_RS, found_RS = sources_RS == 0, sources_RS >= 0
+    asked_R = np.interp(np.arange(len(sources_RS)) / PROGRESS_ROWS, list(map(float, BY_PROGRESS[0])), (0.2, 0.9))
+    for first in range(len(sources_RS) - 63):
+        window = slice(first, first + 64)
+        assert abs(zh_RS[window].sum() / found_RS[window].sum() - asked_R[window].mean()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("seed", "by_progress"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in SEEDS]
+)
 def test_no_row_is_lost_or_repeated(
     seed: int,
+    by_progress: bool,
     launcher: Launcher,
     arguments: Callable[..., dict[str, Any]],
     sources: list[Source],
@@ -211,7 +230,11 @@ def test_no_row_is_lost_or_repeated(
     draw = random.Random(seed)
     every_n_steps = draw.choice((2, 3, 5))
     data = arguments(
-        sources=[asdict(source) for source in sources],
+        sources=[
+            asdict(source) | ({"weight": weight} if by_progress else {})
+            for source, weight in zip(sources, BY_PROGRESS, strict=True)
+        ],
+        progress_rows=PROGRESS_ROWS,
         packing=PACKINGS[seed % len(PACKINGS)],
         num_streams=(1, 5, 8, 64)[seed % 4],
         sequence_length=draw.choice((16, 32, 100)),
@@ -231,3 +254,5 @@ def test_no_row_is_lost_or_repeated(
     expected = whole.finish("whole", Part(1, 0, 4, 1), steps=-(-len(trained) // 4))[: len(trained)]
     assert np.array_equal(trained, expected)
     assert len(np.unique(expected[:, 0], axis=0)) > len(expected) // 2  # rows that could be told apart
+    if by_progress and data["num_streams"] >= 8:
+        require_shares(trained[:, 4])

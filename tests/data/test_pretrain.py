@@ -230,6 +230,59 @@ def test_weights_in_bytes_ask_for_tokens_by_what_was_read(arguments: Arguments) 
     assert module.token_shares() == pytest.approx({"zh": 0.9, "en": 0.1}, abs=0.02)
 
 
+BY_PROGRESS: dict[float | str, float] = {0.0: 0.5, 0.2: 0.9}
+
+
+def scheduled(sources: list[Source], **changes: Any) -> dict[str, Any]:
+    return {"sources": [replace(sources[0], weight=BY_PROGRESS), sources[1]]} | changes
+
+
+def test_weights_by_progress_need_the_rows_of_the_run(arguments: Arguments, sources: list[Source]) -> None:
+    with pytest.raises(ValueError, match=r"`trainer.max_steps=-1`: a `weight` of `sources` is by fraction of the run"):
+        PretrainDataModule(**arguments(**scheduled(sources))).setup("fit")
+    evaluated = PretrainDataModule(**arguments(**scheduled(sources)))
+    evaluated.setup("validate")
+    assert len(evaluated.val_dataloader()) > 0
+
+
+def test_another_number_of_rows_is_named(arguments: Arguments, sources: list[Source]) -> None:
+    module = PretrainDataModule(**arguments(**scheduled(sources, progress_rows=4000)))
+    module.setup("fit")
+    state = module.state_dict()
+    assert state["order"]["progress_rows"] == 4000
+    assert state["order"]["weight of source zh"] == "0.0: 0.5, 0.2: 0.9"
+    other = PretrainDataModule(**arguments(**scheduled(sources, progress_rows=8000)))
+    other.setup("fit")
+    message = (
+        r"of 4,000 rows in the checkpoint and of 8,000 here\. To go on .*set `data\.init_args\.progress_rows=4000`"
+    )
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    same = PretrainDataModule(**arguments(**scheduled(sources, progress_rows=4000)))
+    same.setup("fit")
+    same.load_state_dict(state)
+
+
+def test_rows_of_the_run_are_those_of_the_trainer_s_steps(arguments: Arguments, sources: list[Source]) -> None:
+    module = PretrainDataModule(**arguments(**scheduled(sources)))
+    assert module.rows_of_progress(100, 16) == 1600
+    assert PretrainDataModule(**arguments()).rows_of_progress(-1, 16) is None
+    assert PretrainDataModule(**arguments(**scheduled(sources, progress_rows=7))).rows_of_progress(-1, 16) == 7
+
+
+def test_shares_asked_for_go_by_progress(arguments: Arguments, sources: list[Source]) -> None:
+    changes = scheduled(sources, progress_rows=1000)
+    changes["sources"][1] = replace(sources[1], weight={0.0: 0.5, 0.2: 0.1})
+    module = PretrainDataModule(**arguments(**changes))
+    module.setup("fit")
+    assert module.token_shares(64) == pytest.approx({"zh": 0.5, "en": 0.5})
+    batches = iter(module.train_dataloader())
+    for _ in range(100):  # of two rows
+        next(batches)
+    assert module.token_shares(2)["zh"] == pytest.approx(0.9 - 0.4 * 1.5 / 200)
+    assert module.token_shares()["zh"] == pytest.approx(0.7, abs=0.002)
+
+
 def test_missing_files(arguments: Arguments, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`sources\[0\].path='.*'` matches no file. Give a file, a folder"):
         PretrainDataModule(**arguments(sources=[Source("zh", f"{tmp_path}/*.jsonl")])).setup("fit")

@@ -1,6 +1,7 @@
 """What Lightning's flags do to the stream of training rows: which rows a run trains on, against the contract."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_mixcn.data import PretrainDataModule
@@ -65,6 +66,28 @@ def contract(arguments: Make) -> list[list[list[int]]]:
     data = PretrainDataModule(**arguments())
     data.setup("fit")
     return [batch["input_ids"].tolist() for batch in islice(data.train_dataloader(), 30)]
+
+
+class OtherSteps(Callback):
+    """Sets the steps of the run, as ByteBudget does."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = 4
+
+
+def test_weights_by_progress_take_the_rows_of_the_steps(arguments: Make, sources: list[Source], tmp_path: Path) -> None:
+    """Six steps of two micro-batches of two rows; a callback that changes the steps needs them given."""
+    by_progress = [replace(sources[0], weight={0.0: 0.1, 1.0: 0.9}), sources[1]]
+    planned = arguments(sources=by_progress)
+    given = PretrainDataModule(**planned, progress_rows=24)
+    given.setup("fit")
+    expected = [batch["input_ids"].tolist() for batch in islice(given.train_dataloader(), 12)]
+    assert fit(tmp_path, planned, accumulate_grad_batches=2).rows == expected
+    with pytest.raises(
+        ValueError, match=r"`trainer.max_steps` was 12 rows and a callback, .* has made it 8: fractions"
+    ):
+        fit(tmp_path, planned, callbacks=[OtherSteps()])
+    assert fit(tmp_path, planned | {"progress_rows": 24}, callbacks=[OtherSteps()]).rows == expected[:4]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

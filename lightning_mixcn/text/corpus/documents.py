@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, get_args
@@ -77,6 +77,11 @@ class StageDocuments:
         if stage not in _STAGES:
             raise UserError(f"`stage={stage!r}`: expected one of {', '.join(_STAGES)}")
         return [source.name for source in self._sources.get(f"{stage}_sources") or self._sources["sources"]]
+
+    @property
+    def by_progress(self) -> bool:
+        """True if the weight of a training source changes in the run."""
+        return any(isinstance(source.weight, Mapping) for source in self._sources["sources"])
 
     def describe(self) -> dict[str, int]:
         """Count documents and UTF-8 bytes of each set read, as ``<stage>/<source>/documents`` and ``bytes``."""

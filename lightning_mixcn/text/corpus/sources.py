@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
 
 from lightning_mixcn.arguments import Between, Filled, Name, check_arguments
 from lightning_mixcn.errors import UserError
@@ -29,7 +32,27 @@ _RECORDS: dict[str, Any] = {
 }
 
 
-Weight = Annotated[float, Between(0, 10**9, "(remove the source to leave it out)", excluded=(0,))]
+_LEAVE_OUT = "(remove the source to leave it out)"
+
+
+class ByProgress:
+    """Bound of weights by fractions of the run."""
+
+    def expected(self, value: Mapping[float | str, float]) -> str | None:
+        """Say what fractions and weights have to be."""
+        try:
+            fractions = [float(fraction) for fraction in value]
+        except ValueError:
+            fractions = []
+        is_increasing = all(first < second for first, second in itertools.pairwise(fractions))
+        if not fractions or not is_increasing or not 0 <= min(fractions) <= max(fractions) <= 1:
+            return "fractions of the run from 0 to 1 in increasing order, each with a weight, as {0.0: 0.5, 0.2: 0.9}"
+        return None if any(value.values()) else f"a weight of more than 0 at one of the fractions {_LEAVE_OUT}"
+
+
+_Fixed = Annotated[float, Between(0, 10**9, _LEAVE_OUT, excluded=(0,))]
+_Points = Annotated[dict[float | str, Annotated[float, Between(0, 10**9)]], ByProgress()]
+Weight = _Fixed | _Points
 Epochs = Annotated[int, Between(1, 10**6, "(null is for ever)")]
 DocumentBytes = Annotated[int, Between(1, 2**40, "byte")]
 Places = Annotated[str | list[Name], Filled("a file, a folder, a glob, or a list of these")]
@@ -46,7 +69,8 @@ class Source:
             `*` and `**`, one of these as an URL that fsspec has a driver for, such as `s3://bucket/zh/*.jsonl.gz`, or a
             list of these. A file is read once, however many of them lead to it.
         weight: Share of the training text relative to the other sources' weights, in tokens or, by the data module's
-            `weight_unit`, in bytes.
+            `weight_unit`, in bytes; or weights by fraction of the run, such as `{0.0: 0.5, 0.2: 0.9}`: linear between
+            them, constant before the first and after the last one.
         format: Format of the files; null tells it from each file's suffix, before `.gz`, `.zst`, `.bz2` or `.xz`.
             `json` is one array of records or of texts, which is held in memory while it is unpacked.
         text_key: JSON key, or parquet or Arrow column, that holds a document's text.
@@ -81,7 +105,8 @@ class ConversationSource:
         path: A file, a folder (searched recursively for known suffixes, through links too), a zip archive, a glob with
             `*` and `**`, one of these as an URL that fsspec has a driver for, or a list of these. A file is read once,
             however many of them lead to it.
-        weight: Share of the training tokens relative to the other sources' weights.
+        weight: Share of the training tokens relative to the other sources' weights; or weights by fraction of the run,
+            such as `{0.0: 0.5, 0.2: 0.9}`: linear between them, constant before the first and after the last one.
         format: Format of the files; null tells it from each file's suffix. `json` is one array of records, which is
             held in memory while it is unpacked.
         records: Form of the records; null tells it from each record's keys. `alpaca` has `instruction`, `input`,
@@ -176,7 +201,28 @@ def parse_sources(
                 "Give each source a name of its own, or one source a list of paths."
             )
         sources.append(source)
+    for fraction in sorted({fraction for source in sources for fraction in weight_points(source.weight)[0]}):
+        if not any(weight_at(source.weight, fraction) for source in sources):
+            raise UserError(
+                f"`{argument}`: at {fraction:g} of the run every `weight` is 0. Give one source a weight there"
+            )
     return tuple(sources)
+
+
+def weight_points(weight: Weight) -> tuple[list[float], list[float]]:
+    """Return the fractions of the run at which a weight is given, and the weights there; a constant one has one."""
+    if not isinstance(weight, Mapping):
+        return [0.0], [float(weight)]
+    return [float(fraction) for fraction in weight], [float(value) for value in weight.values()]
+
+
+def weight_at(weight: Weight, fraction: float) -> float:
+    """Return a weight at a fraction of the run.
+
+    >>> weight_at({0.0: 0.5, 0.2: 0.9}, 0.1)
+    0.7
+    """
+    return float(np.interp(fraction, *weight_points(weight)))
 
 
 def _check(source: AnySource, place: str) -> None:

@@ -1,10 +1,11 @@
 """Endless, deterministic streams of training rows, which can begin anywhere.
 
 Row k of a run is row ``k // num_streams`` of stream ``k % num_streams``; it depends on the sources, the seed, the
-number of streams, the sequence length and the packing, and not on ranks, loader workers or batch sizes. Each epoch of a
-source is a seeded permutation of its documents, dealt to the streams like cards. Which source a row is of follows from
-the row's number (`row_shares`); what padding or whole documents leave over is made up for in the stream's next rows.
-Each stream has one open document a source: a document that does not fit is cut and goes on in the source's next row.
+number of streams, the sequence length and the packing (where weights go by progress, also on the rows of the run), and
+not on ranks, loader workers or batch sizes. Each epoch of a source is a seeded permutation of its documents, dealt to
+the streams like cards. Which source a row is of follows from the row's number (`row_shares`); what padding or whole
+documents leave over is made up for in the stream's next rows. Each stream has one open document a source: a document
+that does not fit is cut and goes on in the source's next row.
 
 A stream's state is a few numbers: the document and the token at which each source continues, and what each was owed.
 No text is in it, and resuming reads no document but those.
@@ -37,6 +38,7 @@ from typing import (
 import numpy as np
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.text.corpus.sources import weight_at
 from lightning_mixcn.text.corpus.store import NAMED_PLACES
 
 from .batches import Row, RowSegment
@@ -62,6 +64,9 @@ _POOL_DOCUMENTS, _LEAST_POOL_DOCUMENTS = 64, 16
 # A document is not cut for the mixture's sake where less than this share of a row would be on either side of the cut.
 _LEAST_PART = 1 / 16
 
+# Rows, evenly spaced, that a mean of weights by progress is taken of.
+_SAMPLED_ROWS = 256
+
 # Dropped one after the other, so many mean that a source has none that fits: else a stream would seek for ever.
 _HOPELESS_DOCUMENTS = 1000
 
@@ -84,6 +89,7 @@ class StreamPlan:
         seed: Seed of the permutations.
         packing: Layout of documents in rows.
         weight_unit: Unit of the sources' weights; bytes of text are the same for every tokenizer.
+        progress_rows: Rows of the run, of which weights by progress are fractions; None where there are none.
     """
 
     documents: Sequence[TrainingDocuments]
@@ -93,11 +99,34 @@ class StreamPlan:
     seed: int
     packing: str = "documents"
     weight_unit: WeightUnit = "tokens"
+    progress_rows: int | None = None
 
     @cached_property
-    def weights(self) -> list[float]:
-        """Share of each source in `weight_unit` ``[sources]``; they sum to 1."""
-        weights = np.asarray([documents.corpus.source.weight for documents in self.documents], dtype=np.float64)
+    def by_progress(self) -> bool:
+        """True if a source's weight changes in the run."""
+        return any(isinstance(documents.corpus.source.weight, Mapping) for documents in self.documents)
+
+    def weights_at(self, row: int) -> list[float]:
+        """Return the share of each source in `weight_unit` at a row of the run ``[sources]``; they sum to 1."""
+        if not self.by_progress:
+            return self._first_weights
+        assert self.progress_rows is not None, "the data module knows them"
+        return self._weights(row / self.progress_rows)
+
+    def mean_weights(self, rows: range) -> list[float]:
+        """Return the mean of `weights_at` over rows of the run ``[sources]``, of the first row where there are none."""
+        if not self.by_progress or not rows:
+            return self.weights_at(rows.start)
+        sampled = rows[:: -(-len(rows) // _SAMPLED_ROWS)]
+        means: list[float] = np.mean([self.weights_at(row) for row in sampled], axis=0).tolist()
+        return means
+
+    @cached_property
+    def _first_weights(self) -> list[float]:
+        return self._weights(0.0)
+
+    def _weights(self, progress: float) -> list[float]:
+        weights = np.asarray([weight_at(documents.corpus.source.weight, progress) for documents in self.documents])
         shares: list[float] = (weights / weights.sum()).tolist()
         return shares
 
@@ -245,7 +274,10 @@ class RowStream:
     def _plan_row(self) -> None:
         """Set what each source is owed by the end of this row, in tokens, of the sources that have not ended."""
         live, length = self._live(), self._plan.sequence_length
-        shares, number = self._shares_of(live), self.position * self._plan.num_streams + self._index
+        number = self.position * self._plan.num_streams + self._index
+        shares = self._shares_of(live, self._plan.weights_at(number))
+        if self._plan.by_progress:
+            self._follow_weights(live, shares, max(0, number - self._plan.num_streams))
         # Rows that are padded hold fewer tokens, so their sources get more of them.
         is_padded = self._plan.encoder.keeps_whole
         fills = [self._plan.samples[source].fill if is_padded else 1.0 for source in live]
@@ -259,21 +291,36 @@ class RowStream:
             self._owed[source] = share * total + self._phases[source] - self._served[source]
         self._first = max(live, key=self._owed_to, default=None)
 
-    def token_shares(self) -> list[float]:
-        """Give the share of tokens that the weights ask for ``[sources]``, as if no source ended; they sum to 1."""
-        return self._shares_of(list(range(len(self._readers))))
+    def _follow_weights(self, live: list[int], shares: list[float], row_before: int) -> None:
+        """Move the phases so that what is owed is the sum of each row's share of that row, though shares change.
+
+        ``share * total`` takes the present share of all that was served. By summation by parts it is more than the sum
+        over the rows by each change of the share times the total before it, which the phases take back. The live
+        sources' phases sum to zero: what an ended one leaves is divided by the shares that they had.
+        """
+        before = self._shares_of(live, self._plan.weights_at(row_before))
+        total = sum(self._served[source] for source in live)
+        left = sum(self._phases[source] for source in live)
+        for source, share, earlier in zip(live, shares, before, strict=True):
+            self._phases[source] += (earlier - share) * total - earlier * left
+
+    def token_shares(self, weights: Sequence[float]) -> list[float]:
+        """Turn weights of sources into shares of tokens ``[sources]``, as if no source ended; they sum to 1."""
+        return self._shares_of(list(range(len(self._readers))), weights)
 
     def ended_sources(self) -> list[int]:
         """List the sources that have been read `max_epochs` times."""
         return sorted(set(range(len(self._readers))) - set(self._live()))
 
-    def _shares_of(self, live: list[int]) -> list[float]:
-        """Turn the weights of sources into shares of tokens, which sum to 1.
+    def _shares_of(self, live: list[int], weights_of: Sequence[float]) -> list[float]:
+        """Turn the weights of the live sources into shares of tokens, which sum to 1.
 
         Bytes are turned into tokens by what was read so far, and as if a row of the plan's estimate had been read
         before. A better estimate also corrects what was served before it.
         """
-        weights = [self._plan.weights[source] for source in live]
+        weights = [weights_of[source] for source in live]
+        if live and not any(weights):  # those that have a weight here have ended
+            return [1 / len(live)] * len(live)
         if self._plan.weight_unit == "bytes":
             first = self._plan.sequence_length
             for place, source in enumerate(live):
