@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from .lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_mixcn.data import InstructDataModule, PretrainDataModule
+    from lightning_mixcn.data import InstructDataModule, PreferenceDataModule, PretrainDataModule
     from lightning_mixcn.model import build_mixtral, build_moe, load_mixtral, load_moe
-    from lightning_mixcn.modules import CausalLMModule, InstructModule, PretrainModule
+    from lightning_mixcn.modules import CausalLMModule, InstructModule, PreferenceModule, PretrainModule
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,8 @@ __all__ = [
     "CausalLMModule",
     "InstructDataModule",
     "InstructModule",
+    "PreferenceDataModule",
+    "PreferenceModule",
     "PretrainDataModule",
     "PretrainModule",
     "__version__",
@@ -30,8 +32,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        ".data": ("InstructDataModule", "PretrainDataModule"),
+        ".data": ("InstructDataModule", "PreferenceDataModule", "PretrainDataModule"),
         ".model": ("build_mixtral", "build_moe", "load_mixtral", "load_moe"),
-        ".modules": ("CausalLMModule", "InstructModule", "PretrainModule"),
+        ".modules": ("CausalLMModule", "InstructModule", "PreferenceModule", "PretrainModule"),
     },
 )

@@ -2,6 +2,7 @@
 
 from .instruct import InstructDataModule
 from .module import StreamDataModule
+from .preference import PreferenceDataModule
 from .pretrain import PretrainDataModule
 
-__all__ = ["InstructDataModule", "PretrainDataModule", "StreamDataModule"]
+__all__ = ["InstructDataModule", "PreferenceDataModule", "PretrainDataModule", "StreamDataModule"]

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_mixcn.arguments import Name, RowTokens, Seed, Share, check_arguments
-from lightning_mixcn.errors import UserError
 from lightning_mixcn.text import (
     Answers,
     BadRecordPolicy,
     ChatTemplate,
     Conversations,
     ConversationSource,
-    Corpus,
     StageDocuments,
     TooLongPolicy,
     Turn,
@@ -21,9 +19,7 @@ from lightning_mixcn.text import (
     load_template,
 )
 
-from .module import BatchRows, EvaluationRows, ProgressRows, StreamDataModule, Streams, Workers
-
-_TRIED_CONVERSATIONS = 4096  # about a second and a half
+from .module import BatchRows, EvaluationRows, ProgressRows, StreamDataModule, Streams, Workers, try_template
 
 
 class InstructDataModule(StreamDataModule):
@@ -110,17 +106,12 @@ class InstructDataModule(StreamDataModule):
             stage: See `StreamDataModule.setup`.
 
         Raises:
-            ValueError: As there; or the template refuses one of the conversations tried (all of them, where
-                `on_bad_record` is `skip`). Of a source of more than 4,096, as many are tried, evenly spread; the others
-                are refused when they are met.
+            ValueError: As there; or the template refuses a conversation, see `try_template`.
         """
         is_first = self._plan is None
         super().setup(stage)
         if self._plan is not None and is_first:
-            encoder, sets = self.make_encoder(), self._documents.read("val", required=False)
-            corpora = [part.corpus for part in self._documents.training]
-            for corpus in [*corpora, *(part.corpus for part in sets if part.corpus not in corpora)]:
-                _try_template(corpus, encoder)
+            try_template(self._documents, self.make_encoder())
 
     @property
     def template(self) -> ChatTemplate:
@@ -135,20 +126,3 @@ class InstructDataModule(StreamDataModule):
         """Get the conversations of the set `val`, `test` or `predict`, by source; none if there is no such set."""
         sets = self._documents.read(stage, required=False)
         return [[load_conversation(part.text(index)) for index in range(len(part))] for part in sets]
-
-
-def _try_template(corpus: Corpus, encoder: Conversations) -> None:
-    """Find what a template refuses before hours of training have passed."""
-    refused = list[tuple[int, str]]()
-    tried = range(0, len(corpus), -(-len(corpus) // _TRIED_CONVERSATIONS))
-    for index in tried:
-        if (reason := encoder.refusal(corpus.text(index))) is not None:
-            if corpus.on_bad_record == "error":
-                corpus.refuse(index, reason)
-            refused.append((index, reason))
-    if len(refused) == len(tried):
-        index, reason = refused[0]
-        raise UserError(
-            f"The template refuses each of the {len(tried)} conversations of source {corpus.source.name!r} that were "
-            f"tried, such as {corpus.place(index)}: {reason}. Choose another `template`"
-        )

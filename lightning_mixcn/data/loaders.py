@@ -180,7 +180,8 @@ class TrainLoader:
         while True:
             parts = [next(chunks) for _ in range(max(1, self._num_workers))]
             tables = [part.table for part in parts]
-            arrays = collate_tables(tables, plan.sequence_length, isolated=plan.packing != "concatenate")
+            isolated, has_sides = plan.packing != "concatenate", plan.encoder.has_sides
+            arrays = collate_tables(tables, plan.sequence_length, isolated=isolated, has_sides=has_sides)
             for batch, ends in enumerate(zip(*(part.ends for part in parts), strict=True)):
                 if may_end and self._all_ranks_ended(all(end.exhausted for end in ends)):
                     return
@@ -411,4 +412,5 @@ class EvaluationLoader:
             start = (batch * self._num_ranks + self._rank) * self._micro_batch_size
             rows = self._set.rows[start : start + self._micro_batch_size]
             rows += [()] * (self._micro_batch_size - len(rows))
-            yield batch_tensors(collate_evaluation_rows(rows, self._set.sequence_length, self._set.padding_id))
+            length, padding_id, has_sides = self._set.sequence_length, self._set.padding_id, self._set.has_sides
+            yield batch_tensors(collate_evaluation_rows(rows, length, padding_id, has_sides=has_sides))

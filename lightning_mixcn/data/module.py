@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -35,6 +35,7 @@ Streams = Annotated[int, Between(1, 2**16, "(64 is a good number)")]
 Workers = Annotated[int, Between(0, 1024, "(0 tokenizes in the training process)")]
 EvaluationRows = Annotated[int, Between(1, 10**12, "(null for all)")]
 ProgressRows = Annotated[int, Between(1, 10**12, "(null for max_steps times the rows of a step)")]
+_TRIED_DOCUMENTS = 4096  # about a second and a half
 
 
 class StreamDataModule(LightningDataModule):
@@ -385,6 +386,42 @@ class StreamDataModule(LightningDataModule):
         shares = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         num_ranks, rank = (shares["num_replicas"], shares["rank"]) if shares else (1, 0)
         return RankShard(self.micro_batch_size, num_ranks, rank)
+
+
+class TemplateEncoder(Protocol):
+    """Encoder that writes documents with a chat template."""
+
+    def refusal(self, text: str) -> str | None:
+        """Return the reason why the template refuses a document, or None."""
+
+
+def try_template(documents: StageDocuments, encoder: TemplateEncoder) -> None:
+    """Find what a template refuses before hours of training have passed.
+
+    Args:
+        documents: Documents of a run whose training sources are read.
+        encoder: Encoder of its documents.
+
+    Raises:
+        ValueError: The template refuses one of the documents tried (all of them, where `on_bad_record` is `skip`). Of a
+            source of more than 4,096, as many are tried, evenly spread; the others are refused when they are met.
+    """
+    corpora = [part.corpus for part in documents.training]
+    held_out = documents.read("val", required=False)
+    for corpus in [*corpora, *(part.corpus for part in held_out if part.corpus not in corpora)]:
+        refused = list[tuple[int, str]]()
+        tried = range(0, len(corpus), -(-len(corpus) // _TRIED_DOCUMENTS))
+        for index in tried:
+            if (reason := encoder.refusal(corpus.text(index))) is not None:
+                if corpus.on_bad_record == "error":
+                    corpus.refuse(index, reason)
+                refused.append((index, reason))
+        if len(refused) == len(tried):
+            index, reason = refused[0]
+            raise UserError(
+                f"The template refuses each of the {len(tried)} conversations of source {corpus.source.name!r} that "
+                f"were tried, such as {corpus.place(index)}: {reason}. Choose another `template`"
+            )
 
 
 def _of_all_ranks(mine: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from .causal_lm import CausalLMModule
 from .instruct import InstructModule
+from .preference import PreferenceModule
 from .pretrain import PretrainModule
 from .schedule import WarmupCosine, WarmupStableDecay
 from .strategies import FSDP2Strategy
@@ -10,6 +11,7 @@ __all__ = [
     "CausalLMModule",
     "FSDP2Strategy",
     "InstructModule",
+    "PreferenceModule",
     "PretrainModule",
     "WarmupCosine",
     "WarmupStableDecay",

@@ -16,6 +16,7 @@ from .corpus.documents import (
 from .corpus.sources import (
     AnySource,
     ConversationSource,
+    PreferenceSource,
     Source,
     SourceKind,
     parse_sources,
@@ -33,6 +34,7 @@ from .rows.batches import (
 )
 from .rows.encoders import Answers, Conversations, DocumentEncoder, PlainText, TooLongPolicy
 from .rows.evaluation import EvaluationSet, evaluation_rows
+from .rows.preferences import Preferences, TooLongPairPolicy
 from .rows.streams import (
     PACKINGS,
     Packing,
@@ -58,6 +60,8 @@ __all__ = [
     "EvaluationSet",
     "Packing",
     "PlainText",
+    "PreferenceSource",
+    "Preferences",
     "RecordFormat",
     "Row",
     "RowStream",
@@ -69,6 +73,7 @@ __all__ = [
     "StreamPlan",
     "StreamState",
     "TextTokenizer",
+    "TooLongPairPolicy",
     "TooLongPolicy",
     "TrainingDocuments",
     "Turn",

@@ -240,7 +240,7 @@ def test_what_the_template_refuses_is_skipped_and_counted(strict: Make, caplog: 
 
 
 def test_what_is_refused_only_when_it_is_met_is_named_too(strict: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mixcn.data.instruct._TRIED_CONVERSATIONS", 1)
+    monkeypatch.setattr("lightning_mixcn.data.module._TRIED_DOCUMENTS", 1)
     data = strict(num_streams=1)
     data.setup("fit")
     with pytest.raises(ValueError, match=r"s\.jsonl` line (17|90): .*no system here"):

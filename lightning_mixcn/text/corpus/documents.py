@@ -33,7 +33,7 @@ class StageDocuments:
     their own are given.
 
     Args:
-        kind: `Source` or `ConversationSource`.
+        kind: Class of the sources.
         sources: Training sources.
         held_out: Sources of the stages `val` and `test`, and the share held out of `sources` where they are empty.
         predict_sources: Sources of the stage `predict`.

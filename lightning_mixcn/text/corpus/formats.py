@@ -9,6 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_mixcn.errors import UserError, one_line
+from lightning_mixcn.text.chat.preferences import (
+    LoneVerdictError,
+    Preference,
+    dump_preference,
+    read_preference,
+    with_mismatched_answers,
+)
 from lightning_mixcn.text.chat.records import (
     EmptyTurnError,
     dump_conversation,
@@ -54,6 +61,7 @@ def iterate_conversations(
     Raises:
         DamagedFileError: The file cannot be read any further.
     """
+    assert file.records != "preference"
     form = None if file.records == "any" else file.records
     unit = "row" if file.format in TABLES else "line"
     for number, record in _conversation_records(file, on_bad_record, on_read, tally):
@@ -72,6 +80,32 @@ def iterate_conversations(
                 tally.empty_records += 1
             else:
                 yield number, dump_conversation(turns)
+
+
+def iterate_preferences(
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, bytes]]:
+    """Read the preferences of a file in their order, as `iterate_conversations` reads conversations."""
+    read = _preferences(file, on_bad_record, on_read, tally)
+    try:
+        for number, preference in with_mismatched_answers(read):
+            yield number, dump_preference(preference)
+    except LoneVerdictError as error:
+        on_bad_record(UserError(f"`{file.path}`: {error}"))
+
+
+def _preferences(
+    file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
+) -> Iterator[tuple[int, Preference]]:
+    unit = "row" if file.format in TABLES else "line"
+    for number, record in _conversation_records(file, on_bad_record, on_read, tally):
+        try:
+            if not isinstance(record, Mapping):
+                raise UserError(f"expected an object, got a {type(record).__name__}")
+            yield number, read_preference(_renamed(record, file.columns, tally), dict(file.roles))
+        except ValueError as error:
+            told = _with_own_columns(str(error), record, file, tally) if isinstance(record, Mapping) else str(error)
+            on_bad_record(UserError(f"`{file.path}` {unit} {number}: {told}"))
 
 
 def _renamed(record: Mapping[str, Any], columns: Sequence[tuple[str, str]], tally: RecordTally) -> dict[str, Any]:
@@ -260,6 +294,8 @@ def _is_blank_utf8(encoded: bytes) -> bool:
 def _records(
     file: SourceFile, on_bad_record: OnBadRecord, on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, bytes]]:
+    if file.records == "preference":
+        return iterate_preferences(file, on_bad_record, on_read, tally)
     if file.records:
         return iterate_conversations(file, on_bad_record, on_read, tally)
     if file.format in TABLES:

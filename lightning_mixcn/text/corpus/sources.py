@@ -13,6 +13,7 @@ import numpy as np
 from lightning_mixcn.arguments import Between, Filled, Name, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.masking import MASK
+from lightning_mixcn.text.chat.preferences import PREFERENCE_KEYS
 from lightning_mixcn.text.chat.records import OBEYED_KEYS, RecordFormat
 from lightning_mixcn.text.chat.turns import Role
 
@@ -92,6 +93,7 @@ class Source:
     max_document_bytes: DocumentBytes = MAX_DOCUMENT_BYTES
 
     suffixes: ClassVar[dict[str, TextFormat]] = {**_RECORDS, ".txt": "text", ".text": "text"}
+    keys: ClassVar[frozenset[str]] = frozenset({DEFAULT_KEY})
     records: ClassVar[None] = None
     roles: ClassVar[None] = None
 
@@ -132,12 +134,50 @@ class ConversationSource:
     max_document_bytes: DocumentBytes = MAX_DOCUMENT_BYTES
 
     suffixes: ClassVar[dict[str, RecordFileFormat]] = _RECORDS
+    keys: ClassVar[frozenset[str]] = OBEYED_KEYS
     text_key: ClassVar[str] = ""
     document_unit: ClassVar[DocumentUnit] = "file"
 
 
-AnySource = Source | ConversationSource
-SourceKind = TypeVar("SourceKind", Source, ConversationSource)
+@dataclass(frozen=True)
+class PreferenceSource:
+    """A named set of files of answers that were compared or judged.
+
+    Args:
+        name: Short name, unique in its list; it appears in TensorBoard tags such as `val/<name>/accuracy`.
+        path: A file, a folder (searched recursively for known suffixes, through links too), a zip archive, a glob with
+            `*` and `**`, one of these as an URL that fsspec has a driver for, or a list of these. A file is read once,
+            however many of them lead to it.
+        weight: Share of the training tokens relative to the other sources' weights.
+        format: Format of the files; null tells it from each file's suffix. `json` is one array of records, which is
+            held in memory while it is unpacked.
+        roles: Meanings of the records' roles, as `user`, `assistant` or `system`, beside those known (human, user, gpt,
+            chatgpt, assistant, system), such as `{tool: user, developer: system}`.
+        max_epochs: Times that the training set of this source is read before it stops; null repeats it for ever.
+        columns: Names that the records have for keys that are read, such as `{prompt: question, chosen: better,
+            rejected: worse}`.
+        max_document_bytes: Largest size of a record, in bytes of UTF-8; a larger one is a bad record, of which no more
+            than this is held in memory.
+    """
+
+    name: Name
+    path: Places
+    weight: Weight = 1.0
+    format: RecordFileFormat | None = None
+    roles: dict[str, Role] | None = None
+    max_epochs: Epochs | None = None
+    columns: dict[str, Name] | None = None
+    max_document_bytes: DocumentBytes = MAX_DOCUMENT_BYTES
+
+    suffixes: ClassVar[dict[str, RecordFileFormat]] = _RECORDS
+    keys: ClassVar[frozenset[str]] = PREFERENCE_KEYS
+    records: ClassVar[Literal["preference"]] = "preference"
+    text_key: ClassVar[str] = ""
+    document_unit: ClassVar[DocumentUnit] = "file"
+
+
+AnySource = Source | ConversationSource | PreferenceSource
+SourceKind = TypeVar("SourceKind", Source, ConversationSource, PreferenceSource)
 
 
 @dataclass(frozen=True)
@@ -149,7 +189,8 @@ class SourceFile:
         format: Format of the file, given or known by its suffix.
         text_key: JSON key, or parquet or Arrow column, of the text.
         document_unit: Unit of a text file that is one document.
-        records: Form of the records if they are conversations, `any` to read each as what it is; None if they are text.
+        records: Form of the records if they are conversations, `any` to read each as what it is; `preference` if they
+            have answers that were compared; None if they are text.
         roles: Pairs of a role of the records and what it means.
         columns: For conversations, pairs of a key that their form expects and the records' name of it.
         max_document_bytes: Largest size of a record and of its text.
@@ -159,7 +200,7 @@ class SourceFile:
     format: TextFormat | RecordFileFormat
     text_key: str
     document_unit: DocumentUnit
-    records: RecordFormat | Literal["any"] | None = None
+    records: RecordFormat | Literal["any", "preference"] | None = None
     roles: tuple[tuple[str, str], ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     max_document_bytes: int = MAX_DOCUMENT_BYTES
@@ -173,7 +214,7 @@ def parse_sources(
     Args:
         entries: Sources, or mappings with their fields.
         argument: Name of the argument they came from, for errors.
-        kind: `Source` or `ConversationSource`.
+        kind: Class of the sources.
 
     Returns:
         The sources in the same order.
@@ -229,7 +270,7 @@ def _check(source: AnySource, place: str) -> None:
     check_arguments(type(source), vars(source), f"{place}.")
     if MASK in str(source.path):
         raise UserError(f"`{place}.path={source.path!r}` is masked, as a run wrote it. Give the whole URL again")
-    renamed = sorted({DEFAULT_KEY} if isinstance(source, Source) else OBEYED_KEYS)
+    renamed = sorted(source.keys)
     keyed = not isinstance(source, Source) or not source.columns or source.text_key == DEFAULT_KEY
     expectations = {
         "name": ("/" not in source.name, "a name without a slash (it is part of TensorBoard tags)"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_mixcn.errors import UserError, one_line
+from lightning_mixcn.text.chat.preferences import PREFERENCE_KEYS
 from lightning_mixcn.text.chat.records import RECORD_KEYS
 
 from .reading import DamagedFileError, OnRead, open_file
@@ -174,8 +175,8 @@ def _as_bytes(column: Any) -> Any:
 def _wanted_columns(file: SourceFile, names: list[str]) -> list[str]:
     """Choose the column of the text, or those of records; a table may have others, of any type and size."""
     if file.records:
-        renamed = {name for _, name in file.columns}
-        return [name for name in names if name in RECORD_KEYS or name in renamed]
+        read = {*RECORD_KEYS, *PREFERENCE_KEYS, *(name for _, name in file.columns)}
+        return [name for name in names if name in read]
     if file.text_key not in names:
         raise MissingColumnError(
             f"`{file.path}` has no column {file.text_key!r}. Set the source's `columns.text` or `text_key` to one of "

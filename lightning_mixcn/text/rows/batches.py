@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IGNORED_LABEL = -100
-_SEGMENT_DTYPES = (np.int64, np.int32, np.int16, np.bool_)
+_SEGMENT_DTYPES = (np.int64, np.int32, np.int16, np.bool_, np.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class RowSegment:
             in the evaluation set.
         offset: Tokens of the document before this segment; not 0 in a continuation.
         learned: Mask of the tokens that may be labels ``[n]``, bool; None means all.
+        parts: Tokens and side of each answer, where the segment holds answers that are isolated from each other (see
+            `Preferences`); their tokens are all of the segment's.
     """
 
     tokens: NDArray[np.int32]
@@ -35,6 +37,7 @@ class RowSegment:
     document: int
     offset: int
     learned: NDArray[np.bool_] | None = field(default=None, kw_only=True)
+    parts: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
 
     def part(self, start: int, stop: int) -> RowSegment:
         """Cut out tokens ``[start, stop)``."""
@@ -81,6 +84,7 @@ class RowTable(NamedTuple):
         numbers: Number of each segment in its row ``[n]``, int32, and -1 for padding.
         sources: Source of each segment ``[n]``, int16, and -1 for padding.
         continued: Mask of the segments whose document began in an earlier row ``[n]``, bool.
+        sides: Side of each segment that is an answer, see `Answer`, else 0 ``[n]``, int8.
         learned: Mask of the tokens that may be labels ``[R * S]``, bool; False on padding.
     """
 
@@ -90,6 +94,7 @@ class RowTable(NamedTuple):
     numbers: NDArray[np.int32]
     sources: NDArray[np.int16]
     continued: NDArray[np.bool_]
+    sides: NDArray[np.int8]
     learned: NDArray[np.bool_]
 
     @classmethod
@@ -102,26 +107,30 @@ class RowTable(NamedTuple):
             padding_id: Token id under the padding.
         """
         tokens, learned = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
-        segments: list[tuple[int, int, int, bool]] = []  # length, number, source, continued
+        segments: list[tuple[int, int, int, bool, int]] = []  # length, number, source, continued, side
         for _, row in rows:
             tokens += [part.tokens for part in row]
             learned += [np.ones(len(part.tokens), np.bool_) if part.learned is None else part.learned for part in row]
-            segments += [(len(part.tokens), number, part.source, part.offset > 0) for number, part in enumerate(row)]
+            pieces = [(piece, part) for part in row for piece in part.parts or ((len(part.tokens), 0),)]
+            segments += [
+                (length, number, part.source, part.offset > 0, side)
+                for number, ((length, side), part) in enumerate(pieces)
+            ]
             if space := sequence_length - sum(len(part.tokens) for part in row):
                 tokens.append(np.full(space, padding_id, dtype=np.int32))
                 learned.append(np.zeros(space, dtype=np.bool_))
-                segments.append((space, -1, -1, False))
-        columns = zip(*segments, strict=True) if segments else ((), (), (), ())
+                segments.append((space, -1, -1, False, 0))
+        columns = zip(*segments, strict=True) if segments else ((), (), (), (), ())
         arrays: list[NDArray[Any]] = [
             np.array(values, dtype) for values, dtype in zip(columns, _SEGMENT_DTYPES, strict=True)
         ]
-        lengths, numbers, sources, continued = arrays
+        lengths, numbers, sources, continued, sides = arrays
         places = np.array([place for place, _ in rows], dtype=np.int64)
-        return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, np.concatenate(learned))
+        return cls(places, np.concatenate(tokens), lengths, numbers, sources, continued, sides, np.concatenate(learned))
 
 
 def collate_rows(
-    rows: Sequence[Row], sequence_length: int, padding_id: int, *, isolated: bool = True
+    rows: Sequence[Row], sequence_length: int, padding_id: int, *, isolated: bool = True, has_sides: bool = False
 ) -> dict[str, NDArray[Any]]:
     """Lay rows out as the arrays of a batch.
 
@@ -135,21 +144,23 @@ def collate_rows(
         padding_id: Token id under the padding.
         isolated: True to begin positions at 0 with each segment, which isolates it; else they run through the row, and
             only the row's first label is ignored.
+        has_sides: Documents are answers: give their ``sides``.
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` int64, ``document_ids`` int32, ``source_ids`` int16 and
-        ``continuation_mask`` bool (the token's document began in an earlier row), ``[B, S]``.
+        ``continuation_mask`` bool (the token's document began in an earlier row), ``[B, S]``; for answers ``sides``
+        int8, too, 0 on padding.
     """
     table = RowTable.of(list(enumerate(rows)), sequence_length, padding_id)
-    return collate_tables([table], sequence_length, isolated=isolated)
+    return collate_tables([table], sequence_length, isolated=isolated, has_sides=has_sides)
 
 
 def collate_tables(
-    tables: Sequence[RowTable], sequence_length: int, *, isolated: bool = True
+    tables: Sequence[RowTable], sequence_length: int, *, isolated: bool = True, has_sides: bool = False
 ) -> dict[str, NDArray[Any]]:
     """Lay out the rows of a batch as `collate_rows` does, from tables that have some of them each."""
     table = tables[0] if len(tables) == 1 else RowTable(*map(np.concatenate, zip(*tables, strict=True)))
-    places, tokens, lengths, numbers, sources, continued, learned = table
+    places, tokens, lengths, numbers, sources, continued, sides, learned = table
     begins = np.cumsum(lengths) - lengths
     positions_restart = isolated | (numbers < 0) | (begins % sequence_length == 0)
     origins = np.maximum.accumulate(np.where(positions_restart, begins, 0))  # where position 0 of a segment is
@@ -170,12 +181,13 @@ def collate_tables(
         "position_ids": np.arange(len(tokens)) - np.repeat(origins, lengths),
         "source_ids": np.repeat(sources, lengths),
         "continuation_mask": np.repeat(continued, lengths),
+        **({"sides": np.repeat(sides, lengths)} if has_sides else {}),
     }
     return {name: in_order(values) for name, values in arrays.items()}
 
 
 def collate_evaluation_rows(
-    rows: Sequence[ScoredRow], sequence_length: int, padding_id: int
+    rows: Sequence[ScoredRow], sequence_length: int, padding_id: int, *, has_sides: bool = False
 ) -> dict[str, NDArray[Any]]:
     """Lay rows for evaluation out as the arrays of a batch.
 
@@ -183,13 +195,14 @@ def collate_evaluation_rows(
         rows: B rows of at most `sequence_length` tokens; an empty row is all padding.
         sequence_length: S.
         padding_id: Token id under the padding.
+        has_sides: Documents are answers: give their ``sides``.
 
     Returns:
         The arrays of `collate_rows`, and ``label_bytes`` int32 (bytes of text credited to each label; a document's
         sum to its UTF-8 bytes), ``text_mask`` bool (the label is text: not EOS, not ignored) and ``document_index``
         int64 (in the evaluation set, -1 on padding), all ``[B, S]``.
     """
-    batch = collate_rows(rows, sequence_length, padding_id)
+    batch = collate_rows(rows, sequence_length, padding_id, has_sides=has_sides)
     shape = (len(rows), sequence_length)
     batch["label_bytes"] = np.zeros(shape, dtype=np.int32)
     batch["text_mask"] = np.zeros(shape, dtype=np.bool_)

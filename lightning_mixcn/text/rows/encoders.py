@@ -31,12 +31,14 @@ class EncodedDocument:
         learned: Mask of the tokens that are labels ``[n]``, bool; None means all.
         too_long: Treatment of a document that was longer than a row; None if it was not.
         refused: Reason why the document cannot be encoded; it has no tokens then.
+        parts: Tokens and side of each answer that it consists of, see `RowSegment`.
     """
 
     tokens: NDArray[np.int32]
     learned: NDArray[np.bool_] | None = None
     too_long: Literal["dropped", "shortened"] | None = None
     refused: str | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class ScoredDocument:
         is_text: Mask of the tokens that are text, and no control tokens ``[n]``, bool.
         learned: Mask of the tokens that are scored ``[n]``, bool; None means all.
         refused: Reason why the document cannot be encoded; it has no tokens then.
+        parts: Tokens and side of each answer that it consists of, see `RowSegment`.
     """
 
     tokens: NDArray[np.int32]
@@ -56,6 +59,7 @@ class ScoredDocument:
     is_text: NDArray[np.bool_]
     learned: NDArray[np.bool_] | None = None
     refused: str | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 class DocumentEncoder(Protocol):
@@ -72,6 +76,10 @@ class DocumentEncoder(Protocol):
     @property
     def keeps_whole(self) -> bool:
         """True if rows must not cut a document; no document is longer than a row then."""
+
+    @property
+    def has_sides(self) -> bool:
+        """True if documents are answers that were compared or judged, see `Preferences`."""
 
     def encode(self, text: str) -> EncodedDocument:
         """Encode a document of a corpus."""
@@ -90,6 +98,7 @@ class PlainText:
 
     tokenizer: TextTokenizer
     keeps_whole = False
+    has_sides = False
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -145,6 +154,7 @@ class Conversations:
     on_too_long: TooLongPolicy = "cut_at_turn"
     answers: Answers = "all"
     keeps_whole = True
+    has_sides = False
 
     @property
     def fingerprint(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_mixcn.text.corpus.store import NAMED_PLACES
 
@@ -32,7 +32,7 @@ class EvaluationSet:
     ) -> None:
         """Tokenize the documents."""
         self.sequence_length = sequence_length
-        self.padding_id = encoder.padding_id
+        self.padding_id, self.has_sides = encoder.padding_id, encoder.has_sides
         self._documents = documents
         self._firsts = [0, *accumulate(len(part) for part in documents)]
         self.rows: list[ScoredRow] = []
@@ -108,6 +108,5 @@ def _scored_documents(
                     documents.corpus.refuse(documents.indices[index], document.refused)
             if len(document.tokens):
                 labels = document.label_bytes, document.is_text
-                yield ScoredSegment(
-                    document.tokens, source, first_document + index, 0, *labels, learned=document.learned
-                )
+                masks: Any = {"learned": document.learned, "parts": document.parts}
+                yield ScoredSegment(document.tokens, source, first_document + index, 0, *labels, **masks)

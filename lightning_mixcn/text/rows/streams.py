@@ -494,7 +494,8 @@ class _Reader:
     def _cut(self, document: EncodedDocument, number: int, offset: int, space: int) -> RowSegment:
         part = slice(offset, offset + space)
         learned = None if document.learned is None else document.learned[part]
-        return RowSegment(document.tokens[part], self._source, number, offset, learned=learned)
+        # Answers stay whole, so a segment has all of its document's.
+        return RowSegment(document.tokens[part], self._source, number, offset, learned=learned, parts=document.parts)
 
     def _count_too_long(self, document: EncodedDocument) -> None:
         self.too_long[0] += document.too_long == "dropped"

@@ -1,0 +1,180 @@
+"""The model that preference optimisation stays near: the trained one as it was before the first step.
+
+It is never a second model. The frozen weights, in 4 bits, are shared; what differs is what trains, and of that there
+are three ways to have the start: leave it out where it adds nothing yet (a new adapter), keep a copy (a continued
+adapter, trained embeddings), or compute the log-probabilities of all answers before the first step.
+
+Legend: B rows, S positions of a row.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.atomic import new_file
+from lightning_mixcn.files.safetensors import SafetensorsFile, write_safetensors
+from lightning_mixcn.metrics import scored_positions
+from lightning_mixcn.model.lora.attach import LoraFrozenLinear
+from lightning_mixcn.model.sharding import local_shard
+
+FILE = "reference.safetensors"
+_TENSORS = {"start": torch.uint8, "answers": torch.int64, "log_probabilities": torch.float64}
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Compute with the frozen base alone.
+
+    PEFT's own `disable_adapter` also freezes the factors for the time being, which sharded ones do not survive.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraFrozenLinear)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class StartingValues:
+    """A copy of what trains, of this rank's shards, in the compute dtype.
+
+    That is the dtype in which factors take part in a product, so nothing is lost; trained embeddings likewise.
+
+    Args:
+        model: The model before its first step.
+        dtype: Compute dtype.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Copy the values."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._copies = [(parameter, local_shard(parameter)[0].to(dtype, copy=True)) for parameter in trained]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Compute with the starting values; the present ones come back bit for bit."""
+        with torch.no_grad():
+            present = [local_shard(parameter)[0].clone() for parameter, _ in self._copies]
+            for parameter, start in self._copies:
+                local_shard(parameter)[0].copy_(start)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (parameter, _), values in zip(self._copies, present, strict=True):
+                    local_shard(parameter)[0].copy_(values)
+
+
+def answer_keys(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, slice, int]]:
+    """Name the answers of a batch on the CPU by what they are.
+
+    Yields:
+        Row and positions of an answer with its prompt, and a hash of its tokens and of which are labels, an int64.
+    """
+    ids, documents = batch["input_ids"].numpy(), batch["document_ids"].numpy()
+    scored = scored_positions(batch["labels"]).numpy()
+    for row in range(len(ids)):
+        edges = np.flatnonzero(np.diff(documents[row], prepend=-2, append=-2)).tolist()
+        for start, stop in pairwise(edges):
+            own = slice(start, stop)
+            if documents[row, start] >= 0 and scored[row, own].any():
+                content = ids[row, own].tobytes() + scored[row, own].tobytes()
+                key = hashlib.blake2b(content, digest_size=8).digest()
+                yield row, own, int.from_bytes(key, "little", signed=True)
+
+
+def log_probabilities(nll_BS: Tensor, batch: Mapping[str, Tensor]) -> dict[int, float]:
+    """Return the log-probability of each answer of a batch in nats, by its key of `answer_keys`.
+
+    Args:
+        nll_BS: Loss of each label, 0 where there is none, on any device.
+        batch: The batch on the CPU.
+    """
+    sums_BS = nll_BS.detach().double().cpu()
+    return {key: -float(sums_BS[row, own].sum()) for row, own, key in answer_keys(batch)}
+
+
+class PrecomputedReference:
+    """Log-probabilities of every answer of a run, by what the answer is.
+
+    Args:
+        answers: Log-probability in nats by key of `answer_keys`.
+    """
+
+    def __init__(self, answers: Mapping[int, float]) -> None:
+        """Keep the values."""
+        self._answers = answers
+
+    def nll(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return float32 ``[B, S]``: minus an answer's log-probability at its last position, else 0.
+
+        Args:
+            batch: A batch on the CPU.
+
+        Raises:
+            ValueError: an answer is not among those computed.
+        """
+        nll_BS = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
+        for row, own, key in answer_keys(batch):
+            if key not in self._answers:
+                raise UserError(
+                    f"`reference: precompute`: {FILE} lacks an answer: the text, the template or the tokenizer is "
+                    "another than when it was written. Begin a new run"
+                )
+            nll_BS[row, own.stop - 1] = -self._answers[key]
+        return nll_BS
+
+    def write(self, path: Path, start: bytes) -> None:
+        """Write the values.
+
+        Args:
+            path: File to make or replace.
+            start: Digest of what they were computed with.
+        """
+        keys = sorted(self._answers)
+        tensors = {
+            "start": torch.tensor(list(start), dtype=torch.uint8),
+            "answers": torch.tensor(keys, dtype=torch.int64),
+            "log_probabilities": torch.tensor([self._answers[key] for key in keys], dtype=torch.float64),
+        }
+        with new_file(path, replace=True) as unfinished:
+            write_safetensors(unfinished, tensors, with_sum=True)
+
+    @classmethod
+    def read(cls, path: Path, start: bytes) -> Self:
+        """Read what `write` has written.
+
+        Args:
+            path: The file.
+            start: Digest of what this run computes with.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is broken, or was computed with something else.
+        """
+        file = SafetensorsFile(path)
+        if {name: entry.dtype for name, entry in file.entries.items()} != _TENSORS:
+            raise UserError(f"{str(path)!r} holds no log-probabilities of a reference. Restore it from a copy")
+        file.check_sum()
+        if bytes(file.read("start").tolist()) != start:
+            raise UserError(
+                f"`reference: precompute`: {str(path)!r} was computed with another base, adapter, text or template. "
+                "Restore the file of this run, or begin a new one"
+            )
+        return cls(dict(zip(file.read("answers").tolist(), file.read("log_probabilities").tolist(), strict=True)))
+
+
+def digest(*parts: Any) -> bytes:
+    """Return 16 bytes that depend on plain values."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).digest()
