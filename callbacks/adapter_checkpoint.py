@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 
 from lightning_mixcn.arguments import Name, check_arguments
-from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.data import InstructDataModule, PreferenceDataModule
 from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.files.atomic import new_folder, write_json
 from lightning_mixcn.files.hub import local_folder
@@ -59,7 +59,7 @@ class RunFiles:
         module: The module.
 
     Attributes:
-        chat: Layout of answers; ``None`` if the data are not an `InstructDataModule`.
+        chat: Layout of answers; ``None`` if the data are no answers.
     """
 
     def __init__(self, trainer: Trainer, module: CausalLMModule) -> None:
@@ -72,13 +72,13 @@ class RunFiles:
             self._tokenizer = load_tokenizer(self._source)
         self._is_read_right: bool | None = None
         self.chat: ChatFormat | None = None
-        if isinstance(data, InstructDataModule):
+        if isinstance(data, InstructDataModule | PreferenceDataModule):
             template, tokenizer = data.template, data.tokenizer
             ends = tuple(sorted(template.stop_ids(tokenizer)))
             self.chat = ChatFormat(portable_source(template, tokenizer), ends, data.template_name)
 
     def write(self, folder: Path) -> None:
-        """Write all of them. After an `InstructDataModule`, template and end tokens are those of the answers."""
+        """Write all of them. After training on answers, template and end tokens are those of the answers."""
         # As they are: transformers would write some of the tokenizer's files differently.
         for file in tokenizer_files(self._source):
             shutil.copyfile(file, folder / file.name)
@@ -94,7 +94,7 @@ class RunFiles:
             write_json(folder / GENERATION_FILE, settings)
 
     def _generation_settings(self) -> dict[str, Any] | None:
-        """Return those beside the tokenizer, else the base's; after an `InstructDataModule` with an answer's end."""
+        """Return those beside the tokenizer, else the base's; after training on answers with an answer's end."""
         files = [place / GENERATION_FILE for place in (self._source, self._base)]
         found = next((file for file in files if file.is_file()), None)
         settings: dict[str, Any] = {} if found is None else read_generation(found)

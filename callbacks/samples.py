@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mixcn.arguments import Between, Filled, Name, NewTokens, Seed, Steps, check_arguments
-from lightning_mixcn.data import InstructDataModule
+from lightning_mixcn.data import InstructDataModule, PreferenceDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
@@ -242,11 +242,11 @@ class SampleAnswers(PeriodicSampling):
         self.write(trainer, records, shown)
 
 
-def _data(trainer: Trainer) -> InstructDataModule:
+def _data(trainer: Trainer) -> InstructDataModule | PreferenceDataModule:
     data: Any = getattr(trainer, "datamodule", None)
-    if not isinstance(data, InstructDataModule):
+    if not isinstance(data, InstructDataModule | PreferenceDataModule):
         raise UserError(
-            f"SampleAnswers needs an InstructDataModule, got {type(data).__name__}. Use SampleText for plain text"
+            f"SampleAnswers needs an InstructDataModule or a PreferenceDataModule, got {type(data).__name__}. Use SampleText for plain text"
         )
     return data
 

@@ -143,7 +143,7 @@ def test_a_run_accepts_a_yaml(page: Path, snippet: str, folder: Path) -> None:
         content = {"data": {"init_args": content}}
     assert content.keys() <= {"model", "data", "trainer"}
     module = content.get("model", {}).get("class_path", "PretrainModule")
-    base = "instruct" if module == "InstructModule" else "pretrain"
+    base = {"InstructModule": "instruct", "PreferenceModule": "preference"}.get(module, "pretrain")
     (folder / "snippet.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     # What a snippet leaves out comes from a shipped configuration.
     whole = [] if content.keys() == {"model", "data", "trainer"} else ["--config", f"configs/{base}_mixtral_8x7b.yaml"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,13 @@ from lightning_mixcn.text.chat.preferences import CHOSEN, load_preference
 
 from .loaders import batch_tensors
 from .module import BatchRows, EvaluationRows, StreamDataModule, Streams, Workers, try_template
+
+
+class ReferenceLosses(Protocol):
+    """Losses of the answers under the model that a run began with."""
+
+    def nll(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return those of a batch on the CPU, ``[B, S]`` float32; an answer's sum may be at any one of its places."""
 
 
 class PreferenceDataModule(StreamDataModule):
@@ -95,6 +102,7 @@ class PreferenceDataModule(StreamDataModule):
         )
         self.template_name = template
         self.on_too_long = on_too_long
+        self.reference: ReferenceLosses | None = None  # computed before the first step, by the module
 
     def setup(self, stage: str | None = None) -> None:
         """Do what every data module does, and try the template on pairs of each source before training.
@@ -109,6 +117,12 @@ class PreferenceDataModule(StreamDataModule):
         super().setup(stage)
         if self._plan is not None and is_first:
             try_template(self._documents, self.make_encoder())
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Add ``reference_nll``, where it was computed before the first step."""
+        if self.reference is None:
+            return batch
+        return batch | batch_tensors({"reference_nll": self.reference.nll(batch).numpy()})
 
     @property
     def template(self) -> ChatTemplate:

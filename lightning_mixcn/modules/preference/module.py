@@ -84,7 +84,6 @@ class PreferenceModule(CausalLMModule):
         )
         self.sft_weight, self.reference = sft_weight, reference
         self._start: StartingValues | None = None
-        self._precomputed: PrecomputedReference | None = None
         self._sums: Tensor | None = None
 
     # ---- the reference ----
@@ -134,11 +133,11 @@ class PreferenceModule(CausalLMModule):
             path = Path(trainer.default_root_dir, FILE)
             start = digest(self._start_digest.hex(), data.order())
             if self.steps_trained:
-                self._precomputed = PrecomputedReference.read(path, start)
+                data.reference = PrecomputedReference.read(path, start)
             else:
-                self._precomputed = self._precompute(data)
+                data.reference = self._precompute(data)
                 if trainer.is_global_zero and not trainer.fast_dev_run:
-                    self._precomputed.write(path, start)
+                    data.reference.write(path, start)
 
     @torch.no_grad()
     def _precompute(self, data: Any) -> PrecomputedReference:
@@ -156,12 +155,6 @@ class PreferenceModule(CausalLMModule):
             torch.distributed.all_gather_object(gathered, found)
             found = {key: value for part in gathered for key, value in part.items()}
         return PrecomputedReference(found)
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Add the reference's precomputed log-probabilities, while the batch is on the CPU."""
-        if self._precomputed is not None and "sides" in batch:
-            return batch | {"reference_nll": self._precomputed.nll(batch)}
-        return batch
 
     def with_reference(self, batch: Batch) -> Batch:
         """Add ``reference_nll`` to a batch: float32 ``[B, S]``, loss of each label under the reference, 0 without one.

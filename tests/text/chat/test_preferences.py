@@ -65,8 +65,8 @@ def test_earlier_turns_and_a_system_prompt_belong_to_the_prompt() -> None:
     expected = [Turn("system", "Be brief."), Turn("user", "Why?"), Turn("assistant", "Hm."), Turn("user", "Well?")]
     told = {"system": "Be brief.", "prompt": turns, **PAIR}
     assert read_preference(told).prompt == expected
-    assert read_preference({"chosen": [{"role": "system", "content": "Be brief."}, *turns, GOOD],
-                            "rejected": [{"role": "system", "content": "Be brief."}, *turns, BAD]}).prompt == expected  # fmt: skip
+    said = [{"role": "system", "content": "Be brief."}, *turns]
+    assert read_preference({"chosen": [*said, GOOD], "rejected": [*said, BAD]}).prompt == expected
     alpaca = {"system": "Be brief.", "instruction": "Well?", "history": [["Why?", "Hm."]], **PAIR}
     assert read_preference(alpaca).prompt == expected
 
@@ -90,23 +90,23 @@ def test_an_answer_with_a_verdict(record: dict[str, Any]) -> None:
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no answers": ({"prompt": "Why?"}, "its keys are 'prompt': expected either `chosen` and `rejected`, or"),
     "one side": ({"prompt": "Why?", "chosen": "So."}, "no key `rejected` beside `chosen`. Give both"),
-    "two forms": ({"prompt": "Why?", **PAIR, "label": True}, "has `chosen` and `rejected` and `label`: expected either"),
+    "two forms": ({"prompt": "Why?", **PAIR, "label": True}, "has `chosen` and `rejected` and `label`: expected"),
     "the same": ({"prompt": "Why?", "chosen": "So.", "rejected": "So. "}, "answer are the same, 'So.': nothing is"),
     "empty": ({"prompt": "Why?", "chosen": "So.", "rejected": " \n"}, "the rejected answer is empty. Write it"),
-    "empty prompt": ({"prompt": [{"role": "user", "content": " "}], **PAIR}, "turn 0 of the prompt, the user's, is empty"),
+    "empty prompt": ({"prompt": [USER | {"content": " "}], **PAIR}, "turn 0 of the prompt, the user's, is empty"),
     "no prompt": (PAIR, "no prompt: expected `prompt`, `messages`, `conversations` or `instruction`"),
     "two prompts": ({"prompt": "Why?", "instruction": "How?", **PAIR}, "has `prompt` and `instruction`. Keep one"),
     "other prompts": (
         {"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "How?"}, BAD]},
         "`chosen` and `rejected` answer different prompts",
     ),
-    "another prompt beside": ({"prompt": "How?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "not those of `prompt`"),
+    "another prompt beside": ({"prompt": "How?", "chosen": [USER, GOOD], "rejected": "No."}, "not those of `prompt`"),
     "a user's answer": ({"prompt": "Why?", "chosen": [USER], "rejected": "No."}, "expected one of the assistant"),
     "a number": ({"prompt": "Why?", "chosen": 1, "rejected": "No."}, "an answer is 1: expected a text, a message, or"),
     "prompt ends with an answer": ({"prompt": [USER, GOOD], **PAIR}, "turns 1 and 2 are both the assistant's"),
     "verdict": ({"prompt": "Why?", "completion": "So.", "label": 1}, "`label=1`: expected true or false"),
     "verdict on nothing": ({"instruction": "Why?", "label": True}, "expected the answer in `completion`"),
-    "one rating": ({"prompt": "Why?", "answers": [{"content": "So.", "rating": 1}]}, "`answers`: expected a list of at"),
+    "one rating": ({"prompt": "Why?", "answers": [{"text": "So.", "score": 1}]}, "`answers`: expected a list of at"),
     "no rating": ({"prompt": "Why?", "answers": [{"content": "a"}, {"content": "b"}]}, "`answers[0]`: expected a text"),
     "equal ratings": (
         {"prompt": "Why?", "answers": [{"text": "a", "score": 2}, {"text": "b", "score": 2}]},
