@@ -246,7 +246,8 @@ def _data(trainer: Trainer) -> InstructDataModule | PreferenceDataModule:
     data: Any = getattr(trainer, "datamodule", None)
     if not isinstance(data, InstructDataModule | PreferenceDataModule):
         raise UserError(
-            f"SampleAnswers needs an InstructDataModule or a PreferenceDataModule, got {type(data).__name__}. Use SampleText for plain text"
+            f"SampleAnswers needs an InstructDataModule or a PreferenceDataModule, got {type(data).__name__}. Use "
+            "SampleText for plain text"
         )
     return data
 

@@ -103,7 +103,7 @@ def greedy(module: InstructModule, prompt: list[int], stop_ids: set[int], penalt
 
 
 def test_other_data_is_refused(module: PretrainModule, trainer: Make) -> None:
-    with pytest.raises(ValueError, match="needs an InstructDataModule, got FixedBatches"):
+    with pytest.raises(ValueError, match="needs an InstructDataModule or a PreferenceDataModule, got FixedBatches"):
         trainer(callbacks=[SampleAnswers()]).fit(module, FixedBatches([random_batch([20])]))
 
 

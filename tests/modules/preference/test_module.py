@@ -41,8 +41,8 @@ def made_batch() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     batch["labels"] = torch.where(torch.tensor(labels) > 0, 5, -100)
     batch["source_ids"] = torch.tensor([0, 1])[:, None].expand(2, 11).clone()
     generator = torch.Generator().manual_seed(0)
-    scored = batch["labels"] >= 0
-    return *(torch.rand(2, 11, generator=generator) * 3 * scored for _ in range(2)), batch
+    nll, reference = torch.rand(2, 2, 11, generator=generator) * 3 * (batch["labels"] >= 0)
+    return nll, reference, batch
 
 
 def by_hand(nll: Tensor, batch: dict[str, Tensor]) -> list[tuple[tuple[float, int], tuple[float, int]]]:
@@ -62,14 +62,17 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+def smooth(margin: float) -> float:
+    return -0.9 * math.log(sigmoid(margin)) - 0.1 * math.log(sigmoid(-margin))
+
+
 def loss_by_hand(loss: str, pair: Any, reference: Any, *, good: bool, gap: float) -> float:
     """Write the papers' formulas for one pair, of numbers; β 0.4, smoothing 0.1 where there is one, γ 0.3, weight 2."""
     (chosen, chosen_tokens), (rejected, rejected_tokens) = pair
     ratio, other = chosen - reference[0][0], rejected - reference[1][0]
     mean, other_mean = chosen / chosen_tokens, rejected / rejected_tokens
-    smooth = lambda margin: -0.9 * math.log(sigmoid(margin)) - 0.1 * math.log(sigmoid(-margin))  # noqa: E731
     odds, other_odds = (math.exp(each) / (1 - math.exp(each)) for each in (mean, other_mean))
-    formulas = {
+    formulas: dict[str, float] = {
         "dpo": smooth(0.4 * (ratio - other)),
         "ipo": (ratio / chosen_tokens - other / rejected_tokens - 1 / 0.8) ** 2,
         "simpo": smooth(0.4 * (mean - other_mean) - 0.3),
@@ -142,6 +145,8 @@ def test_what_is_told(loss: PreferenceLoss, base: str, file: str, tmp_path: Path
     end = train(base, records, str(tmp_path / "run"), loss=loss, max_steps=2)["end"]
     names = {"accuracy", "preference_loss", "reward_chosen", "reward_rejected", "reward_margin", "answer_tokens_chosen"}
     assert {f"train/{name}" for name in names} < end.keys()
+    if loss == "kto":  # the few held out have one verdict
+        names = {"accuracy", "preference_loss"}
     assert {f"val/zh/{name}" for name in (*names, "bits_per_byte", "nll_nats_per_token")} < end.keys()
     assert all(math.isfinite(value) for value in end.values())
 

@@ -44,7 +44,12 @@ def adapter(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings_of(way: str, adapter: str) -> dict[str, Any]:
-    return {"fresh": {}, "continued": {"adapter": adapter}, "embeddings": {"train_embeddings": True}}[way]
+    settings: dict[str, dict[str, Any]] = {
+        "fresh": {},
+        "continued": {"adapter": adapter},
+        "embeddings": {"train_embeddings": True},
+    }
+    return settings[way]
 
 
 @pytest.mark.parametrize("way", WAYS)
