@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -49,7 +50,8 @@ class AdapterAverage(Callback):
         self.decay, self.start = decay, start
         self.folder = plain_name("folder", folder)
         self.run_files = (folder,)
-        self._update = get_swa_multi_avg_fn() if decay is None else get_ema_multi_avg_fn(decay)
+        make: Any = get_swa_multi_avg_fn if decay is None else partial(get_ema_multi_avg_fn, decay)  # untyped in torch
+        self._update = make()
         self._writer = AdapterFolder(None)
         self._averages: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
@@ -130,7 +132,7 @@ class AdapterAverage(Callback):
         if self._evaluation is not None:
             results: dict[str, Likelihood] = self._evaluation.finish()
             self._measured = {"step": trainer.global_step, "sources": {name: dict(of) for name, of in results.items()}}
-            self.log_dict(self._evaluation.tags(results), sync_dist=True, batch_size=1)
+            pl_module.log_dict(self._evaluation.tags(results), sync_dist=True, batch_size=1)
             self._evaluation = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

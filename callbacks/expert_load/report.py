@@ -96,6 +96,7 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     # Takes a second, which only those wait for who draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     num_layers, num_experts = next(iter(shares_by_name.values())).shape
     width, height = 1.2 + len(shares_by_name) * (0.9 + min(0.3 * num_experts, _WIDEST)), 1.6 + 0.2 * num_layers
@@ -109,7 +110,7 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
         )
         panel.set_title(name, fontsize="small")
         panel.set_xlabel("expert")
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if num_experts <= _FEW:
             panel.set_xticks(range(num_experts))
     panels[0].set_ylabel("layer")
@@ -131,6 +132,7 @@ def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], title:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -141,7 +143,7 @@ def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], title:
             label = f"{name}, before training"
             panel.plot(base[name].numpy(), linestyle="--", color=line.get_color(), label=label)
     panel.set(title=title, xlabel="layer", ylabel="routing entropy / log E", ylim=(0, 1.02))
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(fontsize="small")
     return figure
 

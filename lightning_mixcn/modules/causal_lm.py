@@ -27,8 +27,8 @@ from lightning_mixcn.metrics import (
 )
 from lightning_mixcn.model import is_sharded, load_moe, set_activation_checkpointing, set_gradient_sync
 from lightning_mixcn.model.causal_lm import CausalLMOutput
-from lightning_mixcn.model.lora.choice import TrainOnly, read_choice
 from lightning_mixcn.model.kl_to_base import BaseDivergence, KLToBase, check_kl_to_base
+from lightning_mixcn.model.lora.choice import TrainOnly, read_choice
 from lightning_mixcn.model.lora.options import check_training_options
 from lightning_mixcn.model.vocabulary import tokenizer_for
 

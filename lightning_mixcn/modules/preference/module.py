@@ -15,7 +15,9 @@ from lightning_mixcn.arguments import Between, Name, Share, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics import PairScores, SourcePairs, pair_figures, pair_sums, score_pairs
 from lightning_mixcn.model.causal_lm import CausalLMOutput
+from lightning_mixcn.model.experts.observe import unobserved
 from lightning_mixcn.model.head import IGNORED
+from lightning_mixcn.model.reference import as_base, evaluating
 from lightning_mixcn.modules.causal_lm import Batch, CausalLMModule
 from lightning_mixcn.modules.checks import source_names
 
@@ -32,7 +34,6 @@ from .reference import (
     StartingValues,
     digest,
     log_probabilities,
-    without_adapters,
 )
 
 _START_KEY = "preference_start"
@@ -139,17 +140,14 @@ class PreferenceModule(CausalLMModule):
                 if trainer.is_global_zero and not trainer.fast_dev_run:
                     data.reference.write(path, start)
 
-    @torch.no_grad()
     def _precompute(self, data: Any) -> PrecomputedReference:
         assert self.model is not None
         rank_zero_info("Computing the reference's log-probabilities of every answer, once")
         found: dict[int, float] = {}
-        self.model.eval()
-        for batch in data.every_pair():
-            found |= log_probabilities(
-                self._evaluated({key: part.to(self.device) for key, part in batch.items()}), batch
-            )
-        self.model.train()
+        with evaluating(self.model), unobserved():
+            for batch in data.every_pair():
+                moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                found |= log_probabilities(self._evaluated(moved), batch)
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, found)
@@ -165,13 +163,8 @@ class PreferenceModule(CausalLMModule):
             return batch
         if not self.needs_reference:
             return batch | {"reference_nll": torch.zeros_like(batch["labels"], dtype=torch.float32)}
-        assert self.model is not None
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self._as_at_start():
-            nll = self._evaluated(batch)
-        self.model.train(was_training)
-        return batch | {"reference_nll": nll}
+        with self._as_at_start():
+            return batch | {"reference_nll": self._evaluated(batch)}
 
     def _evaluated(self, batch: Batch) -> Tensor:
         """Return the loss of each label, without router logits."""
@@ -192,11 +185,11 @@ class PreferenceModule(CausalLMModule):
     def _as_at_start(self) -> Iterator[None]:
         assert self.model is not None
         if self._starts_at_base:
-            with without_adapters(self.model):
+            with as_base(self.model):
                 yield
         else:
             assert self._start is not None
-            with self._start.in_place():
+            with evaluating(self.model), unobserved(), self._start.in_place():
                 yield
 
     # ---- training ----

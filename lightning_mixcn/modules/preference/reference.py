@@ -23,27 +23,10 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_file
 from lightning_mixcn.files.safetensors import SafetensorsFile, write_safetensors
 from lightning_mixcn.metrics import scored_positions
-from lightning_mixcn.model.lora.attach import LoraFrozenLinear
 from lightning_mixcn.model.sharding import local_shard
 
 FILE = "reference.safetensors"
 _TENSORS = {"start": torch.uint8, "answers": torch.int64, "log_probabilities": torch.float64}
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Compute with the frozen base alone.
-
-    PEFT's own `disable_adapter` also freezes the factors for the time being, which sharded ones do not survive.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoraFrozenLinear)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 class StartingValues:

@@ -23,7 +23,7 @@ class Question(NamedTuple):
     text: str
 
 
-def read_questions(against: Sequence[str], key: str, data_dir: str | None) -> list[Question]:
+def benchmark_questions(against: Sequence[str], key: str, data_dir: str | None) -> list[Question]:
     """Read questions.
 
     Args:

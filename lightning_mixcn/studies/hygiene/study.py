@@ -26,7 +26,7 @@ from lightning_mixcn.text.corpus.sources import DEFAULT_KEY
 from .contamination import QuestionIndex
 from .decisions import KEPT, REASONS, Decisions, decide
 from .options import HygieneOptions
-from .questions import Question, read_questions
+from .questions import Question, benchmark_questions
 from .report import Findings, summarise, write_report
 from .scan import Scan, Texts, scan
 from .signatures import require_minhash
@@ -58,7 +58,7 @@ def study_texts(
     if options.max_changed > 0:
         require_minhash()
     corpora = open_sources(sources, options)
-    questions = read_questions(against, options.question_key, options.data_dir)
+    questions = benchmark_questions(against, options.question_key, options.data_dir)
     texts, index = Texts(corpora), QuestionIndex([question.text for question in questions])
     read = {
         "sources": {corpus.source.name: corpus.fingerprint for corpus in corpora},

@@ -41,7 +41,7 @@ class LoneVerdictError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class JudgedAnswer:
     """An answer to a prompt.
 
     Args:
@@ -63,7 +63,7 @@ class Preference:
     """
 
     prompt: list[Turn]
-    answers: tuple[Answer, ...]
+    answers: tuple[JudgedAnswer, ...]
 
 
 def read_preference(record: Mapping[str, Any], roles: Mapping[str, str] | None = None) -> Preference:
@@ -83,7 +83,7 @@ def read_preference(record: Mapping[str, Any], roles: Mapping[str, str] | None =
     prompts = [turns[:-1] for turns in found]
     if any(prompt != prompts[0] for prompt in prompts):
         raise UserError("`chosen` and `rejected` answer different prompts. Give both the same turns before the answer")
-    answers = tuple(Answer(turns[-1].content, side) for turns, (_, side) in zip(found, sides, strict=True))
+    answers = tuple(JudgedAnswer(turns[-1].content, side) for turns, (_, side) in zip(found, sides, strict=True))
     names = (
         {CHOSEN: "chosen", REJECTED: "rejected"} if len(answers) == 2 else dict.fromkeys((CHOSEN, REJECTED), "judged")
     )
@@ -248,7 +248,7 @@ def with_mismatched_answers(preferences: Iterator[tuple[int, Preference]]) -> It
 
 
 def _with_mismatched(preference: Preference, other: str) -> Preference:
-    return Preference(preference.prompt, (*preference.answers, Answer(other, MISMATCHED)))
+    return Preference(preference.prompt, (*preference.answers, JudgedAnswer(other, MISMATCHED)))
 
 
 def dump_preference(preference: Preference) -> bytes:
@@ -261,4 +261,4 @@ def dump_preference(preference: Preference) -> bytes:
 def load_preference(text: str) -> Preference:
     """Read what `dump_preference` wrote."""
     prompt, answers = json.loads(text)
-    return Preference([Turn(*turn) for turn in prompt], tuple(Answer(*answer) for answer in answers))
+    return Preference([Turn(*turn) for turn in prompt], tuple(JudgedAnswer(*answer) for answer in answers))

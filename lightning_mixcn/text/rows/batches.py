@@ -84,7 +84,7 @@ class RowTable(NamedTuple):
         numbers: Number of each segment in its row ``[n]``, int32, and -1 for padding.
         sources: Source of each segment ``[n]``, int16, and -1 for padding.
         continued: Mask of the segments whose document began in an earlier row ``[n]``, bool.
-        sides: Side of each segment that is an answer, see `Answer`, else 0 ``[n]``, int8.
+        sides: Side of each segment that is an answer, see `JudgedAnswer`, else 0 ``[n]``, int8.
         learned: Mask of the tokens that may be labels ``[R * S]``, bool; False on padding.
     """
 

@@ -103,9 +103,9 @@ def test_the_run_is_what_it_is_without_and_the_average_is_validated(
         for source in ("zh", "en")
         for metric in ("bits_per_byte", "nll_nats_per_token")
     }
-    for one, other in zip(plain.logged, averaged.logged, strict=True):
-        assert other.keys() - one.keys() == tags
-        assert {name: other[name] for name in one} == one
+    for told, more in zip(plain.logged, averaged.logged, strict=True):
+        assert more.keys() - told.keys() == tags
+        assert {name: more[name] for name in told} == told
     # The average of all four steps, evaluated on its own.
     values = by_a_loop(averaged.values, DECAY)
     with torch.no_grad():

@@ -164,7 +164,7 @@ def test_the_card_says_it(tmp_path: Path) -> None:
     (tmp_path / "run/validate.json").write_text(json.dumps(report))
     for format in ("hf", "peft"):
         out = tmp_path / format
-        export(str(tmp_path / "run"), str(out), format=format, layer_scale=written(tmp_path))  # type: ignore[arg-type]
+        export(str(tmp_path / "run"), str(out), format=format, layer_scale=written(tmp_path))
         card = (out / "README.md").read_text()
         assert "multiplied by layer: 0 in layer 0, 0.3 in layer 1 (arXiv 2606.00284)" in card
         assert "before export; layers were scaled after that:" in card

@@ -187,7 +187,7 @@ def save_real_tokenizer(folder: Path, family: str) -> int:
             special = kind == gguf.TokenType.CONTROL
             backend.add_tokens([AddedToken(token, special=special, normalized=not special)])
     end: Any = "<|endoftext|>"
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=end, clean_up_tokenization_spaces=False
     ).save_pretrained(folder)
     return len(vocabulary)
@@ -200,10 +200,11 @@ def test_other_families_in_llama_cpp(llama_cpp: Any, tmp_path: Path, family: str
     folder.mkdir()
     size = save_real_tokenizer(folder, family)
     files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    sizes: dict[str, Any] = {"head_dim": 64, "rms_norm_eps": 1e-6} if family == "qwen3_moe" else {"rms_norm_eps": 1e-5}
     save_tiny_model(
         folder, family, vocab_size=size + 3, hidden_size=64, num_experts=16, num_experts_per_tok=4,
         num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=0,
-        **({"head_dim": 64, "rms_norm_eps": 1e-6} if family == "qwen3_moe" else {"rms_norm_eps": 1e-5}),
+        **sizes,
     )  # fmt: skip
     save_adapter(folder, tmp_path / "adapter", scale=0.05)
     for place in (folder, tmp_path / "adapter"):

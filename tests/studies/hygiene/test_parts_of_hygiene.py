@@ -89,7 +89,7 @@ def test_a_question_in_a_text() -> None:
 
     assert overlaps(f"Before. {question.upper()} And after.") == [Overlap(0, 1.0)]
     # 14 of the 16 words.
-    assert overlaps(f"Here {question.rsplit(' ', 2)[0]} excluded") == [Overlap(0, pytest.approx(14 / 16))]
+    assert overlaps(f"Here {question.rsplit(' ', 2)[0]} excluded") == [Overlap(0, 14 / 16)]
     assert overlaps(" ".join(question.split()[:12])) == []
     assert overlaps("序言\n中国的首都,是哪一座城市\n北京") == [Overlap(1, 1.0)]
     assert overlaps("我问中国的首都是哪一座城市，他不答。") == []

@@ -14,7 +14,7 @@ from lightning_mixcn.text.chat.preferences import (
     CHOSEN,
     MISMATCHED,
     REJECTED,
-    Answer,
+    JudgedAnswer,
     Preference,
     load_preference,
     read_preference,
@@ -26,7 +26,7 @@ USER, GOOD, BAD = (
     {"role": "assistant", "content": "So."},
     {"role": "assistant", "content": "No."},
 )
-EXPECTED = Preference([Turn("user", "Why?")], (Answer("So.", CHOSEN), Answer("No.", REJECTED)))
+EXPECTED = Preference([Turn("user", "Why?")], (JudgedAnswer("So.", CHOSEN), JudgedAnswer("No.", REJECTED)))
 
 PAIRS: dict[str, dict[str, Any]] = {
     "texts": {"prompt": "Why?", **PAIR},
@@ -82,9 +82,9 @@ def test_earlier_turns_and_a_system_prompt_belong_to_the_prompt() -> None:
     ],
 )
 def test_an_answer_with_a_verdict(record: dict[str, Any]) -> None:
-    assert read_preference(record) == Preference([Turn("user", "Why?")], (Answer("So.", CHOSEN),))
+    assert read_preference(record) == Preference([Turn("user", "Why?")], (JudgedAnswer("So.", CHOSEN),))
     key = "label" if "label" in record else "kto_tag"
-    assert read_preference(record | {key: False}).answers == (Answer("So.", REJECTED),)
+    assert read_preference(record | {key: False}).answers == (JudgedAnswer("So.", REJECTED),)
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
