@@ -84,6 +84,33 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert all(float(line["bits_per_byte_after"]) < float(line["bits_per_byte_before"]) for line in lines)
 
 
+@pytest.mark.usefixtures("mixcn", "no_pictures")
+def test_chosen_experts(tmp_path: Path, tiny_base: Path) -> None:
+    """As `configs/studies/experts.yaml` does: a study, a choice from it, and arms that train what is chosen."""
+    measure = ["experts", str(tiny_base), "--mode=saliency", "--sequence_length=48", "--max_tokens=96", "--device=cpu"]
+    text = [f"{name}={tmp_path / f'{name}.jsonl'}" for name in ("zh", "en")]
+    choice = "{prepared}/choice.json"
+    prepare = {
+        "measured": [*measure, "--text", *text, "--out", "{prepared}/measured"],
+        "choice.json": ["experts", "{prepared}/measured", "--choose=1", "--choose_by=load", "--out", choice],
+    }
+    arms = {
+        "all": {},
+        "chosen": {"model.init_args.train_only": choice},
+        "router": {"model.init_args.train_only": {"experts": [], "attention": False}},
+    }
+    recipe = write_study(tmp_path, tiny_base, arms=arms, prepare=prepare, text_bytes=200, validations=1)
+    assert main(["compare", str(recipe), "--out=one"]) == 0
+    runs = lines_of(tmp_path / "one" / "comparison.csv")
+    trained = {line["arm"]: int(line["trainable_parameters"]) for line in runs}
+    config = read(tiny_base / "config.json")
+    # Three projections of an expert, with factors of rank 2.
+    expert = 3 * 2 * (config["hidden_size"] + config["intermediate_size"])
+    left_out = config["num_hidden_layers"] * (config["num_local_experts"] - 1) * expert
+    assert trained["all"] - trained["chosen"] == left_out
+    assert trained["router"] < trained["chosen"] - config["num_hidden_layers"] * expert
+
+
 def check_table(shown: str, lines: list[dict[str, str]]) -> None:
     """Check that the first table is mean and deviation of the CSV's seeds."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines() if row.startswith("|")]
