@@ -1,8 +1,7 @@
 """Which layers and experts have LoRA at all: `train_only`, given in place or as a JSON file with the same object.
 
 An expert that is not chosen has no factors: no gradients, no optimizer states, and no products of its rows with them.
-That few of a layer's experts need training for one task is what expert-selective tuning finds
-(https://arxiv.org/abs/2605.29714).
+That a language's own experts, in the final layers, can be enough: https://arxiv.org/abs/2605.29714.
 """
 
 import re
