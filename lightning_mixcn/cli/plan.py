@@ -76,9 +76,7 @@ class RunPlan:
         self.model = meta_model_of(module)
         sharing = sharing_of(settings.strategy, self.ranks.of_node * self.ranks.nodes, self.ranks.of_node)
         accumulates, kind = settings.accumulate_grad_batches > 1, self.ranks.device_type
-        run = planned_run(
-            self.model, micro_batch(data), [], kind, accumulates, sharing, module.make_optimizer, module.kl_to_base
-        )
+        run = planned_run(self.model, micro_batch(data), [], kind, accumulates, sharing, module.make_optimizer, module)
         self.usable = None if self.device is None else usable_bytes(self.device, self.ranks.of_node)
         self.run = replace(run, modes=self._modes(run))
         self.memory = plan_memory(self.model, self.run)

@@ -139,6 +139,11 @@ class CausalLMModule(SavedStateModule):
         self._divergence: BaseDivergence | None = None
         self.tokens_of_step = 0.0  # of the last optimizer step, of all ranks, without padding
 
+    @property
+    def keeps_start(self) -> bool:
+        """Tell if a copy of what trains is kept from before the first step; memory is planned for it."""
+        return False
+
     @cached_property
     def adapter_path(self) -> str | None:
         """PEFT folder to continue from, see `adapter_folder`."""

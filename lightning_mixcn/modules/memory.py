@@ -73,13 +73,14 @@ def planned_run(
     accumulates: bool,
     sharing: Sharing,
     make_optimizer: Callable[[Any], Optimizer] | None,
-    kl_to_base: KLToBase | None,
+    module: Any,
 ) -> Run:
-    """Describe a run to `plan_memory`; without ``make_optimizer`` the optimizer is left out."""
+    """Describe a run of a `CausalLMModule` to `plan_memory`; without ``make_optimizer`` the optimizer is left out."""
+    kl_to_base: KLToBase | None = module.kl_to_base
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_memory(make_optimizer, trained, device_type) if make_optimizer else _NO_OPTIMIZER
     compares = kl_to_base is not None and kl_to_base["coefficient"] > 0
-    return Run(batch, modes, device_type, accumulates, optimizer, sharing, compares)
+    return Run(batch, modes, device_type, accumulates, optimizer, sharing, compares, module.keeps_start)
 
 
 def budgeted_modes(module: Any) -> list[str]:
@@ -98,7 +99,7 @@ def budgeted_modes(module: Any) -> list[str]:
     optimizer = module.make_optimizer if budget == "auto" else None
     accumulates = trainer.accumulate_grad_batches > 1
     batch = micro_batch(trainer.datamodule)
-    run = planned_run(module.model, batch, [], device.type, accumulates, sharing, optimizer, module.kl_to_base)
+    run = planned_run(module.model, batch, [], device.type, accumulates, sharing, optimizer, module)
     return fitting_modes(module.model, run, budget, fewest_usable(trainer, device))
 
 

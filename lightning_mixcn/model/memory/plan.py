@@ -160,6 +160,7 @@ class Run:
         optimizer: Bytes of the optimizer.
         sharing: Distribution of parameters over ranks.
         compares_with_base: The loss has `kl_to_base`; any row may hold tokens of its sources.
+        keeps_start: A copy of what trains is kept in the compute dtype, and takes its place for a forward pass.
     """
 
     batch: MicroBatch
@@ -169,6 +170,7 @@ class Run:
     optimizer: OptimizerMemory
     sharing: Sharing
     compares_with_base: bool = False
+    keeps_start: bool = False
 
 
 def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
@@ -183,7 +185,7 @@ def plan_memory(model: nn.Module, run: Run) -> MemoryPlan:
     return MemoryPlan(
         quantised=share.base(sizes["quantised"]),
         dense=share.base(sizes["dense"]),
-        trained=share.trained(sizes["trainable"]),
+        trained=share.trained(sizes["trainable"]) + step.start,
         optimizer_states=share.trained(run.optimizer.states),
         gradients=step.gradients,
         activations=activations.shared + sum(step.kept) + activations.tail,
@@ -198,17 +200,29 @@ class _Step:
     """Follows a step of one rank, from the second one on: forward still has the last step's gradients."""
 
     def __init__(self, base: Any, run: Run) -> None:
-        self.run, self.layers, self.head = run, list(base.model.layers), base.lm_head
+        self.run, self.base, self.layers, self.head = run, base, list(base.model.layers), base.lm_head
         self.activations = model_activations(base, run.batch, run.device_type)
         self.kept = [layer.kept(mode) for layer, mode in zip(self.activations.layers, run.modes, strict=True)]
         self.gradients = self._gradients(base)
         # Of each position that is compared with the base. The base's own pass comes first, when nothing is kept yet.
         states = run.batch.tokens * base.config.hidden_size * base.model.embed_tokens.output_dtype.itemsize
         self.compared = states if run.compares_with_base else 0
+        trained = run.sharing.trained(_bytes(base, trained=True))
+        self.start = trained * base.model.embed_tokens.output_dtype.itemsize // 4 if run.keeps_start else 0
 
     def moments(self) -> Iterator[Moment]:
         """Yield the moments of a step in order."""
         activations, run = self.activations, self.run
+        if run.keeps_start:
+            # The present values wait in float32 while the start is in their place; no layer keeps anything.
+            present, work = run.sharing.trained(_bytes(self.base, trained=True)), activations.head
+            yield Moment(
+                "the reference",
+                self.gradients,
+                activations.shared + present,
+                work,
+                self._gathered(self.head, 1, forward=True),
+            )
         kept = activations.shared + sum(self.kept)
         last, forward = self._gathered(self.layers[-1], forward=True), activations.layers[-1].forward(run.modes[-1])
         yield Moment("forward of the last layer", self.gradients, kept + self.compared, forward, last)

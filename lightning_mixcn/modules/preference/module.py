@@ -79,6 +79,8 @@ class PreferenceModule(CausalLMModule):
         check_arguments(PreferenceModule, locals())
         if label_smoothing and loss not in _SMOOTHED:
             raise UserError(f"`label_smoothing={label_smoothing}`: `loss: {loss}` has none. Leave it out, or use dpo")
+        if kwargs.get("kl_to_base") is not None:
+            raise UserError("`kl_to_base`: preference optimisation stays near its own reference. Leave it out")
         super().__init__(base, **kwargs)
         self.loss = LossSettings(
             loss, DEFAULT_BETA[loss] if beta is None else beta, label_smoothing, margin, undesirable_weight
@@ -112,12 +114,17 @@ class PreferenceModule(CausalLMModule):
             self._base_identity["sha256"], self.quantization, self.dtype_name, digest(content.hex()).hex(), lora
         )
 
+    @property
+    def keeps_start(self) -> bool:
+        """Tell if a copy of what trains is kept from before the first step."""
+        return self.needs_reference and self.reference == "start" and not self._starts_at_base
+
     def configure_model(self) -> None:
         """Build the model, and keep what the reference needs of it."""
         is_new = self.model is None
         super().configure_model()
         assert self.model is not None
-        if is_new and self.needs_reference and self.reference == "start" and not self._starts_at_base:
+        if is_new and self.keeps_start:
             self._start = StartingValues(self.model, getattr(torch, self.dtype_name))
 
     def on_fit_start(self) -> None:

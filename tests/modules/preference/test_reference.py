@@ -9,8 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from lightning_mixcn.cli.plan import meta_model_of
 from lightning_mixcn.model import MoePeftModel, load_moe
+from lightning_mixcn.model.memory.layer import MicroBatch
+from lightning_mixcn.model.memory.plan import Sharing, plan_memory
 from lightning_mixcn.modules import PreferenceModule
+from lightning_mixcn.modules.memory import planned_run
 from lightning_mixcn.modules.preference.reference import FILE, answer_keys
 from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
 from tests.model.trained_values import draw_trained
@@ -189,3 +193,20 @@ def test_pairs_are_known_by_their_tokens_and_labels(base: str, file: str) -> Non
     assert set(keys) < set(every)
     assert len(every) == 120
     assert isinstance(preference_run.module(base), PreferenceModule)
+
+
+def test_the_plan_has_the_copy(base: str, adapter: str) -> None:
+    """Two bytes for each float32 that trains, and four more for the time of the reference's pass."""
+    continued = preference_run.module(base, adapter=adapter, dtype="bfloat16")
+    before = preference_run.module(base, adapter=adapter, dtype="bfloat16", reference="precompute")
+    assert (continued.keeps_start, before.keeps_start) == (True, False)
+    assert not preference_run.module(base).keeps_start
+    model, batch = meta_model_of(continued), MicroBatch(1, 64)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    plans = [
+        plan_memory(model, planned_run(model, batch, ["none"] * 2, "cpu", True, Sharing(), None, module))
+        for module in (continued, before)
+    ]
+    assert plans[0].trained - plans[1].trained == 2 * trained
+    (reference,) = (moment for moment in plans[0].moments if moment.name == "the reference")
+    assert reference.total > 4 * trained
