@@ -202,7 +202,7 @@ class _GroupedExperts(torch.autograd.Function):
             dx = sum_choices(dx_SH, row_TK, None, dx_SH.dtype)
         dweight = dweight_S[row_TK].to(weight_TK.dtype)
         db_gate, db_up = (None if b is None else db.pop(0) for b in (lora.b_gate, lora.b_up))
-        return None, dx, None, dweight, None, None, da_gate_up, db_gate, db_up, da_down, db_down
+        return None, dx, None, dweight, None, None, da_gate_up, db_gate, db_up, da_down, db_down, None
 
 
 def _hidden_mask(dropout: Dropout, offsets: list[int] | None, like_SI: Tensor) -> Tensor | None:
