@@ -5,21 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mixcn.model import load_mixtral
-from lightning_mixcn.testing import run_distributed
+from lightning_mixcn.model import load_moe
+from lightning_mixcn.testing import run_distributed, save_tiny_model
 from lightning_mixcn.text import load_tokenizer
 from tests.studies.benchmark_data import HARNESS_WARNINGS, harness
 
 pytestmark = pytest.mark.filterwarnings(HARNESS_WARNINGS)
 
 
-def test_likelihoods_are_the_model_s_own(tiny_base: Path) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_likelihoods_are_the_model_s_own(family: str, tmp_path: Path) -> None:
     harness()
     from tests.studies.benchmarks.harness_ranks import REQUESTS, answers_of
 
-    likelihoods, continuations, _ = answers_of(str(tiny_base), sharded=False)
-    model = load_mixtral(tiny_base, quantization="nf4", dtype="float32").eval()
-    tokenizer = load_tokenizer(tiny_base)
+    base = save_tiny_model(tmp_path / "base", family)
+    likelihoods, continuations, _ = answers_of(str(base), sharded=False)
+    model = load_moe(base, quantization="nf4", dtype="float32").eval()
+    tokenizer = load_tokenizer(base)
     for (context, continuation), (likelihood, _), text in zip(REQUESTS, likelihoods, continuations, strict=True):
         # The harness puts no BOS where the tokenizer puts none.
         prompt, ids = (tokenizer.encode_batch([written])[0] for written in (context, context + continuation))
