@@ -1,5 +1,6 @@
 """Preference optimisation: DPO, IPO, ORPO, SimPO and KTO, without a second model."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,6 +21,7 @@ from lightning_mixcn.model.head import IGNORED
 from lightning_mixcn.model.reference import as_base, evaluating
 from lightning_mixcn.modules.causal_lm import Batch, CausalLMModule
 from lightning_mixcn.modules.checks import source_names
+from lightning_mixcn.modules.state import plain_lora
 
 from .losses import (
     DEFAULT_BETA,
@@ -107,12 +109,12 @@ class PreferenceModule(CausalLMModule):
     @cached_property
     def _start_digest(self) -> bytes:
         """Digest of what the reference depends on besides the pairs: base, storage, and the adapter's file."""
-        adapter = Path(self.adapter_path, "adapter_model.safetensors") if self.adapter_path else None
-        content = adapter.read_bytes() if adapter is not None else b""
-        lora = None if self._starts_at_base else [self.seed, str(self.lora)]
-        return digest(
-            self._base_identity["sha256"], self.quantization, self.dtype_name, digest(content.hex()).hex(), lora
-        )
+        content = ""
+        if self.adapter_path is not None:
+            with Path(self.adapter_path, "adapter_model.safetensors").open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        lora = None if self._starts_at_base or self.lora is None else plain_lora(self.lora)
+        return digest(self._base_identity["sha256"], self.quantization, self.dtype_name, content, self.seed, lora)
 
     @property
     def keeps_start(self) -> bool:
@@ -124,7 +126,10 @@ class PreferenceModule(CausalLMModule):
         is_new = self.model is None
         super().configure_model()
         assert self.model is not None
-        if is_new and self.keeps_start:
+        # Where nothing is computed before the first step, as in `validate`, the start is what was loaded.
+        if is_new and (
+            self.keeps_start or (self.needs_reference and not self._starts_at_base and not self._is_fitting)
+        ):
             self._start = StartingValues(self.model, getattr(torch, self.dtype_name))
 
     def on_fit_start(self) -> None:
@@ -232,7 +237,7 @@ class PreferenceModule(CausalLMModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the step's pairs, before clipping; log rewards."""
         super().on_before_optimizer_step(optimizer)
-        assert self._sums is not None
+        assert self._sums is not None, "a subclass's `compute_loss` calls its parent's"
         totals = self.trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
         self._sums = None
         self.log_dict({f"train/{name}": value for name, value in pair_figures(totals).items()})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from peft import LoraConfig
 
 from lightning_mixcn.cli.plan import meta_model_of
@@ -210,3 +211,24 @@ def test_the_plan_has_the_copy(base: str, adapter: str) -> None:
     assert plans[0].trained - plans[1].trained == 2 * trained
     (reference,) = (moment for moment in plans[0].moments if moment.name == "the reference")
     assert reference.total > 4 * trained
+
+
+@pytest.mark.parametrize("reference", ["start", "precompute"])
+def test_what_was_loaded_is_the_reference_of_an_evaluation(
+    reference: str, base: str, file: str, adapter: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    module = preference_run.module(base, adapter=adapter, reference=reference)
+    (figures,) = trainer.validate(module, pairs(base, file), verbose=False)
+    assert figures["val/zh/preference_loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert figures["val/zh/reward_margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_start_has_one_digest_in_every_process(base: str, adapter: str) -> None:
+    """Targets are a set to PEFT, whose order is another in another process."""
+    one, other = (
+        preference_run.module(base, adapter=adapter, lora=LoraConfig(r=4, lora_alpha=8, target_modules=names))
+        for names in (TARGETS, TARGETS[::-1])
+    )
+    assert one._start_digest == other._start_digest
+    assert one._start_digest != preference_run.module(base)._start_digest
