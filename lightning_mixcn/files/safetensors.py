@@ -70,12 +70,16 @@ class SafetensorsFile:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, or its header cannot be read or holds a dtype that is not supported.
+
+    Attributes:
+        metadata: The header's further texts, by name.
     """
 
     def __init__(self, path: Path) -> None:
         """Read and check the header."""
         self.path = path
-        self.entries, self._sum = _read_header(path)
+        self.entries, self.metadata = _read_header(path)
+        self._sum = self.metadata.get(_SUM)
 
     def check_sum(self) -> None:
         """Compare all tensors with the sum in the header, if `write_safetensors` wrote one; reads the whole file.
@@ -127,7 +131,7 @@ def _sum_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorHeader], str | None]:
+def _read_header(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
     if not path.is_file():
         raise MissingFileError(f"{str(path)!r} is not there. Copy or download the checkpoint again")
     size = path.stat().st_size
@@ -136,7 +140,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorHeader], str | None]:
             length = int.from_bytes(file.read(8), "little")
             raw = file.read(length) if 8 + length <= size and length <= LARGEST_JSON_BYTES else b""
         header = parse_object(raw, repr(str(path)))
-        recorded = (header.pop("__metadata__", None) or {}).get(_SUM)
+        metadata = dict(header.pop("__metadata__", None) or {})
         spans = {name: tuple(value["data_offsets"]) for name, value in header.items()}
         end = 8 + length + max((stop for _, stop in spans.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -158,7 +162,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorHeader], str | None]:
                 "Save the checkpoint in one of these"
             )
         entries[name] = TensorHeader(DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + spans[name][0])
-    return entries, recorded
+    return entries, metadata
 
 
 def _check_by_library(path: Path) -> None:
@@ -172,7 +176,9 @@ def _check_by_library(path: Path) -> None:
         ) from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, with_sum: bool = False) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], *, with_sum: bool = False, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as one safetensors file, byte for byte what ``safetensors.torch.save_file`` writes.
 
     Unlike that function it accepts tensors that share memory (identical experts), each written in full. The data is
@@ -183,6 +189,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, with_sum: bo
         tensors: Name to tensor, on any device.
         with_sum: Have the header hold a sum of the tensors for `SafetensorsFile.check_sum`, for a file that no list of
             sums goes with.
+        metadata: Further texts for the header.
 
     Raises:
         OSError: the disk is full, or cannot be written.
@@ -198,11 +205,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, with_sum: bo
         )
         for name, tensor in tensors.items()
     }
-    metadata = {"format": "pt"} | ({_SUM: _sum_of(sorted(tensors.items()))} if with_sum else {})
+    texts = {"format": "pt", **(metadata or {})} | ({_SUM: _sum_of(sorted(tensors.items()))} if with_sum else {})
     path.touch(exist_ok=False)
     mode = path.stat().st_mode  # as the umask says; the library's files are their owner's alone
     try:
-        serialize_file(specs, path, metadata=metadata)
+        serialize_file(specs, path, metadata=texts)
     except SafetensorError as error:  # which has the system's error in its text alone
         if (found := re.search(r"os error (\d+)", str(error))) is None:
             raise

@@ -164,6 +164,7 @@ def load_found(
         model = load_moe(found.base, quantization=quantization, dtype=dtype, device=device, shard=shard)
     else:
         (adapter,) = found.adapters
+        adapter = adapter.on_rounded_base() if quantization == "nf4" else adapter
         model = load_moe(
             found.base,
             quantization=quantization,

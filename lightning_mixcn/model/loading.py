@@ -29,12 +29,15 @@ from .checkpoints.layout import StoredWeight, nf4_weights, stored_weights
 from .checkpoints.reading import CHUNK, check_entry, fill, is_quantised, model_config, torch_device, torch_dtype
 from .lora.adapter_file import AdapterFile
 from .lora.attach import (
+    LoraFrozenLinear,
     MoePeftModel,
     attach_lora,
     load_adapter,
+    lora_layers,
     reset_lora,
 )
 from .lora.choice import TrainOnly
+from .lora.rounding_start import LoraStart, check_start, start_from_rounding_error
 from .nf4.linear import FrozenLinear
 from .nf4.storage import NF4Weight
 from .vocabulary import NewRows, find_extension
@@ -57,6 +60,7 @@ def load_moe(
     new_rows: NewRows = "mean",
     shard: Callable[[nn.Module], None] | None = None,
     train_only: TrainOnly | str | Path | None = None,
+    lora_start: LoraStart | None = None,
 ) -> MoeForCausalLM | MoePeftModel:
     """Load a mixture of a supported family, its experts quantised on the way.
 
@@ -81,6 +85,8 @@ def load_moe(
             quantises and holds its share only, bit for bit that part of what one rank would hold.
         train_only: What of `lora` there is, see `lora.choice.TrainOnly`, or the path of a JSON file with that. Experts
             that are not chosen have no factors.
+        lora_start: ``rounding_error``: factors of attention and experts start as the best approximation, of their rank,
+            of what NF4 rounds off (LoftQ, arXiv 2310.08659); needs a high-precision base. ``None``: as `lora` says.
 
     Returns:
         transformers' causal LM of the family, or the `peft.PeftModel` around it; only adapters (and embeddings) train.
@@ -103,7 +109,11 @@ def load_moe(
         raise UserError(
             f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
         )
+    if lora_start is not None:
+        check_start(checkpoint, quantization, has_lora=lora is not None, has_adapter=adapter is not None)
     stored = AdapterFile(adapter, architecture_of(config)) if isinstance(adapter, str | Path) else adapter
+    if stored is not None and quantization == "nf4":
+        stored = stored.on_rounded_base()
     extension = find_extension(
         checkpoint, config, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=train_embeddings,
         adapter=stored, seed=seed,
@@ -118,14 +128,19 @@ def load_moe(
         shard(complete)
     move_to_device(model, torch_device(device or "cpu"))
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that a launcher started on this machine
+    started: dict[str, LoraFrozenLinear] = {}
+    if isinstance(complete, MoePeftModel):
+        reset_lora(complete, seed)
+        started = dict(lora_layers(complete)) if lora_start is not None else {}
     weights = list(zip(todo, modules, strict=True))
     for entry, module in tqdm(weights, desc="loading", unit=" weights", leave=False, delay=2, disable=not is_first):
         fill(entry, module, checkpoint, source)
+        if entry.is_rounded and (layer := started.get(entry.name)) is not None:  # its bytes are in the host's cache
+            start_from_rounding_error(layer, entry, checkpoint)
     if extension is not None:
         extension.fill(model)
     if isinstance(complete, MoePeftModel):
         complete.base_identity = base_identity(checkpoint) if is_first else None
-        reset_lora(complete, seed)
         if stored is not None:
             load_adapter(complete, stored)
     return complete

@@ -88,6 +88,8 @@ class CausalLMModule(SavedStateModule):
             each chosen layer; all), ``router``, ``attention`` (true). In place, or as a JSON file with such an object.
         kl_to_base: Named sources, such as replayed English, on whose labelled tokens coefficient × KL(base ‖ model) of
             the next-token distributions is added to the loss (arXiv 2605.29498); null adds none.
+        lora_start: ``rounding_error``: LoRA starts as the best approximation of what NF4 rounds off (LoftQ, arXiv
+            2310.08659), which needs a high-precision `base`; null: beside the base, with B = 0.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class CausalLMModule(SavedStateModule):
         learning_rates: LearningRates | None = None,
         train_only: TrainOnly | Name | None = None,
         kl_to_base: KLToBase | None = None,
+        lora_start: Literal["rounding_error"] | None = None,
     ) -> None:
         """Keep the arguments; the model is made in `configure_model`."""
         check_arguments(CausalLMModule, locals())
@@ -126,6 +129,7 @@ class CausalLMModule(SavedStateModule):
         self.given_tokenizer, self.new_rows = tokenizer, new_rows
         self.lora, self.train_embeddings, self.adapter = lora, train_embeddings, adapter
         self.train_only = None if train_only is None else read_choice(train_only)
+        self.lora_start = lora_start
         self.router_aux_loss_coef = router_aux_loss_coef
         check_activation_settings(activation_checkpointing, activation_memory)
         self.activation_memory = activation_memory
@@ -176,6 +180,7 @@ class CausalLMModule(SavedStateModule):
                 new_rows=self.new_rows,
                 shard=self.shard,
                 train_only=self.train_only,
+                lora_start=self.lora_start,
             )
 
     def forward(self, batch: Batch) -> CausalLMOutput:

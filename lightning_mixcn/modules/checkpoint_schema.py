@@ -252,7 +252,7 @@ _LORA_OPTIONS = record({}, _LORA_DROPOUT)
 _SAVED_LORA = record({}, _LORA_DROPOUT | {"init_args": _LORA_OPTIONS})  # in Python's form, or the command line's
 _LORA = record(
     {"config": _LORA_OPTIONS, "layers": mapping_of(TEXT, row_of(whole(1, 2**20), real(-1e9, 1e9)))},
-    {"experts": mapping_of(TEXT, each(COUNT))},
+    {"experts": mapping_of(TEXT, each(COUNT)), "start": FLAG},
 )
 _CHECKPOINTS = record(
     {"best_model_path": TEXT}, {"best_k_models": mapping_of(TEXT, ANYTHING), "dirpath": either(NULL, TEXT)}

@@ -111,16 +111,19 @@ def lora_record(module: LightningModule) -> dict[str, Any]:
 
     Returns:
         ``config``, PEFT's options that differ from its defaults, and ``layers``: rank and scaling of each adapted
-        projection, as they are in effect; ``experts``: numbers of those that have factors, where some have none.
+        projection, as they are in effect; ``experts``: numbers of those that have factors, where some have none;
+        ``start``: they started from the rounding error, which is subtracted when they are written.
     """
-    layers, experts = {}, {}
+    layers, experts, has_start = {}, {}, False
     for name, layer in lora_layers(cast(nn.Module, module.model)):
         for adapter in layer.active_adapters:
             layers[name] = [int(layer.r[adapter]), float(layer.scaling[adapter])]
         if len(layer.slots) < layer.groups:
             experts[name] = list(layer.slots)
+        has_start |= layer.start is not None
     lora = getattr(module, "lora", None)
-    return {"config": {} if lora is None else plain_lora(lora), "layers": layers, "experts": experts}
+    config = {} if lora is None else plain_lora(lora)
+    return {"config": config, "layers": layers, "experts": experts, "start": has_start}
 
 
 def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
@@ -141,6 +144,12 @@ def check_same_lora(checkpoint: Mapping[str, Any], module: LightningModule) -> N
         if given and (changed := _changed(given, present["config"], _MEANING)):
             raise UserError(f"The checkpoint's adapters mean something else: {changed}. {_remedy()}")
         return
+    if (had_start := saved.get("start", False)) != present["start"]:
+        raise UserError(
+            f"The checkpoint's adapters do not go on from the same start: from the rounding error of NF4 "
+            f"{'in it, but not here' if had_start else 'here, but not in it'}. Give `model.init_args.lora_start` and "
+            "`model.init_args.adapter` as they were in the run that wrote the checkpoint"
+        )
     for name, (rank, scaling) in saved["layers"].items():
         here = present["layers"].get(name)
         if here is None:
@@ -219,6 +228,7 @@ _APART = frozenset(
         "adapter",
         "lora",
         "train_only",
+        "lora_start",
         "new_rows",
         "optimizer",
         "lr_scheduler",

@@ -60,7 +60,10 @@ def export_adapter(found: ModelSource, out: Path, options: ExportOptions) -> Non
     for line in base_shortcomings(found.base):
         print(line, file=sys.stderr)
     with new_folder(out) as folder:
-        write_adapter(folder, factors, saved, config, stock_base(found.base), fused=options.format == "peft")
+        write_adapter(
+            folder, factors, saved, config, stock_base(found.base),
+            fused=options.format == "peft", start_rank=adapter.start_rank,
+        )  # fmt: skip
         notes = resizing_note(rows, config.vocab_size) + scaling_note(found)
         made = f"A LoRA adapter in the {LAYOUTS[options.format]}.{notes}"
         card = model_card(found, options.src, made, "peft", onto=None, languages=options.languages)

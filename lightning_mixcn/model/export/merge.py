@@ -41,6 +41,7 @@ class BaseWeights:
     Attributes:
         config: The base's.
         architecture: Its family.
+        dequantised: As it was given.
         modules: The modules that have a weight, in the model's order: name → names of its matrices on disk (one an
             expert).
 
@@ -53,7 +54,7 @@ class BaseWeights:
         self._checkpoint, self._stored = checkpoint, is_quantised(checkpoint)
         assert dequantised or not self._stored, "a 4-bit folder has dequantised weights only"
         self.config = model_config(checkpoint)
-        self._dequantised, self._shapes = dequantised, module_shapes(self.config)
+        self.dequantised, self._shapes = dequantised, module_shapes(self.config)
         todo, self._source = open_entries(checkpoint, self.config)
         self._entries: dict[str, list[StoredWeight]] = {}
         for entry in todo:
@@ -99,7 +100,7 @@ class BaseWeights:
         return shape[0] if len(shape) == 3 else 1
 
     def _is_nf4(self, name: str) -> bool:
-        return self._dequantised and rounds(name, self._shapes[name])
+        return self.dequantised and rounds(name, self._shapes[name])
 
     def _packed(self, name: str) -> BitsAndBytesSource | None:
         """Return bitsandbytes' weights if the module's are among them."""
@@ -169,6 +170,8 @@ class MergedWeights:
         difference: AddedDifference | None = None,
     ) -> None:
         """Check that every factor has its matrix."""
+        if base.dequantised:  # on which the first was trained, those after it on what it gives
+            adapters = [*(adapter.on_rounded_base() for adapter in adapters[:1]), *adapters[1:]]
         self._base, self._adapters, self._layout, self._dtype = base, adapters, layout, dtype
         self._difference = difference
         self._shapes = {name: base.shape(module) for module, names in base.modules.items() for name in names}

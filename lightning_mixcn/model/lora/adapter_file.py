@@ -135,6 +135,8 @@ def _parameter(layer: str, kind: str, stored: set[str], config: LoraConfig) -> s
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Key of the weights' metadata. It is there rather than in the configuration, so that it goes with the factors.
+START_RANK = "mixcn_start_rank"
 _NAMES = either(NULL, TEXT, each(TEXT))
 _STRUCTURE = record(
     {},
@@ -183,6 +185,10 @@ class AdapterFile:
         names: The adapted matrices, sorted.
         saved: Names of the embeddings that were trained as a whole, out of ``model.embed_tokens`` and ``lm_head``.
         layer_scale: Number of a layer → factor of its updates, where that is not 1; see `scaled_by_layer`.
+        is_on_rounded_base: It is a view of `on_rounded_base`.
+        start_rank: S > 0 where the adapter started from the rounding error of NF4, see `rounding_start`. Ranks are then
+            in runs of S: what was trained on the rounded base, and the start, subtracted, in turns. Together they are
+            plain LoRA for the high-precision base.
 
     Raises:
         FileNotFoundError: no such folder, or not an adapter's.
@@ -197,8 +203,10 @@ class AdapterFile:
                 raise MissingFileError(f"`adapter={str(path)!r}` holds no {name}. Give a PEFT adapter folder")
         self.config = self._read_config()
         self._file = SafetensorsFile(self.folder / WEIGHTS_NAME)
-        self._is_checked = False
+        self._is_checked, self.is_on_rounded_base = False, False
         self.layer_scale: dict[int, float] = {}
+        text = self._file.metadata.get(START_RANK, "0")
+        self.start_rank = int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0
         found: dict[str, set[str]] = {}
         saved = {f"{PREFIX}{name}.weight": name for name in EMBEDDINGS}
         for key in self._file.entries:
@@ -230,8 +238,27 @@ class AdapterFile:
         """Tell whether the matrix of this name has both factors."""
         return name in self._fused or all(f"{PREFIX}{name}.lora_{key}.weight" in self._file.entries for key in "AB")
 
+    def on_rounded_base(self) -> "AdapterFile":
+        """Return the adapter for the base as NF4 rounds it, on which it was trained: nothing subtracts its start."""
+        if not self.start_rank:
+            return self
+        view = copy.copy(self)
+        view.is_on_rounded_base = True
+        return view
+
     def rank(self, name: str) -> int:
         """Return the rank of the factors of a matrix. ValueError if they do not fit each other."""
+        rank = self._stored_rank(name)
+        if not self.is_on_rounded_base:
+            return rank
+        if rank % (2 * self.start_rank):
+            raise UserError(
+                f"`adapter={self.name!r}`: {name} has the rank {rank}, expected a multiple of 2 x {self.start_rank}, "
+                f"since {WEIGHTS_NAME} says {START_RANK}={self.start_rank}. Copy or download the adapter again"
+            )
+        return rank // 2
+
+    def _stored_rank(self, name: str) -> int:
         place = self._fused.get(name)
         a, b = (self._shape(place.stored if place else name, factor) for factor in "AB")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
@@ -245,14 +272,28 @@ class AdapterFile:
         """Return the shape of the matrix that is adapted, ``[out, in]``, or of an embedding that is saved whole."""
         if name in self.saved:
             return self._file.entries[f"{PREFIX}{name}.weight"].shape
-        self.rank(name)
+        self._stored_rank(name)
         place = self._fused.get(name)
         stored, parts = (place.stored, 1 if place.half is None else 2) if place else (name, 1)
         return self._shape(stored, "B")[0] // parts, self._shape(stored, "A")[1]
 
     def factors(self, name: str) -> StoredFactors:
         """Read the factors of a matrix, as they are stored. ValueError if one is missing, or holds NaN or infinity."""
-        rank, place = self.rank(name), self._fused.get(name)
+        self.rank(name)
+        return self._run(name, 0) if self.is_on_rounded_base else self._stored_factors(name)
+
+    def start(self, name: str) -> StoredFactors:
+        """Read the factors that those of a matrix started with, of an adapter with a `start_rank`."""
+        a, b, scaling = self._run(name, 1)
+        return StoredFactors(a, -b, scaling)
+
+    def _run(self, name: str, turn: int) -> StoredFactors:
+        a, b, scaling = self._stored_factors(name)
+        taken = torch.arange(len(a)) // self.start_rank % 2 == turn
+        return StoredFactors(a[taken], b[:, taken], scaling)
+
+    def _stored_factors(self, name: str) -> StoredFactors:
+        rank, place = self._stored_rank(name), self._fused.get(name)
         alphas = self.config.alpha_pattern or {}
         alpha = alphas.get(get_pattern_key(list(alphas), place.parameter if place else name), self.config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if self.config.use_rslora else rank) * self._scale(name)

@@ -23,7 +23,7 @@ from lightning_mixcn.files.safetensors import write_safetensors
 from lightning_mixcn.model.architectures import Architecture, architecture_of
 from lightning_mixcn.model.checkpoints.layout import disk_names, module_shapes
 
-from .adapter_file import PREFIX, WEIGHTS_NAME, StoredFactors
+from .adapter_file import PREFIX, START_RANK, WEIGHTS_NAME, StoredFactors
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PARAMETERS = {"gate": "mlp.gate.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
@@ -37,6 +37,7 @@ def write_adapter(
     base: str | None,
     *,
     fused: bool = False,
+    start_rank: int = 0,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32).
 
@@ -47,13 +48,15 @@ def write_adapter(
         config: The base's configuration.
         base: Base of the adapter; ``base_model_name_or_path`` is its `public_name`.
         fused: Write the fused layout instead of a pair of factors an expert.
+        start_rank: Rank of the start from the rounding error that the factors subtract, see `AdapterFile.start_rank`.
     """
     adapter = _normalise(factors, saved, config)
     layout = _fused_layout if fused else _per_expert_layout
     tensors, lora = layout(adapter, _config(adapter, base), config.num_hidden_layers)
     # safetensors' own `save_file` gives the file mode 600, whatever the umask: nobody else could read it.
     (folder / WEIGHTS_NAME).unlink(missing_ok=True)
-    write_safetensors(folder / WEIGHTS_NAME, tensors, with_sum=True)
+    metadata = {START_RANK: str(start_rank)} if start_rank else {}
+    write_safetensors(folder / WEIGHTS_NAME, tensors, with_sum=True, metadata=metadata)
     lora.save_pretrained(str(folder))
 
 

@@ -61,6 +61,9 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
     """
 
     _kept: _KeptFactors | None = None
+    # This rank's rows of the factors that approximate the rounding error, see `rounding_start`, on the CPU: no
+    # parameters, which FSDP would gather and checkpoints hold.
+    start: tuple[Tensor, ...] | None = None
 
     def __init__(
         self, base_layer: FrozenLinear, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **kwargs: Any
@@ -121,6 +124,39 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
         count = len(self.slots)
         return a.view(count, self.r[adapter], -1), b.view(count, -1, self.r[adapter])
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the frozen weights."""
+        return local_shard(next(self.get_base_layer().parameters()))[0].device
+
+    def held_groups(self, adapter: str) -> list[int]:
+        """Return the groups with factors of which this rank holds rows of A or B."""
+        held: set[int] = set()
+        for weight in self.weights(adapter):
+            (shard, first), rows = local_shard(weight), len(weight) // len(self.slots)
+            held.update(range(first // rows, -(-(first + len(shard)) // rows)) if len(shard) else ())
+        return [group for group, slot in self.slots.items() if slot in held]
+
+    def write_group(self, adapter: str, group: int, a: Tensor, b: Tensor) -> None:
+        """Copy one group's factors, ``[R, in]`` and ``[out, R]``, into this rank's shard."""
+        for weight, values in zip(self.weights(adapter), (a, b), strict=True):
+            shard, held = local_shard(weight)
+            first = self.slots[group] * len(values)
+            start, stop = max(first, held), min(first + len(values), held + len(shard))
+            if start < stop:
+                shard[start - held : stop - held] = values[start - first : stop - first].to(shard)
+
+    def start_masters(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return `start` as `masters` gathers the factors, zeros where there is none; all ranks must call it."""
+        whole = []
+        for weight, rows in zip(self.weights(adapter), self.start or (None, None), strict=True):
+            values = torch.zeros_like(weight)
+            if rows is not None:
+                local_shard(values)[0].copy_(rows)
+            whole.append(full_tensor(values))
+        count = len(self.slots)
+        return whole[0].view(count, self.r[adapter], -1), whole[1].view(count, -1, self.r[adapter])
+
     def reset_factors(self, adapter: str, init: bool | str) -> None:
         """Start `adapter` as PEFT does, with the numbers that it would draw on one CPU, whatever is held here.
 
@@ -129,6 +165,7 @@ class LoraFrozenLinear(nn.Module, LoraLayer):
             init: PEFT's `init_lora_weights`: true (A uniform, B = 0), ``gaussian`` (A normal, B = 0), or false (both
                 uniform, so that the model changes at once).
         """
+        self.start = None
         rank, linear = self.r[adapter], cast(FrozenLinear, self.get_base_layer())
         a = nn.Linear(linear.in_features, len(self.slots) * rank, bias=False).weight.detach()
         b = nn.Linear(rank, len(self.slots) * linear.out_features, bias=False).weight.detach()
@@ -279,7 +316,9 @@ class MoePeftModel(PeftModelForCausalLM):
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32), loadable by stock PEFT.
 
         ``base_identity.json`` beside them says which base they belong to.
-        Factors are padded with zeros to the largest rank, and any scaling other than α/r is folded into B.
+        Factors are padded with zeros to the largest rank, and any scaling other than α/r is folded into B. Where they
+        started from the rounding error, the start is subtracted, at twice the rank, so that the adapter belongs to the
+        high-precision base; `AdapterFile.on_rounded_base` leaves that out again.
 
         Args:
             save_directory: Folder, made if missing.
@@ -287,12 +326,14 @@ class MoePeftModel(PeftModelForCausalLM):
                 ranks must call this, and one writes. The others have no effect here.
         """
         folder = Path(save_directory)
+        start_rank = stored_start_rank(self)
         factors, saved = stored_adapter(self)
         if not kwargs.get("is_main_process", True):
             return
         folder.mkdir(parents=True, exist_ok=True)
         base = cast(MoeForCausalLM, self.get_base_model())
-        write_adapter(folder, factors, saved, base.config, _lora_config(self).base_model_name_or_path)
+        name = _lora_config(self).base_model_name_or_path
+        write_adapter(folder, factors, saved, base.config, name, start_rank=start_rank)
         if self.base_identity is not None:
             write_identity(folder, self.base_identity)
 
@@ -384,17 +425,31 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraFrozenLinear]]:
             yield name.removeprefix(PREFIX), module
 
 
+def stored_start_rank(model: MoePeftModel) -> int:
+    """Return the rank of the start that `stored_adapter` subtracts, 0 where LoRA started beside the base."""
+    layers = [layer for _, layer in lora_layers(model)]
+    if all(layer.start is None for layer in layers):
+        return 0
+    return max(int(layer.r[model.active_adapter]) for layer in layers)
+
+
 def stored_adapter(model: MoePeftModel) -> tuple[dict[str, StoredFactors], dict[str, Tensor]]:
     """Return the active adapter as it is written, float32 on the CPU; all ranks must call it where it is sharded.
 
     Returns:
-        Name of a matrix → its factors, and name of an embedding that is trained as a whole → its values.
+        Name of a matrix → its factors, and name of an embedding that is trained as a whole → its values. With a start
+        from the rounding error, factors are ``[A; A₀]`` and ``[B, −B₀]``, each padded to `stored_start_rank`.
     """
-    active = model.active_adapter
+    active, start_rank = model.active_adapter, stored_start_rank(model)
     factors: dict[str, StoredFactors] = {}
     architecture = base_of(model).architecture
     for module_name, layer in lora_layers(model):
         a, b = (master.cpu() for master in layer.masters(active, gather=True))
+        if start_rank:
+            extra = start_rank - layer.r[active]
+            start_a, start_b = (master.cpu() for master in layer.start_masters(active))
+            a = torch.cat([F.pad(part, (0, 0, 0, extra)) for part in (a, start_a)], 1)
+            b = torch.cat([F.pad(part, (0, extra)) for part in (b, -start_b)], 2)
         names = disk_names(architecture, module_name, layer.groups)
         for group, slot in layer.slots.items():
             factors[names[group]] = StoredFactors(a[slot], b[slot], layer.scaling[active])
@@ -407,7 +462,8 @@ def load_adapter(model: MoePeftModel, adapter: AdapterFile) -> None:
 
     Args:
         model: Its adapters have memory; each rank fills its shard.
-        adapter: Its scaling is kept: where it differs from `model`'s, B takes the difference.
+        adapter: Its scaling is kept: where it differs from `model`'s, B takes the difference. A start from the rounding
+            error that it holds is kept, to be subtracted again.
 
     Raises:
         ValueError: an expert without adapter, another rank, or factors for what is not adapted here.
@@ -437,6 +493,10 @@ def load_adapter(model: MoePeftModel, adapter: AdapterFile) -> None:
             _fill(a, [factors.a for factors in stored], adapter.name, names, is_blank)
             scaled = [factors.b.float() * (factors.scaling / layer.scaling[active]) for factors in stored]
             _fill(b, scaled, adapter.name, names)
+            if adapter.is_on_rounded_base:
+                starts = [adapter.start(name) for name in names]
+                start_b = [start.b.float() * (start.scaling / layer.scaling[active]) for start in starts]
+                layer.start = _held(a, [start.a.float() for start in starts]), _held(b, start_b)
     for name in adapter.saved:
         _fill(_weight(model, name), [adapter.read_saved(name)], adapter.name, [name])
     for name in sorted(left):
@@ -444,6 +504,12 @@ def load_adapter(model: MoePeftModel, adapter: AdapterFile) -> None:
             raise UserError(
                 f"`adapter={adapter.name!r}` trains {name}, which `lora.target_modules` or `train_only` leaves out here"
             )
+
+
+def _held(parameter: Tensor, groups: list[Tensor]) -> Tensor:
+    """Return what this rank holds of a parameter of these values of its groups."""
+    shard, first = local_shard(parameter)
+    return torch.cat(groups)[first : first + len(shard)].clone()
 
 
 def _fill(

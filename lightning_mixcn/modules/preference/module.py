@@ -103,7 +103,10 @@ class PreferenceModule(CausalLMModule):
         """Tell if all that trains is an adapter that adds nothing yet."""
         lora = self.lora
         return (
-            self.adapter is None and not self.train_embeddings and (lora is None or lora.init_lora_weights is not False)
+            self.adapter is None
+            and self.lora_start is None
+            and not self.train_embeddings
+            and (lora is None or lora.init_lora_weights is not False)
         )
 
     @cached_property

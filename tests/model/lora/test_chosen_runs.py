@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_mixcn.callbacks import StepCheckpoint, TrainabilityCheck
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model import load_moe
+from lightning_mixcn.model.lora.adapter_file import StoredFactors
+from lightning_mixcn.model.lora.attach import stored_adapter
 from lightning_mixcn.model.lora.choice import TrainOnly
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch, run_distributed, save_tiny_model
@@ -60,6 +62,11 @@ def trained(trainer: Trainer) -> list[Tensor]:
     return [parameter.detach() for parameter in trainer.lightning_module.parameters() if parameter.requires_grad]
 
 
+def written(trainer: Trainer) -> list[StoredFactors]:
+    """Return what an adapter file has."""
+    return list(stored_adapter(cast(Any, trainer.lightning_module).model)[0].values())
+
+
 def test_the_optimizer_holds_what_is_chosen(base: str, tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules=["w1", "w2", "w3"])
     whole, half = (
@@ -70,14 +77,28 @@ def test_the_optimizer_holds_what_is_chosen(base: str, tmp_path: Path) -> None:
         assert sum(value.nbytes for value in tensors(half)) * 2 == sum(value.nbytes for value in tensors(whole)) > 0
 
 
-def test_a_run_that_is_resumed_ends_as_one_that_is_not(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [None, "rounding_error"])
+def test_a_run_that_is_resumed_ends_as_one_that_is_not(start: Any, base: str, tmp_path: Path) -> None:
     (tmp_path / "choice.json").write_text(json.dumps(SOME | {"about": {"made by": "hand"}}))
-    whole = fit(base, tmp_path / "whole", 4)
-    fit(base, tmp_path / "parts", 2)
-    resumed = fit(base, tmp_path / "parts", 4, resume=True, train_only=str(tmp_path / "choice.json"))
+    go = partial(fit, base, lora_start=start)
+    whole = go(tmp_path / "whole", 4)
+    go(tmp_path / "parts", 2)
+    resumed = go(tmp_path / "parts", 4, resume=True, train_only=str(tmp_path / "choice.json"))
     for tensors in (states, trained):
         for one, other in zip(tensors(whole), tensors(resumed), strict=True):
             assert torch.equal(one, other)
+    for factors, again in zip(written(whole), written(resumed), strict=True):
+        assert torch.equal(factors.a, again.a)
+        assert torch.equal(factors.b, again.b)
+
+
+@pytest.mark.parametrize("start", [None, "rounding_error"])
+def test_another_start_is_refused_on_resume(start: Any, base: str, tmp_path: Path) -> None:
+    fit(base, tmp_path, 1, train_only=None, lora_start=start)
+    other, place = (None, "in it, but not here") if start else ("rounding_error", "here, but not in it")
+    with pytest.raises(UserError, match=f"do not go on from the same start: .* of NF4 {place}") as caught:
+        fit(base, tmp_path, 2, resume=True, train_only=None, lora_start=other)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_choice_is_refused_on_resume(base: str, tmp_path: Path) -> None:

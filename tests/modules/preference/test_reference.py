@@ -24,7 +24,7 @@ from tests.modules.preference.preference_run import TARGETS, pairs, train
 from tests.text.pair_files import pair_records, write_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # runs go on in their folder
-WAYS = ["fresh", "continued", "embeddings"]
+WAYS = ["fresh", "continued", "embeddings", "rounding"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def settings_of(way: str, adapter: str) -> dict[str, Any]:
         "fresh": {},
         "continued": {"adapter": adapter},
         "embeddings": {"train_embeddings": True},
+        "rounding": {"lora_start": "rounding_error"},
     }
     return settings[way]
 
@@ -60,10 +61,12 @@ def settings_of(way: str, adapter: str) -> dict[str, Any]:
 @pytest.mark.parametrize("way", WAYS)
 def test_it_stays_where_it_was_while_the_model_moves(way: str, base: str, file: str, adapter: str) -> None:
     """Against a second model, made anew; what trains comes back bit for bit."""
-    module = preference_run.module(base, **settings_of(way, adapter))
+    settings = settings_of(way, adapter)
+    module = preference_run.module(base, **settings)
     module.configure_model()
     assert module.model is not None
-    other = load_moe(base, lora=module.lora, dtype="float32", adapter=settings_of(way, adapter).get("adapter"))
+    start: dict[str, Any] = {name: settings.get(name) for name in ("adapter", "lora_start")}
+    other = load_moe(base, lora=module.lora, dtype="float32", **start)
     draw_trained(module.model, 0.3, seed=5)
     before = {name: parameter.clone() for name, parameter in module.model.named_parameters()}
     data = pairs(base, file, micro_batch_size=3)
