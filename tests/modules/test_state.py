@@ -87,7 +87,10 @@ def test_a_base_may_move(tmp_path: Path, tiny_base: Path, lora: Make, trainer: M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_embeddings": True}, r"checkpoint lacks model\..*embed_tokens.*Give `lora`, `train_embeddings`"),
+        (
+            {"train_embeddings": True},
+            r"checkpoint lacks model\..*embed_tokens.*Give `lora`, `train_only`, `train_embeddings`",
+        ),
         ({"target_modules": ["w1", "w2", "w3"]}, r"no adapter here: `lora.target_modules` was .*q_proj.* and is \["),
         ({"r": 8}, r"has the rank 4 and the scaling 2, here it has 8 and 1: `lora.r` was 4 and is 8"),
     ],

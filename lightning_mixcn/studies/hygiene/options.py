@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 from lightning_mixcn.arguments import Between, Name, check_arguments
 from lightning_mixcn.errors import UserError
 
-from .characters import SCRIPT_NAMES
-
 Part = Annotated[float, Between(0, 1)]
 # Beyond it, the bands of the signatures would miss pairs (see `signatures`).
 _MOST_CHANGED = 0.2
@@ -56,6 +54,8 @@ class HygieneOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        from .characters import SCRIPT_NAMES  # numpy, for which the help does not wait
+
         check_arguments(HygieneOptions, vars(self))
         if unknown := [name for name in self.script_names if name not in SCRIPT_NAMES]:
             raise UserError(f"`scripts={self.scripts!r}`: expected {', '.join(SCRIPT_NAMES)}, got {unknown[0]!r}")

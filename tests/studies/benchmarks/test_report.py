@@ -139,7 +139,7 @@ def test_figures_with_errors() -> None:
         ("xcopa_zh", "zh"),
         ("mmlu_anatomy", "en"),
         ("mmlu_prox_zh", "zh"),
-        ("mmlu_prox_de", "other"),
+        ("mmlu_prox_de", "de"),
         ("global_mmlu_full_zh", "zh"),
         ("belebele_zho_Hans", "zh"),
         ("hellaswag", "en"),
