@@ -26,8 +26,9 @@ demo: venv  ## adapt a real base to Chinese in 4 bits; results in runs/demo
 demo-instruct: venv  ## teach the same base to answer in Chinese, and ask it; results in runs/demo_instruct
 	$(BIN)/python -m lightning_mixcn.demo instruct
 
-# Two processes of one thread each: threads of both would wait for one another.
-QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (slow or gpu or multigpu)" -n 2 --dist loadfile
+# Three processes of one thread each, for two cores: threads would wait for one another, and a third of the time a test
+# waits for a process that it has started.
+QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (slow or gpu or multigpu)" -n 3 --dist loadfile
 
 test: lint  ## every quick check (what CI runs)
 	$(QUICK)

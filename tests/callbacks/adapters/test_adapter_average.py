@@ -144,7 +144,7 @@ def text(tmp_path: Path) -> str:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("saved", ["fsdp2", "ddp", "one file"])
+@pytest.mark.parametrize("saved", [pytest.param("fsdp2", marks=pytest.mark.slow), "ddp", "one file"])
 def test_resuming_on_another_number_of_ranks(saved: str, text: str, tmp_path: Path, tiny_base: Path) -> None:
     base, out = str(tiny_base), str(tmp_path / "out")
     first = run_distributed(partial(averaged_run, max_steps=2, saves=True), 2, saved, base, out, text)

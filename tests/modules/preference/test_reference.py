@@ -91,8 +91,19 @@ def test_no_second_copy_of_the_base_is_held(base: str, adapter: str) -> None:
     assert preference_run.module(base)._start is None
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("reference", ["start", "precompute"])
+@pytest.mark.parametrize(
+    ("way", "reference"),
+    [
+        ("continued", "start"),
+        ("fresh", "precompute"),
+        *(
+            pytest.param(way, reference, marks=pytest.mark.slow)
+            for way in WAYS
+            for reference in ("start", "precompute")
+            if (way, reference) not in (("continued", "start"), ("fresh", "precompute"))
+        ),
+    ],
+)
 def test_resumed_as_if_it_had_not_been_killed(
     reference: str, way: str, base: str, file: str, adapter: str, tmp_path: Path
 ) -> None:
@@ -120,8 +131,8 @@ def test_computed_before_or_in_each_step_is_the_same(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("reference", ["start", "precompute"])
-@pytest.mark.parametrize("way", ["fresh", "continued"])
+@pytest.mark.parametrize("reference", [pytest.param("start", marks=pytest.mark.slow), "precompute"])
+@pytest.mark.parametrize("way", [pytest.param("fresh", marks=pytest.mark.slow), "continued"])
 def test_ranks_do_what_one_process_does(
     way: str, reference: str, base: str, file: str, adapter: str, tmp_path: Path
 ) -> None:
