@@ -190,7 +190,7 @@ class CausalLMModule(SavedStateModule):
             batch: ``[B, S]``: ``input_ids``, ``labels``, ``position_ids``, and ``document_ids`` (−1 is padding).
 
         Returns:
-            ``nll`` float32 ``[B, S]``, the loss of each label in nats; ``aux_loss``, a scalar, while training.
+            ``nll`` float32 ``[B, S]``, the loss of each label in nats; ``aux_loss``, a scalar, while the model trains.
         """
         assert self.model is not None
         # The model computes in its own dtype: under `bf16-mixed` torch would lower the float32 parts of the loss, too.
@@ -200,7 +200,7 @@ class CausalLMModule(SavedStateModule):
                 position_ids=batch["position_ids"],
                 labels=batch["labels"],
                 document_ids=batch["document_ids"],
-                output_router_logits=self.training,
+                output_router_logits=self.model.training,
                 use_cache=False,
             )
         return output

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from lightning_mixcn.arguments import Between, Name, Share, check_arguments
 from lightning_mixcn.errors import UserError
@@ -157,12 +157,12 @@ class PreferenceModule(CausalLMModule):
 
     def _precompute(self, data: Any) -> PrecomputedReference:
         assert self.model is not None
-        rank_zero_info("Computing the reference's log-probabilities of every answer, once")
         found: dict[int, float] = {}
         with evaluating(self.model), unobserved():
-            for batch in data.every_pair():
+            batches = tqdm(data.every_pair(), "reference", unit=" batches", disable=not self.trainer.is_global_zero)
+            for batch in batches:
                 moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                found |= log_probabilities(self._evaluated(moved), batch)
+                found |= log_probabilities(self(moved).nll, batch)
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, found)
@@ -179,22 +179,7 @@ class PreferenceModule(CausalLMModule):
         if not self.needs_reference:
             return batch | {"reference_nll": torch.zeros_like(batch["labels"], dtype=torch.float32)}
         with self._as_at_start():
-            return batch | {"reference_nll": self._evaluated(batch)}
-
-    def _evaluated(self, batch: Batch) -> Tensor:
-        """Return the loss of each label, without router logits."""
-        assert self.model is not None
-        with torch.autocast(self.device.type, enabled=False):
-            output: CausalLMOutput = self.model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                labels=batch["labels"],
-                document_ids=batch["document_ids"],
-                output_router_logits=False,
-                use_cache=False,
-            )
-        assert output.nll is not None
-        return output.nll
+            return batch | {"reference_nll": self(batch).nll}
 
     @contextmanager
     def _as_at_start(self) -> Iterator[None]:
