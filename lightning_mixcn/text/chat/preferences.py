@@ -37,7 +37,7 @@ CHOSEN, REJECTED, MISMATCHED = 1, -1, 0
 
 
 class LoneVerdictError(UserError):
-    """A file that has one answer with a verdict, and no other record whose answer it could be compared with."""
+    """A file whose answers with a verdict are all to one prompt, so that none can be compared with another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ def _split_answer(answer: Any, known: Mapping[str, str]) -> tuple[list[Mapping[s
 
 
 def with_mismatched_answers(preferences: Iterator[tuple[int, Preference]]) -> Iterator[tuple[int, Preference]]:
-    """Give each answer with a verdict the answer of the record before it, the first one that of the second.
+    """Give each answer with a verdict the last answer before it to another prompt; the first ones that of the next.
 
     KTO measures with these how far the model is from its reference on answers that do not belong to the prompt.
 
@@ -223,27 +223,27 @@ def with_mismatched_answers(preferences: Iterator[tuple[int, Preference]]) -> It
         The same; pairs as they came.
 
     Raises:
-        LoneVerdictError: There is one record with a verdict and no other.
+        LoneVerdictError: There are records with a verdict, and all are of one prompt.
     """
-    first: tuple[int, Preference] | None = None
-    before: str | None = None
+    waiting = list[tuple[int, Preference]]()  # of the first prompt, until there is another
+    last: Preference | None = None
+    other: str | None = None  # the last answer to another prompt than that of `last`
     for number, preference in preferences:
         if len(preference.answers) > 1:
             yield number, preference
             continue
-        text = preference.answers[0].text
-        if before is None and first is None:
-            first = number, preference
+        if last is not None and preference.prompt != last.prompt:
+            other = last.answers[0].text
+            yield from ((line, _with_mismatched(first, preference.answers[0].text)) for line, first in waiting)
+            waiting = []
+        last = preference
+        if other is None:
+            waiting.append((number, preference))
         else:
-            if first is not None:
-                yield first[0], _with_mismatched(first[1], text)
-                before, first = first[1].answers[0].text, None
-            assert before is not None
-            yield number, _with_mismatched(preference, before)
-            before = text
-    if first is not None:
+            yield number, _with_mismatched(preference, other)
+    if waiting:
         raise LoneVerdictError(
-            "one answer with a verdict: KTO compares it with another record's answer. Give two records or more"
+            "answers with a verdict to one prompt alone: KTO compares with answers to another prompt. Give two or more"
         )
 
 

@@ -145,19 +145,20 @@ def test_files_in_every_format_and_renamed_keys(tmp_path: Path) -> None:
         parse_sources([PreferenceSource("zh", "b.jsonl", columns={"output": "x"})], "sources", PreferenceSource)
 
 
-def test_answers_with_a_verdict_get_the_answer_of_the_record_before(tmp_path: Path) -> None:
+def test_answers_with_a_verdict_get_an_answer_to_another_prompt(tmp_path: Path) -> None:
+    """Good and bad answers to a prompt often follow each other: neither is a mismatched one of it."""
     file = tmp_path / "kto.jsonl"
-    records = [{"prompt": f"{n}?", "completion": f"{n}!", "label": n % 2 == 0} for n in range(4)]
+    records = [{"prompt": f"{n}?", "completion": f"{n}{side}", "label": side == "+"} for n in range(3) for side in "+-"]
     file.write_text("\n".join(map(json.dumps, [records[0], PAIRS["texts"], *records[1:]])))
     corpus = read_corpus(PreferenceSource("zh", str(file)))
     found = [load_preference(corpus.text(index)).answers for index in range(len(corpus))]
     assert EXPECTED.answers in found
     judged = [answers for answers in found if answers != EXPECTED.answers]
     assert [tuple(answer.text for answer in answers) for answers in judged] == [
-        ("0!", "1!"), ("1!", "0!"), ("2!", "1!"), ("3!", "2!"),
+        ("0+", "1+"), ("0-", "1+"), ("1+", "0-"), ("1-", "0-"), ("2+", "1-"), ("2-", "1-"),
     ]  # fmt: skip
-    assert [answers[0].side for answers in judged] == [CHOSEN, REJECTED, CHOSEN, REJECTED]
+    assert [answers[0].side for answers in judged] == [CHOSEN, REJECTED] * 3
     assert {answers[1].side for answers in judged} == {MISMATCHED}
-    file.write_text(json.dumps(records[0]))
-    with pytest.raises(ValueError, match=r"kto\.jsonl`: one answer with a verdict: KTO compares it with another"):
+    file.write_text("\n".join(map(json.dumps, records[:2])))
+    with pytest.raises(ValueError, match=r"kto\.jsonl`: answers with a verdict to one prompt alone: KTO compares"):
         read_corpus(PreferenceSource("zh", str(file)))
