@@ -360,7 +360,7 @@ from lightning_mixcn.text.corpus.sources import SourceFile
 unpacking.MIN_PARALLEL_BYTES = 0
 os.cpu_count = lambda: 2
 def sleep(*arguments):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: `print` may write the end of line apart
     time.sleep(60)
 unpacking.unpack = sleep
 unpacking.unpack_all([SourceFile(Path(path), "jsonl", "text", "file") for path in sys.argv[1:]], "error", "zh")
