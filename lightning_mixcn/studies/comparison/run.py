@@ -22,6 +22,13 @@ from lightning_mixcn.text.corpus.reading import is_url
 _SHARED_KEYS = ("seed_everything", "trainer", "model", "data")
 _FACTS, _START = "facts.json", "validate.json"
 
+# Of the settings of this project's classes, what changes neither a model before its first step nor the text held out.
+_OF_TRAINING = {
+    "model": ("optimizer", "lr_scheduler", "learning_rates", "kl_to_base", "train_only", "train_embeddings"),
+    "data": ("sources", "seed", "weight_unit", "progress_rows"),
+    "trainer": ("default_root_dir", "callbacks", "max_steps", "accumulate_grad_batches", "gradient_clip_val"),
+}
+
 
 @dataclass(frozen=True)
 class ComparedRun:
@@ -87,6 +94,40 @@ class ComparedRun:
         """Return likelihoods of each source before training, if they were measured."""
         content = _read(self.folder / "start" / _START)
         return None if content is None else dict(content["sources"])
+
+    def take_start(self, others: Sequence["ComparedRun"]) -> bool:
+        """Take the likelihoods before training from a run that starts from the same model, on the same held-out text.
+
+        Returns:
+            Whether they are there now.
+        """
+        for other in others:
+            if self.start() is None and other.start() is not None and self._starts_as(other):
+                (self.folder / "start").mkdir(exist_ok=True)
+                write_text(self.folder / "start" / _START, (other.folder / "start" / _START).read_text("utf-8"))
+        return self.start() is not None
+
+    def _starts_as(self, other: "ComparedRun") -> bool:
+        mine, theirs = self._before_training(), other._before_training()
+        return mine is not None and mine == theirs
+
+    def _before_training(self) -> dict[str, Any] | None:
+        """Return the settings that the likelihoods before training depend on, if those are known."""
+        config = yaml.safe_load(self._config.read_text(encoding="utf-8"))
+        model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+        own = all(config[part]["class_path"].startswith("lightning_mixcn.") for part in ("model", "data"))
+        lora = (model.get("lora") or {}).get("init_args", {})
+        # Factors that are not zero, and rows that are drawn, belong to a seed.
+        drawn = model.get("tokenizer") or model.get("lora_start") or lora.get("init_lora_weights", True) is False
+        if not own or drawn or not data.get("val_sources"):
+            return None
+        kept = {"model": model, "data": data, "trainer": trainer}
+        found = {
+            part: {key: value for key, value in values.items() if key not in _OF_TRAINING[part]}
+            for part, values in kept.items()
+        }
+        found["model"].pop("seed", None)
+        return found | {"classes": [config[part]["class_path"] for part in ("model", "data")]}
 
     def facts(self) -> dict[str, Any] | None:
         """Read what `RunFacts` wrote, if the run came to its end with all validations."""

@@ -88,7 +88,7 @@ class _Study:
         for name, command in recipe.commands(prepared).items():
             self._do("prepare", name, (prepared / name).exists(), partial(list, command))
         for run in runs:
-            self._do("start", run.name, run.start() is not None, run.validate_command)
+            self._do("start", run.name, run.take_start(runs), run.validate_command)
         require_same_text({run.name: run.start() or {} for run in runs})
         for run in runs:
             self._fit(run)

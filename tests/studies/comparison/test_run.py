@@ -54,6 +54,61 @@ def test_its_configuration(run: ComparedRun) -> None:
     assert CONFIG["model"]["init_args"]["seed"] == 7  # arms share it
 
 
+OURS: dict[str, Any] = {
+    "model": {"class_path": "lightning_mixcn.PretrainModule", "init_args": {"base": "b", "seed": 0}},
+    "data": {"class_path": "lightning_mixcn.PretrainDataModule",
+             "init_args": {"sources": ["zh"], "val_sources": ["held out"], "seed": 0}},
+    "trainer": {},
+}  # fmt: skip
+
+
+def started(folder: Path, seed: int, model: dict[str, Any], data: dict[str, Any]) -> ComparedRun:
+    config = json.loads(json.dumps(OURS))
+    config["model"]["init_args"] |= model
+    config["data"]["init_args"] |= data
+    run = ComparedRun("arm", seed, folder, validations=1)
+    run.write_config(config, text_bytes=100)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "same"),
+    [
+        ({}, {}, True),
+        ({"kl_to_base": {"coefficient": 1.0}, "train_only": {"layers": [1]}, "learning_rates": {}}, {}, True),
+        ({}, {"sources": ["zh", "en"], "weight_unit": "bytes"}, True),
+        ({"base": "another"}, {}, False),
+        ({"quantization": "nf4"}, {}, False),
+        ({"tokenizer": "longer"}, {}, False),
+        ({"lora_start": "rounding_error"}, {}, False),
+        ({"lora": {"init_args": {"init_lora_weights": False}}}, {}, False),
+        ({}, {"val_sources": ["other"]}, False),
+        ({}, {"val_sources": []}, False),
+        ({}, {"sequence_length": 8}, False),
+    ],
+)  # fmt: skip
+def test_likelihoods_before_training_are_measured_once_for_a_model(
+    model: dict[str, Any], data: dict[str, Any], same: bool, tmp_path: Path
+) -> None:
+    first, second = started(tmp_path / "first", 0, {}, {}), started(tmp_path / "second", 1, model, data)
+    assert not second.take_start([first, second])
+    (first.folder / "start").mkdir()
+    (first.folder / "start" / "validate.json").write_text(json.dumps({"sources": {"zh": 1}}), encoding="utf-8")
+    assert second.take_start([first, second]) is same
+    assert (second.start() == {"zh": 1}) is same
+
+
+def test_own_classes_are_measured_each(tmp_path: Path) -> None:
+    first, second = started(tmp_path / "first", 0, {}, {}), started(tmp_path / "second", 0, {}, {})
+    for run in (first, second):
+        config = run.folder / "config.yaml"
+        text = config.read_text(encoding="utf-8").replace("lightning_mixcn.PretrainModule", "mine.Module")
+        config.write_text(text, encoding="utf-8")
+    (first.folder / "start").mkdir()
+    (first.folder / "start" / "validate.json").write_text(json.dumps({"sources": {"zh": 1}}), encoding="utf-8")
+    assert not second.take_start([first, second])
+
+
 def test_a_fit_goes_on_where_there_is_a_checkpoint(run: ComparedRun) -> None:
     assert run.fit_command() == ["fit", "--config", str(run.folder / "config.yaml")]
     write_checkpoint(run)
