@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, or 2 where what the user gave cannot be used, 1 where a loader worker or another rank was lost,
-        and 128 + N where signal N ended the command, which one line on stderr explains.
+        and 128 + N where signal N ended the command, which one line on stderr explains, unless it is SIGPIPE, the end
+        of whoever read standard output.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = stop.number if isinstance(stop, _Signalled) else signal.SIGINT
         return _report(f"{signal.Signals(number).name} ended the command. Nothing half written is left", 128 + number)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():  # such as `| head -1`, which has what it wanted
+            _forget_output()
+            return 128 + signal.SIGPIPE
         if os.environ.get(_TRACEBACK) or (message := _explained(error)) is None:
             raise
         return _report(message, 1 if _lost_worker(error) or _lost_rank(error) else 2)
@@ -90,16 +95,29 @@ def _flush() -> None:
     """Write what was printed: at the end of Python, a full disk or a closed pipe would be a traceback.
 
     Raises:
-        OSError: it cannot be written; what is left of it goes nowhere, lest that end tries again (the note on SIGPIPE
-            in Python's documentation of `signal`).
+        OSError: it cannot be written.
     """
     if sys.stdout is None:  # it was closed from the beginning
         return
     try:
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         raise
+    except OSError:
+        _forget_output()
+        raise
+
+
+def _forget_output() -> None:
+    """Let what was not written go nowhere, lest the end of Python tries again (the note on SIGPIPE in its `signal`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_left() -> bool:
+    """Tell whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error is told whatever is asked for
+    return bool(poll.poll(0))
 
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)

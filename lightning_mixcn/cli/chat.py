@@ -10,6 +10,7 @@ def chat(
     *,
     system: str | None = None,
     template: Name | None = None,
+    json: bool = False,
     sampling: Sampling,
     seed: Seed = 0,
     model: ModelOptions,
@@ -24,6 +25,9 @@ def chat(
         template: ``mixtral``, ``tokenizer`` for the chat template of the model's tokenizer, or a Jinja file. Null is
             the one that the model carries, which for a run, its adapter and its exports is the one it was trained with;
             ``mixtral`` where it carries none.
+        json: Read and write JSON Lines. A question is a string, or an object with ``question`` and, to begin a new
+            conversation with it, ``reset: true``. Its answer is a line with the object's own keys and ``answer``,
+            ``tokens``, and ``finish``: ``stop``, or ``length`` where the model was cut off.
         sampling: Choice of tokens.
         seed: Seed of the random numbers.
         model: Loading of the model.
@@ -34,4 +38,4 @@ def chat(
     """
     from .conversation import talk_with
 
-    talk_with(src, system, template, sampling, seed, model)
+    talk_with(src, system, template, sampling, seed, model, as_json=json)

@@ -3,6 +3,8 @@
 Answers go to standard output, everything else to standard error.
 """
 
+import json
+import select
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -15,6 +17,7 @@ from torch import nn
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.masking import mask_secrets, visible
 from lightning_mixcn.model import MoePeftModel
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.model.find import find_model
 from lightning_mixcn.model.inference.generation import PrefixCache, prepare_for_generation, stream_tokens
 from lightning_mixcn.model.inference.sampling import Sampling
@@ -27,7 +30,7 @@ from lightning_mixcn.text import (
     template_of_model,
 )
 from lightning_mixcn.tokenizer.files import generation_end_ids
-from lightning_mixcn.tokenizer.tokenizer import stream_text
+from lightning_mixcn.tokenizer.tokenizer import BROKEN, stream_text
 
 _PROMPT = "> "
 _HELP = """\
@@ -36,11 +39,20 @@ _HELP = """\
 /base          switch the adapter off, and on again
 /help          these lines
 /quit          leave, as Ctrl-D does; Ctrl-C stops an answer
-A line that begins with a blank is never a command, nor is one with a second slash, such as a path."""
+A line that begins with a blank is never a command, nor is one with a second slash, such as a path.
+Lines that are pasted together are one question, after those of them that are commands."""
+_PASTED_SECONDS = 0.05  # that a terminal needs for the next line of what is pasted
 
 
 def talk_with(
-    src: str, system: str | None, template: str | None, sampling: Sampling, seed: int, options: ModelOptions
+    src: str,
+    system: str | None,
+    template: str | None,
+    sampling: Sampling,
+    seed: int,
+    options: ModelOptions,
+    *,
+    as_json: bool,
 ) -> None:
     """Load a model and answer what standard input says; arguments as in the command ``chat``."""
     found = find_model(src)
@@ -55,6 +67,9 @@ def talk_with(
     fixed = [name for adapter in found.adapters for name in adapter.saved]
     if fixed:
         talk.why_no_base = f"the adapter also trained {' and '.join(fixed)}. Chat with {found.base.name} itself"
+    if as_json:
+        answer_records(talk, _piped_lines())
+        return
     interactive = sys.stdin.isatty()
     if interactive:
         _say(f"{src}. /help lists the commands, Ctrl-D ends.")
@@ -75,6 +90,7 @@ class Chat:
     Attributes:
         turns: Turns so far, the system prompt included.
         answer_tokens: Length of the last answer.
+        room: Tokens that the last answer could have had.
         why_no_base: Why the adapter cannot be switched off; empty if it can.
     """
 
@@ -89,7 +105,7 @@ class Chat:
     ) -> None:
         self._stop_ids = template.stop_ids(tokenizer) if stop_ids is None else stop_ids
         self.turns: list[Turn] = []
-        self.answer_tokens = 0
+        self.answer_tokens = self.room = 0
         self.why_no_base = "" if isinstance(model, MoePeftModel) else "the model has no adapter"
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._generator = sampling, generator
@@ -111,6 +127,8 @@ class Chat:
         """
         turns = [*self.turns, Turn("user", question)]
         ids = self._template.encode_prompt(turns, self._tokenizer)
+        context = int(base_of(self._model).config.max_position_embeddings)
+        self.room = min(self._sampling.max_new_tokens, context - len(ids))
         tokens = stream_tokens(
             self._model, ids, self._cache, self._sampling, stop_ids=self._stop_ids, generator=self._generator
         )
@@ -125,6 +143,7 @@ class Chat:
                     answer += piece
                     yield piece
         finally:  # Ctrl-C too
+            answer = answer.rstrip(BROKEN)  # a character that was cut would be asked about as three others
             if answer:
                 self.turns = [*turns, Turn("assistant", answer)]
 
@@ -150,25 +169,26 @@ class Chat:
         return not self._adapter_off
 
 
-def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
+def converse(talk: Chat, blocks: Iterator[str], *, interactive: bool) -> None:
     """Answer questions, and obey a person's commands, until there are no more.
 
     Args:
         talk: The conversation.
-        lines: Lines of the user; empty lines are skipped.
-        interactive: True if a person is there: lines that begin with a slash are commands, what cannot be asked is
-            said, not raised, Ctrl-C stops an answer only, and the speed of each answer is shown.
+        blocks: What the user says at a time, a line or several; empty ones are skipped.
+        interactive: True if a person is there: lines that begin with a slash are commands, until one does not; what
+            cannot be asked is said, not raised, Ctrl-C stops an answer only, and the speed of each answer is shown.
 
     Raises:
         ValueError: not interactive, and a question cannot be asked; the line is named.
     """
-    for number, line in enumerate(lines, 1):
-        word, _, rest = line.partition(" ")
-        if interactive and word == "/quit":
-            return
-        if interactive and word.startswith("/") and word.count("/") == 1:
+    for number, block in enumerate(blocks, 1):
+        lines = block.split("\n")
+        while interactive and lines and _is_command(lines[0]):
+            word, _, rest = lines.pop(0).partition(" ")
+            if word == "/quit":
+                return
             _obey(talk, word, rest.strip())
-        elif question := line.strip():
+        if question := "\n".join(lines).strip():
             try:
                 answer = talk.ask(question)
             except ValueError as error:
@@ -181,6 +201,53 @@ def converse(talk: Chat, lines: Iterator[str], *, interactive: bool) -> None:
             if interactive:
                 speed = talk.answer_tokens / (time.perf_counter() - start)
                 _say(f"({talk.answer_tokens} tokens, {speed:.1f} tokens/s{'' if finished else ', stopped'})")
+
+
+def _is_command(line: str) -> bool:
+    word = line.partition(" ")[0]
+    return word.startswith("/") and word.count("/") == 1
+
+
+def answer_records(talk: Chat, lines: Iterator[str]) -> None:
+    """Answer questions in JSON Lines, each with a line of JSON, as soon as it is there.
+
+    Args:
+        talk: The conversation, which goes on from line to line.
+        lines: Lines as in the command's ``json``; empty lines are skipped.
+
+    Raises:
+        ValueError: a line is no question, or cannot be asked; the line is named.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"line {number} of standard input"
+            record = _question(line, where)
+            if record.get("reset"):
+                talk.reset()
+            try:
+                answer = "".join(talk.ask(record["question"]))
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from error
+            finish = "stop" if talk.answer_tokens < talk.room else "length"
+            answered = record | {"answer": answer, "tokens": talk.answer_tokens, "finish": finish}
+            # Characters that a terminal obeys are written as JSON's escapes, so none is lost.
+            text = json.dumps(answered, ensure_ascii=False)
+            print("".join(char if char == visible(char) else f"\\u{ord(char):04x}" for char in text), flush=True)
+
+
+def _question(line: str, where: str) -> dict[str, Any]:
+    """Read a line of JSON as an object with a question."""
+    expected = 'expected a question as a JSON string, or as an object such as {"question": "…"}'
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error}): {expected}") from error
+    record = {"question": content} if isinstance(content, str) else content
+    if not isinstance(record, dict) or not isinstance(record.get("question"), str) or not record["question"].strip():
+        raise UserError(f"{where}: {expected}, got {line.strip()[:80]}")
+    if not isinstance(record.get("reset", False), bool):
+        raise UserError(f"{where}: `reset`: expected true or false, got {record['reset']!r}")
+    return record
 
 
 def _show(answer: Generator[str], interactive: bool) -> bool:
@@ -223,21 +290,32 @@ def _obey(talk: Chat, command: str, text: str) -> None:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Yield lines of a person at a terminal."""
+    """Yield what a person types or pastes at a terminal: a line, or those that come with it."""
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a history and keys to edit with
     while True:
         try:
             if sys.stdout.isatty():
-                yield input(_PROMPT)
+                lines = [input(_PROMPT)]
             else:  # `input` would write its prompt among the answers
                 _say(_PROMPT, end="")
-                yield input()
+                lines = [input()]
+            while _more_is_pasted():
+                lines.append(input())
+            yield "\n".join(lines)
         except EOFError:
             _say("")
             return
         except KeyboardInterrupt:
             _say("\n(Ctrl-D or /quit ends)")
+
+
+def _more_is_pasted() -> bool:
+    """Tell whether the terminal has another line already; nobody types one so fast."""
+    try:
+        return bool(select.select([sys.stdin], [], [], _PASTED_SECONDS)[0])
+    except (OSError, ValueError):  # Windows has it for sockets only, and some editors' terminals have no file
+        return False
 
 
 def _piped_lines() -> Iterator[str]:

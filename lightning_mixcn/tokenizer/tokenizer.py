@@ -299,7 +299,7 @@ def _credit_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.i
     return np.diff(total[reached], prepend=0).astype(np.int32)
 
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character, or not yet
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character, or not yet
 
 
 def stream_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
@@ -322,7 +322,7 @@ def stream_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> It
         ids.append(token)
         text = decode(ids)
         start = max(given, len(text) - len(text.lstrip()))
-        if start < len(text) and not text.endswith(_BROKEN):
+        if start < len(text) and not text.endswith(BROKEN):
             yield text[start:]
             given = len(text)
     if rest := text[given:] if given else text.lstrip():

@@ -1,6 +1,11 @@
 """`mixcn chat`: whole conversations against stock transformers, commands, and what goes wrong."""
 
 import io
+import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +91,7 @@ def expected_answers(
             row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         answers.append(tokenizer.decode(generated[0, len(ids) :].tolist()).lstrip())
-        turns.append(Turn("assistant", answers[-1]))
+        turns.append(Turn("assistant", answers[-1].rstrip("\N{REPLACEMENT CHARACTER}")))
     assert all(answers)
     return answers
 
@@ -303,6 +308,102 @@ def test_an_answer_stopped_before_it_began_leaves_no_turn(base: Path, monkeypatc
     type_in(monkeypatch, "a", "a")
     assert main(["chat", str(base), *GREEDY]) == 0
     assert asked[0] == asked[1]
+
+
+def test_what_is_pasted_together_is_one_question(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "/system Be kind.\n/reset\nThe first line,\n/and the second\n\n", "/help\n/quit", "never")
+    assert main(["chat", str(base), *GREEDY]) == 0
+    output = capsys.readouterr()
+    question = "The first line,\n/and the second"
+    assert output.out == printed(expected_answers(stock(base), base, question, system="Be kind."))
+    assert [word for word in ("is set", "is forgotten", "/reset  ") if word not in output.err] == []
+
+
+def test_a_terminal_gives_pasted_lines_at_once() -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", "import sys; from lightning_mixcn.cli.conversation import _typed_lines\n"
+               "for block in _typed_lines(): print(repr(block), flush=True)"]  # fmt: skip
+    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        os.close(slave)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.read(1) == ">"
+        os.write(master, b"one\ntwo\n")
+        assert process.stdout.readline() == "'one\\ntwo'\n"
+        os.write(master, b"three\n")
+        assert process.stdout.readline() == "'three'\n"
+        os.write(master, b"\x04")
+        assert process.wait(60) == 0
+    os.close(master)
+
+
+def test_a_character_that_is_cut_is_not_kept(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[int]] = []
+    tokenizer = load_tokenizer(base)
+    (ids,) = tokenizer.encode_batch([" 你好"])
+
+    def answer(*args: Any, **kwargs: Any) -> Iterator[int]:
+        asked.append(args[1])
+        return iter(ids[:-1])
+
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", answer)
+    pipe(monkeypatch, "a", "b")
+    assert main(["chat", str(base), *GREEDY]) == 0
+    assert tokenizer.decode(asked[1]) == "[INST] a [/INST] 你[INST] b [/INST]"
+
+
+def test_json_lines(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe(monkeypatch, '"Hello"', "", '{"question": "你好\\n吗？", "id": 7}', '{"question": "Hello", "reset": true}')
+    assert main(["chat", str(base), "--json", *GREEDY]) == 0
+    output = capsys.readouterr()
+    answers = expected_answers(stock(base), base, "Hello", "你好\n吗？")
+    told = {"tokens": 6, "finish": "length"}
+    assert list(map(json.loads, output.out.splitlines())) == [
+        {"question": "Hello", "answer": answers[0], **told},
+        {"question": "你好\n吗？", "id": 7, "answer": answers[1], **told},
+        {"question": "Hello", "reset": True, "answer": answers[0], **told},
+    ]
+    assert output.err == ""
+
+
+def test_json_lines_say_that_an_answer_ended_and_hold_every_character(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "\x1b[2J\x9b1m\n\nb"
+    (ids,) = load_tokenizer(base).encode_batch([said])
+    monkeypatch.setattr(lightning_mixcn.cli.conversation, "stream_tokens", lambda *args, **kwargs: iter(ids))
+    pipe(monkeypatch, '"x"')
+    assert main(["chat", str(base), "--json", *EXACT]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output) == {"question": "x", "answer": said, "tokens": len(ids), "finish": "stop"}
+    assert output == f"{visible(output)}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Hello", "is no JSON (Expecting value"),
+        ("[1]", 'expected a question as a JSON string, or as an object such as {"question": "…"}, got [1]'),
+        ('{"text": "x"}', "expected a question as a JSON string"),
+        ('{"question": " "}', "expected a question as a JSON string"),
+        ('{"question": "x", "reset": 1}', "`reset`: expected true or false, got 1"),
+        ("[" * 100_000, "is no JSON"),
+    ],
+)
+def test_what_is_no_question_in_json(
+    line: str, message: str, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, '"x"', line)
+    assert main(["chat", str(base), "--json", *GREEDY]) == 2
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 1  # the first one was answered
+    assert "mixcn: error: line 2 of standard input" in output.err
+    assert message in output.err
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,23 @@ def test_output_that_cannot_be_written_is_one_line(option: str, unbuffered: str)
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_is_no_error(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, env = [sys.executable, "-m", "lightning_mixcn", "--help"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=env)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "_run", raising(BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    assert cli.main(["fit"]) == 2
+    assert "Broken pipe" in capfd.readouterr().err
+
+
 def test_a_command_that_failed_has_said_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
