@@ -8,16 +8,16 @@ if __name__ != "lightning_mixcn.callbacks":
 
 from .adapter_average import AdapterAverage
 from .adapter_checkpoint import AdapterCheckpoint
-from .benchmark_eval import BenchmarkEval
 from .checkpoints import PreemptionCheckpoint, StepCheckpoint
 from .clocks import StepProgressBar
 from .compared_run import ByteBudget, RunFacts
 from .data_monitor import DataMonitor
 from .epoch_budget import EpochBudget
+from .evaluation.benchmark_eval import BenchmarkEval
+from .evaluation.long_context import LongContextEval
+from .evaluation.samples import SampleAnswers, SampleText
 from .expert_load.monitor import ExpertLoadMonitor
-from .long_context import LongContextEval
 from .reports import EvaluationReport, FitSummary, PredictionWriter
-from .samples import SampleAnswers, SampleText
 from .throughput_logger import ThroughputLogger
 from .trainability_check import TrainabilityCheck
 

@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.distributed import ReduceOp
 
 from lightning_mixcn.errors import UserError
 
@@ -93,3 +94,12 @@ def joined_processes(device: torch.device) -> Iterator[Processes]:
 def is_first() -> bool:
     """Tell whether this process is the one that speaks: the only one, or rank 0."""
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def over_ranks(values: Tensor, operation: ReduceOp.RedOpType = ReduceOp.SUM) -> Tensor:
+    """Reduce a tensor over all ranks, where there are several, without changing it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    reduced = values.clone()
+    distributed.all_reduce(reduced, operation)
+    return reduced

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_mixcn.callbacks.long_context import LongContextReport
+from lightning_mixcn.callbacks.evaluation.long_context import LongContextReport
 from lightning_mixcn.cli import main
 from lightning_mixcn.testing import save_tiny_mixtral
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.significance import paired_test, sign_flip_p
+from lightning_mixcn.studies.significance import paired_test, sign_flip_p, wilson_interval
 
 ROWS = [(3, 9, 20), (0, 5, 2), (7, 7, 1), (40, 90, 0), (1400, 1650, 3000), (0, 0, 5)]
 
@@ -61,3 +61,11 @@ def test_p_values_of_alike_models_are_uniform() -> None:
 def test_bad_scores_are_refused(one: list[float], two: list[float]) -> None:
     with pytest.raises(ValueError, match="scores"):
         paired_test(one, two)
+
+
+@pytest.mark.parametrize(
+    ("part", "trials", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
+)
+def test_wilson_s_interval(part: int, trials: int, low: float, high: float) -> None:
+    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
+    assert wilson_interval(part / trials, trials) == pytest.approx((low, high), abs=5e-5)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lightning_mixcn.errors import NonFiniteError
 from lightning_mixcn.model.reference import evaluating
+from lightning_mixcn.studies.processes import over_ranks
 from lightning_mixcn.text import DocumentSet, TextTokenizer
 
 from .rows import (
     as_far_as_memory_goes,
-    over_ranks,
     score_rows,
 )
 

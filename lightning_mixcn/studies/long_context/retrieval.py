@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.reference import evaluating
+from lightning_mixcn.studies.processes import over_ranks
 from lightning_mixcn.text import TextTokenizer
 
 from .rows import (
     as_far_as_memory_goes,
-    over_ranks,
     score_rows,
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill, ChunkScores
+from lightning_mixcn.studies.processes import over_ranks
 
 _FITS = 2**62
 Result = TypeVar("Result")
@@ -77,15 +78,6 @@ def score_rows(model: nn.Module, rows: Sequence[Tensor], chunk: int) -> list[Row
         prefill.restart()
         _agree(lambda: prefill.advance(one, one[:0]), 1, device)
     return scores
-
-
-def over_ranks(values: Tensor, operation: ReduceOp.RedOpType = ReduceOp.SUM) -> Tensor:
-    """Reduce a tensor over all ranks, where there are several, without changing it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    reduced = values.clone()
-    torch.distributed.all_reduce(reduced, operation)
-    return reduced
 
 
 def as_far_as_memory_goes(

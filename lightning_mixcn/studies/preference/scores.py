@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_mixcn.studies.significance import sign_flip_p
+from lightning_mixcn.studies.significance import sign_flip_p, wilson_interval
 
 from .matches import (
     LEFT,
@@ -141,7 +141,6 @@ def _newton(wins_RMM: Floats) -> Floats:
 
 
 _RESAMPLES, _TAILS = 2000, (2.5, 97.5)
-_Z_95 = 1.959963984540054
 # Resamples that may be without a finite Elo for an interval to be given.
 _MOST_WITHOUT_ELO = 0.01
 
@@ -304,10 +303,8 @@ def share(part_Q: NDArray[Any], count_Q: NDArray[Any]) -> Figure:
     trials = int((count_Q > 0).sum())
     if not trials:
         return Figure(math.nan, math.nan, math.nan)
-    value, z2 = float(part_Q.sum() / count_Q.sum()), _Z_95**2
-    centre = (value + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = _Z_95 / (1 + z2 / trials) * math.sqrt(value * (1 - value) / trials + z2 / (4 * trials**2))
-    return Figure(value, max(0.0, centre - half), min(1.0, centre + half))
+    value = float(part_Q.sum() / count_Q.sum())
+    return Figure(value, *wilson_interval(value, trials))
 
 
 def _elo(score_QMM: Floats, draw: np.random.Generator) -> tuple[Floats, Floats, Floats]:

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 from lightning_mixcn.callbacks import LongContextEval
 from lightning_mixcn.callbacks.clocks import StepClock
-from lightning_mixcn.callbacks.long_context import LongContextReport, perplexity_figure, retrieval_figure
+from lightning_mixcn.callbacks.evaluation.long_context import LongContextReport, perplexity_figure, retrieval_figure
 from lightning_mixcn.cli import main
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.model.inference.prefill import ChunkedPrefill, default_chunk

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_mixcn.arguments import Between, Documents, Examples, Filled, Name, Steps, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.model.reference import evaluating
+from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.studies.task_files import BenchmarkFiles
 from lightning_mixcn.studies.task_scores import (
     TaskScores,
@@ -17,11 +18,12 @@ from lightning_mixcn.studies.task_scores import (
 )
 from lightning_mixcn.studies.tasks import Benchmarks, load_benchmarks, split_names
 
-from .host import StepRecords, causal_lm
+from ..host import StepRecords, causal_lm
+from .periodic import PeriodicEvaluation
 from .samples import run_tokenizer
 
 
-class BenchmarkEval(Callback):
+class BenchmarkEval(PeriodicEvaluation):
     """Runs tasks of lm-evaluation-harness before the first step, every so often and at the end.
 
     Logs ``benchmarks/<task>/<metric>`` (of groups, too, where the harness aggregates them; of its named answer filters
@@ -54,12 +56,11 @@ class BenchmarkEval(Callback):
         data_dir: Name | None = None,
     ) -> None:
         check_arguments(BenchmarkEval, locals())
-        self.tasks = split_names(tasks)
-        self.every_n_steps, self.num_fewshot, self.limit = every_n_steps, num_fewshot, limit
+        super().__init__(every_n_steps)
+        self.tasks, self.num_fewshot, self.limit = split_names(tasks), num_fewshot, limit
         self.apply_chat_template, self.batch_size, self.data_dir = apply_chat_template, batch_size, data_dir
         self.scores: dict[str, TaskScores] = {}
         self._benchmarks: Benchmarks | None = None
-        self._evaluated_at: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the tasks and their data.
@@ -79,34 +80,11 @@ class BenchmarkEval(Callback):
                 "its folder, or leave the option out"
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the start of a run; a resumed one goes on."""
-        if trainer.is_global_zero:
-            _records(trainer).start(trainer.global_step)
-        if trainer.global_step == 0:
-            self._evaluate(trainer, pl_module)
-        self._evaluated_at = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate where a step is a multiple of ``every_n_steps``."""
-        # Micro-batches of the next step still see this step's number.
-        step = trainer.global_step
-        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step != self._evaluated_at:
-            self._evaluate(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the last step."""
-        if trainer.global_step != self._evaluated_at:
-            self._evaluate(trainer, pl_module)
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluate(self, trainer: Trainer, module: CausalLMModule) -> None:
         """Run on every rank; log on rank zero."""
         from lightning_mixcn.studies.harness import HarnessModel
 
-        self._evaluated_at = trainer.global_step
-        module, benchmarks = causal_lm(self, pl_module), self._benchmarks
+        benchmarks = self._benchmarks
         assert module.model is not None
         assert benchmarks is not None
         with evaluating(module.model):
@@ -126,8 +104,8 @@ class BenchmarkEval(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        _records(trainer).append(trainer.global_step, [{"tasks": figures}])
+        self.records(trainer).append(trainer.global_step, [{"tasks": figures}])
 
-
-def _records(trainer: Trainer) -> StepRecords:
-    return StepRecords(Path(trainer.default_root_dir, "benchmarks.jsonl"))
+    def records(self, trainer: Trainer) -> StepRecords:
+        """Return the records in ``benchmarks.jsonl``."""
+        return StepRecords(Path(trainer.default_root_dir, "benchmarks.jsonl"))

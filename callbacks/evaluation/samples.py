@@ -15,7 +15,7 @@ from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 
-from .host import StepRecords, causal_lm, plain_name
+from ..host import StepRecords, causal_lm, plain_name
 
 Temperature = Annotated[float, Between(0, 100, "(0 for greedy)")]
 Penalty = Annotated[float, Between(0, 100, "(1 for none)", excluded=(0,))]

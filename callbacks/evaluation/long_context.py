@@ -30,7 +30,7 @@ from lightning_mixcn.text import (
     read_corpus,
 )
 
-from .host import LONG_CONTEXT, causal_lm
+from ..host import LONG_CONTEXT, causal_lm
 
 
 class Retrieval(TypedDict):
