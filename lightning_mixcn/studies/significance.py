@@ -1,9 +1,11 @@
-"""Is a difference between two models on the same documents more than chance?
+"""Is a difference between two models on the same documents, or between two ways to train over seeds, more than chance?
 
 Legend: D documents, F random sign flips.
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +62,66 @@ def paired_test(first_D: ArrayLike, second_D: ArrayLike, seed: int = 0) -> Paire
     count = len(difference_D)
     error = float(difference_D.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
     return PairedTest(float(difference_D.mean()), error, p_value, "mcnemar" if binary else "permutation", count)
+
+
+class Interval(NamedTuple):
+    """A mean difference, and the bounds of its confidence interval.
+
+    Args:
+        difference: Mean of the differences.
+        low: Lower bound.
+        high: Upper bound.
+    """
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def separated(self) -> bool:
+        """Tell whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def mean_interval(differences: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the t interval of a mean difference (Student 1908): mean ± t(n − 1) · deviation / √n.
+
+    Args:
+        differences: n paired differences, 2 or more, e.g. of two arms under the same seed.
+        confidence: Share of such intervals that hold the true mean, where differences are normally distributed.
+
+    Raises:
+        ValueError: fewer than 2 differences, or values that are not finite.
+    """
+    count = len(differences)
+    if count < 2 or not all(map(math.isfinite, differences)):
+        raise UserError(f"expected 2 or more finite differences, got {list(differences)}")
+    mean = statistics.fmean(differences)
+    half = t_quantile(confidence, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_quantile(confidence: float, degrees: int) -> float:
+    """Return t such that a Student variable is in [−t, t] with a probability.
+
+    Args:
+        confidence: The probability, above 0 and below 1.
+        degrees: Degrees of freedom, 1 or more.
+    """
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _t_probability(middle, degrees) < confidence else (low, middle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _t_probability(angle: float, degrees: int) -> float:
+    """Return P(|T| ≤ √degrees · tan(angle)), a finite sum: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    odd = degrees % 2
+    term = total = (math.cos(angle) if degrees > 1 else 0.0) if odd else 1.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def mcnemar_p(first_D: NDArray[np.float64], second_D: NDArray[np.float64]) -> float:

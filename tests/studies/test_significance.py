@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.significance import paired_test, sign_flip_p, wilson_interval
+from lightning_mixcn.studies.significance import mean_interval, paired_test, sign_flip_p, t_quantile, wilson_interval
 
 ROWS = [(3, 9, 20), (0, 5, 2), (7, 7, 1), (40, 90, 0), (1400, 1650, 3000), (0, 0, 5)]
 
@@ -69,3 +69,46 @@ def test_bad_scores_are_refused(one: list[float], two: list[float]) -> None:
 def test_wilson_s_interval(part: int, trials: int, low: float, high: float) -> None:
     """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
     assert wilson_interval(part / trials, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+# The 95 % and 99 % columns of the table in Abramowitz and Stegun (26.10), two-sided.
+TABLE = [(1, 12.706, 63.657), (2, 4.303, 9.925), (3, 3.182, 5.841), (4, 2.776, 4.604), (5, 2.571, 4.032),
+         (9, 2.262, 3.250), (10, 2.228, 3.169), (30, 2.042, 2.750), (120, 1.980, 2.617)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("degrees", "of_95", "of_99"), TABLE)
+def test_quantiles_of_t_are_those_of_the_table(degrees: int, of_95: float, of_99: float) -> None:
+    assert t_quantile(0.95, degrees) == pytest.approx(of_95, abs=6e-4)
+    assert t_quantile(0.99, degrees) == pytest.approx(of_99, abs=6e-4)
+
+
+def test_quantiles_of_t_beside_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy comes with the extra eval")
+    for degrees in range(1, 41):
+        for confidence in (0.5, 0.95, 0.999):
+            assert t_quantile(confidence, degrees) == pytest.approx(
+                stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-9
+            )
+
+
+def test_an_interval_by_hand() -> None:
+    # Mean 2, deviation 1, three values: 4.3027 / √3 on either side.
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert found.difference == 2.0
+    assert (found.low, found.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-5)
+    assert not found.separated
+    assert mean_interval([1.9, 2.0, 2.1]).separated
+    assert mean_interval([-1.9, -2.0, -2.1]).separated
+
+
+def test_95_of_100_intervals_hold_the_mean() -> None:
+    draws = np.random.default_rng(0).normal(1.0, 0.3, size=(2000, 3))
+    held = [low <= 1.0 <= high for _, low, high in map(mean_interval, draws.tolist())]
+    # Binomial deviation: sqrt(0.05 · 0.95 / 2,000) = 0.005.
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan]])
+def test_an_interval_needs_two_finite_values(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="2 or more finite differences"):
+        mean_interval(values)

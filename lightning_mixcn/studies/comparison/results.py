@@ -11,6 +11,14 @@ import numpy as np
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.tables import csv_text, markdown_table
 
+from .differences import (
+    Rows,
+    arm_names,
+    differences_as_json,
+    differences_from_reference,
+    differences_table,
+    draw_differences,
+)
 from .run import ComparedRun
 
 
@@ -130,6 +138,8 @@ def _scores(report: Mapping[str, Any] | None) -> dict[str, list[float]]:
 def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw bits per byte against bytes of text: a panel a source, a line an arm, a band from best to worst seed.
 
+    Below, with two seeds or more, the differences from the first arm with their 95 % intervals.
+
     Args:
         path: PNG to write.
         results: Results of each run, see `run_result`.
@@ -139,10 +149,13 @@ def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) ->
     from matplotlib.figure import Figure
 
     sources = list(results[0]["sources"])
-    figure = Figure(figsize=(1 + 4 * len(sources), 3.6), dpi=120, layout="constrained")
+    differences, arms = differences_from_reference(results), arm_names(results)
+    heights = [3.6, 0.9 + 0.25 * len(differences)] if differences else [3.6]
+    figure = Figure(figsize=(1 + 4 * len(sources), sum(heights)), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    for axis, source in zip(figure.subplots(1, len(sources), squeeze=False).flat, sources, strict=True):
-        for arm in dict.fromkeys(result["arm"] for result in results):
+    axes = figure.subplots(len(heights), len(sources), squeeze=False, height_ratios=heights)
+    for axis, source in zip(axes[0], sources, strict=True):
+        for arm in arms:
             curves = np.array([run["sources"][source]["curve"] for run in of_arm(results, arm)])  # [seeds, points, 2]
             seen, values = curves[:, :, 0].mean(0) / 1e6, curves[:, :, 1]
             (line,) = axis.plot(seen, values.mean(0), marker="o", markersize=3, label=arm)
@@ -153,28 +166,28 @@ def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) ->
         axis.set_ylabel("bits per byte, held out")
         axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
+    for axis, source in zip(axes[-1] if differences else (), sources, strict=False):
+        draw_differences(axis, differences, source, arms[0])
     # Neither date nor version: the same numbers give the same file.
     figure.savefig(path, metadata={"Software": None})
 
 
-Rows = Sequence[Mapping[str, Any]]
-
-
 def as_markdown(title: str, results: Rows, costs: Rows) -> str:
-    """Return tables of all arms: bits per byte of each source, then amounts and cost, then tasks where there are any.
+    """Return tables of all arms: bits per byte by source, differences, amounts and cost, and tasks where there are any.
 
     Args:
         title: Heading.
         results: Results of each run, see `run_result`.
         costs: Costs of each run, see `run_cost`.
     """
-    arms = list(dict.fromkeys(result["arm"] for result in results))
+    arms = arm_names(results)
     seeds = len(of_arm(results, arms[0]))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else "One seed. "
     parts = [
         f"# {title}",
         f"{spread}Bits per byte of held-out text: less is better, and they compare across vocabularies and languages.",
         _likelihoods(arms, results),
+        differences_table(results),
         _amounts(arms, results, costs),
     ]
     if any(result["scores"] for result in results):
@@ -200,8 +213,9 @@ def runs_as_csv(results: Rows) -> str:
 
 
 def as_json(settings: Mapping[str, Any], results: Rows) -> str:
-    """Return settings and all results, curves included."""
-    return json.dumps({"settings": settings, "runs": list(results)}, ensure_ascii=False, indent=1) + "\n"
+    """Return settings, all results, curves included, and the arms' differences from the first one."""
+    content = {"settings": settings, "runs": list(results), "differences": differences_as_json(results)}
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def _likelihoods(arms: Sequence[str], results: Rows) -> str:

@@ -1,12 +1,13 @@
 """Run the arms of a recipe on the same bytes of text, and write a table of what came of it."""
 
+import csv
 import fcntl
 import json
 import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,13 +18,14 @@ from typing import Any
 import yaml
 
 from lightning_mixcn.commands import process as commands
-from lightning_mixcn.errors import ExistingFileError, UserError
+from lightning_mixcn.errors import ExistingFileError, MissingFileError, UserError
 from lightning_mixcn.files.atomic import new_file, remove_leftovers, write_json, write_text
 from lightning_mixcn.files.lock import lock_path
 from lightning_mixcn.studies.parts import check_settings, say
 from lightning_mixcn.studies.tables import csv_text
 from lightning_mixcn.studies.tasks import require_harness
 
+from .differences import Rows
 from .recipe import PREPARED, Recipe, read_recipe
 from .results import (
     as_json,
@@ -41,8 +43,33 @@ _CURVES, _RESULTS, _COSTS = "comparison.png", "comparison.csv", "costs.csv"
 _WRITTEN = (_STUDY, _TABLE, _REPORT, _CURVES, _RESULTS, _COSTS)
 
 
-def run_study(recipe: Path, folder: Path, quick: bool) -> None:
-    """Prepare, train and evaluate every arm, and write the tables; arguments as in the command ``compare``."""
+def write_again(folder: Path) -> str:
+    """Write tables and figure of a finished study again from its results: its runs and its recipe may be gone.
+
+    Args:
+        folder: Folder of the study, which another version may have made.
+
+    Returns:
+        The tables in Markdown.
+
+    Raises:
+        FileNotFoundError: there is no finished study.
+    """
+    if not (folder / _REPORT).is_file():
+        raise MissingFileError(
+            f"`recipe={str(folder)!r}` is a folder without {_REPORT}. Give a recipe, or the folder of a finished study"
+        )
+    report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+    with (folder / _COSTS).open(encoding="utf-8", newline="") as opened:
+        costs = [
+            {name: value if name == "arm" else float(value) for name, value in line.items()}
+            for line in csv.DictReader(opened)
+        ]
+    return _write(folder, report["settings"], report["runs"], costs)
+
+
+def run_study(recipe: Path, folder: Path, quick: bool) -> str:
+    """Prepare, train and evaluate every arm, and write the tables, which are returned; see the command ``compare``."""
     _check_folder(folder)
     study = read_recipe(recipe, quick)
     prepared = folder / "prepared"
@@ -55,9 +82,8 @@ def run_study(recipe: Path, folder: Path, quick: bool) -> None:
     with _alone(folder) as lock:
         if (folder / _REPORT).is_file():
             say(f"{folder} was finished before.")
-        else:
-            _Study(study, folder, configs, lock).run(settings)
-    print((folder / _TABLE).read_text(encoding="utf-8"))
+            return write_again(folder)
+        return _Study(study, folder, configs, lock).run(settings)
 
 
 @dataclass
@@ -71,8 +97,8 @@ class _Study:
     _number: int = field(init=False, default=0)
     _seconds: dict[str, list[float]] = field(init=False, default_factory=lambda: defaultdict(list))
 
-    def run(self, settings: dict[str, Any]) -> None:
-        """Do it all, and write the tables."""
+    def run(self, settings: dict[str, Any]) -> str:
+        """Do it all, write the tables, and return them."""
         recipe, prepared = self.recipe, self.folder / "prepared"
         runs = [
             ComparedRun(arm, seed, self.folder / "runs" / arm / f"seed{seed}", recipe.validations)
@@ -95,7 +121,9 @@ class _Study:
         for run in runs if recipe.evaluate else ():
             evaluates = partial(run.evaluate_command, recipe.evaluate)
             self._do("evaluate", run.name, run.scores() is not None, evaluates)
-        self._write(runs, settings)
+        costs = [run_cost(run) for run in runs]
+        write_text(self.folder / _COSTS, csv_text(costs))
+        return _write(self.folder, settings, [run_result(run) for run in runs], costs)
 
     def _fit(self, run: ComparedRun) -> None:
         if run.facts() is None:
@@ -128,16 +156,17 @@ class _Study:
             return None
         return sum(number * fmean(self._seconds[kind]) for kind, number in left.items())
 
-    def _write(self, runs: Sequence[ComparedRun], settings: dict[str, Any]) -> None:
-        """Write tables and figure, each whole or not at all, the report last."""
-        results, costs = [run_result(run) for run in runs], [run_cost(run) for run in runs]
-        title = self.recipe.title
-        with new_file(self.folder / _CURVES, replace=True) as unfinished:
-            save_curves(unfinished, results, title)
-        write_text(self.folder / _RESULTS, runs_as_csv(results))
-        write_text(self.folder / _COSTS, csv_text(costs))
-        write_text(self.folder / _TABLE, as_markdown(title, results, costs))
-        write_text(self.folder / _REPORT, as_json(settings, results))
+
+def _write(folder: Path, settings: Mapping[str, Any], results: Rows, costs: Rows) -> str:
+    """Write tables and figure, each whole or not at all, the report last, and return the tables."""
+    title = settings["title"]
+    tables = as_markdown(title, results, costs)
+    with new_file(folder / _CURVES, replace=True) as unfinished:
+        save_curves(unfinished, results, title)
+    write_text(folder / _RESULTS, runs_as_csv(results))
+    write_text(folder / _TABLE, tables)
+    write_text(folder / _REPORT, as_json(settings, results))
+    return tables
 
 
 def _check_folder(folder: Path) -> None:

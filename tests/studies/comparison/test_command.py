@@ -1,6 +1,7 @@
 """`mixcn compare` on a tiny base; commands run in this process."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,48 @@ def test_a_whole_study(
     assert again.out.startswith("# Vocabulary\n")
     assert "was finished before" in again.err
     assert mixcn.ran == []
+    # Nor in a folder of an older version, whose recipe and runs are gone.
+    report = read(tmp_path / "one" / "comparison.json")
+    check_differences(report["differences"], lines, again.out)
+    assert report.pop("differences")
+    (tmp_path / "one" / "comparison.json").write_text(json.dumps(report), encoding="utf-8")
+    kept = {name: (tmp_path / "one" / name).read_bytes() for name in ("comparison.csv", "comparison.png", "costs.csv")}
+    shutil.rmtree(tmp_path / "one" / "runs")
+    recipe.unlink()
+    assert main(["compare", "one"]) == 0
+    assert capsys.readouterr().out == again.out
+    assert read(tmp_path / "one" / "comparison.json")["differences"]["reference"] == "base"
+    assert all((tmp_path / "one" / name).read_bytes() == content for name, content in kept.items())
+
+
+def check_differences(found: dict[str, Any], lines: list[dict[str, str]], shown: str) -> None:
+    """Check pairs of seeds by hand: with two, t is 12.706 and the standard error half of their distance."""
+    after = {(line["arm"], line["seed"], line["source"]): float(line["bits_per_byte_after"]) for line in lines}
+    for source in ("zh", "en"):
+        one, two = (after["longer", seed, source] - after["base", seed, source] for seed in "01")
+        interval = found["bits_per_byte"]["longer"][source]
+        half = 12.7062 * abs(one - two) / 2
+        assert interval["difference"] == pytest.approx((one + two) / 2)
+        assert interval["high"] - interval["difference"] == pytest.approx(half, rel=1e-4)
+        assert f"{interval['difference']:+.4f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe.yaml"], "`out`: expected the folder of the study"),
+        (["folder"], "`recipe='folder'` is a folder without comparison.json. Give a recipe"),
+        (["folder", "--out=other"], "a finished study takes no `out`"),
+    ],
+)
+def test_a_recipe_or_a_finished_study(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("mixcn")

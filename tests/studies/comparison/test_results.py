@@ -123,7 +123,11 @@ def test_no_text_is_refused(sources: dict[str, Any]) -> None:
 
 def test_the_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
     results = [
-        {"arm": arm, "sources": {name: {"curve": [[0, 3.0], [1e6, 2.5 + seed]]} for name in ("zh", "en")}}
+        {
+            "arm": arm,
+            "seed": seed,
+            "sources": {name: {"after": 2.5 + seed, "curve": [[0, 3.0], [1e6, 2.5 + seed]]} for name in ("zh", "en")},
+        }
         for arm in ("one", "other")
         for seed in (0, 1)
     ]

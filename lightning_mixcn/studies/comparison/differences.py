@@ -1,0 +1,95 @@
+"""Arms against the first one, seed by seed: is what separates them more than the spread of the seeds?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_mixcn.studies.significance import Interval, mean_interval
+from lightning_mixcn.studies.tables import markdown_table
+
+Rows = Sequence[Mapping[str, Any]]
+Differences = Mapping[str, Mapping[str, Interval]]  # by arm and source
+
+
+def arm_names(results: Rows) -> list[str]:
+    """Return the arms in the recipe's order; the first one is the reference."""
+    return list(dict.fromkeys(result["arm"] for result in results))
+
+
+def differences_from_reference(results: Rows) -> dict[str, dict[str, Interval]]:
+    """Return the difference of each arm's final bits per byte from the reference's, with its 95 % t interval.
+
+    Args:
+        results: Results of each run, see `run_result`.
+
+    Returns:
+        An interval for each arm but the first and each source, over the seeds that both have; nothing for one seed.
+    """
+    of_run = {(run["arm"], run["seed"]): run["sources"] for run in results}
+    reference, *others = arm_names(results)
+    found = {}
+    for arm in others:
+        seeds = [seed for name, seed in of_run if name == arm and (reference, seed) in of_run]
+        if len(seeds) > 1:
+            found[arm] = {
+                source: mean_interval(
+                    [of_run[arm, seed][source]["after"] - of_run[reference, seed][source]["after"] for seed in seeds]
+                )
+                for source in results[0]["sources"]
+            }
+    return found
+
+
+def differences_table(results: Rows) -> str:
+    """Return a table of the differences in Markdown, and how to read it; for one seed, that there is none."""
+    differences, (reference, *_) = differences_from_reference(results), arm_names(results)
+    if not differences:
+        return f"With one seed there is no interval: whether an arm is better than {reference!r} cannot be told."
+    sources = list(results[0]["sources"])
+    head = [f"less {reference}", *(f"{source}{part}" for source in sources for part in ("", ": 95 %", ": separated"))]
+    lines = [
+        [arm, *(cell for source in sources for cell in _cells(of_source[source]))]
+        for arm, of_source in differences.items()
+    ]
+    return (
+        f"Final bits per byte less those of {reference!r} under the same seed: mean, and 95 % t interval with n - 1 "
+        "degrees of freedom for n seeds. An arm is separated where the interval leaves out 0; intervals are not "
+        f"corrected for their number.\n\n{markdown_table([head, *lines])}"
+    )
+
+
+def _cells(found: Interval) -> list[str]:
+    return [f"{found.difference:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", "yes" if found.separated else "no"]
+
+
+def differences_as_json(results: Rows) -> dict[str, Any]:
+    """Return the same as plain values: the reference, and by arm and source ``difference``, ``low``, ``high``, …."""
+    return {
+        "reference": arm_names(results)[0],
+        "confidence": 0.95,
+        "bits_per_byte": {
+            arm: {source: found._asdict() | {"separated": found.separated} for source, found in of_source.items()}
+            for arm, of_source in differences_from_reference(results).items()
+        },
+    }
+
+
+def draw_differences(axis: Any, differences: Differences, source: str, reference: str) -> None:
+    """Draw a source's differences as points with error bars, an arm a line.
+
+    Args:
+        axis: Matplotlib's axes.
+        differences: Those of all arms but the reference.
+        source: Source to draw.
+        reference: Name of the reference arm.
+    """
+    for place, found in enumerate(of_arm[source] for of_arm in differences.values()):
+        # The curves' colours, whose first one is the reference's.
+        axis.errorbar(
+            found.difference, -place, xerr=found.high - found.difference, fmt="o", capsize=4, color=f"C{place + 1}"
+        )
+    axis.axvline(0, color="gray", linewidth=1)
+    axis.set_yticks([-place for place in range(len(differences))], list(differences), fontsize="small")
+    axis.set_ylim(-len(differences) + 0.5, 0.5)
+    axis.locator_params(axis="x", nbins=4)
+    axis.set_xlabel(f"final bits per byte less those of {reference}, 95 %", fontsize="small")
+    axis.grid(alpha=0.3)

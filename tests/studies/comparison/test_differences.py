@@ -1,0 +1,59 @@
+"""Differences between arms, paired by seed."""
+
+from typing import Any
+
+import pytest
+
+from lightning_mixcn.studies.comparison.differences import (
+    differences_as_json,
+    differences_from_reference,
+    differences_table,
+)
+
+
+def runs(arm: str, *after: float) -> list[dict[str, Any]]:
+    """Return runs of an arm whose English varies less than its Chinese, a seed for each value."""
+    return [
+        {"arm": arm, "seed": seed, "sources": {"zh": {"after": value}, "en": {"after": 1 + value / 100}}}
+        for seed, value in enumerate(after)
+    ]
+
+
+# The seeds move both arms alike: by arm they overlap, by seed they differ by 0.10, 0.11 and 0.12.
+PAIRED = [*runs("plain", 2.0, 2.5, 3.0), *runs("better", 1.9, 2.39, 2.88), *runs("noise", 2.1, 2.4, 3.1)]
+
+
+def test_the_seed_pairs_the_arms() -> None:
+    found = differences_from_reference(PAIRED)
+    assert list(found) == ["better", "noise"]
+    assert found["better"]["zh"].difference == pytest.approx(-0.11)
+    # t(2) = 4.30265, deviation 0.01, three seeds.
+    assert found["better"]["zh"].low == pytest.approx(-0.11 - 4.30265 * 0.01 / 3**0.5, abs=1e-6)
+    assert found["better"]["zh"].separated
+    assert not found["noise"]["zh"].separated
+
+
+def test_a_seed_that_one_arm_lacks_is_left_out() -> None:
+    found = differences_from_reference([*runs("plain", 2.0, 2.5, 3.0), *runs("better", 1.9, 2.39)])
+    assert found["better"]["zh"].difference == pytest.approx(-0.105)
+
+
+def test_the_table() -> None:
+    text, _, table = differences_table(PAIRED).partition("\n\n")
+    assert text.startswith("Final bits per byte less those of 'plain' under the same seed")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["less plain", "zh", "zh: 95 %", "zh: separated", "en", "en: 95 %", "en: separated"]
+    assert rows[2][:4] == ["better", "-0.1100", "-0.1348 to -0.0852", "yes"]
+    assert rows[3][:4] == ["noise", "+0.0333", "-0.2535 to +0.3202", "no"]
+
+
+def test_one_seed_has_no_interval() -> None:
+    one = [*runs("plain", 2.0), *runs("better", 1.0)]
+    assert differences_table(one).startswith("With one seed there is no interval")
+    assert differences_as_json(one) == {"reference": "plain", "confidence": 0.95, "bits_per_byte": {}}
+
+
+def test_plain_values() -> None:
+    found = differences_as_json(PAIRED)["bits_per_byte"]["better"]["en"]
+    assert set(found) == {"difference", "low", "high", "separated"}
+    assert found["separated"] is True
