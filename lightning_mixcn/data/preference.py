@@ -32,7 +32,7 @@ class ReferenceLosses(Protocol):
     """Losses of the answers under the model that a run began with."""
 
     def nll(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return those of a batch on the CPU, ``[B, S]`` float32; an answer's sum may be at any one of its places."""
+        """Return those of a batch on the CPU, ``[B, S]`` float32, 0 where there is no label."""
 
 
 class PreferenceDataModule(StreamDataModule):

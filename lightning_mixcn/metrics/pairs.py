@@ -18,18 +18,22 @@ class PairScores(NamedTuple):
     Args:
         log_probability: Of the model, in nats, float32, differentiable.
         reference: Of the reference likewise, without gradient; zeros for losses without one.
+        divergence: Half the squared log-ratio to the reference of each token, added up, float64, without gradient.
         tokens: Number of the answer's tokens, int64.
         side: 1 for a chosen answer, −1 for a rejected one, 0 for a mismatched one, int64.
         source: ``[P]`` int64, number of the pair's source.
         is_pair: ``[P]`` bool, both answers have tokens.
+        has_reference: True if there is a reference.
     """
 
     log_probability: Tensor
     reference: Tensor
+    divergence: Tensor
     tokens: Tensor
     side: Tensor
     source: Tensor
     is_pair: Tensor
+    has_reference: bool
 
     @property
     def log_ratio(self) -> Tensor:
@@ -42,12 +46,12 @@ class PairScores(NamedTuple):
         return self.log_probability / self.tokens.clamp_min(1)
 
 
-def score_pairs(nll: Tensor, reference_nll: Tensor, batch: dict[str, Tensor]) -> PairScores:
+def score_pairs(nll: Tensor, reference_nll: Tensor | None, batch: dict[str, Tensor]) -> PairScores:
     """Sum a batch by answer; the second answer of a pair has the document number after that of the first.
 
     Args:
         nll: Loss of each label in nats, float32 ``[B, S]``, 0 where there is none.
-        reference_nll: The reference's likewise; an answer's sum may be at any one of its places.
+        reference_nll: The reference's likewise; None without one.
         batch: Batch of a `PreferenceDataModule`: ``labels``, ``document_ids``, ``source_ids`` and ``sides``.
     """
     labels_BS, documents_BS = batch["labels"], batch["document_ids"]
@@ -62,19 +66,25 @@ def score_pairs(nll: Tensor, reference_nll: Tensor, batch: dict[str, Tensor]) ->
         return zeros.index_add(0, answer_N, values_BS.flatten().to(dtype)).view(-1, 2)
 
     tokens_P2 = sums(scored_BS, torch.int64)
+    reference_BS = torch.zeros_like(nll) if reference_nll is None else reference_nll
+    log_ratio_BS = (reference_BS - nll.detach()).double()
     sources_BS = torch.where(scored_BS, per_position(batch["source_ids"], labels_BS), 0)
     return PairScores(
         # In float64, so that the order in which CUDA adds leaves no trace in float32.
         -sums(nll, torch.float64).float(),
-        -sums(reference_nll, torch.float64).float(),
+        -sums(reference_BS, torch.float64).float(),
+        # Schulman's k2 (http://joschu.net/blog/kl-approx.html). His k3 exponentiates the log-ratio, and is the better
+        # estimate where the model has written the answers; of others' a few tokens of rejected ones would rule it.
+        sums(log_ratio_BS.square() / 2, torch.float64),
         tokens_P2,
         sums(torch.where(scored_BS, batch["sides"], 0), torch.int64).sign(),
         sums(sources_BS, torch.int64)[:, 0] // tokens_P2[:, 0].clamp_min(1),
         (tokens_P2 > 0).all(1),
+        reference_nll is not None,
     )
 
 
-_ANSWER = ("answers", "reward", "nats", "tokens")  # of each side
+_ANSWER = ("answers", "reward", "nats", "tokens", "divergence", "compared")  # of each side
 FIGURES = ("pairs", "right", "loss", *(f"{name}_{side}" for side in ("chosen", "rejected") for name in _ANSWER))
 """Sums of `pair_sums`, in their order."""
 
@@ -99,7 +109,14 @@ def pair_sums(scores: PairScores, losses: Tensor, rewards: Tensor, origin: Tenso
     parts = [counted_P, counted_P & right_P, torch.where(counted_P, losses.detach(), 0.0)]
     for side in (1, -1):
         of_side_P2 = (scores.side == side) & counted_P[:, None]
-        values = (torch.ones_like(rewards), rewards, -scores.log_probability.detach(), scores.tokens)
+        values = (
+            torch.ones_like(rewards),
+            rewards,
+            -scores.log_probability.detach(),
+            scores.tokens,
+            scores.divergence,
+            scores.tokens * scores.has_reference,
+        )
         parts += [torch.where(of_side_P2, value, 0) for value in values]
     return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
@@ -108,19 +125,24 @@ def pair_figures(sums: Tensor) -> dict[str, float]:
     """Divide sums of `pair_sums` by their counts.
 
     Returns:
-        ``accuracy`` (share of pairs whose chosen answer has the higher reward), ``preference_loss``, and of the
-        ``chosen`` and the ``rejected`` answers ``reward_…``, ``nll_…_nats_per_token`` and ``answer_tokens_…``;
-        ``reward_margin`` between them. What has no answers is left out.
+        ``pairs`` (their number), ``accuracy`` (share of pairs whose chosen answer has the higher reward),
+        ``preference_loss``, and of the ``chosen`` and the ``rejected`` answers ``reward_…``,
+        ``nll_…_nats_per_token``, ``answer_tokens_…`` and, where there is a reference, ``kl_…_nats_per_token``: the
+        divergence from it, estimated on the answers' tokens; ``reward_margin`` between them. What has no answers is
+        left out.
     """
     found = dict(zip(FIGURES, sums.tolist(), strict=True))
     if not found["pairs"]:
         return {}
-    figures = {"accuracy": found["right"] / found["pairs"], "preference_loss": found["loss"] / found["pairs"]}
+    pairs = found["pairs"]
+    figures = {"pairs": pairs, "accuracy": found["right"] / pairs, "preference_loss": found["loss"] / pairs}
     for side in ("chosen", "rejected"):
         if answers := found[f"answers_{side}"]:
             figures[f"reward_{side}"] = found[f"reward_{side}"] / answers
             figures[f"nll_{side}_nats_per_token"] = found[f"nats_{side}"] / found[f"tokens_{side}"]
             figures[f"answer_tokens_{side}"] = found[f"tokens_{side}"] / answers
+            if compared := found[f"compared_{side}"]:
+                figures[f"kl_{side}_nats_per_token"] = found[f"divergence_{side}"] / compared
     if "reward_chosen" in figures and "reward_rejected" in figures:
         figures["reward_margin"] = figures["reward_chosen"] - figures["reward_rejected"]
     return figures

@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
@@ -34,8 +36,8 @@ from .reference import (
     FILE,
     PrecomputedReference,
     StartingValues,
+    answer_losses,
     digest,
-    log_probabilities,
 )
 
 _START_KEY = "preference_start"
@@ -157,12 +159,12 @@ class PreferenceModule(CausalLMModule):
 
     def _precompute(self, data: Any) -> PrecomputedReference:
         assert self.model is not None
-        found: dict[int, float] = {}
+        found: dict[int, NDArray[np.float32]] = {}
         with evaluating(self.model), unobserved():
             batches = tqdm(data.every_pair(), "reference", unit=" batches", disable=not self.trainer.is_global_zero)
             for batch in batches:
                 moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                found |= log_probabilities(self(moved).nll, batch)
+                found |= answer_losses(self(moved).nll, batch)
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, found)
@@ -170,14 +172,12 @@ class PreferenceModule(CausalLMModule):
         return PrecomputedReference(found)
 
     def with_reference(self, batch: Batch) -> Batch:
-        """Add ``reference_nll`` to a batch: float32 ``[B, S]``, loss of each label under the reference, 0 without one.
+        """Add ``reference_nll``, the reference's loss of each label, float32 ``[B, S]``, where the loss needs it.
 
         It is computed before the model's own forward pass, whose values may not change until its backward pass.
         """
-        if "reference_nll" in batch:
+        if "reference_nll" in batch or not self.needs_reference:
             return batch
-        if not self.needs_reference:
-            return batch | {"reference_nll": torch.zeros_like(batch["labels"], dtype=torch.float32)}
         with self._as_at_start():
             return batch | {"reference_nll": self(batch).nll}
 
@@ -213,7 +213,7 @@ class PreferenceModule(CausalLMModule):
 
     def _judge(self, batch: Batch, nll: Tensor) -> tuple[PairScores, Tensor, Tensor]:
         """Return a batch's pairs, the loss of each, and for `kto` the mean log-ratio of mismatched answers."""
-        scores = score_pairs(nll, batch["reference_nll"], batch)
+        scores = score_pairs(nll, batch.get("reference_nll"), batch)
         gap = torch.zeros((), device=nll.device)
         if self.loss.loss == "kto":
             # Over all ranks: the estimate of one micro-batch of all of them, as in the paper.
@@ -256,11 +256,11 @@ class PreferenceModule(CausalLMModule):
     def _finish_evaluation(self) -> None:
         super()._finish_evaluation()
         stage, names = self._evaluation.stage, source_names(self.trainer, self._evaluation.stage)
-        tags = {
-            f"{stage}/{names[source]}/{name}": value
-            for source, figures in self._pairs.compute().items()
-            for name, value in figures.items()
-        }
+        found = {names[source]: figures for source, figures in self._pairs.compute().items()}
+        if not self.trainer.sanity_checking:
+            for source, likelihood in self.source_likelihoods[stage].items():
+                likelihood.update(found.get(source, {}))  # type: ignore[typeddict-item]  # beside its own, for reports
+        tags = {f"{stage}/{source}/{name}": value for source, each in found.items() for name, value in each.items()}
         self.log_dict(tags, sync_dist=True, batch_size=1)  # already over all ranks
 
     # ---- checkpoints ----

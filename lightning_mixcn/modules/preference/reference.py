@@ -2,7 +2,7 @@
 
 It is never a second model. The frozen weights, in 4 bits, are shared; what differs is what trains, and of that there
 are three ways to have the start: leave it out where it adds nothing yet (a new adapter), keep a copy (a continued
-adapter, trained embeddings), or compute the log-probabilities of all answers before the first step.
+adapter, trained embeddings), or compute the losses of all answers' tokens before the first step.
 
 Legend: B rows, S positions of a row.
 """
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_mixcn.errors import UserError
@@ -26,7 +27,7 @@ from lightning_mixcn.metrics import scored_positions
 from lightning_mixcn.model.sharding import local_shard
 
 FILE = "reference.safetensors"
-_TENSORS = {"start": torch.uint8, "answers": torch.int64, "log_probabilities": torch.float64}
+_TENSORS = {"start": torch.uint8, "answers": torch.int64, "tokens": torch.int64, "nll": torch.float32}
 
 
 class StartingValues:
@@ -59,11 +60,12 @@ class StartingValues:
                     local_shard(parameter)[0].copy_(values)
 
 
-def answer_keys(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, slice, int]]:
+def answer_keys(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, NDArray[np.int64], int]]:
     """Name the answers of a batch on the CPU by what they are.
 
     Yields:
-        Row and positions of an answer with its prompt, and a hash of its tokens and of which are labels, an int64.
+        Row of an answer, positions of its labels, and a hash of its tokens, its prompt's and of which are labels, an
+        int64.
     """
     ids, documents = batch["input_ids"].numpy(), batch["document_ids"].numpy()
     scored = scored_positions(batch["labels"]).numpy()
@@ -74,33 +76,33 @@ def answer_keys(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, slice, int]]
             if documents[row, start] >= 0 and scored[row, own].any():
                 content = ids[row, own].tobytes() + scored[row, own].tobytes()
                 key = hashlib.blake2b(content, digest_size=8).digest()
-                yield row, own, int.from_bytes(key, "little", signed=True)
+                yield row, np.flatnonzero(scored[row, own]) + start, int.from_bytes(key, "little", signed=True)
 
 
-def log_probabilities(nll_BS: Tensor, batch: Mapping[str, Tensor]) -> dict[int, float]:
-    """Return the log-probability of each answer of a batch in nats, by its key of `answer_keys`.
+def answer_losses(nll_BS: Tensor, batch: Mapping[str, Tensor]) -> dict[int, NDArray[np.float32]]:
+    """Return the losses of each answer's tokens in nats, by its key of `answer_keys`.
 
     Args:
         nll_BS: Loss of each label, 0 where there is none, on any device.
         batch: The batch on the CPU.
     """
-    sums_BS = nll_BS.detach().double().cpu()
-    return {key: -float(sums_BS[row, own].sum()) for row, own, key in answer_keys(batch)}
+    losses_BS = nll_BS.detach().cpu().numpy()
+    return {key: losses_BS[row, own] for row, own, key in answer_keys(batch)}
 
 
 class PrecomputedReference:
-    """Log-probabilities of every answer of a run, by what the answer is.
+    """Losses of the tokens of every answer of a run, by what the answer is; 4 bytes a token.
 
     Args:
-        answers: Log-probability in nats by key of `answer_keys`.
+        answers: Losses in nats by key of `answer_keys`, see `answer_losses`.
     """
 
-    def __init__(self, answers: Mapping[int, float]) -> None:
+    def __init__(self, answers: Mapping[int, NDArray[np.float32]]) -> None:
         """Keep the values."""
         self._answers = answers
 
     def nll(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return float32 ``[B, S]``: minus an answer's log-probability at its last position, else 0.
+        """Return the loss of each label, float32 ``[B, S]``, 0 where there is none.
 
         Args:
             batch: A batch on the CPU.
@@ -115,7 +117,7 @@ class PrecomputedReference:
                     f"`reference: precompute`: {FILE} lacks an answer: the text, the template or the tokenizer is "
                     "another than when it was written. Begin a new run"
                 )
-            nll_BS[row, own.stop - 1] = -self._answers[key]
+            nll_BS[row, own] = torch.from_numpy(self._answers[key])
         return nll_BS
 
     def write(self, path: Path, start: bytes) -> None:
@@ -126,10 +128,12 @@ class PrecomputedReference:
             start: Digest of what they were computed with.
         """
         keys = sorted(self._answers)
+        losses = [self._answers[key] for key in keys]
         tensors = {
             "start": torch.tensor(list(start), dtype=torch.uint8),
             "answers": torch.tensor(keys, dtype=torch.int64),
-            "log_probabilities": torch.tensor([self._answers[key] for key in keys], dtype=torch.float64),
+            "tokens": torch.tensor([len(each) for each in losses], dtype=torch.int64),
+            "nll": torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *losses])),
         }
         with new_file(path, replace=True) as unfinished:
             write_safetensors(unfinished, tensors, with_sum=True)
@@ -148,14 +152,15 @@ class PrecomputedReference:
         """
         file = SafetensorsFile(path)
         if {name: entry.dtype for name, entry in file.entries.items()} != _TENSORS:
-            raise UserError(f"{str(path)!r} holds no log-probabilities of a reference. Restore it from a copy")
+            raise UserError(f"{str(path)!r} holds no losses of a reference. Restore it from a copy")
         file.check_sum()
         if bytes(file.read("start").tolist()) != start:
             raise UserError(
                 f"`reference: precompute`: {str(path)!r} was computed with another base, adapter, text or template. "
                 "Restore the file of this run, or begin a new one"
             )
-        return cls(dict(zip(file.read("answers").tolist(), file.read("log_probabilities").tolist(), strict=True)))
+        losses = np.split(file.read("nll").numpy(), np.cumsum(file.read("tokens").numpy())[:-1])
+        return cls(dict(zip(file.read("answers").tolist(), losses, strict=True)))
 
 
 def digest(*parts: Any) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.metrics import SourcePairs, pair_figures, pair_sums, score_pairs
 from lightning_mixcn.modules import PreferenceModule, WarmupCosine
-from lightning_mixcn.modules.preference.losses import LossSettings, PreferenceLoss
+from lightning_mixcn.modules.preference.losses import WITHOUT_REFERENCE, LossSettings, PreferenceLoss
 from lightning_mixcn.testing import save_tiny_mixtral
 from lightning_mixcn.text import Source
 from tests.modules.preference import preference_run
@@ -114,12 +114,42 @@ def test_figures_are_those_of_the_pairs() -> None:
         -sum(pair[0][0] for pair in hand) / sum(pair[0][1] for pair in hand)
     )
     assert figures["answer_tokens_rejected"] == pytest.approx(sum(pair[1][1] for pair in hand) / 3)
+    assert figures["pairs"] == 3
     metric = SourcePairs(3)
     metric.update(scores, losses, rewards, torch.zeros(()))
     found = metric.compute()
     assert found.keys() == {0, 1}
     assert found[1]["reward_chosen"] == pytest.approx(reward[2][0])
     assert found[0]["preference_loss"] == pytest.approx(float(losses[scores.is_pair][:2].mean()))
+
+
+def test_the_divergence_is_schulmans_k2_of_each_answers_tokens() -> None:
+    """In float64, of the answers with a verdict alone; one batch or several, of other lengths, give the same."""
+    nll, reference, batch = made_batch()
+    batch["sides"] = torch.where((batch["document_ids"] == 1) & (batch["source_ids"] == 0), 0, batch["sides"])
+    settings = LossSettings("dpo", 0.4)
+
+    def figures(rows: list[slice], losses: Tensor | None) -> dict[int, dict[str, float]]:
+        metric = SourcePairs(2)
+        for row in rows:
+            part = {name: tensor[row] for name, tensor in batch.items()}
+            scores = score_pairs(nll[row], None if losses is None else losses[row], part)
+            values = settings(scores, torch.zeros(())), settings.rewards(scores), torch.zeros(())
+            metric.update(scores, *values)
+        return metric.compute()
+
+    found = figures([slice(0, 2)], reference)
+    for side, name in ((1, "kl_chosen_nats_per_token"), (-1, "kl_rejected_nats_per_token")):
+        for source in (0, 1):
+            own = (batch["sides"] == side) & (batch["labels"] >= 0) & (batch["source_ids"] == source)
+            ratios = [a - b for a, b in zip(nll[own].double().tolist(), reference[own].double().tolist(), strict=True)]
+            expected = sum(ratio * ratio / 2 for ratio in ratios) / len(ratios)
+            assert found[source][name] == pytest.approx(expected, rel=1e-6)
+    apart = figures([slice(0, 1), slice(1, 2)], reference)
+    assert apart == {source: pytest.approx(values, rel=1e-12) for source, values in found.items()}
+    without = figures([slice(0, 2)], None)[0]
+    assert not [name for name in without if name.startswith("kl_")]
+    assert without.keys() == {name for name in found[0] if not name.startswith("kl_")}
 
 
 def test_a_step_is_the_mean_over_its_pairs(base: str, file: str, tmp_path: Path) -> None:
@@ -145,6 +175,8 @@ def test_what_is_told(loss: PreferenceLoss, base: str, file: str, tmp_path: Path
     end = train(base, records, str(tmp_path / "run"), loss=loss, max_steps=2)["end"]
     names = {"accuracy", "preference_loss", "reward_chosen", "reward_rejected", "reward_margin", "answer_tokens_chosen"}
     assert {f"train/{name}" for name in names} < end.keys()
+    divergences = [end.get(f"train/kl_{side}_nats_per_token") for side in ("chosen", "rejected")]
+    assert all(value is not None and value > 0 for value in divergences) == (loss not in WITHOUT_REFERENCE)
     if loss == "kto":  # the few held out have one verdict
         names = {"accuracy", "preference_loss"}
     assert {f"val/zh/{name}" for name in (*names, "bits_per_byte", "nll_nats_per_token")} < end.keys()

@@ -141,6 +141,8 @@ def test_ranks_do_what_one_process_does(
     for rank in run_distributed(_train_ranks, 2, base, file, str(tmp_path / "two"), settings):
         for step, expected in zip(rank["steps"], one["steps"], strict=True):
             assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        for name in (name for name in one["end"] if name.startswith("val/")):
+            assert rank["end"][name] == pytest.approx(one["end"][name], rel=1e-4, abs=1e-5), name
         for name, expected in one["adapter"].items():
             assert torch.linalg.norm(rank["adapter"][name] - expected) <= 1e-3 * torch.linalg.norm(expected), name
 
