@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_mixcn.arguments import Between, Steps, check_arguments
 from lightning_mixcn.callbacks.host import causal_lm
+from lightning_mixcn.data import PreferenceDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, shares
 from lightning_mixcn.model.experts.block import Router
@@ -30,7 +31,7 @@ from .report import (
     load_figure,
     load_tags,
 )
-from .window import LoadWindow, StarvingExperts
+from .window import SIDES, LoadWindow, StarvingExperts
 
 _PREFIX = {"train": "experts", "val": "experts/val"}
 
@@ -45,7 +46,9 @@ class ExpertLoadMonitor(Callback):
     Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares in uniform shares, 1 / E. A second
     figure of validation has the routing entropy of each source in every layer, beside that of the check before training
     (``trainer.num_sanity_val_steps``; -1 checks all of the text), whose counts are the stage ``base`` of
-    ``experts.csv``. Padding is not counted, nor is what activation checkpointing computes again.
+    ``experts.csv``. With a `PreferenceDataModule`, ``experts/chosen/``, ``experts/rejected/`` and
+    ``side_divergence_bits`` are the same of the two sides' answers, without their prompts. Padding is not counted, nor
+    is what activation checkpointing computes again.
 
     Args:
         every_n_steps: Optimizer steps between logs of training; a log waits for the device, and sums over the ranks.
@@ -98,13 +101,17 @@ class ExpertLoadMonitor(Callback):
         assert model is not None
         self._observation = observe_routing(model, self._observe)
         routers = [module for module in model.modules() if isinstance(module, Router)]
-        names = getattr(getattr(trainer, "datamodule", None), "source_names", None)
+        data = getattr(trainer, "datamodule", None)
+        names, has_sides = getattr(data, "source_names", None), isinstance(data, PreferenceDataModule)
         for stage in ("train", "val"):
             sources = names(stage) if names else []
-            if "val" in sources:
-                raise UserError("A source is named 'val', as validation is under `experts/`. Give it another name")
+            for name in ("val", *(SIDES if has_sides else ())):
+                if name in sources:
+                    what = "validation is" if name == "val" else "a side of the pairs is"
+                    raise UserError(f"A source is named {name!r}, as {what} under `experts/`. Give it another name")
             sizes = len(routers), routers[0].num_experts
-            self._windows[stage] = LoadWindow(sources, self.position_boundaries, *sizes, pl_module.device)
+            window = LoadWindow(sources, self.position_boundaries, *sizes, pl_module.device, has_sides)
+            self._windows[stage] = window
         self._trainer, self._base_entropy, self._base_rows = trainer, {}, []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,8 +257,11 @@ class ExpertLoadMonitor(Callback):
             return
         by_source = window.by_source(sums)
         shares_of = {name: shares(part.counts) for name, part in by_source.items()}
-        tags = self._tags(_PREFIX[stage], overall, shares_LE, shares_of)
-        for name, part in by_source.items():
+        by_side = window.by_side(sums)
+        tags = self._tags(
+            _PREFIX[stage], overall, shares_LE, shares_of, [shares(each.counts) for each in by_side.values()]
+        )
+        for name, part in (by_source | by_side).items():
             tags |= load_tags(f"{_PREFIX[stage]}/{name}", part)
         if window.boundaries:
             for start, part in window.by_position(sums).items():
@@ -280,13 +290,19 @@ class ExpertLoadMonitor(Callback):
             rank_zero_warn(self._starving.warning(starving))
 
     def _tags(
-        self, prefix: str, overall: LoadSums, shares_LE: Tensor, shares_of: dict[str, Tensor]
+        self,
+        prefix: str,
+        overall: LoadSums,
+        shares_LE: Tensor,
+        shares_of: dict[str, Tensor],
+        shares_of_sides: list[Tensor],
     ) -> dict[str, float]:
-        """Return the numbers of all tokens, and how sources and time move the shares."""
+        """Return the numbers of all tokens, and how sources, sides and time move the shares."""
         tags = load_tags(prefix, overall)
         if self.per_layer:
             tags |= layer_tags(prefix, overall)
         pairs = {"source_divergence_bits": list(shares_of.values()) if len(shares_of) > 1 else []}
+        pairs["side_divergence_bits"] = shares_of_sides if len(shares_of_sides) > 1 else []
         pairs["drift_bits"] = [] if self._base_shares_LE is None else [self._base_shares_LE, shares_LE]
         for name, tables in pairs.items():
             if tables:
@@ -302,9 +318,9 @@ def _entropies(window: LoadWindow, sums: LoadSums) -> dict[str, Tensor]:
 
 
 def _rows(step: int, stage: str, window: LoadWindow, sums: LoadSums) -> Iterator[ExpertLoadRow]:
-    names, starts = window.sources or ["all"], window.bucket_starts()
+    names, starts = window.names(), window.bucket_starts()
     for group, counts_LE in enumerate(sums.counts[:-1].tolist()):
-        source, bucket = divmod(group, window.num_buckets)
+        bucket = group % window.num_buckets
         for layer, counts_E in enumerate(counts_LE):
             for expert, tokens in enumerate(counts_E):
-                yield ExpertLoadRow(step, stage, names[source], starts[bucket], layer, expert, tokens)
+                yield ExpertLoadRow(step, stage, names[group], starts[bucket], layer, expert, tokens)

@@ -19,7 +19,8 @@ class ExpertLoadRow(NamedTuple):
         step: Optimizer steps done when it was written.
         stage: ``train``, of the steps since the last such line; ``val``, of one pass; or ``base``, of the check before
             training.
-        source: Name of the source, ``all`` where sources have no names.
+        source: Name of the source, ``all`` where sources have no names; of pairs with ``/chosen``, ``/rejected`` or
+            ``/other`` after it, for the tokens of the answers and all else.
         position_from: First position in its document of the bucket of positions.
         layer: Number of the layer, from 0.
         expert: Number of the expert, from 0.

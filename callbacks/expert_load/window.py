@@ -3,7 +3,7 @@
 Legend: B rows, S positions of a row, T = B * S tokens, G groups, L layers, E experts, K experts a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,16 @@ from lightning_mixcn.modules.checkpoint_schema import COUNT, require_state, tens
 Batch = dict[str, Tensor]
 
 
+SIDES = ("chosen", "rejected")
+_SIDES_AND_REST = (*SIDES, "other")  # prompts, and answers without a side
+
+
 class LoadWindow:
-    """Sums of one stage, by source and position.
+    """Sums of one stage, by source and position, and by side where batches have pairs of answers.
 
     Args:
         sources: Names of the sources that ``source_ids`` counts; empty counts all tokens together.
+        has_sides: True to count tokens of chosen and of rejected answers apart, by ``sides`` of the batches.
         position_boundaries: Where buckets of positions inside a document begin, beside the one that begins at 0.
         num_layers: Layers of the model.
         num_experts: Experts of a layer.
@@ -36,27 +41,36 @@ class LoadWindow:
         num_layers: int,
         num_experts: int,
         device: torch.device,
+        has_sides: bool = False,
     ) -> None:
         self.sources, self.boundaries = list(sources), list(position_boundaries)
+        self.sides = _SIDES_AND_REST if has_sides else ()
         self.num_buckets = len(self.boundaries) + 1
-        # One group more than sources and buckets have: tokens whose source has no name.
-        num_groups = max(1, len(self.sources)) * self.num_buckets + 1
+        self._groups_of_source = max(1, len(self.sides)) * self.num_buckets
+        # One group more than sources, sides and buckets have: tokens whose source has no name.
+        num_groups = max(1, len(self.sources)) * self._groups_of_source + 1
         self._load = ExpertLoad(num_groups, num_layers, num_experts).to(device)
         self._totals = self._empty()
         self._groups: Tensor | None = None
 
     def open_batch(self, batch: Batch) -> None:
-        """Expect the forward pass of a batch: ``document_ids``, ``source_ids``, ``position_ids``, each ``[B, S]``."""
+        """Expect the forward pass of a batch: ``document_ids``, ``source_ids``, ``position_ids``, each ``[B, S]``.
+
+        Where sides are counted, ``sides`` and ``labels``, too: what has a label is an answer.
+        """
         documents_BS, positions_BS = batch["document_ids"], batch["position_ids"]
         group_BS = torch.zeros_like(documents_BS, dtype=torch.int64)
         for boundary in self.boundaries:
             group_BS += positions_BS >= boundary
+        if self.sides:
+            side_BS = torch.where(batch["labels"] >= 0, batch["sides"].long(), 0)
+            group_BS += self.num_buckets * torch.where(side_BS > 0, 0, torch.where(side_BS < 0, 1, 2))
         if self.sources:
             source_ids = batch["source_ids"]  # [B, S], or [B] where a row has one source
             source_BS = source_ids.view(len(source_ids), -1).expand_as(documents_BS).long()
             known_BS = (source_BS >= 0) & (source_BS < len(self.sources))
-            last = len(self.sources) * self.num_buckets
-            group_BS = torch.where(known_BS, group_BS + source_BS * self.num_buckets, last)
+            last = len(self.sources) * self._groups_of_source
+            group_BS = torch.where(known_BS, group_BS + source_BS * self._groups_of_source, last)
         self._groups = torch.where(documents_BS >= 0, group_BS, -1).flatten()
 
     def close_batch(self) -> None:
@@ -104,9 +118,24 @@ class LoadWindow:
 
     def by_source(self, sums: LoadSums) -> dict[str, LoadSums]:
         """Return the sums ``[L]`` of each source that has tokens in every layer."""
-        groups = {name: range(i * self.num_buckets, (i + 1) * self.num_buckets) for i, name in enumerate(self.sources)}
-        parts = {name: sums.of_groups(chosen) for name, chosen in groups.items()}
-        return {name: part for name, part in parts.items() if int(part.tokens.min())}
+        size = self._groups_of_source
+        return _counted({name: range(i * size, (i + 1) * size) for i, name in enumerate(self.sources)}, sums)
+
+    def by_side(self, sums: LoadSums) -> dict[str, LoadSums]:
+        """Return the sums ``[L]`` of the answers of each of `SIDES` that have tokens in every layer."""
+        groups = range(len(sums.counts) - 1)
+        parts = {
+            name: [group for group in groups if group // self.num_buckets % len(self.sides) == i]
+            for i, name in enumerate(SIDES)
+            if self.sides
+        }
+        return _counted(parts, sums)
+
+    def names(self) -> list[str]:
+        """Return the name of each group but the last, for `experts.csv`: its source, and its side after a slash."""
+        sources = self.sources or ["all"]
+        kinds = [f"{name}/{side}" for name in sources for side in self.sides] if self.sides else sources
+        return [kind for kind in kinds for _ in range(self.num_buckets)]
 
     def by_position(self, sums: LoadSums) -> dict[int, LoadSums]:
         """Return the sums ``[L]`` of each bucket of positions, by its first position."""
@@ -122,7 +151,8 @@ class LoadWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of all ranks."""
-        return {"sources": self.sources, "boundaries": self.boundaries, "sums": list(self._totals)}
+        groups = {"sources": self.sources, "boundaries": self.boundaries, "sides": list(self.sides)}
+        return groups | {"sums": list(self._totals)}
 
     def structure_of_state(self) -> Check:
         """Return the structure of a monitor's state; the sums' own is checked where they are of the same groups."""
@@ -133,14 +163,17 @@ class LoadWindow:
                 "logged_at": COUNT,
                 "base_shares": shares_LE,
                 "starving": record({"steps": shares_LE}),
-                "window": record({"sources": each(TEXT), "boundaries": each(COUNT), "sums": sums}),
+                "window": record(
+                    {"sources": each(TEXT), "boundaries": each(COUNT), "sums": sums}, {"sides": each(TEXT)}
+                ),
             },
             {"base_entropy": mapping_of(TEXT, tensor_of(self._totals.tokens.shape[1:]))},
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a checkpoint; return ``False`` if it counted other groups of tokens, which are forgotten then."""
-        if state["sources"] != self.sources or state["boundaries"] != self.boundaries:
+        groups = state["sources"], state["boundaries"], state.get("sides", [])
+        if groups != (self.sources, self.boundaries, list(self.sides)):
             return False
         require_state(self, state["sums"], row_of(*(tensor_of(part.shape) for part in self._totals)))
         self._totals = LoadSums(*state["sums"])
@@ -149,6 +182,12 @@ class LoadWindow:
     def _empty(self) -> LoadSums:
         parts = (torch.zeros_like(getattr(self._load, name), device="cpu") for name in LoadSums._fields)
         return LoadSums(*parts)
+
+
+def _counted(groups: Mapping[str, Iterable[int]], sums: LoadSums) -> dict[str, LoadSums]:
+    """Add up the groups of each name; leave out what has no tokens in a layer."""
+    parts = {name: sums.of_groups(chosen) for name, chosen in groups.items()}
+    return {name: part for name, part in parts.items() if int(part.tokens.min())}
 
 
 _NAMED = 32  # starving experts at most: of 128 in 48 layers, thousands may starve

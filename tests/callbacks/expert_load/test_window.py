@@ -20,8 +20,8 @@ BATCH = {
 EXPERTS = torch.tensor([0, 1, 2, 2, 0, 1, 1, 2])[:, None]
 
 
-def window(sources: list[str], boundaries: list[int]) -> LoadWindow:
-    return LoadWindow(sources, boundaries, 1, 3, torch.device("cpu"))
+def window(sources: list[str], boundaries: list[int], has_sides: bool = False) -> LoadWindow:
+    return LoadWindow(sources, boundaries, 1, 3, torch.device("cpu"), has_sides)
 
 
 def counted(window: LoadWindow, batch: dict[str, torch.Tensor] = BATCH) -> LoadSums:
@@ -55,6 +55,36 @@ def test_a_source_for_each_row() -> None:
 def test_without_names_all_tokens_are_counted_together() -> None:
     batch = {name: BATCH[name] for name in ("document_ids", "position_ids")}
     assert counted(window([], []), batch).counts[0].tolist() == [[2, 3, 2]]
+
+
+def test_by_side_of_the_answers_alone() -> None:
+    """Of the first row a chosen and a rejected answer, each after a token of prompt; of the second one without side."""
+    pairs = {
+        "labels": torch.tensor([[-100, 7, -100, 7], [-100, 7, 7, -100]]),
+        "sides": torch.tensor([[1, 1, -1, -1], [0, 0, 0, 0]], dtype=torch.int8),
+    }
+    load = window(["zh", "en"], [1], has_sides=True)
+    sums = counted(load, BATCH | pairs)
+    assert {name: part.counts.tolist() for name, part in load.by_side(sums).items()} == {
+        "chosen": [[0, 1, 0]],
+        "rejected": [[0, 0, 1]],
+    }
+    without = window(["zh", "en"], [1])
+    same = counted(without)
+    assert without.by_side(same) == {}
+    for name, part in load.by_source(sums).items():
+        assert torch.equal(part.counts, without.by_source(same)[name].counts)
+    for start, part in load.by_position(sums).items():
+        assert torch.equal(part.counts, without.by_position(same)[start].counts)
+    rows = [(name, counts.tolist()) for name, counts in zip(load.names(), sums.counts[:, 0], strict=False)]
+    assert [row for row in rows if any(row[1])] == [
+        ("zh/chosen", [0, 1, 0]),
+        ("zh/other", [1, 0, 0]),
+        ("en/rejected", [0, 0, 1]),
+        ("en/other", [1, 0, 1]),
+        ("en/other", [0, 2, 0]),
+    ]
+    assert not without.load_state_dict(load.state_dict())
 
 
 def test_a_source_without_a_name_is_refused() -> None:
