@@ -18,10 +18,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
+from lightning_mixcn import data as data_modules
 from lightning_mixcn.callbacks import StepCheckpoint
-from lightning_mixcn.data import PretrainDataModule
 
-FIELDS = ("input_ids", "labels", "position_ids", "document_ids", "source_ids")
+FIELDS = ("input_ids", "labels", "position_ids", "document_ids", "source_ids", "sides")  # the last one of pairs alone
 
 
 class Recorder(LightningModule):
@@ -36,7 +36,7 @@ class Recorder(LightningModule):
         self.path = path
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        rows = np.stack([batch[name].numpy().astype(np.int64) for name in FIELDS], axis=1)
+        rows = np.stack([batch[name].numpy().astype(np.int64) for name in FIELDS if name in batch], axis=1)
         header = np.asarray([self.trainer.global_step, *rows.shape])
         with Path(self.path).open("ab") as file:
             file.write(header.tobytes() + rows.tobytes())
@@ -54,7 +54,8 @@ def train(rank: int, run: dict[str, Any]) -> None:
     Args:
         rank: This process's number.
         run: ``ranks``, ``accumulate``, ``max_steps``, ``every_n_steps`` between checkpoints, ``folder`` of the run,
-            ``name`` of this part of it, ``resume``, a checkpoint or null, and ``data``, arguments of the data module.
+            ``name`` of this part of it, ``resume``, a checkpoint or null, ``data_module``, its class, and ``data``, its
+            arguments.
     """
     ranks, folder = run["ranks"], run["folder"]
     if ranks > 1:  # Lightning uses the group that is there, which meets through a file instead of a port
@@ -76,7 +77,7 @@ def train(rank: int, run: dict[str, Any]) -> None:
         default_root_dir=folder,
         callbacks=[StepCheckpoint(every_n_steps=run["every_n_steps"], dirpath=f"{folder}/checkpoints")],
     )
-    data = PretrainDataModule(**run["data"])
+    data = getattr(data_modules, run["data_module"])(**run["data"])
     trainer.fit(Recorder(f"{folder}/{run['name']}.{rank}.rows"), datamodule=data, ckpt_path=run["resume"])
 
 

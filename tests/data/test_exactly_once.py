@@ -18,7 +18,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lightning_mixcn.text import PACKINGS, Source
+from lightning_mixcn.text import PACKINGS, PreferenceSource, Source
+from tests.text.pair_files import pair_records, write_records
 
 pytestmark = pytest.mark.multiprocess
 
@@ -120,10 +121,13 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 class Run:
-    """A run in parts, in one folder."""
+    """A run in parts, in one folder; `data` are arguments of the data module, whose class is `data_module`."""
 
-    def __init__(self, launcher: Launcher, folder: Path, every_n_steps: int, data: dict[str, Any]) -> None:
+    def __init__(
+        self, launcher: Launcher, folder: Path, every_n_steps: int, data: dict[str, Any], data_module: str
+    ) -> None:
         folder.mkdir()
+        self.data_module = data_module
         self.launcher = launcher
         self.folder = folder
         self.every_n_steps = every_n_steps
@@ -146,6 +150,7 @@ class Run:
                 "max_steps": max_steps,
                 "every_n_steps": self.every_n_steps,
                 "resume": self.resume and str(self.resume),
+                "data_module": self.data_module,
                 "data": self.data | changes,
             }
         )
@@ -182,9 +187,9 @@ class Run:
         return rows.reshape(-1, *rows.shape[3:])
 
 
-def positions(checkpoint: Path) -> dict[int, int]:
+def positions(checkpoint: Path, data_module: str) -> dict[int, int]:
     """Read the rows made of each stream, as a checkpoint has it."""
-    streams = torch.load(checkpoint, weights_only=True)["PretrainDataModule"]["streams"]
+    streams = torch.load(checkpoint, weights_only=True)[data_module]["streams"]
     return {stream: state["position"] for stream, state in streams.items()}
 
 
@@ -216,6 +221,36 @@ def require_shares(sources_RS: NDArray[np.int64]) -> None:
         assert abs(zh_RS[window].sum() / found_RS[window].sum() - asked_R[window].mean()) < 0.05
 
 
+def killed_as_if_whole(
+    launcher: Launcher,
+    folder: Path,
+    draw: random.Random,
+    every_n_steps: int,
+    parts: int,
+    data: dict[str, Any],
+    data_module: str,
+) -> NDArray[np.int64]:
+    """Train in parts, all but the last of them killed. Returns: the rows, which are those of a run that never stopped.
+
+    They are ``[rows, fields, sequence_length]``, each once.
+    """
+    *killed, last = draw_parts(draw, parts, every_n_steps)
+    run = Run(launcher, folder / "killed", every_n_steps, data, data_module)
+    rows = [part_rows for number, part in enumerate(killed) for part_rows in run.kill(str(number), part)]
+    rows.append(run.finish("last", last, steps=draw.randint(2, 8)))
+    trained = np.concatenate(rows)
+    # Where every stream stands is known, whichever rank read it: nothing is made twice.
+    assert run.resume is not None
+    dealt = {stream: len(range(stream, len(trained), data["num_streams"])) for stream in range(data["num_streams"])}
+    assert positions(run.resume, data_module) == {stream: count for stream, count in dealt.items() if count}
+
+    whole = Run(launcher, folder / "whole", 1_000_000, data, data_module)
+    expected = whole.finish("whole", Part(1, 0, 4, 1), steps=-(-len(trained) // 4))[: len(trained)]
+    assert np.array_equal(trained, expected)
+    assert len(np.unique(expected[:, 0], axis=0)) > len(expected) // 2  # rows that could be told apart
+    return trained
+
+
 @pytest.mark.parametrize(
     ("seed", "by_progress"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in SEEDS]
 )
@@ -240,19 +275,29 @@ def test_no_row_is_lost_or_repeated(
         sequence_length=draw.choice((16, 32, 100)),
         seed=seed,
     )
-    *killed, last = draw_parts(draw, 3 + seed % 2, every_n_steps)
-    run = Run(launcher, tmp_path / "killed", every_n_steps, data)
-    rows = [part_rows for number, part in enumerate(killed) for part_rows in run.kill(str(number), part)]
-    rows.append(run.finish("last", last, steps=draw.randint(2, 8)))
-    trained = np.concatenate(rows)
-    # Where every stream stands is known, whichever rank read it: nothing is made twice.
-    assert run.resume is not None
-    dealt = {stream: len(range(stream, len(trained), data["num_streams"])) for stream in range(data["num_streams"])}
-    assert positions(run.resume) == {stream: count for stream, count in dealt.items() if count}
-
-    whole = Run(launcher, tmp_path / "whole", 1_000_000, data)
-    expected = whole.finish("whole", Part(1, 0, 4, 1), steps=-(-len(trained) // 4))[: len(trained)]
-    assert np.array_equal(trained, expected)
-    assert len(np.unique(expected[:, 0], axis=0)) > len(expected) // 2  # rows that could be told apart
+    trained = killed_as_if_whole(launcher, tmp_path, draw, every_n_steps, 3 + seed % 2, data, "PretrainDataModule")
     if by_progress and data["num_streams"] >= 8:
         require_shares(trained[:, 4])
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+def test_no_pair_is_lost_or_repeated(
+    seed: int, launcher: Launcher, arguments: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Of two sources, some pairs too long for a row; and both answers of a pair are in one row, with their sides."""
+    draw, sources = random.Random(seed), []
+    for name, count, weight in (("zh", 900, 0.7), ("en", 300, 0.3)):
+        path = write_records(tmp_path / f"{name}.jsonl", pair_records(count, long_ones=True))
+        sources.append(asdict(PreferenceSource(name, path, weight=weight)))
+    data = arguments(
+        sources=sources,
+        packing=("best_fit", "documents")[seed % 2],
+        on_too_long=("truncate", "drop")[seed // 2 % 2],
+        num_streams=(5, 1, 8, 16)[seed % 4],
+        sequence_length=draw.choice((160, 200, 400)),
+        seed=seed,
+    )
+    trained = killed_as_if_whole(launcher, tmp_path, draw, 3, 3 + seed % 2, data, "PreferenceDataModule")
+    documents_RS, sides_RS = trained[:, 3], trained[:, 5]
+    assert np.array_equal(sides_RS, np.select([documents_RS < 0, documents_RS % 2 == 0], [0, 1], -1))
+    assert np.all(documents_RS.max(axis=1) % 2 == 1)

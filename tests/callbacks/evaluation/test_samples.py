@@ -20,6 +20,9 @@ from lightning_mixcn.metrics import answer_figures
 from lightning_mixcn.modules import InstructModule, PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
 from lightning_mixcn.text import ConversationSource, load_tokenizer
+from tests.modules.preference.preference_run import module as preference_module
+from tests.modules.preference.preference_run import pairs
+from tests.text.pair_files import pair_records, write_records
 
 Make = Callable[..., Any]
 
@@ -100,6 +103,19 @@ def greedy(module: InstructModule, prompt: list[int], stop_ids: set[int], penalt
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
         row.append(int(logits.argmax()))
     return row[len(prompt) :]
+
+
+def test_prompts_of_held_out_pairs_are_answered(tmp_path: Path, tiny_base: Path, trainer: Make) -> None:
+    path = write_records(tmp_path / "pairs.jsonl", pair_records(20))
+    data = pairs(str(tiny_base), path, val_fraction=0.3)
+    callback = SampleAnswers(questions=3, max_new_tokens=4)
+    trainer(max_steps=1, callbacks=[callback]).fit(preference_module(str(tiny_base)), data)
+    (held_out,) = data.evaluation_conversations("val")
+    assert [(line["step"], line["question"]) for line in lines(tmp_path)] == [
+        (step, turns[-2].content) for step in (0, 1) for turns in held_out[:3]
+    ]
+    assert callback.figures is not None
+    assert 0 < callback.figures["length_tokens"] <= 4
 
 
 def test_other_data_is_refused(module: PretrainModule, trainer: Make) -> None:
