@@ -179,7 +179,9 @@ def test_commands_parse(page: Path, folder: Path) -> None:
             assert next(word for word in words[1:] if "=" not in word) in targets
             continue
         rest = list(words[next(i for i, word in enumerate(words) if word in ("mixcn", "lightning_mixcn")) + 1 :])
-        if rest[0] in FUNCTIONS:
+        if "--help" in rest:
+            assert main(rest) == 0
+        elif rest[0] in FUNCTIONS:
             parse_function(rest[0], rest[1:])
         else:
             with pytest.raises(ParsedError):

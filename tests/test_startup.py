@@ -7,7 +7,17 @@ import pytest
 
 from lightning_mixcn.commands.table import FUNCTIONS, NESTED
 
-HEAVY = ("torch", "transformers", "lightning", "peft", "bitsandbytes", "pyarrow", "numpy")
+HEAVY = ("torch", "transformers", "lightning", "peft", "bitsandbytes", "pyarrow", "numpy", "pandas", "matplotlib")
+RUNS = ("fit", "validate", "test", "predict")
+TOPICS = (
+    "trainer",
+    "callbacks",
+    "strategies",
+    "optimizers",
+    "PretrainDataModule",
+    "ExpertLoadMonitor",
+    "torch.optim.SGD",
+)
 
 PROGRAM = """
 import runpy, sys
@@ -33,6 +43,16 @@ SUBCOMMANDS = [[name, *more] for name in FUNCTIONS for more in ((), *((nested,) 
 @pytest.mark.parametrize("subcommand", [[], *SUBCOMMANDS], ids=" ".join)
 def test_help_loads_nothing_heavy(subcommand: list[str]) -> None:
     assert not loaded_after(*subcommand, "--help") & set(HEAVY)
+
+
+@pytest.mark.parametrize("subcommand", RUNS)
+def test_help_of_a_run_loads_nothing_heavy(subcommand: str) -> None:
+    assert not loaded_after(subcommand, "--config", "demo", "--help") & set(HEAVY)
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_help_of_a_class_loads_nothing_heavy(topic: str) -> None:
+    assert not loaded_after("help", topic) & set(HEAVY)
 
 
 def test_package_loads_nothing_heavy() -> None:

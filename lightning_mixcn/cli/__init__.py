@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Answer what needs no torch; else import what the subcommand needs and run it. Return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["help"]:
         print(_help())
         return 0 if arguments else 2
     if arguments[0] == "--version":
@@ -68,6 +68,11 @@ def _run(arguments: list[str]) -> int:
         return _report(
             f"unknown subcommand {arguments[0]!r}{near}. Expected one of {', '.join(COMMANDS)}; see mixcn --help"
         )
+    if arguments[0] in _OF_THE_TRAINER and {"-h", "--help"} & set(arguments):
+        from .help import page
+
+        print(page(arguments[0]))
+        return 0
     from .allocator import grow_gpu_segments, keep_freed_memory
 
     keep_freed_memory()  # before torch allocates
@@ -202,7 +207,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "mixcn SUBCOMMAND --help lists a subcommand's options; mixcn --version the version.",
+            "mixcn SUBCOMMAND --help lists a subcommand's options, mixcn help CLASS those of a class by its name.",
             f"mixcn {_COMPLETION}=shtab-bash (or -zsh, -tcsh) prints a script for your shell's completion.",
         ]
     )

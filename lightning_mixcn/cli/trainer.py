@@ -43,6 +43,7 @@ from lightning_mixcn.modules.learning_rates import make_rated_optimizer, make_ra
 from lightning_mixcn.modules.run_settings import check_precision
 from lightning_mixcn.modules.strategies import check_strategy
 
+from .help import CONFIG_OPTION, OVERWRITE_OPTION, PLAN_OPTION, TRAINER_DEFAULTS
 from .messages import libraries_in_one_line, readable
 from .parser import ConfigOption, ConfigurationParser, check_what_is_loaded
 from .plan import RunPlan
@@ -70,16 +71,6 @@ from .settings import (
 )
 
 __all__ = ["MixcnCLI", "PretrainDataModule", "RunConfig", "run_trainer"]
-
-_TRAINER_DEFAULTS = {
-    # The compute dtype is the model's; the data module shares rows out between ranks itself.
-    "precision": "32-true",
-    "use_distributed_sampler": False,
-    # Steps take seconds, and the module waits for each one's loss anyway.
-    "log_every_n_steps": 1,
-    # The stream has no end of Lightning's kind: a run is as long as its steps, see `settle_epochs`.
-    "max_epochs": -1,
-}
 
 # An option is given in full: `--trainer.max_step 5` is a slip, not a wish for the option that begins like this.
 _PARSING = {"exit_on_error": False, "allow_abbrev": False}
@@ -138,7 +129,7 @@ class MixcnCLI(LightningCLI):
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
-            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             parser_class=ConfigurationParser,
             parser_kwargs={"prog": "mixcn", **_PARSING}
             | {command: {"prog": f"mixcn {command}", **_PARSING} for command in self.subcommands()},
@@ -148,7 +139,7 @@ class MixcnCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose ``--config`` knows the names of this package's configurations."""
         parser = self.parser_class(dump_header=[f"lightning.pytorch=={version('lightning')}"], **kwargs)
-        parser.add_argument("-c", "--config", action=ConfigOption, help="YAML file, or name of one of this package's")
+        parser.add_argument("-c", "--config", action=ConfigOption, help=CONFIG_OPTION)
         return parser
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -172,17 +163,8 @@ class MixcnCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give `fit` its own options."""
         if parser.prog.endswith(" fit"):
-            parser.add_argument(
-                "--plan",
-                action="store_true",
-                help="print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit",
-            )
-            parser.add_argument(
-                "--overwrite",
-                action="store_true",
-                help="replace the run that is in trainer.default_root_dir, once the new one is loaded; other "
-                "files stay",
-            )
+            parser.add_argument("--plan", action="store_true", help=PLAN_OPTION)
+            parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_OPTION)
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI lets the hyper-parameters in a checkpoint override the configuration: `base` too, unnoticed.

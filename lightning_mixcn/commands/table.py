@@ -17,6 +17,7 @@ COMMANDS = {
     "preference": "blind sheets of models' answers for judges; win rates, Elo and agreement from filled-in ones",
     "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
     "data": "find and remove duplicates, noise and benchmark questions in texts to train on",
+    "help": "explain a command or a class by its name; list callbacks, strategies, optimizers",
 }
 
 FUNCTIONS = {
@@ -31,6 +32,7 @@ FUNCTIONS = {
     "preference": "lightning_mixcn.studies.preference.command",
     "quantization": "lightning_mixcn.studies.quantization.command",
     "data": "lightning_mixcn.studies.hygiene.command",
+    "help": "lightning_mixcn.cli.help",
 }
 
 

@@ -40,7 +40,7 @@ def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
         "mixcn: error: unknown subcommand 'train'. Expected one of fit, validate, test, predict, upcycle, quantize, "
-        "export, chat, evaluate, experts, vocab, compare, preference, quantization, data; see mixcn --help\n"
+        "export, chat, evaluate, experts, vocab, compare, preference, quantization, data, help; see mixcn --help\n"
     )
 
 

@@ -1,0 +1,322 @@
+"""Pages of ``mixcn help`` and of ``mixcn fit --help``: written from sources, so that nobody waits for torch."""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lightning_mixcn.commands.classes import (
+    Argument,
+    ClassSource,
+    arguments_of,
+    base_names,
+    documentation,
+    exported_names,
+    find_class,
+    is_abstract,
+    mentioned_classes,
+)
+from lightning_mixcn.commands.functions import function_parser
+from lightning_mixcn.commands.table import COMMANDS, FUNCTIONS, NESTED
+from lightning_mixcn.errors import UserError, did_you_mean
+
+# What `mixcn` gives Lightning's Trainer in place of its own defaults.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The compute dtype is the model's; the data module shares rows out between ranks itself.
+    "precision": "32-true",
+    "use_distributed_sampler": False,
+    # Steps take seconds, and the module waits for each one's loss anyway.
+    "log_every_n_steps": 1,
+    # The stream has no end of Lightning's kind: a run is as long as its steps, see `settle_epochs`.
+    "max_epochs": -1,
+}
+CONFIG_OPTION = "YAML file, or name of one of this package's"
+PLAN_OPTION = "print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit"
+OVERWRITE_OPTION = "replace the run that is in trainer.default_root_dir, once the new one is loaded; other files stay"
+# Callbacks that a run has without being asked.
+ADDED_CALLBACKS = frozenset(
+    {
+        "AdapterCheckpoint",
+        "DataMonitor",
+        "EpochBudget",
+        "EvaluationReport",
+        "FitSummary",
+        "LearningRateMonitor",
+        "PredictionWriter",
+        "PreemptionCheckpoint",
+        "StepCheckpoint",
+        "StepProgressBar",
+        "ThroughputLogger",
+        "TrainabilityCheck",
+    }
+)
+
+# By the name of a list: the class that all of it derive from, and the packages that have them, ours first.
+LISTS = {
+    "modules": ("LightningModule", ("lightning_mixcn",)),
+    "data_modules": ("LightningDataModule", ("lightning_mixcn",)),
+    "callbacks": ("Callback", ("lightning_mixcn.callbacks", "lightning.pytorch.callbacks")),
+    "strategies": ("Strategy", ("lightning_mixcn.modules", "lightning.pytorch.strategies")),
+    "optimizers": ("Optimizer", ("torch.optim", "bitsandbytes.optim")),
+    "schedules": ("LRScheduler", ("lightning_mixcn.modules", "torch.optim.lr_scheduler")),
+    "loggers": ("Logger", ("lightning.pytorch.loggers",)),
+}
+_TRAINER = "lightning.pytorch.Trainer"
+# Where a class is looked for by its name; the last one mentions the types of the modules' arguments.
+_PACKAGES = (
+    *dict.fromkeys(package for _, packages in LISTS.values() for package in packages),
+    *("lightning_mixcn.data", "lightning_mixcn.text", "lightning.pytorch", "lightning_mixcn.modules.causal_lm"),
+)
+_NOTES = {
+    "callbacks": "* added to a run by itself",
+    "strategies": "Names: `auto` (one process), `ddp`, `fsdp` or `fsdp2` (the 4-bit base sharded over all ranks), "
+    "`hsdp` (sharded inside each node).",
+    "optimizers": "A configuration has the full path, such as `torch.optim.AdamW`, since both packages have an AdamW.",
+}
+_CHECKPOINT = "checkpoint to load, or `last` for the run's newest"
+_OPTIONS = {
+    "fit": {
+        "--ckpt_path PATH": "checkpoint to go on from, or `last` for the run's newest",
+        "--plan": PLAN_OPTION,
+        "--overwrite": OVERWRITE_OPTION,
+    },
+    "validate": {"--ckpt_path PATH": _CHECKPOINT, "--verbose BOOL": "print the results; default true"},
+    "test": {"--ckpt_path PATH": _CHECKPOINT, "--verbose BOOL": "print the results; default true"},
+    "predict": {
+        "--ckpt_path PATH": _CHECKPOINT,
+        "--return_predictions BOOL": "Lightning's; the file is written anyway",
+    },
+}
+_OF_EVERY_RUN = {
+    "-c, --config FILE": f"{CONFIG_OPTION}; later ones and options after it override it",
+    "--print_config": "print the configuration of all files and options, and exit",
+    "--seed_everything SEED": "seed of what has no seed of its own; default 0",
+    "--weights_only BOOL": "load no more of a checkpoint than tensors and plain values, see torch.load",
+}
+# What most runs set of a class that is an argument itself.
+_INNER = {
+    "lora": ("peft.LoraConfig", ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")),
+    "optimizer": ("torch.optim.AdamW", ("lr",)),
+    "lr_scheduler": ("lightning_mixcn.modules.WarmupCosine", ("warmup_fraction", "final_fraction")),
+}
+_OF_THE_TRAINER = (
+    *("max_steps", "max_time", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "gradient_clip_val"),
+    *("val_check_interval", "limit_val_batches", "callbacks", "logger", "default_root_dir", "fast_dev_run"),
+)
+
+
+def help(topic: list[str]) -> None:
+    """Explain a command, or a class by its name; list callbacks, strategies, optimizers and more.
+
+    Args:
+        topic: A command, such as ``fit`` or ``vocab train``; ``trainer`` for the options of Lightning's Trainer; a
+            class by its name, such as ``PretrainDataModule``, or by its full import path; or a list: ``modules``,
+            ``data_modules``, ``callbacks``, ``strategies``, ``optimizers``, ``schedules``, ``loggers``.
+
+    Raises:
+        ValueError: there is no such topic.
+    """
+    print(page(" ".join(topic)))
+
+
+def page(topic: str) -> str:
+    """Return the page of a topic, see `help`."""
+    command, _, nested = topic.partition(" ")
+    if command in FUNCTIONS and (not nested or nested in NESTED.get(command, ())):
+        text: str = function_parser(topic)[0].format_help()
+        return text.rstrip()
+    if topic in _OPTIONS:
+        return run_page(topic)
+    if topic in LISTS:
+        return list_page(topic)
+    if topic == "trainer":
+        return trainer_page()
+    return class_page(topic)
+
+
+def run_page(command: str) -> str:
+    """Return the help of `fit` and the like: this package's options first."""
+    example = {"fit": "--model.lora.r 8 --trainer.max_steps 500"}.get(command, "--ckpt_path last")
+    what = COMMANDS[command]
+    lines = [
+        f"usage: mixcn {command} --config FILE [--config OVERLAY …] [--OPTION VALUE …]",
+        "",
+        *_wrapped(
+            f"{what[0].upper()}{what[1:]}. Any key of the YAML is an option, with or without its `init_args`.",
+            "",
+        ),
+        "",
+        f"  mixcn {command} --config pretrain_mixtral_8x7b --config trainer/gpu {example}",
+        "",
+        "Options",
+        *_entries((_OPTIONS[command] | _OF_EVERY_RUN).items()),
+    ]
+    for part, name, other in (
+        ("model", "PretrainModule", "modules"),
+        ("data", "PretrainDataModule", "data_modules"),
+    ):
+        others = ", ".join(each for each in _members(other, 0) if each != name)
+        lines += ["", f"{part.title()}: `--{part} {name}`, or {others}"]
+        lines += _options_of(part, _found(name))
+    lines += ["", "Callbacks: `--trainer.callbacks+=ExpertLoadMonitor --trainer.callbacks.every_n_steps 100`"]
+    lines += [*_rows(_members("callbacks", 0)), "  * added by itself"]
+    lines += ["", "Used most of the trainer", *_wrapped(", ".join(f"--trainer.{name}" for name in _OF_THE_TRAINER))]
+    return "\n".join([*lines, "", *_footer()])
+
+
+def _footer() -> list[str]:
+    return [
+        "Lightning's Trainer: `mixcn help trainer`",
+        "A class by its name: `mixcn help ExpertLoadMonitor`; lists of classes: `mixcn help callbacks`, "
+        f"{', '.join(name for name in LISTS if name != 'callbacks')}",
+    ]
+
+
+def trainer_page() -> str:
+    """Return the options of Lightning's Trainer, with this command's defaults."""
+    arguments = arguments_of(_found(_TRAINER))
+    lines = ["Lightning's Trainer: options of mixcn fit, validate, test and predict", ""]
+    for argument in arguments:
+        ours = TRAINER_DEFAULTS.get(argument.name)
+        default = argument.default if ours is None else str(ours).lower()
+        lines += _entry(f"--trainer.{argument.name}", Argument(argument.name, argument.kind, default, argument.about))
+    return "\n".join(lines)
+
+
+def list_page(name: str) -> str:
+    """Return a list of classes, a line each."""
+    lines = []
+    for number, package in enumerate(LISTS[name][1]):
+        if members := _members(name, number):
+            lines += [f"{package}", *_rows(members), ""]
+    lines += _wrapped(_NOTES.get(name, ""), "")
+    example = next(iter(_members(name, 0)))
+    return "\n".join([*lines, f"`mixcn help {example}` shows what one takes."])
+
+
+def class_page(name: str) -> str:
+    """Return what a class is and takes.
+
+    Args:
+        name: Its name, or full import path.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    path = class_path(name)
+    found = _found(path)
+    told = documentation(found)
+    about = "\n\n".join(filter(None, (told.short_description, told.long_description)))
+    lines = [path, "", *(line for block in about.split("\n\n") for line in [*_wrapped(block, ""), ""])]
+    arguments = arguments_of(found)
+    lines += ["Arguments"] * bool(arguments)
+    for argument in arguments:
+        lines += _entry(argument.name, argument)
+    known = [other for other in mentioned_classes(found) if _is_worth_a_page(found.module, other)]
+    if known:
+        lines += ["", f"See also: {', '.join(f'mixcn help {other}' for other in known)}"]
+    return "\n".join(lines)
+
+
+def class_path(name: str) -> str:
+    """Return the import path of a class.
+
+    Args:
+        name: Its name or its path.
+
+    Raises:
+        ValueError: there is no such class; names one that is written alike.
+    """
+    paths = [name] if "." in name else [f"{package}.{name}" for package in _PACKAGES]
+    for path in paths:
+        if find_class(path) is not None:
+            return path
+    near = did_you_mean(name.rpartition(".")[2], [*COMMANDS, *LISTS, "trainer", *class_names()])
+    raise UserError(
+        f"`mixcn help {name}`: there is no such command, list or class{near}. Give a command of `mixcn --help`, "
+        f"`trainer`, one of {', '.join(LISTS)}, or a class by its name or its full import path"
+    )
+
+
+def class_names() -> list[str]:
+    """List the names of the classes that are known without their path."""
+    return list(dict.fromkeys(name for package in _PACKAGES for name in exported_names(package)))
+
+
+def _is_worth_a_page(module: str, name: str) -> bool:
+    found = find_class(f"{module}.{name}")
+    return found is not None and found.module.startswith(("lightning_mixcn", "peft"))
+
+
+def _found(name: str) -> ClassSource:
+    found = find_class(class_path(name))
+    assert found is not None
+    return found
+
+
+def _members(name: str, number: int) -> dict[str, str]:
+    """Return the classes of one package of a list, with a line each; bases that cannot be used are left out."""
+    base, packages = LISTS[name]
+    members = {}
+    for each in sorted(exported_names(packages[number]), key=str.lower):
+        found = find_class(f"{packages[number]}.{each}")
+        if found is None or base not in base_names(found) or is_abstract(found):
+            continue
+        members[each] = _first_sentence(documentation(found).short_description or "")
+    return members
+
+
+# ---- layout ----
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.;])\s", " ".join(text.split()), maxsplit=1)[0].rstrip(".;")
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 100)
+
+
+def _wrapped(text: str, indent: str = "  ") -> list[str]:
+    plain = " ".join(text.replace("``", "`").split())
+    return textwrap.wrap(plain, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _entries(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Lay out options and what they do."""
+    for name, about in entries:
+        yield f"  {name}"
+        yield from _wrapped(about, "      ")
+
+
+def _entry(name: str, argument: Argument) -> list[str]:
+    """Lay out an argument: its name, type and default, and what it is."""
+    facts = [argument.kind, "required" if argument.default is None else f"default {argument.default}"]
+    return list(_entries([(f"{name}  ({', '.join(filter(None, facts))})", argument.about)]))
+
+
+def _rows(members: dict[str, str]) -> list[str]:
+    """Lay out classes, a line each."""
+    width = max(map(len, members)) + 2
+    lines = []
+    for name, about in members.items():
+        shown = f"{name}{' *' if name in ADDED_CALLBACKS else ''}"
+        room = max(_width() - width - 4, 20)
+        lines.append(
+            f"  {shown:<{width}}  {textwrap.shorten(about.replace('``', '`'), room, placeholder=' …')}".rstrip()
+        )
+    return lines
+
+
+def _options_of(part: str, found: ClassSource) -> Iterator[str]:
+    """Lay out a class's arguments as options, with what is set most of those that are classes themselves."""
+    for argument in arguments_of(found):
+        yield from _entry(f"--{part}.{argument.name}", argument)
+        if argument.name in _INNER:
+            path, names = _INNER[argument.name]
+            for inner in arguments_of(_found(path)):
+                if inner.name in names:
+                    option = f"--{part}.{argument.name}.{inner.name}  ({inner.kind})"
+                    yield from _entries([(option, _first_sentence(inner.about))])
+            yield from _wrapped(f"more: `mixcn help {path.rpartition('.')[2]}`", "      ")
