@@ -17,6 +17,7 @@ from .evaluation.benchmark_eval import BenchmarkEval
 from .evaluation.long_context import LongContextEval
 from .evaluation.samples import SampleAnswers, SampleText
 from .expert_load.monitor import ExpertLoadMonitor
+from .parameter_summary import ParameterSummary
 from .reports import EvaluationReport, FitSummary, PredictionWriter
 from .throughput_logger import ThroughputLogger
 from .trainability_check import TrainabilityCheck
@@ -32,6 +33,7 @@ __all__ = [
     "ExpertLoadMonitor",
     "FitSummary",
     "LongContextEval",
+    "ParameterSummary",
     "PredictionWriter",
     "PreemptionCheckpoint",
     "RunFacts",

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,8 @@ from lightning_mixcn.files.atomic import (
     unfinished_path,
 )
 from lightning_mixcn.modules.checkpoints import SUMMED_KEY, publish, remove
+
+from .ending import resuming_command
 
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -212,9 +215,11 @@ def _point_elsewhere(link: Path, path: Path) -> None:
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-_INTERRUPTS = 3  # the last one ends at once
+_INTERRUPTS = 2  # the last one ends at once
+# torchrun passes Ctrl-C on to ranks that the terminal has sent it to already; nobody presses it twice so fast.
+_ECHO_SECONDS = 0.5
 _INTERRUPTED = b"""
-Ctrl-C: the step that runs is finished and saved. Press it twice more to end at once, without saving.
+Ctrl-C: the step that runs is finished and saved. Press it again to end at once, without saving.
 """
 
 
@@ -225,14 +230,14 @@ class PreemptionCheckpoint(Callback):
     that runs is finished first, with all its micro-batches, on all ranks; one of them has to get the signal. A
     validation that would follow is left out, one that runs is finished, since half of it would log wrong numbers: have
     the scheduler give notice that is longer than a step or a validation (SLURM: ``--signal=USR1@300``), or shorten the
-    latter (``trainer.limit_val_batches``). More signals change nothing, but a third Ctrl-C ends at once, without
+    latter (``trainer.limit_val_batches``). More signals change nothing, but a second Ctrl-C ends at once, without
     saving. Before training, and in other subcommands, a signal ends the process at once. What is ignored, as SIGHUP
     under ``nohup``, stays ignored.
     """
 
     def __init__(self) -> None:
         self._received = 0  # the signal's number
-        self._interrupts = 0
+        self._interrupts, self._interrupted_at = 0, 0.0
         self._terminals: list[int] = []
         self._is_first_rank = True
         self._agreed = 0  # the same, on all ranks
@@ -243,6 +248,11 @@ class PreemptionCheckpoint(Callback):
     def interrupted(self) -> bool:
         """Tell whether Ctrl-C ended the last `fit`."""
         return self._agreed == signal.SIGINT
+
+    @property
+    def ended_by(self) -> str:
+        """Name the signal that ended the last `fit`; empty if none did."""
+        return signal.Signals(self._agreed).name if self._agreed else ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the signals of a `fit` before this one."""
@@ -280,12 +290,11 @@ class PreemptionCheckpoint(Callback):
         self._limits = None
         saved = [callback.best_model_path for callback in _step_checkpoints(trainer)]
         where = (
-            f"{saved[0]} is its checkpoint. Go on with --ckpt_path last"
+            f"{saved[0]} is its checkpoint. Go on with: {resuming_command(trainer)}"
             if saved
             else "there is no StepCheckpoint in `trainer.callbacks` to save it"
         )
-        name = signal.Signals(self._agreed).name
-        rank_zero_info(f"{name}: stopped after optimizer step {trainer.global_step}; {where}")
+        rank_zero_info(f"{self.ended_by}: stopped after optimizer step {trainer.global_step}; {where}")
 
     def _listen(self) -> None:
         # Lightning's own handlers, set just before this, would raise an exception in the next micro-batch, enter a
@@ -300,10 +309,13 @@ class PreemptionCheckpoint(Callback):
     def _receive(self, number: int, frame: Any) -> None:
         self._received = number
         if number == signal.SIGINT:
-            self._interrupts += 1
+            now = time.monotonic()
+            if self._interrupts and now - self._interrupted_at < _ECHO_SECONDS:
+                return
+            self._interrupts, self._interrupted_at = self._interrupts + 1, now
             if self._interrupts == _INTERRUPTS:
                 raise KeyboardInterrupt
-            if self._interrupts == 1 and self._is_first_rank:
+            if self._is_first_rank:
                 with contextlib.suppress(OSError):  # not `print`: it may be what the signal came into
                     os.write(2, _INTERRUPTED)
         elif number == signal.SIGHUP:

@@ -17,13 +17,14 @@ from lightning_mixcn.modules.checks import source_names
 from .adapter_checkpoint import AdapterCheckpoint
 from .clocks import step_clock
 from .data_monitor import DataMonitor
+from .ending import next_steps, why_ended
 from .host import causal_lm, plain_name
 
 _TRAIN = "train/nll_nats_per_token"
 
 
 class FitSummary(Callback):
-    """Prints a table when `fit` ends: steps, tokens, duration, speed, mixture, likelihoods, and where the results are.
+    """Prints a table when `fit` ends: steps, tokens, speed, mixture, likelihoods, why it ended, results, what is next.
 
     Tokens are those of this process's steps, of all ranks, without padding; the duration is that of training with
     validation and checkpoints, and the speed is their quotient. Where `DataMonitor` runs, each source's share of all
@@ -33,6 +34,7 @@ class FitSummary(Callback):
 
     def __init__(self) -> None:
         self._rows: list[tuple[str, str]] = []
+        self._ended = ""
         self._first: float | None = None
         self._validations: dict[str, list[tuple[float, int]]] = {}  # source → likelihood and step
 
@@ -41,6 +43,10 @@ class FitSummary(Callback):
         causal_lm(self, pl_module)
         if stage == "fit":
             self._clock = step_clock(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget a run before."""
+        self._ended = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a run before."""
@@ -62,6 +68,7 @@ class FitSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the table's rows, while all ranks are there to be added up."""
+        self._ended = why_ended(trainer)
         clock, seconds = self._clock, self._clock.total_seconds
         steps = trainer.global_step - clock.first_step
         if clock.tokens is None or steps == 0:
@@ -84,9 +91,12 @@ class FitSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print, now that every other callback has written its files."""
+        if not self._ended:  # there was nothing to train
+            rank_zero_info(f"Nothing was trained: {why_ended(trainer)}")
         if not self._rows:
             return
-        rows, self._rows, self._validations = self._rows + _results(trainer), [], {}
+        rows = [*self._rows, ("ended", self._ended), *_results(trainer)]
+        self._rows, self._validations = [], {}
         width = max(len(name) for name, _ in rows)
         rank_zero_info("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
@@ -106,7 +116,8 @@ def _mixture(trainer: Trainer) -> list[tuple[str, str]]:
 
 
 def _results(trainer: Trainer) -> list[tuple[str, str]]:
-    rows = []
+    rows: list[tuple[str, str]] = []
+    written: Path | None = None
     for saver in trainer.checkpoint_callbacks:
         path = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
         if path:
@@ -116,8 +127,10 @@ def _results(trainer: Trainer) -> list[tuple[str, str]]:
     for callback in callbacks:
         if isinstance(callback, AdapterCheckpoint):
             folder = Path(trainer.default_root_dir, callback.folder)
-            rows += [("adapter", str(folder))] if folder.is_dir() else []
-    return rows
+            if folder.is_dir():
+                rows.append(("adapter", str(folder)))
+                written = folder
+    return rows + next_steps(trainer, written)
 
 
 class EvaluationReport(Callback):

@@ -43,6 +43,7 @@ ADDED_CALLBACKS = frozenset(
         "EvaluationReport",
         "FitSummary",
         "LearningRateMonitor",
+        "ParameterSummary",
         "PredictionWriter",
         "PreemptionCheckpoint",
         "StepCheckpoint",

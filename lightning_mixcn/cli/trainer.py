@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,6 +25,7 @@ from lightning_mixcn.callbacks import (
     EpochBudget,
     EvaluationReport,
     FitSummary,
+    ParameterSummary,
     PredictionWriter,
     PreemptionCheckpoint,
     StepCheckpoint,
@@ -321,6 +322,8 @@ class MixcnCLI(LightningCLI):
             callbacks += [LearningRateMonitor(logging_interval="step"), ThroughputLogger()]
         if settings.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
+        if settings.enable_model_summary is not False:
+            callbacks.append(ParameterSummary())
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter())
         if self.subcommand in ("validate", "test"):
@@ -374,7 +377,7 @@ def _checkpoint_folders(callbacks: Any) -> list[str]:
 
 def _kinds(callback: Callback) -> type[Callback] | tuple[type[Callback], ...]:
     """Return the classes whose presence in the configuration makes a default callback superfluous."""
-    for kind in (ModelCheckpoint, ProgressBar):
+    for kind in (ModelCheckpoint, ModelSummary, ProgressBar):
         if isinstance(callback, kind):
             return kind
     return (EpochBudget, ByteBudget) if isinstance(callback, EpochBudget) else type(callback)

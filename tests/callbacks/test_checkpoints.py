@@ -276,14 +276,19 @@ def test_a_signal_ends_the_run_at_the_end_of_the_step(
     assert [signal.getsignal(number) for number in LISTENED] == before
 
 
-def test_a_third_interrupt_ends_at_once(
-    tmp_path: Path, module: PretrainModule, trainer: Make, capfd: pytest.CaptureFixture[str]
+def test_a_second_interrupt_ends_at_once(
+    tmp_path: Path,
+    module: PretrainModule,
+    trainer: Make,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("lightning_mixcn.callbacks.checkpoints._ECHO_SECONDS", 0.0)
     with pytest.raises(SystemExit):  # Lightning's, for a KeyboardInterrupt
-        fit_with_signals(module, trainer, tmp_path, Signals(*[signal.SIGINT] * 3))
+        fit_with_signals(module, trainer, tmp_path, Signals(*[signal.SIGINT] * 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert not list(tmp_path.glob("*.ckpt"))
-    assert capfd.readouterr().err.count("Press it twice more to end at once") == 1
+    assert capfd.readouterr().err.count("Press it again to end at once") == 1
 
 
 def test_what_is_ignored_stays_ignored(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:

@@ -53,9 +53,12 @@ def test_the_table(trainer: Make, module: PretrainModule, tmp_path: Path, caplog
     run.fit(module, FixedBatches(BATCHES, ["zh", "en"]))
     rows = table(caplog)
     assert list(rows) == [
-        "steps", "tokens", "duration", "tokens per second", "train nll", "val zh nll", "val en nll", "checkpoint",
-        "adapter",
+        "steps", "tokens", "duration", "tokens per second", "train nll", "val zh nll", "val en nll", "ended",
+        "checkpoint", "adapter", "talk", "merge",
     ]  # fmt: skip
+    assert rows["ended"] == "all 2 steps; more with a larger `trainer.max_steps` and --ckpt_path last"
+    assert rows["talk"] == f"mixcn chat {run.default_root_dir}"
+    assert rows["merge"] == f"mixcn export {run.default_root_dir} OUT"
     assert rows["steps"] == "2"
     assert rows["tokens"] == str(sum(map(sum, LENGTHS)))
     assert rows["train nll"] == f"{losses[0]:.4f} → {losses[1]:.4f} nats per token"

@@ -91,7 +91,12 @@ def test_callbacks_of_every_run_are_marked() -> None:
     cli = MixcnCLI.__new__(MixcnCLI)
     added = set()
     settings = SimpleNamespace(
-        max_steps=-1, fast_dev_run=False, enable_checkpointing=None, logger=None, enable_progress_bar=None
+        max_steps=-1,
+        fast_dev_run=False,
+        enable_checkpointing=None,
+        logger=None,
+        enable_progress_bar=None,
+        enable_model_summary=None,
     )
     for cli.subcommand in RUNS:
         added |= {type(callback).__name__ for callback in cli._default_callbacks(settings)}

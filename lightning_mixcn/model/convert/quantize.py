@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.written import say_written
 
 if TYPE_CHECKING:  # their imports take seconds, for which `mixcn quantize --help` does not wait
     import torch
@@ -60,6 +62,7 @@ def quantize(src: str, out: str, *, dtype: str = "bfloat16") -> None:
             if file.is_file():
                 writer.add_file(file)
         write_identity(writer.folder, {"path": checkpoint.name, "sha256": checkpoint.sha256})
+    say_written(Path(out), "the model in 4 bits, for `model.init_args.base` of mixcn fit, and for mixcn chat")
 
 
 def _tensors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -17,6 +18,7 @@ from lightning_mixcn.arguments import Between, Seed
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_output
 from lightning_mixcn.files.hub import local_folder
+from lightning_mixcn.files.written import say_written
 from lightning_mixcn.model.architectures import UpcycledFamily
 
 if TYPE_CHECKING:  # their imports take seconds, for which `mixcn upcycle --help` does not wait
@@ -108,6 +110,11 @@ def upcycle(
             for name, tensor in _mixture_tensors(source, num_experts, noise, target_dtype, seed):
                 writer.add(name, tensor)
                 progress.update(tensor.nbytes)
+    say_written(
+        Path(out).expanduser(),
+        f"the mixture of {num_experts} experts a layer. Next: mixcn quantize {shlex.quote(out)} OUT, or train it as "
+        "`model.init_args.base`",
+    )
 
 
 def upcycled_config(

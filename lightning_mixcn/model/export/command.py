@@ -1,5 +1,6 @@
 """`mixcn export`: write a trained model in the formats that other tools load."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,6 +9,7 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import expect, mapping_of, real
+from lightning_mixcn.files.written import say_written
 
 if TYPE_CHECKING:
     from lightning_mixcn.model.find import ModelSource
@@ -114,6 +116,16 @@ def export(
         found = _scaled(found, layer_scale)
     writers = {"hf": export_checkpoint, "gguf": export_gguf, **dict.fromkeys(LAYOUTS, export_adapter)}
     writers[format](found, target, options)
+    say_written(target, _READ_BY[format].format(out=shlex.quote(str(target))))
+
+
+_READ_BY = {
+    "hf": "the whole model. Talk to it with mixcn chat {out}, serve it with vllm serve {out}, or load it with "
+    "AutoModelForCausalLM.from_pretrained",
+    "gguf": "the whole model for llama.cpp. Talk to it with llama-cli -m {out}",
+    "peft": "the adapter for transformers 5 and later. Load the base, then PeftModel.from_pretrained(base, {out})",
+    "peft-per-expert": "the adapter. Serve it with vllm serve BASE --enable-lora --lora-modules adapted={out}",
+}
 
 
 def _scaled(found: "ModelSource", layer_scale: str) -> "ModelSource":

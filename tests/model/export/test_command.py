@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,11 @@ def test_cards_say_what_each_folder_is(tmp_path: Path) -> None:
     assert "Measured" not in copied
 
 
-def test_a_license_that_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:
+def test_a_license_that_is_not_known_is_left_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(str(run), str(tmp_path / "out"))
+    assert re.search(
+        r"out \([\d.]+ .?B\): the whole model. Talk to it with mixcn chat .*out, serve", capsys.readouterr().out
+    )
     header, text = card_of(tmp_path / "out")
     assert "license" not in header
     assert "License: that of the base, which its files here do not state." in text
