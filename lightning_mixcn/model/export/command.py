@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from lightning_mixcn.arguments import Between, check_arguments
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import check_file, check_output
-from lightning_mixcn.files.json_object import read_object
+from lightning_mixcn.files.json_object import parse_object, read_object
 from lightning_mixcn.files.schema import expect, mapping_of, real
 from lightning_mixcn.files.written import say_written
 
@@ -71,9 +71,10 @@ def export(
             Jindal et al. 2024, arXiv 2410.10739). Tokenizer, chat template and generation config are then the instruct
             model's; pieces and rows beyond its vocabulary stay as SRC has them.
         instruct_weight: Factor of that difference, above 0 and at most 2. 1 is the whole; less keeps more of SRC.
-        layer_scale: JSON file with a factor of 0 to 100 by layer, e.g. {"0": 0, "1": 0.5}, for what the adapters change
-            in attention, router and experts there; 1 where a layer is not named. 0 is the base's layer, which the
-            adaptation may not have needed (reverting layers: arXiv 2606.00284). Trained embeddings and head stay.
+        layer_scale: JSON file with a factor of 0 to 100 by layer or range of layers, e.g. {"0-7": 0, "8": 0.5}, or the
+            same in place of a file. It counts for what the adapters change in attention, router and experts there; 1
+            where a layer is not named. 0 is the base's layer, which the adaptation may not have needed (reverting
+            layers: arXiv 2606.00284). Trained embeddings and head stay.
 
     Raises:
         FileNotFoundError: SRC, its base, or llama.cpp is not there.
@@ -138,8 +139,27 @@ def _scaled(found: "ModelSource", layer_scale: str) -> "ModelSource":
             "it out"
         )
     layers = model_config(found.base).num_hidden_layers
-    names = {str(layer): layer for layer in range(layers)}
-    number = expect(f"the number of a layer, 0 to {layers - 1}", names.__contains__)
-    remedy = 'Give one factor a layer, e.g. {"0": 0, "1": 0.5}'
-    factors = read_object(Path(layer_scale).expanduser(), mapping_of(number, real(0, _LARGEST_FACTOR)), remedy=remedy)
-    return found.scaled_by_layer({names[name]: float(factor) for name, factor in factors.items()})
+    number = expect(
+        f"the number of a layer, 0 to {layers - 1}, or a range such as 0-{layers - 1}",
+        lambda name: _layers(name, layers) is not None,
+    )
+    checked, remedy = mapping_of(number, real(0, _LARGEST_FACTOR)), 'Give one factor a layer, e.g. {"0": 0, "1-3": 0.5}'
+    if layer_scale.startswith("{"):
+        given = parse_object(layer_scale.encode(), "`layer_scale`", checked, remedy=remedy)
+    else:
+        given = read_object(Path(layer_scale).expanduser(), checked, remedy=remedy)
+    factors: dict[int, float] = {}
+    for name, factor in given.items():
+        for layer in _layers(name, layers) or ():
+            if layer in factors:
+                raise UserError(f"`layer_scale={layer_scale!r}` names layer {layer} twice. {remedy}")
+            factors[layer] = float(factor)
+    return found.scaled_by_layer(factors)
+
+
+def _layers(name: str, depth: int) -> range | None:
+    """Return the layers of a key, as ``3`` or ``0-7`` with both ends; null where it names none."""
+    numbers = {str(layer): layer for layer in range(depth)}
+    first, dash, last = name.partition("-")
+    start, stop = numbers.get(first), numbers.get(last if dash else first)
+    return None if start is None or stop is None or start > stop else range(start, stop + 1)

@@ -61,6 +61,29 @@ def _cells(found: Interval) -> list[str]:
     return [f"{found.difference:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", "yes" if found.separated else "no"]
 
 
+def is_trained(results: Rows) -> bool:
+    """Tell whether the arms were trained, or validated as they were."""
+    return any(len(found["curve"]) > 1 for result in results for found in result["sources"].values())
+
+
+ABOUT_ONE_TEXT = (
+    "No seed plays a part, so there is no interval: differences are exact for this text, and say nothing of another."
+)
+
+
+def untrained_table(results: Rows) -> str:
+    """Return a table in Markdown of arms without training: bits per byte, and those less the first arm's."""
+    sources, reference = list(results[0]["sources"]), results[0]
+    head = ["arm", *(f"{source}{part}" for source in sources for part in ("", f" less {reference['arm']}"))]
+    lines = []
+    for run in results:
+        lines.append([run["arm"]])
+        for source in sources:
+            value = run["sources"][source]["after"]
+            lines[-1] += [f"{value:.4f}", f"{value - reference['sources'][source]['after']:+.4f}"]
+    return markdown_table([head, *lines])
+
+
 def differences_as_json(results: Rows) -> dict[str, Any]:
     """Return the same as plain values: the reference, and by arm and source ``difference``, ``low``, ``high``, …."""
     return {
@@ -92,4 +115,21 @@ def draw_differences(axis: Any, differences: Differences, source: str, reference
     axis.set_ylim(-len(differences) + 0.5, 0.5)
     axis.locator_params(axis="x", nbins=4)
     axis.set_xlabel(f"final bits per byte less those of {reference}, 95 %", fontsize="small")
+    axis.grid(alpha=0.3)
+
+
+def draw_likelihoods(axis: Any, results: Rows, source: str) -> None:
+    """Draw a source's bits per byte as points, an arm a line: of arms without training.
+
+    Args:
+        axis: Matplotlib's axes.
+        results: Results of each run, see `run_result`.
+        source: Source to draw.
+    """
+    arms = arm_names(results)
+    for place, result in enumerate(results):
+        axis.plot(result["sources"][source]["after"], -place, "o")
+    axis.set_yticks([-place for place in range(len(arms))], arms, fontsize="small")
+    axis.locator_params(axis="x", nbins=4)
+    axis.set_xlabel("bits per byte, held out", fontsize="small")
     axis.grid(alpha=0.3)

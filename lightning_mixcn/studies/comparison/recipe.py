@@ -21,6 +21,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "text_bytes": (int, "bytes of text that each run sees, e.g. 100_000_000"),
     "arms": (dict, "at least two names, each with the settings by which it differs"),
     "title": (str, "a line of text"),
+    "train": (bool, "true, or false to validate the arms as they are"),
     "validations": (int, "a number of validations, 1 or more"),
     "seeds": (list, "whole numbers, e.g. [0, 1, 2]"),
     "settings": (dict, "settings that all runs share, e.g. {trainer.devices: 8}"),
@@ -41,6 +42,7 @@ class _Bounds(TypedDict, total=False):
 
 
 _REQUIRED = ("config", "text_bytes", "arms")
+_OF_TRAINING = ("text_bytes", "validations", "seeds")
 _NAME = re.compile(r"[^\W_][\w .+-]*")
 
 
@@ -50,9 +52,10 @@ class Recipe:
 
     Args:
         config: Configurations of `mixcn fit` that all runs begin with, later ones over earlier ones.
-        text_bytes: UTF-8 bytes of text that each run sees.
+        text_bytes: UTF-8 bytes of text that each run sees; 0 where nothing is trained.
         arms: Settings by which the runs differ, by name: dotted keys of the configuration, and values.
         title: Over table and figure.
+        train: Train the arms; else they are validated once as they are.
         validations: Number of validations of each run on its way, the last one at its end.
         seeds: A run of each arm for each; it seeds adapters and the order of the text.
         settings: Settings that all runs share.
@@ -65,6 +68,7 @@ class Recipe:
     text_bytes: int
     arms: Mapping[str, Mapping[str, Any]]
     title: str = ""
+    train: bool = True
     validations: int = 4
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +107,7 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
     """
     values = _read(path, quick)
     for name in _REQUIRED:
-        if name not in values:
+        if name not in values and (name not in _OF_TRAINING or values.get("train", True)):
             raise UserError(f"`recipe={str(path)!r}` has no `{name}`: expected {_KINDS[name][1]}")
     _check_values(path, values)
     for needed, maker in values.get("needs", {}).items():
@@ -114,6 +118,7 @@ def read_recipe(path: Path, quick: bool) -> Recipe:
     values["arms"] = {str(name): dict(arm or {}) for name, arm in values["arms"].items()}
     values["prepare"] = {str(name): tuple(map(str, command)) for name, command in values.get("prepare", {}).items()}
     values["seeds"] = tuple(values.get("seeds", (0,)))
+    values.setdefault("text_bytes", 0)
     values["evaluate"] = tuple(map(str, values.get("evaluate", ())))
     return Recipe(**values | {"title": values.get("title", path.stem)})
 
@@ -145,7 +150,7 @@ def _check_keys(path: Path, values: Mapping[Any, Any], inside: str = "") -> None
                 f"`{inside}{name}` of {str(path)!r} is no key of a recipe. Expected one of {', '.join(expected)}"
             )
         kind, says = _KINDS[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
             raise UserError(f"`{inside}{name}` of {str(path)!r}: expected {says}, got {value!r}")
 
 
@@ -157,6 +162,10 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"`seeds={seeds}` of {str(path)!r}: expected {_KINDS['seeds'][1]}, each once")
     check_arguments(_Bounds, values, f"{path}: ")
+    if not values.get("train", True) and (useless := [name for name in _OF_TRAINING if name in values]):
+        raise UserError(
+            f"{str(path)!r} has `train: false`, to which `{useless[0]}` means nothing. Leave one of them out"
+        )
     arms = values["arms"]
     if len(arms) < 2 or not all(arm is None or isinstance(arm, dict) for arm in arms.values()):
         raise UserError(f"`arms` of {str(path)!r}: expected {_KINDS['arms'][1]}")

@@ -12,12 +12,16 @@ from lightning_mixcn.errors import UserError
 from lightning_mixcn.studies.tables import csv_text, markdown_table
 
 from .differences import (
+    ABOUT_ONE_TEXT,
     Rows,
     arm_names,
     differences_as_json,
     differences_from_reference,
     differences_table,
     draw_differences,
+    draw_likelihoods,
+    is_trained,
+    untrained_table,
 )
 from .run import ComparedRun
 
@@ -40,8 +44,15 @@ class Spread(NamedTuple):
         return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
 
 
+# Facts of a run without training: it ends as it starts.
+_UNTRAINED: dict[str, Any] = {
+    "steps": 0, "tokens_seen": 0, "text_bytes_seen": 0, "parameters": {"trainable": 0, "total": None},
+    "validations": [],
+}  # fmt: skip
+
+
 def run_result(run: ComparedRun) -> dict[str, Any]:
-    """Return figures of a finished run that do not depend on the machine's speed.
+    """Return figures of a finished run, or of one that does not train, that do not depend on the machine's speed.
 
     Returns:
         ``arm``, ``seed``, ``steps``, ``tokens_seen``, ``text_bytes_seen``, ``trainable_parameters``,
@@ -49,7 +60,7 @@ def run_result(run: ComparedRun) -> dict[str, Any]:
         held-out text, and ``curve`` (bytes of text seen, bits per byte); ``scores`` of tasks and of the EOS probe, each
         a list of one or two numbers: before and after, or after alone.
     """
-    start, facts = run.start(), run.facts()
+    start, facts = run.start(), run.facts() if run.trains else _UNTRAINED
     assert start is not None
     assert facts is not None
     curve = [(0, start)] + [(part["text_bytes_seen"], part["sources"]) for part in facts["validations"]]
@@ -138,7 +149,8 @@ def _scores(report: Mapping[str, Any] | None) -> dict[str, list[float]]:
 def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw bits per byte against bytes of text: a panel a source, a line an arm, a band from best to worst seed.
 
-    Below, with two seeds or more, the differences from the first arm with their 95 % intervals.
+    Below, with two seeds or more, the differences from the first arm with their 95 % intervals. Without training there
+    is a point an arm.
 
     Args:
         path: PNG to write.
@@ -155,17 +167,21 @@ def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) ->
     figure.suptitle(title, fontsize="medium")
     axes = figure.subplots(len(heights), len(sources), squeeze=False, height_ratios=heights)
     for axis, source in zip(axes[0], sources, strict=True):
+        axis.set_title(source, fontsize="small")
+        if not is_trained(results):
+            draw_likelihoods(axis, results, source)
+            continue
         for arm in arms:
             curves = np.array([run["sources"][source]["curve"] for run in of_arm(results, arm)])  # [seeds, points, 2]
             seen, values = curves[:, :, 0].mean(0) / 1e6, curves[:, :, 1]
             (line,) = axis.plot(seen, values.mean(0), marker="o", markersize=3, label=arm)
             if len(curves) > 1:
                 axis.fill_between(seen, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
-        axis.set_title(source, fontsize="small")
         axis.set_xlabel("MB of text seen")
         axis.set_ylabel("bits per byte, held out")
         axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    if is_trained(results):
+        axis.legend(fontsize="small")
     for axis, source in zip(axes[-1] if differences else (), sources, strict=False):
         draw_differences(axis, differences, source, arms[0])
     # Neither date nor version: the same numbers give the same file.
@@ -183,13 +199,13 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
     arms = arm_names(results)
     seeds = len(of_arm(results, arms[0]))
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else "One seed. "
-    parts = [
-        f"# {title}",
-        f"{spread}Bits per byte of held-out text: less is better, and they compare across vocabularies and languages.",
-        _likelihoods(arms, results),
-        differences_table(results),
-        _amounts(arms, results, costs),
-    ]
+    meaning = "Bits per byte of held-out text: less is better, and they compare across vocabularies and languages."
+    if is_trained(results):
+        parts = [f"{spread}{meaning}", _likelihoods(arms, results), differences_table(results)]
+        parts.append(_amounts(arms, results, costs))
+    else:
+        parts = [f"Nothing is trained. {meaning} {ABOUT_ONE_TEXT}", untrained_table(results)]
+    parts.insert(0, f"# {title}")
     if any(result["scores"] for result in results):
         parts.append(_scores_table(arms, results))
     return "\n\n".join(parts) + "\n"

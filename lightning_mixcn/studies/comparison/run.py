@@ -39,24 +39,26 @@ class ComparedRun:
         seed: Seed of adapters, dropout and the order of the text.
         folder: Folder of the run, with ``start``, ``fit`` and ``evaluate.json``.
         validations: Number of validations on its way.
+        trains: Whether it trains, or is validated as it is.
     """
 
     arm: str
     seed: int
     folder: Path
     validations: int
+    trains: bool = True
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.arm}, seed {self.seed}"
+        return f"{self.arm}, seed {self.seed}" if self.trains else self.arm
 
     def write_config(self, config: Mapping[str, Any], text_bytes: int) -> None:
         """Write ``config.yaml``: the arm's, with this seed, as many bytes of text, and facts kept.
 
         Args:
             config: The arm's whole configuration, as ``mixcn fit --print_config`` has it.
-            text_bytes: Bytes of text that the run sees.
+            text_bytes: Bytes of text that the run sees, where it trains.
         """
         content = json.loads(json.dumps({key: config[key] for key in _SHARED_KEYS if key in config}))
         content["seed_everything"] = self.seed
@@ -65,7 +67,8 @@ class ComparedRun:
                 content[part]["init_args"]["seed"] = self.seed
         trainer = content["trainer"]
         own = trainer.get("callbacks") or []
-        added = {"ByteBudget": {"text_bytes": text_bytes, "validations": self.validations}, "RunFacts": {}}
+        budget = {"text_bytes": text_bytes, "validations": self.validations}
+        added = {"ByteBudget": budget, "RunFacts": {}} if self.trains else {}
         trainer["callbacks"] = [
             *(callback for callback in own if callback["class_path"].rpartition(".")[2] not in added),
             *({"class_path": f"lightning_mixcn.callbacks.{name}", "init_args": given} for name, given in added.items()),
@@ -88,7 +91,8 @@ class ComparedRun:
         """Return arguments of ``mixcn`` that run benchmarks; the model is held as it was trained."""
         model = yaml.safe_load(self._config.read_text(encoding="utf-8"))["model"]["init_args"]
         held = [f"--{name}={model[name]}" for name in ("quantization", "dtype") if name in model]
-        return ["evaluate", str(self._fit), *held, *options, "--out", str(self.folder / "evaluate.json")]
+        evaluated = str(self._fit) if self.trains else model.get("adapter") or model["base"]
+        return ["evaluate", evaluated, *held, *options, "--out", str(self.folder / "evaluate.json")]
 
     def start(self) -> dict[str, Any] | None:
         """Return likelihoods of each source before training, if they were measured."""

@@ -101,14 +101,15 @@ class _Study:
         """Do it all, write the tables, and return them."""
         recipe, prepared = self.recipe, self.folder / "prepared"
         runs = [
-            ComparedRun(arm, seed, self.folder / "runs" / arm / f"seed{seed}", recipe.validations)
+            ComparedRun(arm, seed, self.folder / "runs" / arm / f"seed{seed}", recipe.validations, recipe.train)
             for seed in recipe.seeds
             for arm in recipe.arms
         ]
         for run in runs:
             run.write_config(self.configs[run.arm], recipe.text_bytes)
-        self._left = {"prepare": len(recipe.prepare), "start": len(runs), "fit": len(runs)}
-        self._left["evaluate"] = len(runs) if recipe.evaluate else 0
+        trained, evaluated = runs if recipe.train else [], runs if recipe.evaluate else []
+        self._left = {"prepare": len(recipe.prepare), "start": len(runs)}
+        self._left |= {"fit": len(trained), "evaluate": len(evaluated)}
         self._total = sum(self._left.values())
         prepared.mkdir(exist_ok=True)
         for name, command in recipe.commands(prepared).items():
@@ -116,12 +117,12 @@ class _Study:
         for run in runs:
             self._do("start", run.name, run.take_start(runs), run.validate_command)
         require_same_text({run.name: run.start() or {} for run in runs})
-        for run in runs:
+        for run in trained:
             self._fit(run)
-        for run in runs if recipe.evaluate else ():
+        for run in evaluated:
             evaluates = partial(run.evaluate_command, recipe.evaluate)
             self._do("evaluate", run.name, run.scores() is not None, evaluates)
-        costs = [run_cost(run) for run in runs]
+        costs = [run_cost(run) for run in trained]
         write_text(self.folder / _COSTS, csv_text(costs))
         return _write(self.folder, settings, [run_result(run) for run in runs], costs)
 
@@ -230,6 +231,8 @@ def _settings(study: Recipe, configs: dict[str, Any], prepared: Path) -> dict[st
         inputs |= {path: of for path, of in config_fingerprint(config).items() if not path.startswith(str(prepared))}
     settings = asdict(study) | {"configurations": configs, "inputs": inputs}
     del settings["config"]  # where it was; its content is in the arms' configurations
+    if study.train:  # as in studies from before there was a choice
+        del settings["train"]
     # Not the study's folder: the same one elsewhere has the same settings.
     plain: dict[str, Any] = json.loads(json.dumps(settings).replace(json.dumps(str(prepared))[1:-1], PREPARED))
     return plain

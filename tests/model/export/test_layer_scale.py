@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lightning_mixcn.cli import main
 from lightning_mixcn.model import find_model, load_found
 from lightning_mixcn.model.architectures import MODEL_TYPES
 from lightning_mixcn.model.export.command import export
@@ -181,6 +182,10 @@ def test_the_card_says_it(tmp_path: Path) -> None:
         ('{"-1": 0.5}', "expected the number of a layer, 0 to 2"),
         ('{"01": 0.5}', "expected the number of a layer, 0 to 2"),
         ('{"first": 0.5}', "expected the number of a layer, 0 to 2"),
+        ('{"0-3": 0.5}', "expected the number of a layer, 0 to 2, or a range such as 0-2"),
+        ('{"2-1": 0.5}', "or a range such as 0-2"),
+        ('{"1-": 0.5}', "or a range such as 0-2"),
+        ('{"0-1": 0, "1": 1}', "names layer 1 twice. Give one factor a layer"),
         ('{"0": -0.5}', "['0'] is -0.5, expected a finite number of 0 to 100"),
         ('{"0": "half"}', "['0'] is 'half', expected a finite number of 0 to 100"),
         ('{"0": true}', "['0'] is true, expected a finite number of 0 to 100"),
@@ -227,3 +232,20 @@ def test_uniform_factors_are_the_adapter_times_that(tmp_path: Path) -> None:
     rates = [config["lora_alpha"] / config["r"] for config in configs]
     assert math.isclose(rates[1], rates[0] / 2)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("given", "factors"),
+    [('{"0-1": 0.5}', {0: 0.5, 1: 0.5}), ('{"0-0": 0, "2": 0.3}', {0: 0.0, 2: 0.3}), ("{}", {})],
+)
+def test_ranges_of_layers_in_place_of_a_file(given: str, factors: dict[int, float], tmp_path: Path) -> None:
+    adapter = save_lora(save_tiny_mixtral(tmp_path / "base", num_hidden_layers=LAYERS), tmp_path / "adapter")
+    for name, scale in (("ranges", given), ("file", written(tmp_path, factors))):
+        assert main(["export", str(adapter), str(tmp_path / name), "--layer_scale", scale]) == 0
+    assert_equal(tmp_path / "ranges", stock_weights(tmp_path / "file"))
+
+
+def test_a_mistake_in_place_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_lora(save_tiny_mixtral(tmp_path / "base", num_hidden_layers=LAYERS), tmp_path / "adapter")
+    refused(tmp_path, ['--layer_scale={"0": 0', "--format=peft"], "`layer_scale`", capsys)
+    refused(tmp_path, ['--layer_scale={"7": 0}'], "expected the number of a layer, 0 to 2", capsys)

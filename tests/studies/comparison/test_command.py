@@ -36,7 +36,8 @@ def test_a_whole_study(
     recipe = write_study(tmp_path, tiny_base, seeds=[0, 1])
     assert main(["compare", str(recipe), "--out=one"]) == 0
     captured = capsys.readouterr()
-    assert mixcn.ran == ["vocab", "vocab", *["validate"] * 4, *["fit"] * 4]
+    # The start of `base` does not depend on the seed.
+    assert mixcn.ran == ["vocab", "vocab", *["validate"] * 3, *["fit"] * 4]
     assert "[7/10] fit: base, seed 0\n" in captured.err
     assert "[10/10] fit: longer, seed 1; about 0 minutes left" in captured.err
     lines = lines_of(tmp_path / "one" / "comparison.csv")
@@ -152,6 +153,49 @@ def test_chosen_experts(tmp_path: Path, tiny_base: Path) -> None:
     left_out = config["num_hidden_layers"] * (config["num_local_experts"] - 1) * expert
     assert trained["all"] - trained["chosen"] == left_out
     assert trained["router"] < trained["chosen"] - config["num_hidden_layers"] * expert
+
+
+def test_arms_without_training(
+    mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `configs/studies/revert.yaml` does: an adapter, and exports of it with layers taken back."""
+    made = write_study(tmp_path, tiny_base, prepare=None, text_bytes=400, validations=1, arms={"a": {}, "b": {}})
+    assert main(["compare", str(made), "--out=trained"]) == 0
+    run = tmp_path / "trained" / "runs" / "a" / "seed0" / "fit"
+    scales = {"same": "{}", "first": '{"0": 0}', "none": '{"0-1": 0.0001}'}
+    prepare = {
+        name: ["export", str(run), f"{{prepared}}/{name}", "--format=peft-per-expert", "--layer_scale", scale]
+        for name, scale in scales.items()
+    }
+    embeddings = {"model.init_args.train_embeddings": True}
+    arms: dict[str, dict[str, Any]] = {"whole": {"model.init_args.adapter": str(run / "adapter")}} | {
+        name: {"model.init_args.adapter": f"{{prepared}}/{name}"} for name in scales
+    }
+    arms["first"]["model.init_args.train_only"] = {"layers": [1]}
+    untrained: dict[str, Any] = {"train": False, "text_bytes": None, "validations": None, "settings": embeddings}
+    recipe = write_study(tmp_path, tiny_base, arms=arms, prepare=prepare, **untrained)
+    mixcn.ran.clear()
+    capsys.readouterr()
+    assert main(["compare", str(recipe), "--out=one"]) == 0
+    assert mixcn.ran == [*["export"] * 3, *["validate"] * 4]
+    found = {(line["arm"], line["source"]): line for line in lines_of(tmp_path / "one" / "comparison.csv")}
+    values = {key: float(line["bits_per_byte_after"]) for key, line in found.items()}
+    ends = {
+        (line["arm"], line["source"]): float(line["bits_per_byte_after"])
+        for line in lines_of(tmp_path / "trained" / "comparison.csv")
+    }
+    for source in ("zh", "en"):
+        # Rank and scaling are written alike; the run's last validation is of its adapter.
+        assert values["whole", source] == pytest.approx(ends["a", source], rel=1e-6)
+        assert values["same", source] == pytest.approx(values["whole", source], rel=1e-6)
+        assert len({values[arm, source] for arm in ("whole", "first", "none")}) == 3
+    table = capsys.readouterr().out
+    assert "Nothing is trained." in table
+    assert f"{values['first', 'zh']:.4f} |" in table
+    assert f"{values['first', 'zh'] - values['whole', 'zh']:+.4f} |" in table
+    assert (tmp_path / "one" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["compare", "one"]) == 0
+    assert table.endswith(capsys.readouterr().out)
 
 
 def check_table(shown: str, lines: list[dict[str, str]]) -> None:

@@ -40,6 +40,12 @@ def test_a_recipe(tmp_path: Path) -> None:
     assert recipe.commands(Path("made"))["zh"][4:] == ["--out", "made/zh", "--max_pieces", "40"]
 
 
+def test_without_training_there_are_no_bytes_of_text(tmp_path: Path) -> None:
+    recipe = read(tmp_path, train=False, text_bytes="none")
+    assert (recipe.train, recipe.text_bytes, recipe.seeds) == (False, 0, (0,))
+    assert read(tmp_path, train=True).train
+
+
 def test_quick_values_take_the_place_of_the_others(tmp_path: Path) -> None:
     recipe = read(tmp_path, short=True)
     assert (recipe.text_bytes, recipe.seeds) == (10, (3, 4))
@@ -83,6 +89,9 @@ def test_what_is_needed_is_there(tmp_path: Path) -> None:
         ({"arms": {"a": {}, "..": {}}}, r"'..' is no name"),
         ({"arms": {"a": {}, "b/c": {}}}, r"'b/c' is no name"),
         ({"prepare": {"x": "vocab train"}}, r"'x' has no command"),
+        ({"train": 0}, r"`train` of .*: expected true, or false"),
+        ({"train": False}, r"has `train: false`, to which `text_bytes` means nothing. Leave one of them out"),
+        ({"train": False, "text_bytes": "none", "seeds": [0, 1]}, r"to which `seeds` means nothing"),
         ({"config": 3}, r"`config` of .*: expected the path of a configuration"),
     ],
 )

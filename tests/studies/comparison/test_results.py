@@ -29,6 +29,8 @@ class Finished:
     def start(self) -> dict[str, Any]:
         return likelihoods(3.0, 1.0)
 
+    trains = True
+
     def facts(self) -> dict[str, Any]:
         validations = [
             {"step": step, "text_bytes_seen": 50 * step, "sources": likelihoods(self._after + 2 - step, 1.5)}

@@ -121,6 +121,19 @@ def test_benchmarks_hold_the_model_as_it_was_trained(run: ComparedRun) -> None:
                        str(run.folder / "evaluate.json")]  # fmt: skip
 
 
+@pytest.mark.parametrize(("adapter", "evaluated"), [("a", "a"), (None, "b")])
+def test_a_run_without_training(adapter: str | None, evaluated: str, tmp_path: Path) -> None:
+    run = ComparedRun("my arm", 0, tmp_path / "run", validations=1, trains=False)
+    config = json.loads(json.dumps(CONFIG))
+    config["model"]["init_args"]["adapter"] = adapter
+    run.write_config(config, text_bytes=0)
+    written = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+    names = [callback["class_path"].rpartition(".")[2] for callback in written["trainer"]["callbacks"]]
+    assert names == ["RunFacts", "StepCheckpoint"]
+    assert run.evaluate_command([])[1] == evaluated
+    assert run.name == "my arm"
+
+
 def test_facts_count_when_they_are_whole(run: ComparedRun) -> None:
     assert run.facts() is None
     write_facts(run)
