@@ -85,7 +85,8 @@ def score_pairs(nll: Tensor, reference_nll: Tensor | None, batch: dict[str, Tens
 
 
 _ANSWER = ("answers", "reward", "nats", "tokens", "divergence", "compared")  # of each side
-FIGURES = ("pairs", "right", "loss", *(f"{name}_{side}" for side in ("chosen", "rejected") for name in _ANSWER))
+_OF_PAIRS = ("pairs", "right", "loss", "opposed", "likelier", "lead")
+FIGURES = (*_OF_PAIRS, *(f"{name}_{side}" for side in ("chosen", "rejected") for name in _ANSWER))
 """Sums of `pair_sums`, in their order."""
 
 
@@ -107,6 +108,7 @@ def pair_sums(scores: PairScores, losses: Tensor, rewards: Tensor, origin: Tenso
     alone_P = (rewards[:, 0] > origin) == (scores.side[:, 0] > 0)
     right_P = torch.where(judged_P, alone_P, rewards[:, 0] > rewards[:, 1])
     parts = [counted_P, counted_P & right_P, torch.where(counted_P, losses.detach(), 0.0)]
+    parts += _by_likelihood(scores, counted_P)
     for side in (1, -1):
         of_side_P2 = (scores.side == side) & counted_P[:, None]
         values = (
@@ -121,6 +123,13 @@ def pair_sums(scores: PairScores, losses: Tensor, rewards: Tensor, origin: Tenso
     return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 
+def _by_likelihood(scores: PairScores, counted_P: Tensor) -> list[Tensor]:
+    """Return ``[P]`` each: is it a chosen and a rejected answer, is the chosen one likelier a token, by what."""
+    lead_P = torch.sub(*scores.mean_log_probability.detach().unbind(1))
+    opposed_P = counted_P & (scores.side[:, 1] < 0)
+    return [opposed_P, opposed_P & (lead_P > 0), torch.where(opposed_P, lead_P, 0.0)]
+
+
 def pair_figures(sums: Tensor) -> dict[str, float]:
     """Divide sums of `pair_sums` by their counts.
 
@@ -129,7 +138,8 @@ def pair_figures(sums: Tensor) -> dict[str, float]:
         ``preference_loss``, and of the ``chosen`` and the ``rejected`` answers ``reward_…``,
         ``nll_…_nats_per_token``, ``answer_tokens_…`` and, where there is a reference, ``kl_…_nats_per_token``: the
         divergence from it, estimated on the answers' tokens; ``reward_margin`` between them. What has no answers is
-        left out.
+        left out. Of pairs with both sides ``accuracy_by_likelihood`` (share whose chosen answer is the likelier one a
+        token) and ``likelihood_margin_nats_per_token``, which compare models trained by different losses.
     """
     found = dict(zip(FIGURES, sums.tolist(), strict=True))
     if not found["pairs"]:
@@ -145,6 +155,9 @@ def pair_figures(sums: Tensor) -> dict[str, float]:
                 figures[f"kl_{side}_nats_per_token"] = found[f"divergence_{side}"] / compared
     if "reward_chosen" in figures and "reward_rejected" in figures:
         figures["reward_margin"] = figures["reward_chosen"] - figures["reward_rejected"]
+    if opposed := found["opposed"]:  # the same for every loss, whose rewards differ
+        figures["accuracy_by_likelihood"] = found["likelier"] / opposed
+        figures["likelihood_margin_nats_per_token"] = found["lead"] / opposed
     return figures
 
 

@@ -115,6 +115,9 @@ def test_figures_are_those_of_the_pairs() -> None:
     )
     assert figures["answer_tokens_rejected"] == pytest.approx(sum(pair[1][1] for pair in hand) / 3)
     assert figures["pairs"] == 3
+    leads = [pair[0][0] / pair[0][1] - pair[1][0] / pair[1][1] for pair in hand]
+    assert figures["accuracy_by_likelihood"] == pytest.approx(sum(lead > 0 for lead in leads) / 3)
+    assert figures["likelihood_margin_nats_per_token"] == pytest.approx(sum(leads) / 3)
     metric = SourcePairs(3)
     metric.update(scores, losses, rewards, torch.zeros(()))
     found = metric.compute()
@@ -179,6 +182,9 @@ def test_what_is_told(loss: PreferenceLoss, base: str, file: str, tmp_path: Path
     assert all(value is not None and value > 0 for value in divergences) == (loss not in WITHOUT_REFERENCE)
     if loss == "kto":  # the few held out have one verdict
         names = {"accuracy", "preference_loss"}
+        assert "train/accuracy_by_likelihood" not in end  # the second answer belongs to another prompt
+    else:
+        names |= {"accuracy_by_likelihood", "likelihood_margin_nats_per_token"}
     assert {f"val/zh/{name}" for name in (*names, "bits_per_byte", "nll_nats_per_token")} < end.keys()
     assert all(math.isfinite(value) for value in end.values())
 
