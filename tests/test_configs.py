@@ -42,7 +42,7 @@ def test_there_are_some() -> None:
         for model in ("mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b")
     }
     assert {path.name for path in OVERLAYS} >= {"cpu.yaml", "gpu.yaml"}
-    recipes = {"vocabulary", "initialisation", "training", "replay", "forgetting", "experts", "revert"}
+    recipes = {"vocabulary", "initialisation", "training", "replay", "forgetting", "experts", "revert", "preference"}
     assert {path.stem for path in RECIPES} == recipes
     assert {*RUNS, *OVERLAYS, *RECIPES} == {*FOLDER.rglob("*.yaml")}
 

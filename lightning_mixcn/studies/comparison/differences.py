@@ -7,7 +7,13 @@ from lightning_mixcn.studies.significance import Interval, mean_interval
 from lightning_mixcn.studies.tables import markdown_table
 
 Rows = Sequence[Mapping[str, Any]]
-Differences = Mapping[str, Mapping[str, Interval]]  # by arm and source
+
+# Of pairs of answers, what means the same whatever loss a model was trained by, and its short name.
+PAIR_FIGURES = {
+    "accuracy_by_likelihood": "accuracy",
+    "likelihood_margin_nats_per_token": "margin",
+    "nll_chosen_nats_per_token": "nll of chosen",
+}
 
 
 def arm_names(results: Rows) -> list[str]:
@@ -15,26 +21,39 @@ def arm_names(results: Rows) -> list[str]:
     return list(dict.fromkeys(result["arm"] for result in results))
 
 
+def has_pairs(results: Rows) -> bool:
+    """Tell whether pairs of answers were evaluated; studies from before there were any do not say so."""
+    return all(found.get("pairs") for result in results for found in result["sources"].values())
+
+
+def _final_figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is compared of a run at its end: bits per byte by source, and figures of pairs of answers."""
+    found = {}
+    for source, figures in result["sources"].items():
+        found[source] = figures["after"]
+        found |= {f"{source} {PAIR_FIGURES[name]}": ends["after"] for name, ends in figures.get("pairs", {}).items()}
+    return found
+
+
 def differences_from_reference(results: Rows) -> dict[str, dict[str, Interval]]:
-    """Return the difference of each arm's final bits per byte from the reference's, with its 95 % t interval.
+    """Return the difference of each arm's final figures from the reference's, with its 95 % t interval.
 
     Args:
         results: Results of each run, see `run_result`.
 
     Returns:
-        An interval for each arm but the first and each source, over the seeds that both have; nothing for one seed.
+        For each arm but the first an interval by figure, over the seeds that both have; nothing for one seed. The name
+        of a source is the figure of its bits per byte.
     """
-    of_run = {(run["arm"], run["seed"]): run["sources"] for run in results}
+    of_run = {(run["arm"], run["seed"]): _final_figures(run) for run in results}
     reference, *others = arm_names(results)
     found = {}
     for arm in others:
         seeds = [seed for name, seed in of_run if name == arm and (reference, seed) in of_run]
         if len(seeds) > 1:
             found[arm] = {
-                source: mean_interval(
-                    [of_run[arm, seed][source]["after"] - of_run[reference, seed][source]["after"] for seed in seeds]
-                )
-                for source in results[0]["sources"]
+                figure: mean_interval([of_run[arm, seed][figure] - of_run[reference, seed][figure] for seed in seeds])
+                for figure in _final_figures(results[0])
             }
     return found
 
@@ -44,21 +63,32 @@ def differences_table(results: Rows) -> str:
     differences, (reference, *_) = differences_from_reference(results), arm_names(results)
     if not differences:
         return f"With one seed there is no interval: whether an arm is better than {reference!r} cannot be told."
-    sources = list(results[0]["sources"])
-    head = [f"less {reference}", *(f"{source}{part}" for source in sources for part in ("", ": 95 %", ": separated"))]
     lines = [
-        [arm, *(cell for source in sources for cell in _cells(of_source[source]))]
-        for arm, of_source in differences.items()
+        [arm, figure, f"{found.difference:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", _mark(found)]
+        for arm, of_figure in differences.items()
+        for figure, found in of_figure.items()
     ]
     return (
-        f"Final bits per byte less those of {reference!r} under the same seed: mean, and 95 % t interval with n - 1 "
-        "degrees of freedom for n seeds. An arm is separated where the interval leaves out 0; intervals are not "
-        f"corrected for their number.\n\n{markdown_table([head, *lines])}"
+        f"Final figures less those of {reference!r} under the same seed: mean, and 95 % t interval with n - 1 degrees "
+        "of freedom for n seeds. An arm is separated where the interval leaves out 0; intervals are not corrected for "
+        f"their number.\n\n{markdown_table([[f'less {reference}', 'of', 'difference', '95 %', 'separated'], *lines])}"
     )
 
 
-def _cells(found: Interval) -> list[str]:
-    return [f"{found.difference:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", "yes" if found.separated else "no"]
+def _mark(found: Interval) -> str:
+    return "yes" if found.separated else "no"
+
+
+def differences_as_json(results: Rows) -> dict[str, Any]:
+    """Return the same as plain values: the reference, and by arm and figure ``difference``, ``low``, ``high``, …."""
+    return {
+        "reference": arm_names(results)[0],
+        "confidence": 0.95,
+        "arms": {
+            arm: {figure: found._asdict() | {"separated": found.separated} for figure, found in of_figure.items()}
+            for arm, of_figure in differences_from_reference(results).items()
+        },
+    }
 
 
 def is_trained(results: Rows) -> bool:
@@ -84,19 +114,7 @@ def untrained_table(results: Rows) -> str:
     return markdown_table([head, *lines])
 
 
-def differences_as_json(results: Rows) -> dict[str, Any]:
-    """Return the same as plain values: the reference, and by arm and source ``difference``, ``low``, ``high``, …."""
-    return {
-        "reference": arm_names(results)[0],
-        "confidence": 0.95,
-        "bits_per_byte": {
-            arm: {source: found._asdict() | {"separated": found.separated} for source, found in of_source.items()}
-            for arm, of_source in differences_from_reference(results).items()
-        },
-    }
-
-
-def draw_differences(axis: Any, differences: Differences, source: str, reference: str) -> None:
+def draw_differences(axis: Any, differences: Mapping[str, Mapping[str, Interval]], source: str, reference: str) -> None:
     """Draw a source's differences as points with error bars, an arm a line.
 
     Args:

@@ -13,6 +13,7 @@ from lightning_mixcn.studies.tables import csv_text, markdown_table
 
 from .differences import (
     ABOUT_ONE_TEXT,
+    PAIR_FIGURES,
     Rows,
     arm_names,
     differences_as_json,
@@ -20,6 +21,7 @@ from .differences import (
     differences_table,
     draw_differences,
     draw_likelihoods,
+    has_pairs,
     is_trained,
     untrained_table,
 )
@@ -57,7 +59,8 @@ def run_result(run: ComparedRun) -> dict[str, Any]:
     Returns:
         ``arm``, ``seed``, ``steps``, ``tokens_seen``, ``text_bytes_seen``, ``trainable_parameters``,
         ``total_parameters``; ``sources``, each with bits per byte ``before`` and ``after``, ``tokens_per_byte`` of the
-        held-out text, and ``curve`` (bytes of text seen, bits per byte); ``scores`` of tasks and of the EOS probe, each
+        held-out text, ``pairs`` (figures of `PAIR_FIGURES`, each ``before`` and ``after``; none without pairs of
+        answers), and ``curve`` (bytes of text seen, bits per byte); ``scores`` of tasks and of the EOS probe, each
         a list of one or two numbers: before and after, or after alone.
     """
     start, facts = run.start(), run.facts() if run.trains else _UNTRAINED
@@ -77,6 +80,11 @@ def run_result(run: ComparedRun) -> dict[str, Any]:
                 "before": start[name]["bits_per_byte"],
                 "after": curve[-1][1][name]["bits_per_byte"],
                 "tokens_per_byte": start[name]["tokens"] / start[name]["bytes"],
+                "pairs": {
+                    figure: {"before": start[name][figure], "after": curve[-1][1][name][figure]}
+                    for figure in PAIR_FIGURES
+                    if figure in start[name]
+                },
                 "curve": [[seen, sources[name]["bits_per_byte"]] for seen, sources in curve],
             }
             for name in start
@@ -206,6 +214,8 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
     else:
         parts = [f"Nothing is trained. {meaning} {ABOUT_ONE_TEXT}", untrained_table(results)]
     parts.insert(0, f"# {title}")
+    if has_pairs(results):
+        parts.insert(2, _pairs_table(arms, results))
     if any(result["scores"] for result in results):
         parts.append(_scores_table(arms, results))
     return "\n\n".join(parts) + "\n"
@@ -247,6 +257,19 @@ def _likelihoods(arms: Sequence[str], results: Rows) -> str:
             cells += [_shown(Spread.of(before for before, _ in pairs)), _shown(Spread.of(after for _, after in pairs))]
             cells.append(_shown(Spread.of(after - before for before, after in pairs), "+.3f"))
         lines.append(cells)
+    return markdown_table([head, *lines])
+
+
+def _pairs_table(arms: Sequence[str], results: Rows) -> str:
+    """Return a table of held-out pairs of answers, before → after, which means the same for every loss."""
+    head, lines = ["pairs of answers, before → after"], [[arm] for arm in arms]
+    for source, found in results[0]["sources"].items():
+        for figure in found["pairs"]:
+            head.append(f"{source} {PAIR_FIGURES[figure]}")
+            for line in lines:
+                values = [run["sources"][source]["pairs"][figure] for run in of_arm(results, line[0])]
+                ends = (_shown(Spread.of(each[end] for each in values)) for end in ("before", "after"))
+                line.append(" → ".join(ends))
     return markdown_table([head, *lines])
 
 

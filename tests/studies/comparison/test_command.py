@@ -88,7 +88,7 @@ def check_differences(found: dict[str, Any], lines: list[dict[str, str]], shown:
     after = {(line["arm"], line["seed"], line["source"]): float(line["bits_per_byte_after"]) for line in lines}
     for source in ("zh", "en"):
         one, two = (after["longer", seed, source] - after["base", seed, source] for seed in "01")
-        interval = found["bits_per_byte"]["longer"][source]
+        interval = found["arms"]["longer"][source]
         half = 12.7062 * abs(one - two) / 2
         assert interval["difference"] == pytest.approx((one + two) / 2)
         assert interval["high"] - interval["difference"] == pytest.approx(half, rel=1e-4)
@@ -196,6 +196,42 @@ def test_arms_without_training(
     assert (tmp_path / "one" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert main(["compare", "one"]) == 0
     assert table.endswith(capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("mixcn")
+def test_arms_of_preference(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `configs/studies/preference.yaml` does: other losses, whose rewards differ, on the same pairs."""
+    loss, beta = "model.init_args.loss", "model.init_args.beta"
+    arms: dict[str, dict[str, Any]] = {"SFT": {loss: "orpo", beta: 1e-6}, "DPO": {loss: "dpo", beta: 0.5}}
+    recipe = write_study(tmp_path, tiny_base, arms=arms, prepare=None, text_bytes=2000, validations=1, seeds=[0, 1])
+    lines = [
+        json.dumps({"prompt": f"Number {number}?", "chosen": f"It is {number}.", "rejected": f"{number} it is not!"})
+        for number in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8"))
+    config["model"]["class_path"], config["data"]["class_path"] = "PreferenceModule", "PreferenceDataModule"
+    config["model"]["init_args"]["lora"]["lora_alpha"] = 16
+    config["data"]["init_args"] = {
+        "sources": [{"name": "en", "path": str(tmp_path / "pairs.jsonl")}],
+        "val_fraction": 0.3, "sequence_length": 192, "micro_batch_size": 2, "num_streams": 1, "num_workers": 0,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main(["compare", str(recipe), "--out=one"]) == 0
+    table = capsys.readouterr().out
+    assert "| pairs of answers, before → after |" in " ".join(table.split())
+    report = read(tmp_path / "one" / "comparison.json")
+    margins: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    for run in report["runs"]:
+        margins[run["arm"]].append(run["sources"]["en"]["pairs"]["likelihood_margin_nats_per_token"])
+    # The same model on the same pairs, whatever the loss.
+    starts = {margin["before"] for of_arm in margins.values() for margin in of_arm}
+    assert max(starts) - min(starts) < 1e-6
+    assert all(margin["after"] > margin["before"] for margin in margins["DPO"])
+    ends = report["differences"]["arms"]["DPO"]
+    assert list(ends) == ["en", "en accuracy", "en margin", "en nll of chosen"]
+    expected = [one["after"] - other["after"] for one, other in zip(margins["DPO"], margins["SFT"], strict=True)]
+    assert ends["en margin"]["difference"] == pytest.approx(statistics.fmean(expected))
 
 
 def check_table(shown: str, lines: list[dict[str, str]]) -> None:

@@ -40,20 +40,37 @@ def test_a_seed_that_one_arm_lacks_is_left_out() -> None:
 
 def test_the_table() -> None:
     text, _, table = differences_table(PAIRED).partition("\n\n")
-    assert text.startswith("Final bits per byte less those of 'plain' under the same seed")
+    assert text.startswith("Final figures less those of 'plain' under the same seed")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["less plain", "zh", "zh: 95 %", "zh: separated", "en", "en: 95 %", "en: separated"]
-    assert rows[2][:4] == ["better", "-0.1100", "-0.1348 to -0.0852", "yes"]
-    assert rows[3][:4] == ["noise", "+0.0333", "-0.2535 to +0.3202", "no"]
+    assert rows[0] == ["less plain", "of", "difference", "95 %", "separated"]
+    assert rows[2] == ["better", "zh", "-0.1100", "-0.1348 to -0.0852", "yes"]
+    assert rows[4] == ["noise", "zh", "+0.0333", "-0.2535 to +0.3202", "no"]
+    assert [row[:2] for row in rows[3:6:2]] == [["better", "en"], ["noise", "en"]]
 
 
 def test_one_seed_has_no_interval() -> None:
     one = [*runs("plain", 2.0), *runs("better", 1.0)]
     assert differences_table(one).startswith("With one seed there is no interval")
-    assert differences_as_json(one) == {"reference": "plain", "confidence": 0.95, "bits_per_byte": {}}
+    assert differences_as_json(one) == {"reference": "plain", "confidence": 0.95, "arms": {}}
 
 
 def test_plain_values() -> None:
-    found = differences_as_json(PAIRED)["bits_per_byte"]["better"]["en"]
+    found = differences_as_json(PAIRED)["arms"]["better"]["en"]
     assert set(found) == {"difference", "low", "high", "separated"}
     assert found["separated"] is True
+
+
+def test_pairs_of_answers_are_compared_by_what_every_loss_has() -> None:
+    ends = {"sft": (0.5, 0.52), "dpo": (0.7, 0.73)}
+    results = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "sources": {"zh": {"after": 2.0, "pairs": {"accuracy_by_likelihood": {"after": end}}}},
+        }
+        for arm, of_seed in ends.items()
+        for seed, end in enumerate(of_seed)
+    ]
+    found = differences_from_reference(results)["dpo"]
+    assert found["zh accuracy"].difference == pytest.approx(0.205)
+    assert list(found) == ["zh", "zh accuracy"]

@@ -77,7 +77,7 @@ def results(scores: dict[str, Any] | None = None) -> list[dict[str, Any]]:
 def test_a_result() -> None:
     result = results(SCORES)[0]
     assert result["sources"]["zh"] == {
-        "before": 3.0, "after": 2.0, "tokens_per_byte": 0.5, "curve": [[0, 3.0], [50, 3.0], [100, 2.0]],
+        "before": 3.0, "after": 2.0, "tokens_per_byte": 0.5, "pairs": {}, "curve": [[0, 3.0], [50, 3.0], [100, 2.0]],
     }  # fmt: skip
     assert result["scores"] == {"mmlu acc (en)": [0.25, 0.5], "P(EOS after a line break) (zh)": [0.125, 0.75]}
     assert (result["trainable_parameters"], result["tokens_seen"]) == (5, 40)
@@ -97,6 +97,17 @@ def test_tables() -> None:
     )
     assert "| a | 100 | 40 | 2 | 0.500 | 0.500 | 5 | 100 | 4.26 | 1.5 min | 2.50 GB |" in table
     assert "| mmlu acc (en) | 0.250 ± 0.000 → 0.500 ± 0.000 | - |" in table
+
+
+def test_pairs_of_answers() -> None:
+    given = results()
+    assert "pairs of answers" not in as_markdown("Title", given, COSTS)
+    for number, result in enumerate(given):
+        for found in result["sources"].values():
+            found["pairs"] = {"accuracy_by_likelihood": {"before": 0.5, "after": 0.6 + number / 100}}
+    table = [" ".join(line.split()) for line in as_markdown("Title", given, COSTS).splitlines()]
+    assert "| pairs of answers, before → after | zh accuracy | en accuracy |" in table
+    assert "| a | 0.500 ± 0.000 → 0.605 ± 0.007 | 0.500 ± 0.000 → 0.605 ± 0.007 |" in table
 
 
 def test_without_scores_there_is_no_table_of_them() -> None:
