@@ -215,7 +215,7 @@ def as_markdown(title: str, results: Rows, costs: Rows) -> str:
         parts = [f"Nothing is trained. {meaning} {ABOUT_ONE_TEXT}", untrained_table(results)]
     parts.insert(0, f"# {title}")
     if has_pairs(results):
-        parts.insert(2, _pairs_table(arms, results))
+        parts.insert(3, _pairs_table(arms, results))
     if any(result["scores"] for result in results):
         parts.append(_scores_table(arms, results))
     return "\n\n".join(parts) + "\n"
