@@ -6,10 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-instruct test test-full lint docs bench gpu clean
+.PHONY: help venv demo demo-instruct demo-preference test test-full lint docs bench gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED)  ## set up .venv with the pinned versions (minutes the first time)
 
@@ -25,6 +25,9 @@ demo: venv  ## adapt a real base to Chinese in 4 bits; results in runs/demo
 
 demo-instruct: venv  ## teach the same base to answer in Chinese, and ask it; results in runs/demo_instruct
 	$(BIN)/python -m lightning_mixcn.demo instruct
+
+demo-preference: venv  ## teach what demo-instruct made which answers are preferred; results in runs/demo_preference
+	$(BIN)/python -m lightning_mixcn.demo preference
 
 # Three processes of one thread each, for two cores: threads would wait for one another, and a third of the time a test
 # waits for a process that it has started.

@@ -14,7 +14,7 @@ COMMANDS = {
     "experts": "disable each expert in turn: what it costs in bits per byte, by source",
     "vocab": "train pieces of another language, merge them into a tokenizer, count tokens",
     "compare": "run a recipe's arms on the same bytes of text: table and figure",
-    "preference": "blind sheets of models' answers for judges; win rates, Elo and agreement from filled-in ones",
+    "preference": "blind sheets of models' answers for judges; win rates and pairs to train on from filled-in ones",
     "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
     "data": "find and remove duplicates, noise and benchmark questions in texts to train on",
     "help": "explain a command or a class by its name; list callbacks, strategies, optimizers",
@@ -37,4 +37,4 @@ FUNCTIONS = {
 
 
 # Of a module that is several functions: `mixcn vocab train` and so on.
-NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score"), "data": ("report", "clean")}
+NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score", "pairs"), "data": ("report", "clean")}

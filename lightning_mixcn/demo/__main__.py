@@ -1,4 +1,4 @@
-"""``python -m lightning_mixcn.demo``: adapt a real base to Chinese in 4 bits, in minutes, or teach it to answer."""
+"""``python -m lightning_mixcn.demo``: adapt a real base to Chinese in 4 bits, teach it to answer, and to prefer."""
 
 import argparse
 import sys
@@ -6,7 +6,14 @@ import sys
 from lightning_mixcn.commands.process import CommandFailed
 
 from .instruct import run_instruct_demo
+from .preference import run_preference_demo
 from .run import run_demo
+
+_DEMOS = {
+    "pretrain": lambda: run_demo(),
+    "instruct": lambda: run_instruct_demo(),
+    "preference": lambda: run_preference_demo(),
+}
 
 
 def run_chosen_demo() -> int:
@@ -17,13 +24,13 @@ def run_chosen_demo() -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m lightning_mixcn.demo", description=__doc__)
     parser.add_argument(
-        "which", nargs="?", default="pretrain", choices=["pretrain", "instruct"],
+        "which", nargs="?", default="pretrain", choices=list(_DEMOS),
         help="pretrain: continued pre-training on Chinese text (make demo); instruct: instruction tuning, and a chat "
-        "(make demo-instruct)",
+        "(make demo-instruct); preference: DPO after it (make demo-preference)",
     )  # fmt: skip
     chosen = parser.parse_args().which
     try:
-        run_demo() if chosen == "pretrain" else run_instruct_demo()
+        _DEMOS[chosen]()
     except (ConnectionError, CommandFailed, ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

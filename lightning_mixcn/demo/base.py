@@ -1,4 +1,4 @@
-"""What both demos begin with: a real dense base, made into a Mixtral and quantised; steps that say what they took."""
+"""What all demos begin with: a real dense base, made into a Mixtral and quantised; steps that say what they took."""
 
 import hashlib
 import json

@@ -68,7 +68,8 @@ INSTRUCTIONS = Package(
     "llamafactory-0.9.5.tar.gz",
     "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
     5_208_876,
-    "1,000 Chinese and 999 English instructions with GPT-4's answers (package under Apache-2.0; data CC BY-NC 4.0)",
+    "1,000 Chinese and 999 English instructions with GPT-4's answers (data CC BY-NC 4.0), and 300 Chinese pairs of a "
+    "preferred and another answer (package under Apache-2.0)",
 )
 PACKAGES = (BASE, CHINESE, ENGLISH, INSTRUCTIONS)
 

@@ -1,4 +1,4 @@
-"""The subcommand ``preference``: blind side-by-side sheets of models' answers, and what filled-in sheets say."""
+"""The subcommand ``preference``: blind sheets of models' answers, what filled-in sheets say, and pairs to train on."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_mixcn.arguments import Count, Name, Seed
 from lightning_mixcn.errors import UserError
-from lightning_mixcn.files.atomic import check_output, new_folder
+from lightning_mixcn.files.atomic import check_file, check_output, new_file, new_folder
 from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.model.options import ModelOptions
 
@@ -83,6 +83,37 @@ def score(sheets: list[str], *, out: Name, key: str | None = None, seed: Seed = 
     with new_folder(folder) as unfinished:
         write_preferences(unfinished, scores)
     print(preference_table(scores))
+
+
+def pairs(sheets: list[str], *, out: Name, key: str | None = None) -> None:
+    """Write pairs to train on from filled-in sheets of `mixcn preference sheet`. Takes seconds.
+
+    Args:
+        sheets: Filled-in sheets, one a judge, as in `mixcn preference score`. An item becomes a pair where more than
+            half of its verdicts are for the same side; ties and all others are left out and counted, as are equal and
+            empty answers.
+        out: JSON Lines file to make, for `PreferenceDataModule`: prompt, chosen, rejected, and beside them the models,
+            the item and each judge's verdict.
+        key: The sheets' key.json, with the sheet's answers.jsonl beside it; null takes the one beside the first sheet.
+
+    Raises:
+        ValueError: an unknown verdict, item or column, an item twice, a sheet without any verdict, a damaged
+            answers.jsonl, or not one pair.
+        FileNotFoundError: no such sheet, key or answers.jsonl.
+        FileExistsError: OUT is there.
+    """
+    from .matches import place_of_key, read_matches
+    from .pairs import ANSWERS, AnswerFile, jsonl, preferred_pairs, told
+
+    file = Path(out).expanduser().resolve()
+    check_file(file)
+    matches = read_matches(sheets, key)
+    records, left_out = preferred_pairs(matches, AnswerFile(place_of_key(sheets[0], key).with_name(ANSWERS)))
+    if not records:
+        raise UserError(f"the sheets give no pair to train on ({told(records, left_out)}). Have more items judged")
+    with new_file(file) as unfinished:
+        unfinished.write_text("".join(jsonl(records)), encoding="utf-8")
+    print(f"{file}: {told(records, left_out)}")
 
 
 def _check_models(models: Sequence[str]) -> None:

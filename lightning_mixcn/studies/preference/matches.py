@@ -43,7 +43,7 @@ def read_matches(sheets: Sequence[str], key: str | None = None) -> Matches:
 
     Args:
         sheets: One a judge.
-        key: Their key.json; ``None``: beside the first sheet.
+        key: Their key.json; ``None``: beside the first sheet, see `place_of_key`.
 
     Raises:
         FileNotFoundError: no such sheet or key.
@@ -67,8 +67,13 @@ def read_matches(sheets: Sequence[str], key: str | None = None) -> Matches:
     return Matches(models, _judges(sheets), items, verdicts_JI)
 
 
+def place_of_key(first_sheet: str, key: str | None) -> Path:
+    """Return the path of the key: the one that is named, or the one beside the first sheet."""
+    return Path(key).expanduser() if key else Path(first_sheet).expanduser().parent / KEY
+
+
 def _read_key(first_sheet: str, key: str | None) -> tuple[list[str], list[Item]]:
-    path = Path(key).expanduser() if key else Path(first_sheet).expanduser().parent / KEY
+    path = place_of_key(first_sheet, key)
     if not path.is_file():
         raise MissingFileError(f"the key {str(path)!r} is no file. Give the sheets' {KEY} as `--key`")
     try:

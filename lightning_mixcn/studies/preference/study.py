@@ -17,9 +17,11 @@ from lightning_mixcn.model.inference.sampling import Sampling
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies.models import model_fingerprint
 from lightning_mixcn.studies.parts import StudyParts, finished_before, say
+from lightning_mixcn.text import Turn
 
 from .answers import Answer, AnsweringModel
 from .matches import KEY
+from .pairs import ANSWERS
 from .questions import read_questions, shown
 from .sheet import Item, SheetRow, lay_out, printable, sheet_csv, sheet_page
 
@@ -53,7 +55,7 @@ def answer_and_lay_out(
     wanted = [sorted({item.question for item in items if number in item[2:]}) for number in range(len(models))]
     _answer(answering, wanted, parts, sampling, seed, options)
     answers = {(m, q): _load(parts, m, q) for m, of_model in enumerate(wanted) for q in of_model}
-    _write(folder, settings, name, items, [shown(turns) for turns in asked], answers)
+    _write(folder, settings, name, items, asked, answers)
     parts.delete()
     say(f"{folder}: {len(items)} items. Give judges sheet.html or sheet.csv alone; key.json names the models.")
 
@@ -101,10 +103,11 @@ def _write(
     settings: dict[str, Any],
     name: str,
     items: Sequence[Item],
-    questions: Sequence[str],
+    asked: Sequence[list[Turn]],
     answers: dict[tuple[int, int], Answer],
 ) -> None:
     """Write the output, all of it in one step."""
+    questions = [shown(turns) for turns in asked]
     rows = [
         SheetRow(
             item.name,
@@ -117,7 +120,13 @@ def _write(
     key = {"sheet": name, "models": settings["models"], "items": [item._asdict() for item in items]}
     names = settings["models"]
     lines = [
-        {"model": names[model], "question": questions[question], **answer._asdict()}
+        {
+            "model": names[model],
+            "number": question,
+            "question": questions[question],
+            "messages": [{"role": turn.role, "content": turn.content} for turn in asked[question]],
+            **answer._asdict(),
+        }
         for (model, question), answer in answers.items()
     ]
     with new_folder(folder) as unfinished:
@@ -127,4 +136,4 @@ def _write(
             json.dumps(key | {"settings": settings}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (unfinished / "answers.jsonl").write_text(text, encoding="utf-8")
+        (unfinished / ANSWERS).write_text(text, encoding="utf-8")

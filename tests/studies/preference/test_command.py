@@ -91,6 +91,13 @@ def test_sheet_and_key_and_score(
     share = sum({"left": 1.0, "tie": 0.5, "right": 0.0}[row["verdict"]] for row in rows) / len(rows)
     assert [side["left"] for side in report["judges"]] == [share] * 3
     assert report["agreement"]["cohen_kappa"] == 1
+    pairs = tmp_path / "pairs.jsonl"
+    assert main(["preference", "pairs", *filled, "--out", str(pairs), "--key", str(out / "key.json")]) == 0
+    for record in map(json.loads, pairs.read_text(encoding="utf-8").splitlines()):
+        question = record["prompt"][-1]["content"]
+        assert record["chosen"] == answers[record["chosen_model"], question]
+        assert models.index(record["chosen_model"]) < models.index(record["rejected_model"])
+    assert "left out: 3 ties" in capsys.readouterr().out
 
 
 def test_models_of_other_families(questions: Path, tmp_path: Path) -> None:
