@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 import tarfile
 import time
@@ -164,7 +163,7 @@ def _verdict(held_out: Mapping[str, Any]) -> str:
         return f"{right}: less than chance"
     needed = held_out["pairs_to_tell"]
     return f"{right}: not told from chance, 0.5" + (
-        "" if math.isinf(needed) else f"; {needed:.0f} pairs would tell this accuracy from it"
+        "" if needed is None else f"; {needed} pairs would tell this accuracy from it"
     )
 
 

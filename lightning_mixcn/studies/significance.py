@@ -17,11 +17,10 @@ _Z_95 = 1.959963984540054
 _EXACT_UP_TO = 12  # sign flips of so many differences are all tried
 _RANDOM_FLIPS = 20_000
 _CHUNK = 2**22  # elements
-_Z_95 = 1.959963984540054
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927), which is not empty where all trials are alike.
+    """Return the 95 % interval of a share (Wilson 1927), which is not empty where all are alike.
 
     Args:
         share: Share of the trials, 0 to 1.
@@ -36,14 +35,14 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def pairs_to_tell_from_chance(share: float) -> float:
-    """Return the least number of trials whose `wilson_interval` of this share leaves out one half; infinity for 0.5.
+def pairs_to_tell_from_chance(share: float) -> int | None:
+    """Return the least number of trials whose `wilson_interval` of this share leaves out one half; None for 0.5.
 
     >>> pairs_to_tell_from_chance(0.6)
     97
     """
     # Wilson's interval is that of the score test, whose variance is the one under one half.
-    return math.inf if share == 0.5 else math.ceil(_Z_95**2 / (4 * (share - 0.5) ** 2))
+    return None if share == 0.5 else math.ceil(_Z_95**2 / (4 * (share - 0.5) ** 2))
 
 
 class PairedTest(NamedTuple):
@@ -194,16 +193,3 @@ def sign_flip_p(difference_D: NDArray[np.float64], seed: int = 0) -> float:
         reached += int((np.abs(signs_FD @ moved_D) >= least).sum())
         done += flips
     return (1 + reached) / (1 + _RANDOM_FLIPS)
-
-
-def wilson_interval(share: float, trials: int) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of a share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
-
-    Args:
-        share: Share of successes, from 0 to 1.
-        trials: Number of independent trials, at least one.
-    """
-    z2 = _Z_95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = _Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)

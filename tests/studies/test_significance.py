@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from lightning_mixcn.studies.significance import mean_interval, paired_test, sign_flip_p, t_quantile, wilson_interval
+from lightning_mixcn.studies.significance import (
+    mean_interval,
+    paired_test,
+    pairs_to_tell_from_chance,
+    sign_flip_p,
+    t_quantile,
+    wilson_interval,
+)
 
 ROWS = [(3, 9, 20), (0, 5, 2), (7, 7, 1), (40, 90, 0), (1400, 1650, 3000), (0, 0, 5)]
 
@@ -112,3 +119,20 @@ def test_95_of_100_intervals_hold_the_mean() -> None:
 def test_an_interval_needs_two_finite_values(values: list[float]) -> None:
     with pytest.raises(ValueError, match="2 or more finite differences"):
         mean_interval(values)
+
+
+@pytest.mark.parametrize(("share", "trials"), [(0.0, 7), (0.6, 100), (1.0, 30), (0.31, 100)])
+def test_an_interval_is_that_of_scipy(share: float, trials: int) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy comes with the extra eval")
+    expected = stats.binomtest(round(share * trials), trials).proportion_ci(method="wilson")
+    assert wilson_interval(share, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.58, 0.8])
+def test_so_many_trials_leave_out_one_half(share: float) -> None:
+    needed = pairs_to_tell_from_chance(share)
+    assert needed is not None
+    for trials, tells in ((needed, True), (needed - 1, False)):
+        low, high = wilson_interval(share, trials)
+        assert (not low < 0.5 < high) == tells
+    assert pairs_to_tell_from_chance(0.5) is None
