@@ -14,6 +14,7 @@ from .compared_run import ByteBudget, RunFacts
 from .data_monitor import DataMonitor
 from .epoch_budget import EpochBudget
 from .evaluation.benchmark_eval import BenchmarkEval
+from .evaluation.few_shot import FewShotProbe
 from .evaluation.long_context import LongContextEval
 from .evaluation.samples import SampleAnswers, SampleText
 from .expert_load.monitor import ExpertLoadMonitor
@@ -31,6 +32,7 @@ __all__ = [
     "EpochBudget",
     "EvaluationReport",
     "ExpertLoadMonitor",
+    "FewShotProbe",
     "FitSummary",
     "LongContextEval",
     "ParameterSummary",

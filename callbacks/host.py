@@ -25,6 +25,7 @@ RUN_FILES = (
     "samples.jsonl",
     "answers.jsonl",
     "benchmarks.jsonl",
+    "few_shot.jsonl",
     "experts.csv",
     "facts.json",
 )

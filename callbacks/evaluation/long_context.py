@@ -23,14 +23,12 @@ from lightning_mixcn.studies.tables import csv_text
 from lightning_mixcn.text import (
     DocumentSet,
     Source,
-    TextTokenizer,
-    all_documents,
-    load_tokenizer,
     parse_sources,
-    read_corpus,
 )
 
 from ..host import LONG_CONTEXT, causal_lm
+from .periodic import evaluation_documents
+from .samples import run_tokenizer
 
 
 class Retrieval(TypedDict):
@@ -241,13 +239,8 @@ class LongContextEval(Callback):
         if stage not in ("fit", "validate"):
             return
         self._rows = self._report = None
-        self._tokenizer: TextTokenizer = getattr(_data(trainer), "tokenizer", None) or load_tokenizer(
-            module.tokenizer_path
-        )
-        if self.sources is None:
-            self._sets = _validation_documents(_data(trainer))
-        else:
-            self._sets = [all_documents(read_corpus(s, f"sources[{i}]")) for i, s in enumerate(self.sources)]
+        self._tokenizer = run_tokenizer(trainer, module)
+        self._sets = evaluation_documents(self, trainer, self.sources)
         if self.retrieval:
             check_room(self._tokenizer, self.retrieval, self.retrieval_lengths[0], self.retrieval_prompts, self.seed)
 
@@ -353,25 +346,10 @@ def _tell(evaluation: Evaluation) -> None:
             )
 
 
-def _validation_documents(data: Any) -> list[DocumentSet]:
-    documents = getattr(data, "evaluation_documents", None)
-    found: Sequence[DocumentSet] = documents("val") if documents is not None else ()
-    if not found:
-        raise UserError(
-            "LongContextEval has no documents: `sources` is null, and the data module has no validation set. "
-            "Give `sources`, e.g. [{name: zh, path: data/long/*.txt}]"
-        )
-    return list(found)
-
-
 def _ascending(name: str, lengths: Sequence[int]) -> list[int]:
     if len(set(lengths)) < len(lengths):
         raise UserError(f"`{name}={list(lengths)}`: expected different numbers of tokens")
     return sorted(lengths)
-
-
-def _data(trainer: Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)
 
 
 def _folder(trainer: Trainer) -> Path:

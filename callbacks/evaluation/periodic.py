@@ -1,11 +1,14 @@
-"""When something is evaluated while the model trains."""
+"""When something is evaluated while the model trains, and on which documents."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mixcn.arguments import Steps
+from lightning_mixcn.errors import UserError
 from lightning_mixcn.modules import CausalLMModule
+from lightning_mixcn.text import DocumentSet, Source, all_documents, read_corpus
 
 from ..host import StepRecords, causal_lm
 
@@ -52,3 +55,27 @@ class PeriodicEvaluation(Callback):
         if trainer.global_step != self._evaluated_at:
             self._evaluated_at = trainer.global_step
             self.evaluate(trainer, causal_lm(self, pl_module))
+
+
+def evaluation_documents(callback: Callback, trainer: Trainer, sources: Sequence[Source] | None) -> list[DocumentSet]:
+    """Return the documents of a callback's sources, or else those of the data module's validation set.
+
+    Args:
+        callback: Callback that asks.
+        trainer: Lightning's, with the data module.
+        sources: The callback's ``sources``.
+
+    Raises:
+        FileNotFoundError: a source's path matches no file.
+        ValueError: there are no documents.
+    """
+    if sources is not None:
+        return [all_documents(read_corpus(source, f"sources[{i}]")) for i, source in enumerate(sources)]
+    documents = getattr(getattr(trainer, "datamodule", None), "evaluation_documents", None)
+    found: Sequence[DocumentSet] = documents("val") if documents is not None else ()
+    if not found:
+        raise UserError(
+            f"{type(callback).__name__} has no documents: `sources` is null, and the data module has no validation "
+            "set. Give `sources`, e.g. [{name: zh, path: data/held_out/*.jsonl}]"
+        )
+    return list(found)

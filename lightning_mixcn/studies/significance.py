@@ -32,7 +32,8 @@ def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     z2 = _Z_95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The share is inside, whatever the rounding at 0 and 1.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def pairs_to_tell_from_chance(share: float) -> int | None:

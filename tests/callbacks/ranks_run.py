@@ -10,7 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig
 
-from lightning_mixcn.callbacks import BenchmarkEval, FitSummary, LongContextEval, ThroughputLogger, TrainabilityCheck
+from lightning_mixcn.callbacks import (
+    BenchmarkEval,
+    FewShotProbe,
+    FitSummary,
+    LongContextEval,
+    ThroughputLogger,
+    TrainabilityCheck,
+)
 from lightning_mixcn.model.sharding import local_shard
 from lightning_mixcn.modules import FSDP2Strategy, PretrainModule
 from lightning_mixcn.studies import tasks as benchmark_tasks
@@ -51,6 +58,15 @@ def fit_with_documents(base: str, folder: str, text: str, strategy: str, ranks: 
     written = Path(folder, "long_context", "long_context.json").read_text(encoding="utf-8")
     evaluations: list[dict[str, Any]] = json.loads(written)["evaluations"]
     return evaluations
+
+
+def fit_with_few_shot(base: str, folder: str, text: str, strategy: str, ranks: int) -> dict[str, Any]:
+    """Train two steps on the same batches, whatever the ranks; returns the last figures of this rank."""
+    callback = FewShotProbe([Source("zh", text)], every_n_steps=1, prompts=7, shots=2, characters=12, chunk=650)
+    module, trainer = _two_steps(base, folder, strategy, ranks, callback)
+    trainer.fit(module, FixedBatches([random_batch([20])] * 4))
+    trainer.strategy.barrier()
+    return dict(callback.figures)
 
 
 CODES = "layers.1.mlp.experts.up_proj.base_layer.storage.codes"

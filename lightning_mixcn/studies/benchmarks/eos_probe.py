@@ -55,11 +55,12 @@ class EosProbe(TypedDict):
     document_newlines: list[int]
 
 
-def probed_documents(entries: Sequence[str]) -> list[DocumentSet]:
+def probed_documents(entries: Sequence[str], argument: str = "eos_probe") -> list[DocumentSet]:
     """Read the texts of ``name=PATH`` entries.
 
     Args:
         entries: Each a file, a folder or a glob, as sources of a run; JSONL texts are under ``text``.
+        argument: Name of the argument, for errors.
 
     Raises:
         ValueError: an entry without a name or path, a name given twice, or files that hold no text.
@@ -69,10 +70,10 @@ def probed_documents(entries: Sequence[str]) -> list[DocumentSet]:
     for entry in entries:
         name, _, path = entry.partition("=")
         if not (name and path):
-            raise UserError(f"`eos_probe` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
+            raise UserError(f"`{argument}` has {entry!r}: expected name=PATH, e.g. zh=data/zh.jsonl")
         sources.append(Source(name, path))
-    parsed = parse_sources(sources, "eos_probe", Source)
-    return [all_documents(read_corpus(source, f"eos_probe[{place}]")) for place, source in enumerate(parsed)]
+    parsed = parse_sources(sources, argument, Source)
+    return [all_documents(read_corpus(source, f"{argument}[{place}]")) for place, source in enumerate(parsed)]
 
 
 def probe_eos(model: nn.Module, tokenizer: TextTokenizer, documents: DocumentSet, max_tokens: int) -> EosProbe:

@@ -6,6 +6,11 @@ from typing import Annotated, Literal
 
 from lightning_mixcn.arguments import Between, Documents, Examples, Name, check_arguments
 
+Prompts = Annotated[int, Between(1, 10**6)]
+Labels = Annotated[int, Between(2, 26, "(labels are letters)")]
+Shots = Annotated[int, Between(1, 1000)]
+Characters = Annotated[int, Between(4, 10**5)]
+
 
 @dataclass(frozen=True)
 class EvaluationOptions:
@@ -13,7 +18,7 @@ class EvaluationOptions:
 
     Args:
         tasks: Tasks or groups of the harness (`lm_eval ls tasks` lists them), e.g. ceval-valid,cmmlu,mmlu,hellaswag, or
-            groups by language such as chinese,english (docs/studies/evaluate.md lists them).
+            groups by language such as chinese,english (docs/studies/evaluate.md lists them); none beside a probe.
             The cost, for each model, is about one forward pass over every prompt of multiple choice, and one for each
             token of a generated answer. Mixtral-8x7B (26 GFLOP a token) on MMLU, 14,042 questions of 700 tokens with 5
             examples: 2.6e17 FLOP, by arithmetic 21 minutes at 200 TFLOP/s. Finding the tasks takes 10 to 20 seconds.
@@ -27,12 +32,18 @@ class EvaluationOptions:
         eos_probe: Texts, each as name=PATH: how likely EOS is after a line break inside a document. A model that
             learned from single lines stops there, and reasons over one line only.
         eos_probe_tokens: Tokens of each text; the cost is one forward pass.
+        few_shot_probe: Texts, each as name=PATH: accuracy of labels that only the prompt tells, without any data
+            set. Adaptation can lose it where bits per byte stay good.
+        few_shot_prompts: Prompts of each text; the cost is two forward passes over each.
+        few_shot_labels: Documents in a prompt, each with a label of its own; chance is one in so many.
+        few_shot_shots: Snippets that a prompt shows of each document.
+        few_shot_characters: Largest number of characters of a snippet.
 
     Raises:
         ValueError: a number is out of its range.
     """
 
-    tasks: list[str]
+    tasks: Sequence[Name] = ()
     num_fewshot: Examples | None = None
     limit: Documents | None = None
     apply_chat_template: bool = False
@@ -40,6 +51,11 @@ class EvaluationOptions:
     data_dir: Name | None = None
     eos_probe: Sequence[str] = ()
     eos_probe_tokens: Annotated[int, Between(2, 10**12)] = 65_536
+    few_shot_probe: Sequence[str] = ()
+    few_shot_prompts: Prompts = 200
+    few_shot_labels: Labels = 2
+    few_shot_shots: Shots = 4
+    few_shot_characters: Characters = 32
 
     def __post_init__(self) -> None:
         """Check the numbers."""

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from lightning_mixcn.errors import ExistingFileError, UserError
 from lightning_mixcn.files.atomic import unfinished_path, write_text
 from lightning_mixcn.model.find import find_model
+from lightning_mixcn.model.inference.prefill import default_chunk
 from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.model.sharding import is_sharded, shard_model
 from lightning_mixcn.studies.models import (
@@ -37,7 +38,7 @@ from lightning_mixcn.studies.tasks import (
     require_harness,
     split_names,
 )
-from lightning_mixcn.text import DocumentSet
+from lightning_mixcn.text import DocumentSet, TextTokenizer
 
 from .ceval import hidden_test_benchmarks, predict_subject, subject_of
 from .eos_probe import (
@@ -46,6 +47,7 @@ from .eos_probe import (
     probe_table,
     probed_documents,
 )
+from .few_shot_probe import FewShotOptions, compare_few_shot, few_shot_table, make_prompts, probe_few_shot
 from .options import EvaluationOptions
 from .report import (
     parse_languages,
@@ -63,6 +65,7 @@ class EvaluationPlan:
     benchmarks: Benchmarks
     hidden: Benchmarks | None
     probed: list[DocumentSet]
+    few_shot: list[DocumentSet]
     options: EvaluationOptions
     parts: StudyParts
     _total: int = field(init=False, default=0)
@@ -75,16 +78,12 @@ class EvaluationPlan:
             for model in self.models:
                 if not work[model.name]:
                     continue
-                from lightning_mixcn.studies.harness import HarnessModel, HarnessReplicas
-
                 tokenizer = model.tokenizer()
                 with loaded.use(model) as module:
-                    wrapper = HarnessModel if is_sharded(module) else HarnessReplicas
-                    lm = wrapper(module, tokenizer, self.options.batch_size)
+                    lm = self._harness(module, tokenizer)
                     for kind, name in work[model.name]:
-                        if kind == "eos":
-                            documents = next(part for part in self.probed if part.name == name)
-                            made: Any = probe_eos(module, tokenizer, documents, self.options.eos_probe_tokens)
+                        if kind in ("eos", "few_shot"):
+                            made: Any = self._probe(module, tokenizer, kind, name, processes)
                         else:
                             made = self._measure(lm, kind, name)
                         if is_first():
@@ -108,7 +107,10 @@ class EvaluationPlan:
                 for name, of_model in scores.items()
             },
         }
-        tables = [score_table(shown_rows(self.benchmarks, rows), names)]
+        tables = [score_table(shown_rows(self.benchmarks, rows), names)] if rows else []
+        if self.few_shot:
+            report["few_shot_probe"], table = self._report_few_shot(names)
+            tables.append(table)
         if self.probed:
             probes = {
                 model.name: {part.name: self._load(model, "eos", part.name) for part in self.probed}
@@ -124,6 +126,20 @@ class EvaluationPlan:
         report["table"] = "\n\n".join(tables)
         return json.dumps(report, ensure_ascii=False, indent=1) + "\n", report["table"]
 
+    def _report_few_shot(self, names: list[str]) -> tuple[dict[str, Any], str]:
+        figures = {
+            model.name: {part.name: self._load(model, "few_shot", part.name) for part in self.few_shot}
+            for model in self.models
+        }
+        report: dict[str, Any] = {"models": figures}
+        if len(names) > 1:
+            first, second = (figures[name] for name in names)
+            report["comparison"] = {
+                source: {kind: test._asdict() for kind, test in compare_few_shot(first[source], second[source]).items()}
+                for source in first
+            }
+        return report, few_shot_table(figures)
+
     def answers(self) -> str:
         """Return C-Eval's submission, of the adapted model where there are two."""
         assert self.hidden is not None
@@ -134,8 +150,25 @@ class EvaluationPlan:
     def _missing(self, model: EvaluatedModel) -> list[tuple[str, str]]:
         hidden = self.hidden.tasks if self.hidden and model is self.models[-1] else ()
         wanted = [("task", name) for name in self.benchmarks.tasks] + [("hidden", name) for name in hidden]
-        wanted += [("eos", part.name) for part in self.probed]
+        wanted += [("eos", part.name) for part in self.probed] + [("few_shot", part.name) for part in self.few_shot]
         return [(kind, name) for kind, name in wanted if _part(model, kind, name) not in self.parts]
+
+    def _harness(self, module: nn.Module, tokenizer: TextTokenizer) -> Any:
+        if not (self.benchmarks.tasks or self.hidden):
+            return None
+        from lightning_mixcn.studies.harness import HarnessModel, HarnessReplicas
+
+        wrapper = HarnessModel if is_sharded(module) else HarnessReplicas
+        return wrapper(module, tokenizer, self.options.batch_size)
+
+    def _probe(self, module: nn.Module, tokenizer: TextTokenizer, kind: str, name: str, processes: Processes) -> Any:
+        documents = next(part for part in (self.probed if kind == "eos" else self.few_shot) if part.name == name)
+        if kind == "eos":
+            return probe_eos(module, tokenizer, documents, self.options.eos_probe_tokens)
+        make, tokens = few_shot_options(self.options), default_chunk(processes.device)
+        return probe_few_shot(
+            module, tokenizer, documents, make, tokens, rank=processes.rank, num_ranks=processes.count
+        )
 
     def _measure(self, lm: Any, kind: str, name: str) -> Any:
         options: dict[str, Any] = {
@@ -149,6 +182,13 @@ class EvaluationPlan:
 
     def _load(self, model: EvaluatedModel, kind: str, name: str) -> Any:
         return json.loads(self.parts.load(_part(model, kind, name))["json"].tobytes())
+
+
+def few_shot_options(options: EvaluationOptions) -> FewShotOptions:
+    """Return the make of the few-shot probe's prompts."""
+    return FewShotOptions(
+        options.few_shot_prompts, options.few_shot_labels, options.few_shot_shots, options.few_shot_characters
+    )
 
 
 def _part(model: EvaluatedModel, kind: str, name: str) -> str:
@@ -166,9 +206,11 @@ def run_evaluation(
     shard: bool,
 ) -> None:
     """Measure what is missing and write the outputs; arguments as in the command ``evaluate``."""
-    require_harness()
+    benchmarked = bool(options.tasks or answers or not (options.eos_probe or options.few_shot_probe))
+    if benchmarked:
+        require_harness()
     check_limit(options.limit)
-    more_languages, names = parse_languages(languages), split_names(options.tasks)
+    more_languages, names = parse_languages(languages), split_names(options.tasks) if benchmarked else []
     found = find_model(src)
     models = evaluated_models(src, found, adapter)
     if options.apply_chat_template:
@@ -181,16 +223,24 @@ def run_evaluation(
             "apply_chat_template": options.apply_chat_template, "data_dir": options.data_dir,
             "submission": answers is not None, "eos_probe": list(options.eos_probe),
             "eos_probe_tokens": options.eos_probe_tokens, "quantization": loading.quantization, "dtype": loading.dtype,
-            "device": processes.device.type, "shard": shard, "lm_eval": version("lm_eval"),
+            "device": processes.device.type, "shard": shard, "lm_eval": version("lm_eval") if benchmarked else None,
         }  # fmt: skip
+        if options.few_shot_probe:
+            settings |= {"few_shot_probe": list(options.few_shot_probe)}
+            settings |= {f"few_shot_{name}": value for name, value in asdict(few_shot_options(options)).items()}
         if processes.from_first(lambda: _is_finished(target, settings, answers)):
             return
         files = BenchmarkFiles(options.data_dir) if options.data_dir else None
         with processes.first_before_others():
             probed = probed_documents(options.eos_probe)
             hidden = hidden_test_benchmarks(options.num_fewshot, files) if answers else None
-            benchmarks = load_benchmarks(names, num_fewshot=options.num_fewshot, files=files)
-        plan = EvaluationPlan(models, benchmarks, hidden, probed, options, StudyParts(target, settings))
+            few_shot = probed_documents(options.few_shot_probe, "few_shot_probe")
+            for documents in few_shot:  # before a model is loaded for them
+                make_prompts(documents, few_shot_options(options))
+            benchmarks = Benchmarks((), {}, {})
+            if benchmarked:
+                benchmarks = load_benchmarks(names, num_fewshot=options.num_fewshot, files=files)
+        plan = EvaluationPlan(models, benchmarks, hidden, probed, few_shot, options, StudyParts(target, settings))
         _say(f"{len(plan.benchmarks.tasks)} tasks on {' and '.join(model.name for model in models)}")
         plan.run(LoadedModels(loading, processes.device, _sharding(processes) if shard else None), processes)
         if processes.rank == 0:
