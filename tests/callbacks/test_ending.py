@@ -1,6 +1,8 @@
 """Why a run ended, in words that lead on."""
 
 import logging
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_mixcn.callbacks import FitSummary, PreemptionCheckpoint, StepCheckpoint
 from lightning_mixcn.callbacks.ending import next_steps, resuming_command, why_ended
 from lightning_mixcn.modules import PretrainModule
-from tests.callbacks.test_checkpoints import FixedBatches, Make, random_batch
+from lightning_mixcn.testing import FixedBatches, random_batch
+
+Make = Callable[..., Any]
 
 
 def fitted(trainer: Make, module: PretrainModule, *callbacks: Callback, batches: int = 20, **settings: Any) -> Any:
@@ -53,7 +57,7 @@ def test_early_stopping(trainer: Make, module: PretrainModule) -> None:
 
 
 def test_max_time(trainer: Make, module: PretrainModule) -> None:
-    run = fitted(trainer, module, Timer(duration={"seconds": 1e-6}), max_steps=100)
+    run = fitted(trainer, module, Timer(duration=timedelta(microseconds=1)), max_steps=100)
     assert why_ended(run) == "`trainer.max_time` after step 1 of 100; more with a longer one and --ckpt_path last"
 
 

@@ -1,12 +1,17 @@
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 
 from lightning_mixcn.callbacks import ParameterSummary
+from lightning_mixcn.model.causal_lm import base_of
 from lightning_mixcn.modules import PretrainModule
-from tests.callbacks.test_checkpoints import FixedBatches, Make, random_batch
+from lightning_mixcn.testing import FixedBatches, random_batch
+
+Make = Callable[..., Any]
 
 
 def test_weights_are_counted_by_their_elements(
@@ -16,7 +21,7 @@ def test_weights_are_counted_by_their_elements(
     run = trainer(max_steps=1, enable_model_summary=True, callbacks=[ParameterSummary()])
     run.fit(module, FixedBatches([random_batch([9])]))
     assert module.model is not None
-    config = module.model.get_base_model().config
+    config = base_of(module.model).config
     width, heads = config.hidden_size, config.num_attention_heads
     attention = 2 * width * width + 2 * width * width // heads * config.num_key_value_heads
     experts = 3 * config.num_local_experts * width * config.intermediate_size

@@ -112,8 +112,8 @@ def upcycle(
                 progress.update(tensor.nbytes)
     say_written(
         Path(out).expanduser(),
-        f"the mixture of {num_experts} experts a layer. Next: mixcn quantize {shlex.quote(out)} OUT, or train it as "
-        "`model.init_args.base`",
+        f"the mixture of {num_experts} experts a layer. Next: mixcn quantize {shlex.quote(str(out))} OUT, or train it "
+        "as `model.init_args.base`",
     )
 
 
