@@ -78,7 +78,9 @@ def serve(connection: Connection, name: str, options: argparse.Namespace) -> Non
 
 def main() -> None:
     """Measure and write results/callbacks.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--base", required=True, help="a Mixtral folder in bf16")
     parser.add_argument("--text", required=True, help="JSON lines with a field text")
     parser.add_argument("--sequence_length", type=int, default=512, help="tokens a row")

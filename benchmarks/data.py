@@ -251,7 +251,9 @@ def measure_large(settings: dict[str, Any], rounds: int, row: int, folder: str) 
 
 def main() -> None:
     """Measure and write results/data.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
     parser.add_argument("--text", required=True, nargs="+", help="JSON lines with a field text, .gz or not")
     parser.add_argument("--sequence_length", type=int, default=1024, help="tokens a row")

@@ -154,7 +154,9 @@ def fastest(by_rows: dict[float, dict[str, float]]) -> list[tuple[float, str]]:
 
 def options_of() -> argparse.Namespace:
     """Parse the command line's options, those of the device filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu-small", help="sizes")
     parser.add_argument("--tokens", type=int, nargs="+", help="of a micro-batch; 1024 4096, on a GPU 4 to 16384")
     parser.add_argument("--rank", type=int, default=64, help="of LoRA on every expert")

@@ -98,7 +98,9 @@ def compare(model: nn.Module, importance: ExpertImportance, batch: Batch, turn: 
 
 def main() -> None:
     """Measure and write results/experts.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--base", help="Hugging Face or 4-bit folder; random weights of the demo's size without it")
     parser.add_argument("--layers", type=int, default=DEMO["num_hidden_layers"], help="of the random model")
     parser.add_argument("--experts", type=int, default=4, help="of a layer of the random model")

@@ -160,7 +160,9 @@ def main() -> None:
     """Measure and write results/generate.json."""
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu-small", help="sizes of the random base")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows")
     parser.add_argument("--prompt_tokens", type=int, default=128)

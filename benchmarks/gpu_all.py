@@ -39,7 +39,9 @@ _FIGURES = ".stage.json"
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.log and fastest.json")
     parser.add_argument("--minutes", type=float, default=9.3, help="minutes for all stages together (9.3)")
     names = [stage.name for stage in STAGES]

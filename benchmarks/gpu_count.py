@@ -252,7 +252,9 @@ def rounded(tree: Any) -> Any:
 
 def options_of() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--all", action="store_true", help="count the cases of the docs instead, and write the result")
     choices = {"memory": MODES, "path": list(PATHS), "preset": list(PRESETS)}
     for field in (*fields(Case), *fields(Rates)):

@@ -123,7 +123,9 @@ def main() -> None:
     """Measure and write results/load.json."""
     from lightning_mixcn.model.convert.quantize import quantize
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="load", help="sizes of the random base")
     parser.add_argument("--rounds", type=int, default=5, help="timed loads of each, after one that is not")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")

@@ -65,7 +65,9 @@ def prefilled(model: nn.Module, tokens: int, chunk: int) -> Iterator[tuple[int, 
 
 def main() -> None:
     """Measure and write results/long_context.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--base", help="Hugging Face or 4-bit folder")
     source.add_argument("--preset", choices=list(PRESETS), help="sizes of random weights; the demo's without it")

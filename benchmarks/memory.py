@@ -102,7 +102,9 @@ def by_purpose(plan: MemoryPlan) -> dict[str, int]:
 
 def main() -> None:
     """Measure and write results/memory.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu-small")
     parser.add_argument("--sequence_length", type=int, default=512, help="tokens a row")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="rows")

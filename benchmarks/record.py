@@ -218,7 +218,9 @@ def draw_curves(run: Path) -> None:
 
 def main() -> None:
     """Rewrite the page and the README, or draw the README's picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--curves", type=Path, metavar="RUN", help="folder of a run whose curves are drawn instead")
     if run := parser.parse_args().curves:
         draw_curves(run)

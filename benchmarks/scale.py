@@ -158,7 +158,9 @@ def table() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, compute and write results/scale.json."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    ).parse_args()
     figures = {"measured": measured_part(), "mixtral_8x7b_on_paper": table()}
     print(json.dumps(figures["mixtral_8x7b_on_paper"], indent=2))
     print("written to", record.write("scale", figures))

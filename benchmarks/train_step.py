@@ -101,7 +101,9 @@ DEFAULTS: dict[str, Any] = {
 
 def parse(description: str | None) -> argparse.Namespace:
     """Return options, with those of the preset and then the defaults where they are not given."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--preset", choices=list(WORKLOADS), help="a random base instead of --base and --text")
     parser.add_argument("--base", help="a folder of a supported family in bf16")
     parser.add_argument("--text", help="JSON lines with a field text; enough for all steps")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 _MESSAGE_CHARACTERS = 300
+_LEAST_OF_A_NAME = 3
 
 
 class UserError(ValueError):
@@ -34,14 +35,26 @@ class NonFiniteError(UserError, FloatingPointError):
     """Report a loss or a gradient that is NaN or infinite."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the one of the known names that was probably meant: the most alike, else the shortest that contains it.
+
+    >>> nearest("max_step", ["min_steps", "max_steps"]), nearest("seed", ["data", "seed_everything"])
+    ('max_steps', 'seed_everything')
+    """
+    names = list(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.7)
+    longer = [each for each in names if name in each and len(name) >= _LEAST_OF_A_NAME]
+    return close[0] if close else min(longer, key=len, default=None)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return words that name the nearest of the known names, to follow a message; none where none is near.
 
     >>> did_you_mean("max_step", ["max_steps", "min_steps"])
     " (did you mean 'max_steps'?)"
     """
-    close = get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    found = nearest(name, known)
+    return "" if found is None else f" (did you mean {found!r}?)"
 
 
 def one_line(error: BaseException) -> str:

@@ -133,12 +133,16 @@ def test_an_installed_wheel_finds_its_configs_by_name(tmp_path: Path) -> None:
     install += ["--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for command in (
-        ["fit", "--config", "demo", "--config", "trainer/fsdp2.yaml", "--print_config"],
-        ["upcycle", "--help"],
-    ):
+    shown = {
+        "fit --config demo --config trainer/fsdp2.yaml --print_config": "FSDP2Strategy",
+        "configs trainer/fsdp2": "FSDP2Strategy",
+        "upcycle --help": "--num_experts",
+        "fit --help": "--model.lora.r",
+        "help ExpertLoadMonitor": "every_n_steps",
+    }
+    for command, text in shown.items():
         done = subprocess.run(
-            [tmp_path / "venv/bin/mixcn", *command],
+            [tmp_path / "venv/bin/mixcn", *command.split()],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert ("FSDP2Strategy" if command[0] == "fit" else "--num_experts") in done.stdout
+        assert text in done.stdout

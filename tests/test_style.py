@@ -71,6 +71,19 @@ def test_nine_of_ten_functions_are_short() -> None:
     assert lengths[len(lengths) * 9 // 10] <= USUAL_FUNCTION_LINES
 
 
+def test_no_parser_completes_options_by_their_beginning() -> None:
+    """A typo would be taken for the option that begins like it, and train."""
+    made = [
+        (path, node)
+        for path in (*PRODUCT, *(ROOT / "benchmarks").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
+    ]
+    assert len(made) > 10
+    for path, node in made:
+        assert "allow_abbrev=False" in ast.unparse(node), path
+
+
 def test_folders_are_small() -> None:
     files = Counter(str(path.parent.relative_to(ROOT)) for path in PYTHON)
     assert not {folder: count for folder, count in files.items() if count > MAX_FILES_IN_FOLDER}

@@ -1,25 +1,22 @@
 """Pages of ``mixcn help`` and of ``mixcn fit --help``: written from sources, so that nobody waits for torch."""
 
-import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lightning_mixcn.commands.catalogue import KINDS, class_path, first_sentence, members, nearest_class
 from lightning_mixcn.commands.classes import (
     Argument,
     ClassSource,
     arguments_of,
-    base_names,
     documentation,
-    exported_names,
     find_class,
-    is_abstract,
     mentioned_classes,
 )
 from lightning_mixcn.commands.functions import function_parser
 from lightning_mixcn.commands.table import COMMANDS, FUNCTIONS, NESTED
-from lightning_mixcn.errors import UserError, did_you_mean
+from lightning_mixcn.errors import UserError, nearest
 
 # What `mixcn` gives Lightning's Trainer in place of its own defaults.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -53,22 +50,7 @@ ADDED_CALLBACKS = frozenset(
     }
 )
 
-# By the name of a list: the class that all of it derive from, and the packages that have them, ours first.
-LISTS = {
-    "modules": ("LightningModule", ("lightning_mixcn",)),
-    "data_modules": ("LightningDataModule", ("lightning_mixcn",)),
-    "callbacks": ("Callback", ("lightning_mixcn.callbacks", "lightning.pytorch.callbacks")),
-    "strategies": ("Strategy", ("lightning_mixcn.modules", "lightning.pytorch.strategies")),
-    "optimizers": ("Optimizer", ("torch.optim", "bitsandbytes.optim")),
-    "schedules": ("LRScheduler", ("lightning_mixcn.modules", "torch.optim.lr_scheduler")),
-    "loggers": ("Logger", ("lightning.pytorch.loggers",)),
-}
 _TRAINER = "lightning.pytorch.Trainer"
-# Where a class is looked for by its name; the last one mentions the types of the modules' arguments.
-_PACKAGES = (
-    *dict.fromkeys(package for _, packages in LISTS.values() for package in packages),
-    *("lightning_mixcn.data", "lightning_mixcn.text", "lightning.pytorch", "lightning_mixcn.modules.causal_lm"),
-)
 _NOTES = {
     "callbacks": "* added to a run by itself",
     "strategies": "Names: `auto` (one process), `ddp`, `fsdp` or `fsdp2` (the 4-bit base sharded over all ranks), "
@@ -129,7 +111,7 @@ def page(topic: str) -> str:
         return text.rstrip()
     if topic in _OPTIONS:
         return run_page(topic)
-    if topic in LISTS:
+    if topic in KINDS:
         return list_page(topic)
     if topic == "trainer":
         return trainer_page()
@@ -157,11 +139,12 @@ def run_page(command: str) -> str:
         ("model", "PretrainModule", "modules"),
         ("data", "PretrainDataModule", "data_modules"),
     ):
-        others = ", ".join(each for each in _members(other, 0) if each != name)
+        _, ours = next(members(other))
+        others = ", ".join(each for each in ours if each != name)
         lines += ["", f"{part.title()}: `--{part} {name}`, or {others}"]
         lines += _options_of(part, _found(name))
     lines += ["", "Callbacks: `--trainer.callbacks+=ExpertLoadMonitor --trainer.callbacks.every_n_steps 100`"]
-    lines += [*_rows(_members("callbacks", 0)), "  * added by itself"]
+    lines += [*_rows(next(members("callbacks"))[1]), "  * added by itself"]
     lines += ["", "Used most of the trainer", *_wrapped(", ".join(f"--trainer.{name}" for name in _OF_THE_TRAINER))]
     return "\n".join([*lines, "", *_footer()])
 
@@ -170,7 +153,7 @@ def _footer() -> list[str]:
     return [
         "Lightning's Trainer: `mixcn help trainer`",
         "A class by its name: `mixcn help ExpertLoadMonitor`; lists of classes: `mixcn help callbacks`, "
-        f"{', '.join(name for name in LISTS if name != 'callbacks')}",
+        f"{', '.join(name for name in KINDS if name != 'callbacks')}",
     ]
 
 
@@ -185,15 +168,12 @@ def trainer_page() -> str:
     return "\n".join(lines)
 
 
-def list_page(name: str) -> str:
+def list_page(kind: str) -> str:
     """Return a list of classes, a line each."""
-    lines = []
-    for number, package in enumerate(LISTS[name][1]):
-        if members := _members(name, number):
-            lines += [f"{package}", *_rows(members), ""]
-    lines += _wrapped(_NOTES.get(name, ""), "")
-    example = next(iter(_members(name, 0)))
-    return "\n".join([*lines, f"`mixcn help {example}` shows what one takes."])
+    lists = list(members(kind))
+    lines = [line for package, about in lists for line in (package, *_rows(about), "")]
+    lines += _wrapped(_NOTES.get(kind, ""), "")
+    return "\n".join([*lines, f"`mixcn help {next(iter(lists[0][1]))}` shows what one takes."])
 
 
 def class_page(name: str) -> str:
@@ -206,6 +186,13 @@ def class_page(name: str) -> str:
         ValueError: there is no such class.
     """
     path = class_path(name)
+    if path is None:
+        near = nearest(name, [*COMMANDS, *KINDS, "trainer"]) or nearest_class(name)
+        meant = f" (did you mean {near!r}?)" if near else ""
+        raise UserError(
+            f"`mixcn help {name}`: there is no such command, list or class{meant}. Give a command of `mixcn --help`, "
+            f"`trainer`, one of {', '.join(KINDS)}, or a class by its name or its full import path"
+        )
     found = _found(path)
     told = documentation(found)
     about = "\n\n".join(filter(None, (told.short_description, told.long_description)))
@@ -220,59 +207,18 @@ def class_page(name: str) -> str:
     return "\n".join(lines)
 
 
-def class_path(name: str) -> str:
-    """Return the import path of a class.
-
-    Args:
-        name: Its name or its path.
-
-    Raises:
-        ValueError: there is no such class; names one that is written alike.
-    """
-    paths = [name] if "." in name else [f"{package}.{name}" for package in _PACKAGES]
-    for path in paths:
-        if find_class(path) is not None:
-            return path
-    near = did_you_mean(name.rpartition(".")[2], [*COMMANDS, *LISTS, "trainer", *class_names()])
-    raise UserError(
-        f"`mixcn help {name}`: there is no such command, list or class{near}. Give a command of `mixcn --help`, "
-        f"`trainer`, one of {', '.join(LISTS)}, or a class by its name or its full import path"
-    )
-
-
-def class_names() -> list[str]:
-    """List the names of the classes that are known without their path."""
-    return list(dict.fromkeys(name for package in _PACKAGES for name in exported_names(package)))
-
-
 def _is_worth_a_page(module: str, name: str) -> bool:
     found = find_class(f"{module}.{name}")
     return found is not None and found.module.startswith(("lightning_mixcn", "peft"))
 
 
 def _found(name: str) -> ClassSource:
-    found = find_class(class_path(name))
+    found = find_class(class_path(name) or name)
     assert found is not None
     return found
 
 
-def _members(name: str, number: int) -> dict[str, str]:
-    """Return the classes of one package of a list, with a line each; bases that cannot be used are left out."""
-    base, packages = LISTS[name]
-    members = {}
-    for each in sorted(exported_names(packages[number]), key=str.lower):
-        found = find_class(f"{packages[number]}.{each}")
-        if found is None or base not in base_names(found) or is_abstract(found):
-            continue
-        members[each] = _first_sentence(documentation(found).short_description or "")
-    return members
-
-
 # ---- layout ----
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.;])\s", " ".join(text.split()), maxsplit=1)[0].rstrip(".;")
 
 
 def _width() -> int:
@@ -319,5 +265,5 @@ def _options_of(part: str, found: ClassSource) -> Iterator[str]:
             for inner in arguments_of(_found(path)):
                 if inner.name in names:
                     option = f"--{part}.{argument.name}.{inner.name}  ({inner.kind})"
-                    yield from _entries([(option, _first_sentence(inner.about))])
+                    yield from _entries([(option, first_sentence(inner.about))])
             yield from _wrapped(f"more: `mixcn help {path.rpartition('.')[2]}`", "      ")

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from jsonargparse import (  # type: ignore[attr-defined]  # its __all__ is compu
 )
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, did_you_mean
 from lightning_mixcn.files.configuration import MOST_BYTES, check_yaml, read_configuration
+
+from .configs import carried_configs
 
 _load_yaml = get_loader("yaml")
 
@@ -109,12 +110,11 @@ def config_path(name: str) -> str:
         check_yaml(name, "--config")
     if re.search(r"[:{\n]", name) or (os.path.exists(path) and not os.path.isdir(path)):  # a pipe is no regular file
         return name
-    folder = Path(str(files("lightning_mixcn.configs")))
-    carried = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    carried = carried_configs()
     found = carried.get(name.removeprefix("configs/").removesuffix(".yaml"))
     if found is None:
         raise MissingFileError(
-            f"`--config {name}` is no file, and no configuration of this package. Give a path, or one of "
-            f"{', '.join(carried)}"
+            f"`--config {name}` is no file, and no configuration of this package{did_you_mean(name, carried)}. Give a "
+            f"path, or one of {', '.join(carried)}"
         )
     return str(found)

@@ -35,6 +35,7 @@ from lightning_mixcn.callbacks import (
 )
 from lightning_mixcn.callbacks.host import CHECKPOINTS, TENSORBOARD
 from lightning_mixcn.commands.functions import add_function_subcommands
+from lightning_mixcn.commands.messages import libraries_in_one_line, readable
 from lightning_mixcn.commands.table import COMMANDS
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.errors import MissingFileError, UserError
@@ -45,7 +46,6 @@ from lightning_mixcn.modules.run_settings import check_precision
 from lightning_mixcn.modules.strategies import check_strategy
 
 from .help import CONFIG_OPTION, OVERWRITE_OPTION, PLAN_OPTION, TRAINER_DEFAULTS
-from .messages import libraries_in_one_line, readable
 from .parser import ConfigOption, ConfigurationParser, check_what_is_loaded
 from .plan import RunPlan
 from .run_folder import (

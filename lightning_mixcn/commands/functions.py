@@ -1,7 +1,6 @@
 """Subcommands that are one function: their options come from its signature, their help from its docstring."""
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -14,13 +13,14 @@ from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
 from lightning_mixcn.arguments import check_arguments
-from lightning_mixcn.errors import UserError, did_you_mean
+from lightning_mixcn.errors import UserError
 
+from .messages import readable
 from .table import FUNCTIONS, NESTED
 
 
 def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]]:
-    """Build the parser of a subcommand; arguments without a default are positional.
+    """Build the parser of a subcommand; those before the `*` of its function are positional.
 
     Args:
         command: Name in the table `FUNCTIONS`, followed by a blank and one of `NESTED` where there are any; without it,
@@ -32,7 +32,7 @@ def function_parser(command: str) -> tuple[ArgumentParser, Callable[..., object]
     command, _, nested = command.partition(" ")
     module = import_module(FUNCTIONS[command])
     if command in NESTED and not nested:
-        parser = ArgumentParser(prog=f"mixcn {command}", exit_on_error=False)
+        parser = ArgumentParser(prog=f"mixcn {command}", exit_on_error=False, allow_abbrev=False)
         _add_nested(parser, command)
         return parser, lambda: None
     function: Callable[..., object] = getattr(module, nested or command)
@@ -57,7 +57,11 @@ def add_function_subcommands(subcommands: Any, helps: Mapping[str, str]) -> None
     """
     for command in FUNCTIONS:
         # jsonargparse wants a parser in its place before it gets subcommands of its own.
-        parser = ArgumentParser(exit_on_error=False) if command in NESTED else function_parser(command)[0]
+        parser = (
+            ArgumentParser(exit_on_error=False, allow_abbrev=False)
+            if command in NESTED
+            else function_parser(command)[0]
+        )
         subcommands.add_subcommand(command, parser, help=helps[command])
         if command in NESTED:
             _add_nested(parser, command)
@@ -82,10 +86,8 @@ def parse_function(command: str, arguments: list[str]) -> tuple[Callable[..., ob
     try:
         given = parser.parse_args(_flags(arguments, function)).as_dict()
     except argparse.ArgumentError as error:
-        near = ""
-        if (unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", str(error))) is not None:
-            near = did_you_mean(unknown[1], (name for action in parser._actions for name in action.option_strings))
-        raise UserError(f"{error}{near}; see mixcn {command} --help") from error
+        options = [name for action in parser._actions for name in action.option_strings]
+        raise UserError(f"{readable(str(error), options)}; see mixcn {command} --help") from error
     hints = get_type_hints(function)
     values = {name: _value(name, hints[name], given) for name in signature(function).parameters}
     check_arguments(function, values)
@@ -132,8 +134,8 @@ def _add_parameter(parser: ArgumentParser, parameter: Parameter, hint: Any, help
         names.append(f"--{parameter.name}+")  # jsonargparse's own way to append
     elif hint is bool:
         options |= {"nargs": "?", "const": True}
-    if required and parameter.kind is not Parameter.KEYWORD_ONLY:
-        parser.add_argument(parameter.name, **options)
+    if parameter.kind is not Parameter.KEYWORD_ONLY:
+        parser.add_argument(parameter.name, **options if required else {"nargs": "?"} | options)
     else:
         parser.add_argument(*names, required=required, **options)
 

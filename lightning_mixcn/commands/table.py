@@ -17,6 +17,7 @@ COMMANDS = {
     "preference": "blind sheets of models' answers for judges; win rates and pairs to train on from filled-in ones",
     "quantization": "compare formats of the weights: bytes, bits per weight, bits per byte",
     "data": "find and remove duplicates, noise and benchmark questions in texts to train on",
+    "configs": "list the configurations of this package, print one, or write it to a file",
     "help": "explain a command or a class by its name; list callbacks, strategies, optimizers",
 }
 
@@ -32,6 +33,7 @@ FUNCTIONS = {
     "preference": "lightning_mixcn.studies.preference.command",
     "quantization": "lightning_mixcn.studies.quantization.command",
     "data": "lightning_mixcn.studies.hygiene.command",
+    "configs": "lightning_mixcn.cli.configs",
     "help": "lightning_mixcn.cli.help",
 }
 

@@ -22,7 +22,7 @@ def run_chosen_demo() -> int:
     Returns:
         Exit code: 0, or 2 with one line on stderr.
     """
-    parser = argparse.ArgumentParser(prog="python -m lightning_mixcn.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lightning_mixcn.demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "which", nargs="?", default="pretrain", choices=list(_DEMOS),
         help="pretrain: continued pre-training on Chinese text (make demo); instruct: instruction tuning, and a chat "

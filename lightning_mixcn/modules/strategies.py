@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.model import shard_model
 
 Shard = Callable[[nn.Module], None]
@@ -104,6 +104,9 @@ def check_strategy(strategy: Strategy | str) -> None:
             f"`trainer.strategy`: {given} is FSDP1, which is not supported any more. Set `trainer.strategy: fsdp`, "
             "which is FSDP2 (configs/trainer/fsdp2.yaml); go on from the run's adapter, `model.init_args.adapter`"
         )
+    if isinstance(strategy, str) and strategy not in ("auto", *StrategyRegistry):
+        near = did_you_mean(strategy, StrategyRegistry)
+        raise UserError(f"`trainer.strategy={strategy!r}` is no strategy{near}; `mixcn help strategies` lists them")
     if (isinstance(strategy, ModelParallelStrategy) or given in _FSDP2_NAMES) and torch.__version__ < _FSDP2_SINCE:
         raise UserError(
             f"`trainer.strategy`: {given} needs torch {_FSDP2_SINCE} or newer, here is {torch.__version__}: older ones "

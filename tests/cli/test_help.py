@@ -11,6 +11,7 @@ import lightning_mixcn.callbacks
 from lightning_mixcn.cli import help as pages
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.trainer import MixcnCLI
+from lightning_mixcn.commands.catalogue import KINDS
 from lightning_mixcn.commands.table import COMMANDS
 
 RUNS = ("fit", "validate", "test", "predict")
@@ -103,7 +104,7 @@ def test_callbacks_of_every_run_are_marked() -> None:
     assert added == pages.ADDED_CALLBACKS
 
 
-@pytest.mark.parametrize("name", pages.LISTS)
+@pytest.mark.parametrize("name", KINDS)
 def test_lists_have_a_line_for_each_class(name: str) -> None:
     text = pages.page(name)
     rows = re.findall(r"^  (\w+)(?: \*)? +(\S.*)?$", text, re.MULTILINE)

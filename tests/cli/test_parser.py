@@ -100,6 +100,35 @@ def test_an_unknown_key_of_an_empty_mapping(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        (["--trainer.max_step=3"], "trainer.max_steps"),
+        (["--over"], "overwrite"),
+        (["--seed=3"], "seed_everything"),
+        (["--model.bas=x"], "base"),
+        (["--model.lora.lora_alhpa=3"], "lora_alpha"),
+        (["--data.sequence_lenght=3"], "sequence_length"),
+        (["--model=PretrianModule"], "PretrainModule"),
+        (["--trainer.callbacks+=ExpertLoadMonitr"], "ExpertLoadMonitor"),
+        (["--trainer.callbacks+=ExpertLoadMonitor", "--trainer.callbacks.every_n=3"], "every_n_steps"),
+        (["--model.optimizer=torch.optim.AdamX"], "torch.optim.Adam"),
+        (["--model.lr_scheduler=WarmupCosin"], "WarmupCosine"),
+        (["--trainer.logger=TensorBordLogger"], "TensorBoardLogger"),
+        (["--model.quantization=nf"], "nf4"),
+        (["--config=pretrain_mixtral"], "pretrain_mixtral_8x7b"),
+    ],
+    ids=str,
+)
+def test_a_slip_is_no_abbreviation_and_names_the_nearest(
+    options: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, "--config", write("c.yaml", configuration()), *options)
+    assert said.count(f"(did you mean {near!r}?)") == 1
+    assert "not accessible" not in said
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("option", ["--trainer", "--model", "--data"])
 def test_an_unknown_key_of_a_part_in_a_file_of_its_own(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     part = configuration()[option[2:]]

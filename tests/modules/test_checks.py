@@ -154,6 +154,13 @@ def test_fsdp1_is_refused(strategy: Any) -> None:
         check_strategy(kept)
 
 
+def test_a_misspelt_strategy_is_known_before_a_device_is() -> None:
+    with pytest.raises(
+        ValueError, match=r"`trainer.strategy='fsdp3'` is no strategy \(did you mean 'fsdp2?'\?\); `mixcn"
+    ):
+        check_strategy("fsdp3")
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2", "hsdp", FSDP2Strategy(), ModelParallelStrategy()])
 def test_fsdp2_needs_a_torch_that_shards_whole_numbers(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict, cast
 
 from lightning_mixcn.arguments import Between, Filled, check_arguments
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.files.json_object import read_object
 
 _Numbers = list[Annotated[int, Between(0, 10**4)]]
@@ -51,7 +51,8 @@ def read_choice(train_only: TrainOnly | str | Path) -> TrainOnly:
         given = dict(train_only)
     if unknown := sorted(map(str, given.keys() - TrainOnly.__annotations__.keys())):
         known = ", ".join(TrainOnly.__annotations__)
-        raise UserError(f"`train_only` has the key {unknown[0]!r}, which is not known. Expected some of {known}")
+        near = did_you_mean(unknown[0], TrainOnly.__annotations__)
+        raise UserError(f"`train_only` has the key {unknown[0]!r}, which is not known{near}. Expected some of {known}")
     if isinstance(experts := given.get("experts"), Mapping):
         given["experts"] = experts = {str(layer): numbers for layer, numbers in experts.items()}  # YAML's are numbers
         for layer in experts:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict
 import yaml
 
 from lightning_mixcn.arguments import Between, Name, Seed, check_arguments
-from lightning_mixcn.errors import MissingFileError, UserError, one_line
+from lightning_mixcn.errors import MissingFileError, UserError, did_you_mean, one_line
 from lightning_mixcn.files.configuration import read_configuration
 
 # Replaced in all values of a recipe by the folder of what `prepare` makes.
@@ -147,7 +147,8 @@ def _check_keys(path: Path, values: Mapping[Any, Any], inside: str = "") -> None
     for name, value in values.items():
         if name not in expected:
             raise UserError(
-                f"`{inside}{name}` of {str(path)!r} is no key of a recipe. Expected one of {', '.join(expected)}"
+                f"`{inside}{name}` of {str(path)!r} is no key of a recipe{did_you_mean(str(name), expected)}. Expected "
+                f"one of {', '.join(expected)}"
             )
         kind, says = _KINDS[name]
         if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lightning_mixcn.arguments import Between, Name, Seed, check_arguments
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ChoiceOptions:
             )
         for name in ("choose_for", "choose_against"):
             if (given := getattr(self, name)) is not None and given not in names:
-                raise UserError(f"`{name}={given!r}` is no source there. Expected one of {', '.join(names)}")
+                near = did_you_mean(given, names)
+                raise UserError(f"`{name}={given!r}` is no source there{near}. Expected one of {', '.join(names)}")
         source = self.choose_for or names[0]
         if self.choose_by != "divergence":
             return source, None

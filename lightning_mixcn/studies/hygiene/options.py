@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lightning_mixcn.arguments import Between, Name, check_arguments
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 
 Part = Annotated[float, Between(0, 1)]
 # Beyond it, the bands of the signatures would miss pairs (see `signatures`).
@@ -58,7 +58,8 @@ class HygieneOptions:
 
         check_arguments(HygieneOptions, vars(self))
         if unknown := [name for name in self.script_names if name not in SCRIPT_NAMES]:
-            raise UserError(f"`scripts={self.scripts!r}`: expected {', '.join(SCRIPT_NAMES)}, got {unknown[0]!r}")
+            near = did_you_mean(unknown[0], SCRIPT_NAMES)
+            raise UserError(f"`scripts={self.scripts!r}`: expected {', '.join(SCRIPT_NAMES)}, got {unknown[0]!r}{near}")
 
     @property
     def script_names(self) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import numpy as np
 
 from lightning_mixcn.arguments import Between, Filled, Name, check_arguments
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.masking import MASK
 from lightning_mixcn.text.chat.preferences import PREFERENCE_KEYS
 from lightning_mixcn.text.chat.records import OBEYED_KEYS, RecordFormat
@@ -229,7 +229,8 @@ def parse_sources(
         place = f"{argument}[{index}]"
         if isinstance(entry, Mapping):
             if unknown := [key for key in entry if key not in known]:
-                raise UserError(f"`{place}` has the unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
+                near = did_you_mean(str(unknown[0]), known)
+                raise UserError(f"`{place}` has the unknown key {unknown[0]!r}{near}. Known keys: {', '.join(known)}")
             if missing := [key for key in ("name", "path") if key not in entry]:
                 raise UserError(f"`{place}` has no `{missing[0]}`. Give at least name and path")
         source = kind(**entry) if isinstance(entry, Mapping) else entry

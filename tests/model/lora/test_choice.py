@@ -96,7 +96,7 @@ def test_it_is_what_lora_adapts_less_the_rest() -> None:
 @pytest.mark.parametrize(
     ("train_only", "lora", "message"),
     [
-        ({"layer": [0]}, {}, "`train_only` has the key 'layer', which is not known. Expected some of layers"),
+        ({"layer": [0]}, {}, r"'layer', which is not known \(did you mean 'layers'\?\). Expected some of layers"),
         ({"layers": []}, {}, r"`train_only.layers=\[\]`: expected numbers of layers, or leave it out for all"),
         ({"layers": [0, 0]}, {}, r"`train_only.layers=\[0, 0\]` has a number twice"),
         ({"layers": [-1]}, {}, r"`train_only.layers\[0\]=-1`: expected at least 0"),

@@ -74,7 +74,10 @@ def test_what_is_needed_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arm": {}}, r"`arm` of .* is no key of a recipe. Expected one of config, text_bytes, arms, title"),
+        (
+            {"arm": {}},
+            r"`arm` of .* no key of a recipe \(did you mean 'arms'\?\). Expected one of config, text_bytes, arms",
+        ),
         ({"quick": {"byte": 1}}, r"`quick.byte` of .* is no key"),
         ({"quick": {"quick": {}}}, r"`quick.quick` of .* is no key"),
         ({"text_bytes": "none"}, r"has no `text_bytes`: expected bytes of text"),

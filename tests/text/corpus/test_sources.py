@@ -38,7 +38,10 @@ def test_dictionaries_become_sources() -> None:
     [
         ({"name": "zh"}, r"`val_sources\[0\]` has no `path`"),
         ({"path": "x"}, r"`val_sources\[0\]` has no `name`"),
-        ({"name": "zh", "path": "x", "wieght": 1}, r"has the unknown key 'wieght'. Known keys: name, path, weight"),
+        (
+            {"name": "zh", "path": "x", "wieght": 1},
+            r"'wieght' \(did you mean 'weight'\?\). Known keys: name, path, weight",
+        ),
         ({"name": "zh", "path": "x", "weight": 0}, r"`val_sources\[0\].weight=0`: expected more than 0"),
         ({"name": "zh", "path": "x", "weight": -0.5}, r"weight=-0.5`: expected more than 0"),
         ({"name": "zh", "path": "x", "weight": float("nan")}, r"weight=nan`: expected a finite number"),
