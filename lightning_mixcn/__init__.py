@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lightning_mixcn.callbacks.defaults import trainer_defaults
     from lightning_mixcn.data import InstructDataModule, PreferenceDataModule, PretrainDataModule
     from lightning_mixcn.model import build_mixtral, build_moe, load_mixtral, load_moe
     from lightning_mixcn.modules import CausalLMModule, InstructModule, PreferenceModule, PretrainModule
@@ -27,11 +28,13 @@ __all__ = [
     "build_moe",
     "load_mixtral",
     "load_moe",
+    "trainer_defaults",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        ".callbacks.defaults": ("trainer_defaults",),
         ".data": ("InstructDataModule", "PreferenceDataModule", "PretrainDataModule"),
         ".model": ("build_mixtral", "build_moe", "load_mixtral", "load_moe"),
         ".modules": ("CausalLMModule", "InstructModule", "PreferenceModule", "PretrainModule"),

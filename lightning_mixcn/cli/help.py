@@ -3,7 +3,6 @@
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from lightning_mixcn.commands.catalogue import KINDS, class_path, first_sentence, members, nearest_class
 from lightning_mixcn.commands.classes import (
@@ -15,19 +14,9 @@ from lightning_mixcn.commands.classes import (
     mentioned_classes,
 )
 from lightning_mixcn.commands.functions import function_parser
-from lightning_mixcn.commands.table import COMMANDS, FUNCTIONS, NESTED
+from lightning_mixcn.commands.table import COMMANDS, FUNCTIONS, NESTED, TRAINER_DEFAULTS
 from lightning_mixcn.errors import UserError, nearest
 
-# What `mixcn` gives Lightning's Trainer in place of its own defaults.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    # The compute dtype is the model's; the data module shares rows out between ranks itself.
-    "precision": "32-true",
-    "use_distributed_sampler": False,
-    # Steps take seconds, and the module waits for each one's loss anyway.
-    "log_every_n_steps": 1,
-    # The stream has no end of Lightning's kind: a run is as long as its steps, see `settle_epochs`.
-    "max_epochs": -1,
-}
 CONFIG_OPTION = "YAML file, or name of one of this package's"
 PLAN_OPTION = "print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit"
 OVERWRITE_OPTION = "replace the run that is in trainer.default_root_dir, once the new one is loaded; other files stay"

@@ -11,32 +11,26 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mixcn.callbacks import (
     AdapterAverage,
     AdapterCheckpoint,
-    ByteBudget,
     DataMonitor,
     EpochBudget,
     EvaluationReport,
-    FitSummary,
     ParameterSummary,
     PredictionWriter,
     PreemptionCheckpoint,
     StepCheckpoint,
     StepProgressBar,
-    ThroughputLogger,
-    TrainabilityCheck,
 )
-from lightning_mixcn.callbacks.host import CHECKPOINTS, TENSORBOARD
+from lightning_mixcn.callbacks.defaults import logging_callbacks, run_logger, training_callbacks, with_defaults
 from lightning_mixcn.commands.functions import add_function_subcommands
 from lightning_mixcn.commands.messages import libraries_in_one_line, readable
-from lightning_mixcn.commands.table import COMMANDS
+from lightning_mixcn.commands.table import COMMANDS, TRAINER_DEFAULTS
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
@@ -45,7 +39,7 @@ from lightning_mixcn.modules.learning_rates import make_rated_optimizer, make_ra
 from lightning_mixcn.modules.run_settings import check_precision
 from lightning_mixcn.modules.strategies import check_strategy
 
-from .help import CONFIG_OPTION, OVERWRITE_OPTION, PLAN_OPTION, TRAINER_DEFAULTS
+from .help import CONFIG_OPTION, OVERWRITE_OPTION, PLAN_OPTION
 from .parser import ConfigOption, ConfigurationParser, check_what_is_loaded
 from .plan import RunPlan
 from .run_folder import (
@@ -260,15 +254,10 @@ class MixcnCLI(LightningCLI):
         check_strategy(settings.strategy)
         root = self.root
         if settings.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(str(root), name=TENSORBOARD, version="")
+            kwargs["logger"] = run_logger(root)
         given = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
-        callbacks = [callback for callback in given if callback is not None]
-        for callback in self._default_callbacks(settings):
-            if not any(isinstance(other, _kinds(callback)) for other in callbacks):
-                callbacks.append(callback)
-        for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((root / CHECKPOINTS).resolve())
+        own = [callback for callback in given if callback is not None]
+        callbacks = with_defaults(own, self._default_callbacks(settings), root)
         check_outputs(root, callbacks, trains=self.subcommand == "fit" and not settings.fast_dev_run)
         # By what all ranks know alike: a later one may find that the first has begun. Where no run is, it removes none.
         if self.subcommand == "fit" and self._settings.ckpt_path is None and not settings.fast_dev_run:
@@ -313,13 +302,13 @@ class MixcnCLI(LightningCLI):
         # Always: it has a state, which Lightning misses in `predict --ckpt_path` if the callback is not there.
         callbacks: list[Callback] = [DataMonitor()]
         if self.subcommand == "fit":
-            callbacks += [PreemptionCheckpoint(), TrainabilityCheck(), FitSummary()]
+            callbacks += training_callbacks()
             if settings.max_steps in (None, -1) and not settings.fast_dev_run:
                 callbacks.append(EpochBudget())
         if settings.enable_checkpointing is not False:
             callbacks += [StepCheckpoint(), AdapterCheckpoint()]
         if settings.logger not in (False, []) and self.subcommand == "fit":
-            callbacks += [LearningRateMonitor(logging_interval="step"), ThroughputLogger()]
+            callbacks += logging_callbacks()
         if settings.enable_progress_bar is not False:
             callbacks.append(StepProgressBar())
         if settings.enable_model_summary is not False:
@@ -373,14 +362,6 @@ def _checkpoint_folders(callbacks: Any) -> list[str]:
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     folders = [callback.get("init_args", {}).get("dirpath") for callback in given]
     return [folder for folder in folders if folder is not None]
-
-
-def _kinds(callback: Callback) -> type[Callback] | tuple[type[Callback], ...]:
-    """Return the classes whose presence in the configuration makes a default callback superfluous."""
-    for kind in (ModelCheckpoint, ModelSummary, ProgressBar):
-        if isinstance(callback, kind):
-            return kind
-    return (EpochBudget, ByteBudget) if isinstance(callback, EpochBudget) else type(callback)
 
 
 def _quieten() -> None:

@@ -1,5 +1,7 @@
 """List the subcommands: their help, and the module whose function each one calls."""
 
+from typing import Any
+
 # Each with the line that `mixcn --help` shows.
 COMMANDS = {
     "fit": "train from a YAML configuration; --ckpt_path last resumes",
@@ -40,3 +42,14 @@ FUNCTIONS = {
 
 # Of a module that is several functions: `mixcn vocab train` and so on.
 NESTED = {"vocab": ("train", "merge", "report"), "preference": ("sheet", "score", "pairs"), "data": ("report", "clean")}
+
+# What `mixcn` gives Lightning's Trainer in place of its own defaults.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The compute dtype is the model's; the data module shares rows out between ranks itself.
+    "precision": "32-true",
+    "use_distributed_sampler": False,
+    # Steps take seconds, and the module waits for each one's loss anyway.
+    "log_every_n_steps": 1,
+    # The stream has no end of Lightning's kind: a run is as long as its steps, see `settle_epochs`.
+    "max_epochs": -1,
+}

@@ -53,7 +53,7 @@ class InstructDataModule(StreamDataModule):
         on_bad_record: Treatment of a record that is no conversation, that is flagged as not to be learned, or that
             the template refuses: `error` names file and line, `skip` leaves it out and counts it in `data/bad_records`,
             or, if the template refuses it, in `data/<source>/refused`. One with an empty turn is always left out.
-        tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
+        tokenizer: Folder of the tokenizer; null takes that of the module in the same Trainer.
         progress_rows: Rows of the run that weights by progress are fractions of; past them the last weights hold. Null
             takes `max_steps` times the rows of a step. Give it to resume with another number of steps or rows a step.
     """

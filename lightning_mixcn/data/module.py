@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_mixcn.arguments import Between, Name, RowTokens, Seed, check_arguments
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.text import (
     BadRecordPolicy,
     DocumentEncoder,
@@ -52,7 +54,7 @@ class StreamDataModule(LightningDataModule):
         packing: Layout of documents in rows.
         seed: Seed of the order of documents.
         max_eval_rows: Rows of each source that validation and test use at most; None uses all.
-        tokenizer: Folder of the tokenizer.
+        tokenizer: Folder of the tokenizer; null takes that of the module in the same Trainer.
         weight_unit: Unit of the sources' weights.
         progress_rows: Rows of the run that weights by progress are fractions of; None takes the trainer's.
     """
@@ -125,10 +127,8 @@ class StreamDataModule(LightningDataModule):
         """
         if self._unprepared is not None:
             raise self._unprepared
-        if self.tokenizer_path is None:
-            raise UserError("`tokenizer` is null. Give the folder of the model's tokenizer (`mixcn` links it itself)")
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_path)
+            self._tokenizer = load_tokenizer(self.tokenizer_path or self._folder_of_module())
         if stage not in ("fit", None):
             self._documents.prepare(stage)
         elif self._plan is None:
@@ -140,6 +140,17 @@ class StreamDataModule(LightningDataModule):
                 self.packing, self.weight_unit, self._rows_of_trainer(),
             )  # fmt: skip
             self._progress.set_order(order_of(self._plan), self._plan)
+
+    def _folder_of_module(self) -> Path:
+        """Return the tokenizer's folder of the module that the same Trainer has."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        path: str | None = getattr(module, "tokenizer_path", None)  # a CausalLMModule's
+        if path is None:
+            raise UserError(
+                "`tokenizer` is null. Give the folder of the model's tokenizer; a Trainer's data take that of a "
+                "CausalLMModule themselves"
+            )
+        return local_folder(path)
 
     def train_dataloader(self) -> TrainLoader | RepeatedBatches:
         """Make the loader of training batches, which continues after the rows already trained on.

@@ -64,7 +64,7 @@ class PreferenceDataModule(StreamDataModule):
         max_eval_rows: Most rows of each source that validation and test use, always the same; null uses all.
         on_bad_record: Treatment of a record that is no preference, has an empty answer or two that are the same, or
             that the template refuses: `error` names file and line, `skip` leaves it out and counts it.
-        tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
+        tokenizer: Folder of the tokenizer; null takes that of the module in the same Trainer.
     """
 
     def __init__(

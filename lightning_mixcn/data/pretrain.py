@@ -41,7 +41,7 @@ class PretrainDataModule(StreamDataModule):
         test_fraction: Share of the documents held out for testing, chosen likewise.
         max_eval_rows: Most rows of each source that validation and test use, always the same; null uses all.
         on_bad_record: Treatment of a record that is no text: `error` names file and line, `skip` counts it and goes on.
-        tokenizer: Folder of the tokenizer; `mixcn` links it to the model's.
+        tokenizer: Folder of the tokenizer; null takes that of the module in the same Trainer.
         weight_unit: Unit of the sources' weights: `tokens`, or `bytes` of text, which mix the sources alike with every
             tokenizer.
         progress_rows: Rows of the run that weights by progress are fractions of; past them the last weights hold. Null

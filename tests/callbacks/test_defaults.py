@@ -1,0 +1,74 @@
+"""A run from Python is the run of the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
+    EventAccumulator,
+)
+
+from lightning_mixcn import PretrainDataModule, PretrainModule, trainer_defaults
+from lightning_mixcn.callbacks import StepCheckpoint, StepProgressBar, ThroughputLogger
+from lightning_mixcn.cli import main
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ["q_proj", "gate", "w1", "w2"]}
+DATA: dict[str, Any] = {
+    "sources": [{"name": "zh", "path": "zh.jsonl"}],
+    "sequence_length": 48,
+    "micro_batch_size": 2,
+    "num_workers": 0,
+    "val_fraction": 0.2,
+}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_from_python_is_that_of_the_command(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": "今天天气很好。" * (1 + number % 4) + str(number)}) for number in range(40)]
+    Path("zh.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    module = {"base": str(tiny_base), "dtype": "float32", "lora": LORA}
+    config = {
+        "model": {"class_path": "PretrainModule", "init_args": module},
+        "data": {"class_path": "PretrainDataModule", "init_args": DATA},
+        "trainer": {**settings, "default_root_dir": "command"},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main(["fit", "--config", "run.yaml"]) == 0
+    trainer = Trainer(**trainer_defaults("python"), **settings)  # type: ignore[arg-type]  # of several kinds
+    trainer.fit(
+        PretrainModule(str(tiny_base), dtype="float32", lora=LoraConfig(**LORA)),
+        PretrainDataModule(**DATA),
+    )
+    for file in ("adapter/adapter_model.safetensors", "adapter_best/adapter_model.safetensors"):
+        assert Path("python", file).read_bytes() == Path("command", file).read_bytes()
+    of_command, of_python = scalars(Path("command")), scalars(Path("python"))
+    assert set(of_command) == set(of_python)
+    timed = ("throughput/", "data/seconds_waiting", "data/wait_share")
+    measured = {name for name in of_command if not name.startswith(timed)}
+    assert len(measured) > 5
+    assert {name: of_python[name] for name in measured} == {name: of_command[name] for name in measured}
+    assert {path.name for path in Path("command").iterdir()} == {
+        *(path.name for path in Path("python").iterdir()), "config.yaml",
+    }  # fmt: skip
+
+
+def test_own_callbacks_take_the_place_of_defaults_of_their_kind(tmp_path: Path) -> None:
+    own = [StepCheckpoint(every_n_steps=7), StepProgressBar()]
+    found = trainer_defaults(tmp_path, callbacks=own)["callbacks"]
+    assert found[:2] == own
+    assert [callback for callback in found if isinstance(callback, ModelCheckpoint)] == own[:1]
+    assert own[0].dirpath == str(tmp_path / "checkpoints")  # type: ignore[attr-defined]  # of the first
+    assert sum(isinstance(callback, ThroughputLogger) for callback in found) == 1
