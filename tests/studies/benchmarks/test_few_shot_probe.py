@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral
+from lightning_mixcn.model.options import ModelOptions
 from lightning_mixcn.studies.benchmarks.eos_probe import probed_documents
+from lightning_mixcn.studies.benchmarks.evaluate import evaluate
 from lightning_mixcn.studies.benchmarks.few_shot_probe import (
     QUERIES,
     FewShotFigures,
@@ -29,7 +32,8 @@ from lightning_mixcn.studies.benchmarks.few_shot_probe import (
     probe_few_shot,
     query_row,
 )
-from lightning_mixcn.testing import save_tiny_mixtral
+from lightning_mixcn.studies.benchmarks.options import EvaluationOptions
+from lightning_mixcn.testing import run_distributed, save_tiny_mixtral
 from lightning_mixcn.text import DocumentSet, TextTokenizer, load_tokenizer
 from tests.model.adapters_on_disk import save_adapter
 
@@ -300,6 +304,24 @@ def test_base_beside_adapted_without_the_harness(
     assert capsys.readouterr().out == table
     assert main([*command, "--few_shot_prompts=13"]) == 2
     assert "holds a study with `few_shot_prompts=12`, but now it is 13" in capsys.readouterr().err
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("shard", [False, True], ids=["replicas", "fsdp2"])
+def test_two_processes_give_the_report_of_one(shard: bool, tmp_path: Path, tiny_base: Path, entries: list[str]) -> None:
+    save_adapter(tiny_base, tmp_path / "adapter", scale=0.3)
+    options: dict[str, Any] = {
+        "options": EvaluationOptions(
+            few_shot_probe=entries, few_shot_prompts=13, few_shot_shots=2, few_shot_characters=12
+        ),
+        "model": ModelOptions("none", "float32", "cpu"),
+    }
+    evaluate(str(tmp_path / "adapter"), out=str(tmp_path / "one.json"), **options)
+    given = options | {"out": str(tmp_path / "two.json"), "shard": shard}
+    run_distributed(partial(evaluate, str(tmp_path / "adapter"), **given), 2)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("one", "two"))
+    assert one["few_shot_probe"] == two["few_shot_probe"]
+    assert one["table"] == two["table"]
 
 
 @pytest.mark.parametrize(
