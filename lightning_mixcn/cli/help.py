@@ -19,6 +19,7 @@ from lightning_mixcn.errors import UserError, nearest
 
 CONFIG_OPTION = "YAML file, or name of one of this package's"
 PLAN_OPTION = "print bytes by purpose, the largest micro-batch and expected tokens/s, load nothing, and exit"
+CARD_OPTION = "with --plan: GPU to plan for in place of this machine's, such as h100-80gb or rtx-4090-24gb"
 OVERWRITE_OPTION = "replace the run that is in trainer.default_root_dir, once the new one is loaded; other files stay"
 # Callbacks that a run has without being asked.
 ADDED_CALLBACKS = frozenset(
@@ -51,6 +52,7 @@ _OPTIONS = {
     "fit": {
         "--ckpt_path PATH": "checkpoint to go on from, or `last` for the run's newest",
         "--plan": PLAN_OPTION,
+        "--card NAME": CARD_OPTION,
         "--overwrite": OVERWRITE_OPTION,
     },
     "validate": {"--ckpt_path PATH": _CHECKPOINT, "--verbose BOOL": "print the results; default true"},

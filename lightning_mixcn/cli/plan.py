@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lightning_mixcn.data import StreamDataModule
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, did_you_mean
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.schema import first_fault
-from lightning_mixcn.metrics.device import copy_rate, peak_rate
+from lightning_mixcn.metrics.device import CARDS, PeakRate, copy_rate, peak_rate, stated_peak
 from lightning_mixcn.model import build_moe
 from lightning_mixcn.model.checkpoints.configuration import check_config
 from lightning_mixcn.model.checkpoints.folder import read_config
@@ -46,8 +46,11 @@ class Ranks:
     nodes: int
 
     @classmethod
-    def of(cls, settings: Any) -> "Ranks":
-        """Read the settings as Lightning does; where there is no GPU, ``devices: auto`` is one."""
+    def of(cls, settings: Any, card: str | None = None) -> "Ranks":
+        """Read the settings as Lightning does; where there is no GPU, or for a card, ``devices: auto`` is one."""
+        if card is not None:
+            auto = settings.devices in ("auto", -1, "-1")
+            return cls("cuda", 1 if auto else _count(settings.devices, "cuda"), int(settings.num_nodes))
         given, there = str(settings.accelerator), torch.cuda.is_available()
         device_type = "cuda" if given in ("gpu", "cuda") or (given == "auto" and there) else "cpu"
         return cls(device_type, _count(settings.devices, device_type), int(settings.num_nodes))
@@ -65,24 +68,32 @@ class RunPlan:
         settings: The configuration's ``trainer``, its classes made.
         module: The LightningModule; its model is not.
         data: The LightningDataModule.
+        card: Name in `CARDS` of the GPU to plan for; null is what this machine has.
 
     Raises:
-        ValueError: what the plan needs is not known, or `activation_memory` is too small.
+        ValueError: there is no such card, what the plan needs is not known, or `activation_memory` is too small.
     """
 
-    def __init__(self, settings: Any, module: CausalLMModule, data: Any) -> None:
-        self.ranks, self.module = Ranks.of(settings), module
+    def __init__(self, settings: Any, module: CausalLMModule, data: Any, card: str | None = None) -> None:
+        if card is not None and card not in CARDS:
+            raise UserError(f"`--card {card}` is not known{did_you_mean(card, CARDS)}. Give one of {', '.join(CARDS)}")
+        self.ranks, self.module, self.card = Ranks.of(settings, card), module, card
         self.device = self.ranks.device
         self.model = meta_model_of(module)
         sharing = sharing_of(settings.strategy, self.ranks.of_node * self.ranks.nodes, self.ranks.of_node)
         accumulates, kind = settings.accumulate_grad_batches > 1, self.ranks.device_type
         run = planned_run(self.model, micro_batch(data), [], kind, accumulates, sharing, module.make_optimizer, module)
-        self.usable = None if self.device is None else usable_bytes(self.device, self.ranks.of_node)
+        self.usable = self._usable()
         self.run = replace(run, modes=self._modes(run))
         self.memory = plan_memory(self.model, self.run)
         rows_a_step = micro_batch(data).rows * self.ranks.of_node * self.ranks.nodes * settings.accumulate_grad_batches
         is_stream = isinstance(data, StreamDataModule)
         self.progress_rows = data.rows_of_progress(settings.max_steps or -1, rows_a_step) if is_stream else None
+
+    def _usable(self) -> int | None:
+        if self.card is not None:
+            return CARDS[self.card].bytes
+        return None if self.device is None else usable_bytes(self.device, self.ranks.of_node)
 
     def _modes(self, run: Run) -> list[str]:
         budget, layers = self.module.activation_memory, self.model.config.num_hidden_layers
@@ -90,7 +101,8 @@ class RunPlan:
             return layer_modes(self.module.activation_checkpointing, layers)
         if budget == "auto" and self.usable is None:
             raise UserError(
-                "`activation_memory: auto` cannot be planned here: there is no GPU. Give bytes for the plan"
+                "`activation_memory: auto` cannot be planned here: there is no GPU. Name one, such as `--card "
+                "h100-80gb`, or give bytes for the plan"
             )
         return fitting_modes(self.model, run, budget, self.usable or 0)
 
@@ -121,10 +133,10 @@ class RunPlan:
         """Return the plan as it is printed."""
         batch, modes = self.run.batch, self.run.modes
         counts = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
-        ranks = self.ranks.of_node * self.ranks.nodes
+        ranks, place = self.ranks.of_node * self.ranks.nodes, self.card or self.ranks.device_type
         lines = [
-            f"One of {ranks} rank{'s' * (ranks > 1)} on {self.ranks.device_type}, micro-batches of {batch.rows} x "
-            f"{batch.length:,} tokens, activations: {counts} layers",
+            f"One of {ranks} rank{'s' * (ranks > 1)} on {place}, micro-batches of {batch.rows} x {batch.length:,} "
+            f"tokens, activations: {counts} layers",
             "",
             *_table(self.memory, type(self.module.make_optimizer([nn.Parameter(torch.zeros(1))])).__name__),
             "",
@@ -132,9 +144,10 @@ class RunPlan:
         ]
         if self.progress_rows is not None:
             lines.append(f"Weights of sources by progress are fractions of {self.progress_rows:,} rows.")
-        if self.device is None:
-            return "\n".join([*lines, "There is no GPU here: what it holds, and how fast it is, is not known."])
-        return "\n".join([*lines, self._fit(), *self._speed(self.device)])
+        if self.usable is None:
+            unknown = "There is no GPU here: what it holds, and how fast it is, is not known."
+            return "\n".join([*lines, f"{unknown} `--card` plans for one of {', '.join(CARDS)}."])
+        return "\n".join([*lines, self._fit(), *self._speed(*self._rates())])
 
     def _fit(self) -> str:
         assert self.usable is not None
@@ -146,20 +159,31 @@ class RunPlan:
             f"of {self.run.batch.length:,} tokens."
         )
 
-    def _speed(self, device: torch.device) -> list[str]:
+    def _rates(self) -> tuple[PeakRate | None, float, str]:
+        """Return the rates of products and of memory, and where the latter is from; None for products not known."""
+        dtype = getattr(torch, self.module.dtype_name)
+        if self.card is not None:
+            card = CARDS[self.card]
+            stated = None if dtype == torch.float32 else stated_peak(card.name)
+            return (None if stated is None else PeakRate(stated, False)), card.bytes_per_second, "stated by its maker"
+        assert self.device is not None
+        return peak_rate(self.device, dtype), copy_rate(self.device), "measured"
+
+    def _speed(self, peak: PeakRate | None, rate: float, copies: str) -> list[str]:
         """Return tokens a second of a rank when documents fill their rows: the time of the products and of decoding."""
+        if peak is None:
+            return ["How fast it is in float32 is not known."]
         batch = self.run.batch
         flops = count_training_flops(self.model, self.run.modes)
         total = flops.of(batch.tokens, batch.rows * batch.length * (batch.length + 1) // 2).total
-        peak = peak_rate(device, getattr(torch, self.module.dtype_name))
-        copied, rate = decoding_bytes(self.model, self.run.modes), copy_rate(device)
+        copied = decoding_bytes(self.model, self.run.modes)
         products, decoding = total / peak.flops_per_second, copied / rate
         limit, expected = (batch.tokens / (products / share + decoding) for share in (1.0, EXPECTED_SHARE))
         measured = "measured" if peak.measured else "stated by its maker"
         return [
             f"A micro-batch takes {total / 1e12:.2f} TFLOP, {products:.3f} s at {peak.flops_per_second / 1e12:.2f} "
             f"TFLOP/s ({measured}), and moves {copied / 1e9:.2f} GB to decode weights, {decoding:.3f} s at "
-            f"{rate / 1e9:.1f} GB/s (measured).",
+            f"{rate / 1e9:.1f} GB/s ({copies}).",
             f"The limit is {limit:,.0f} tokens/s on a rank; {expected:,.0f} are expected, with products at "
             f"{EXPECTED_SHARE:.0%} of that rate. Traffic between ranks is not counted.",
         ]

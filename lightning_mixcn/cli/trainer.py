@@ -39,7 +39,7 @@ from lightning_mixcn.modules.learning_rates import make_rated_optimizer, make_ra
 from lightning_mixcn.modules.run_settings import check_precision
 from lightning_mixcn.modules.strategies import check_strategy
 
-from .help import CONFIG_OPTION, OVERWRITE_OPTION, PLAN_OPTION
+from .help import CARD_OPTION, CONFIG_OPTION, OVERWRITE_OPTION, PLAN_OPTION
 from .parser import ConfigOption, ConfigurationParser, check_what_is_loaded
 from .plan import RunPlan
 from .run_folder import (
@@ -92,7 +92,7 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, and show it in TensorBoard."""
-        for option in ("plan", "overwrite"):  # which are not the run's, and other subcommands do not know
+        for option in ("plan", "card", "overwrite"):  # which are not the run's, and other subcommands do not know
             self.config.pop(option, None)
         forget_tokenizer(self.config)
         shown = self.config.clone()
@@ -159,6 +159,7 @@ class MixcnCLI(LightningCLI):
         """Give `fit` its own options."""
         if parser.prog.endswith(" fit"):
             parser.add_argument("--plan", action="store_true", help=PLAN_OPTION)
+            parser.add_argument("--card", type=str | None, default=None, help=CARD_OPTION)
             parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_OPTION)
 
     def _parse_ckpt_path(self) -> None:
@@ -173,6 +174,8 @@ class MixcnCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and check what can be checked before anything is loaded."""
         settings = self._settings
+        if settings.get("card") is not None and not self._planning:
+            raise UserError(f"`--card {settings.card}` is what a plan is made for. Add `--plan`, or leave it out")
         if settings.trainer.default_root_dir is None:
             configs = settings.get("config") or []
             name = Path(str(configs[0])).stem if configs else "default"
@@ -234,7 +237,8 @@ class MixcnCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self._planning:
-            print(RunPlan(self._get(self.config_init, "trainer"), self.model, self.datamodule).text())
+            settings, card = self._get(self.config_init, "trainer"), self._settings.card
+            print(RunPlan(settings, self.model, self.datamodule, card).text())
             return
         trains = False
         try:

@@ -24,7 +24,18 @@ _NOISE = (
     "a class path (str)",
     "a dict with",
 )
-_OPTIONS = ("config", "model", "data", "trainer", "seed_everything", "ckpt_path", "plan", "overwrite", "weights_only")
+_OPTIONS = (
+    "config",
+    "model",
+    "data",
+    "trainer",
+    "seed_everything",
+    "ckpt_path",
+    "plan",
+    "card",
+    "overwrite",
+    "weights_only",
+)
 _NO_MAPPING = re.compile(r"'\w+' object has no attribute 'keys'")
 _NO_CLASS = re.compile(
     r"Expected a dot import path string: (?P<path>.+)|module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'"

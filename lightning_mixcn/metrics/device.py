@@ -29,6 +29,39 @@ _TERAFLOPS = {
     r"\bRTX 4090\b": 165.2,
     r"\bRTX 3090\b(?! Ti)": 71.0,
 }
+
+
+class Card(NamedTuple):
+    """A GPU as its maker's data sheet states it.
+
+    Args:
+        name: Name, as its driver calls it.
+        bytes: Memory; drivers report up to 7 % more, and take some of it.
+        bytes_per_second: Rate of its memory, reads and writes together.
+    """
+
+    name: str
+    bytes: int
+    bytes_per_second: float
+
+
+CARDS = {
+    "b200-180gb": Card("B200", 180 * 10**9, 8.0e12),
+    "h200-141gb": Card("H200", 141 * 10**9, 4.8e12),
+    "h100-80gb": Card("H100 80GB HBM3", 80 * 10**9, 3.35e12),
+    "h100-nvl-94gb": Card("H100 NVL", 94 * 10**9, 3.9e12),
+    "h100-pcie-80gb": Card("H100 PCIe", 80 * 10**9, 2.0e12),
+    "a100-80gb": Card("A100-SXM4-80GB", 80 * 10**9, 2.039e12),
+    "a100-40gb": Card("A100-SXM4-40GB", 40 * 10**9, 1.555e12),
+    "l40s-48gb": Card("L40S", 48 * 10**9, 0.864e12),
+    "rtx-a6000-48gb": Card("RTX A6000", 48 * 10**9, 0.768e12),
+    "a40-48gb": Card("A40", 48 * 10**9, 0.696e12),
+    "rtx-5090-32gb": Card("RTX 5090", 32 * 10**9, 1.792e12),
+    "rtx-4090-24gb": Card("RTX 4090", 24 * 10**9, 1.008e12),
+    "rtx-3090-24gb": Card("RTX 3090", 24 * 10**9, 0.936e12),
+    "a10-24gb": Card("A10", 24 * 10**9, 0.6e12),
+    "l4-24gb": Card("L4", 24 * 10**9, 0.3e12),
+}
 # Slower chips, or parts of one, under the same names.
 _OTHERS = re.compile(r"\b(Laptop|Max-Q|MIG|D)\b")
 _SECONDS, _AT_LEAST, _AT_MOST = 0.5, 3, 200

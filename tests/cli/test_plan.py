@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.plan import Ranks
+from lightning_mixcn.metrics.device import CARDS, stated_peak
 from lightning_mixcn.model.memory.optimizer import MemoryTracker
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_mixtral
@@ -72,6 +73,38 @@ def test_overlays(overlay: str, options: list[str], config: Path, capsys: pytest
     assert "gathered from other ranks" in text
     if not torch.cuda.is_available():
         assert "There is no GPU here" in text
+
+
+def test_a_card_that_is_not_here(config: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that is there of the base is its configuration; `accelerator: cpu` of the file is not the card's."""
+    alone = config.parent / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
+    options = ["--config", str(config), f"--model.base={alone}", "--model.activation_memory=auto"]
+    assert main(["fit", *options, "--plan", "--card=h100-80gb"]) == 0
+    text = capsys.readouterr().out
+    assert "One of 1 rank on h100-80gb, micro-batches of 2 x 512 tokens" in text
+    assert "A rank can have 80.00 GB, of which 8% stay in reserve: the run fits" in text
+    assert "989.40 TFLOP/s (stated by its maker)" in text
+    assert "3350.0 GB/s (stated by its maker)" in text
+    options += ["--model.dtype=float32", "--trainer.devices=2", "--trainer.strategy=fsdp"]
+    assert main(["fit", *options, "--plan", "--card=a10-24gb"]) == 0
+    text = capsys.readouterr().out
+    assert "One of 2 ranks on a10-24gb" in text
+    assert "How fast it is in float32 is not known" in text
+
+
+def test_every_card_has_a_rate() -> None:
+    for name, card in CARDS.items():
+        assert stated_peak(f"NVIDIA {card.name}") is not None
+        assert name.endswith(f"-{card.bytes // 10**9}gb")
+
+
+def test_a_card_is_for_a_plan_and_known(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(config), "--card=h100-80gb"]) == 2
+    assert "`--card h100-80gb` is what a plan is made for. Add `--plan`" in capsys.readouterr().err
+    assert main(["fit", "--config", str(config), "--plan", "--card=h100-80"]) == 2
+    assert "`--card h100-80` is not known (did you mean 'h100-80gb'?). Give one of b200" in capsys.readouterr().err
 
 
 def test_a_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
