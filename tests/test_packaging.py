@@ -99,6 +99,9 @@ def build(hook: str, tree: Path, out: Path) -> Path:
     return built
 
 
+PAGES = ("hygiene/report", "preference/sheet")
+
+
 @pytest.mark.slow
 def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists():
@@ -113,7 +116,7 @@ def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_mixcn").rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for name in LINKS for path in (ROOT / name).rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
-    expected |= {"lightning_mixcn/py.typed", "lightning_mixcn/studies/preference/sheet.html.jinja"}
+    expected |= {"lightning_mixcn/py.typed", *(f"lightning_mixcn/studies/{page}.html.jinja" for page in PAGES)}
     expected |= {"lightning_mixcn/model/experts/fastest.json", "lightning_mixcn/studies/task_groups.json"}
     assert len(came) == len(set(came))
     assert {name for name in came if ".dist-info/" not in name} == expected
