@@ -15,9 +15,11 @@ from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.files.schema import first_fault
 from lightning_mixcn.metrics.device import CARDS, PeakRate, copy_rate, peak_rate, stated_peak
 from lightning_mixcn.model import build_moe
+from lightning_mixcn.model.architectures import architecture_of
 from lightning_mixcn.model.checkpoints.configuration import check_config
 from lightning_mixcn.model.checkpoints.folder import read_config
 from lightning_mixcn.model.checkpoints.reading import config_of, stock_settings
+from lightning_mixcn.model.lora.adapter_file import AdapterFile
 from lightning_mixcn.model.memory.budget import RESERVE, fitting_modes, usable_bytes
 from lightning_mixcn.model.memory.checkpointing import layer_modes
 from lightning_mixcn.model.memory.counts import decoding_bytes
@@ -199,10 +201,15 @@ def meta_model_of(module: CausalLMModule) -> Any:
     config = _base_config(module.base)
     if module.tokenizer_path != module.base:
         config.vocab_size = max(config.vocab_size, load_tokenizer(module.tokenizer_path).vocab_size)
+    lora = module.lora
+    if lora is None and module.adapter_path is not None:
+        stored = AdapterFile(module.adapter_path, architecture_of(config))
+        stored = stored.on_rounded_base() if module.quantization == "nf4" else stored
+        lora = stored.lora_config(config.num_hidden_layers)
     return build_moe(
         config,
         quantization=module.quantization,
-        lora=module.lora,
+        lora=lora,
         dtype=module.dtype_name,
         device="meta",
         train_embeddings=module.train_embeddings,

@@ -69,12 +69,13 @@ def load_moe(
             bitsandbytes (NF4, double quantised, saved with transformers 4), hub id, or one of these that is opened.
         quantization: ``nf4``: attention projections and experts in 4 bits, double quantised; embeddings, head, norms
             and router stay in ``dtype``. ``none``: everything in ``dtype``.
-        lora: PEFT's configuration, or ``None`` for the bare base.
+        lora: PEFT's configuration, or ``None`` for the bare base or an ``adapter``'s own.
         dtype: Compute dtype. LoRA masters and trained embeddings are float32 whatever it is.
         device: Device of the model; ``None`` is the CPU.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully.
         seed: Seed of LoRA's random start, and of random new rows.
-        adapter: PEFT adapter folder to continue from, opened or not; needs ``lora`` with its rank and targets.
+        adapter: PEFT adapter folder to continue from, opened or not; without ``lora`` with its own rank, scaling and
+            targets.
         tokenizer: Folder or hub id of a tokenizer that continues the base's. Embedding and head get rows for its
             further pieces, and must train; an adapter that was trained so brings them itself.
         new_rows: Start of those rows. ``mean``: the mean of the rows of the old pieces that the base's tokenizer splits
@@ -105,15 +106,13 @@ def load_moe(
     model = meta_model(config, quantization, torch_dtype(dtype))
     todo, source = open_entries(checkpoint, config)  # before anything is allocated
     modules = [model.get_submodule(entry.name) for entry in todo]  # before PEFT puts its layers in between
-    if adapter is not None and lora is None:
-        raise UserError(
-            f"`adapter={str(adapter)!r}` needs `lora` with its rank and targets. Set lora, or leave adapter out"
-        )
     if lora_start is not None:
         check_start(checkpoint, quantization, has_lora=lora is not None, has_adapter=adapter is not None)
     stored = AdapterFile(adapter, architecture_of(config)) if isinstance(adapter, str | Path) else adapter
     if stored is not None and quantization == "nf4":
         stored = stored.on_rounded_base()
+    if stored is not None and lora is None:
+        lora = stored.lora_config(config.num_hidden_layers)
     extension = find_extension(
         checkpoint, config, tokenizer=tokenizer, new_rows=new_rows, train_embeddings=train_embeddings,
         adapter=stored, seed=seed,

@@ -68,9 +68,10 @@ class CausalLMModule(SavedStateModule):
         dtype: Compute dtype; LoRA masters and trained embeddings are float32 whatever it is.
         tokenizer: Folder of the tokenizer; null is the base's, or that of an `adapter` with embeddings of its own. The
             command line gives it to the data, too. One that `mixcn vocab merge` has extended needs `train_embeddings`.
-        lora: PEFT's LoraConfig, with the paper's target names; null trains no adapter.
+        lora: PEFT's LoraConfig, with the paper's target names; null trains no adapter, or an `adapter` as it is.
         train_embeddings: Train ``embed_tokens`` and ``lm_head`` fully, as the paper does.
-        adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer.
+        adapter: PEFT adapter folder, or run folder, to continue from with a new optimizer. Its rank, scaling and
+            targets are taken where `lora` is null; dropout, which its file does not have, is `lora`'s.
         router_aux_loss_coef: Weight of the auxiliary load-balancing loss; 0.02 as in Mixtral's configuration.
         activation_checkpointing: ``none`` keeps activations, ``selective`` recomputes attention, ``full`` whole layers,
             of which ``offload`` keeps the inputs in the host's memory.
@@ -119,7 +120,7 @@ class CausalLMModule(SavedStateModule):
             check_training_options(lora)
         if learning_rates and "embeddings" in learning_rates and not train_embeddings:
             raise UserError("`learning_rates` has embeddings, which do not train. Set `train_embeddings: true`")
-        if train_only is not None and lora is None:
+        if train_only is not None and lora is None and adapter is None:
             raise UserError("`train_only` chooses what has LoRA, but `lora` is null. Set lora, or leave train_only out")
         check_kl_to_base(kl_to_base, train_embeddings)
         super().__init__()

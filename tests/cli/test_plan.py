@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mixcn.cli import main
 from lightning_mixcn.cli.plan import Ranks
 from lightning_mixcn.metrics.device import CARDS, stated_peak
+from lightning_mixcn.model import load_mixtral
 from lightning_mixcn.model.memory.optimizer import MemoryTracker
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch, save_tiny_mixtral
@@ -92,6 +93,20 @@ def test_a_card_that_is_not_here(config: Path, tiny_base: Path, capsys: pytest.C
     text = capsys.readouterr().out
     assert "One of 2 ranks on a10-24gb" in text
     assert "How fast it is in float32 is not known" in text
+
+
+def test_an_adapter_is_planned_as_it_is(
+    config: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig
+
+    adapter = tmp_path / "adapter"
+    load_mixtral(tiny_base, lora=LoraConfig(r=4, target_modules="all-linear")).save_pretrained(str(adapter))
+    plans = []
+    for options in ([], ["--model.lora=null", f"--model.adapter={adapter}"]):
+        assert main(["fit", "--config", str(config), "--plan", "--card=l4-24gb", *options]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
 
 
 def test_every_card_has_a_rate() -> None:

@@ -220,6 +220,22 @@ def test_the_saved_configuration_runs(config: dict[str, Any]) -> None:
     assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
 
 
+def test_a_run_goes_on_from_an_adapter_without_its_configuration(config: dict[str, Any]) -> None:
+    """It is the run that has it, and resumes."""
+    config["trainer"]["max_steps"] = 2
+    assert run(config) == 0
+    arguments, folders = config["model"]["init_args"], ("runs/given", "runs/own")
+    arguments["adapter"], arguments["lora"]["lora_dropout"] = "runs/tiny", 0.0
+    for folder in folders:
+        assert run(config, "fit", f"--trainer.default_root_dir={folder}") == 0
+        arguments["lora"] = None
+    ends = [torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for folder in folders]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    on = ("--trainer.default_root_dir=runs/own", "--ckpt_path=last", "--trainer.max_steps=4")
+    assert run(config, "fit", *on) == 0
+
+
 def change(config: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for parent in parents:

@@ -246,6 +246,35 @@ class AdapterFile:
         view.is_on_rounded_base = True
         return view
 
+    def lora_config(self, num_layers: int) -> LoraConfig:
+        """Return what adapts the same matrices with the same rank and scaling, to go on training them.
+
+        Args:
+            num_layers: Layers of the base.
+
+        Raises:
+            ValueError: it adapts no matrix, or matrices have several ranks.
+        """
+        ranks = sorted({self.rank(name) for name in self.names})
+        if len(ranks) != 1:
+            raise UserError(
+                f"`adapter={self.name!r}` has matrices of the ranks {', '.join(map(str, ranks)) or '(none)'}, expected "
+                "one. Give `lora` with `r` and `rank_pattern`, as the adapter was trained"
+            )
+        layers: dict[str, set[str]] = {}
+        for name in self.names:
+            layers.setdefault(name.rpartition(".")[2], set()).add(name.removeprefix("model.layers.").partition(".")[0])
+        # Whole names where a layer is left out, as adapter files have them.
+        partial = {short for short, of_short in layers.items() if len(of_short) < num_layers}
+        targets = {name if (short := name.rpartition(".")[2]) in partial else short for name in self.names}
+        return LoraConfig(
+            r=ranks[0],
+            lora_alpha=self.config.lora_alpha,
+            use_rslora=self.config.use_rslora,
+            lora_dropout=self.config.lora_dropout,
+            target_modules=sorted(targets),
+        )
+
     def rank(self, name: str) -> int:
         """Return the rank of the factors of a matrix. ValueError if they do not fit each other."""
         rank = self._stored_rank(name)

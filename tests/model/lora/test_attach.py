@@ -80,6 +80,30 @@ def test_saved_adapter_loads_again(base: Path, ids: Tensor, tmp_path: Path) -> N
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "gate"]},
+        {"layers_to_transform": [1]},
+        {"target_modules": ["w1", "w2", "w3"], "layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_an_adapter_brings_its_own_configuration(base: Path, ids: Tensor, tmp_path: Path, lora: dict[str, Any]) -> None:
+    model = randomise(adapted(base, "nf4", **lora))
+    model.save_pretrained(tmp_path)
+    again = load_mixtral(base, dtype="float32", adapter=tmp_path)
+    assert isinstance(again, MoePeftModel)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    for (name, layer), (other, given) in zip(lora_layers(again), lora_layers(model), strict=True):
+        assert (name, layer.r, layer.scaling) == (other, given.r, given.scaling)
+    assert [(n, p.shape) for n, p in again.named_parameters() if p.requires_grad] == [
+        (n, p.shape) for n, p in model.named_parameters() if p.requires_grad
+    ]
+
+
 def test_w1_on_disk_is_the_gate_of_its_expert(tiny: Path, tmp_path: Path) -> None:
     model = randomise(adapted(tiny))
     model.save_pretrained(tmp_path)
