@@ -198,7 +198,7 @@ def meta_model_of(module: CausalLMModule) -> Any:
         FileNotFoundError: there is no such base.
         ValueError: its family is not supported, or an option does not fit.
     """
-    config = _base_config(module.base)
+    config = base_config(module.base)
     if module.tokenizer_path != module.base:
         config.vocab_size = max(config.vocab_size, load_tokenizer(module.tokenizer_path).vocab_size)
     lora = module.lora
@@ -217,7 +217,8 @@ def meta_model_of(module: CausalLMModule) -> Any:
     )
 
 
-def _base_config(base: str) -> PreTrainedConfig:
+def base_config(base: str) -> PreTrainedConfig:
+    """Read a base's configuration alone, from its folder or a hub. Raises: ValueError."""
     file = Path(base).expanduser() / "config.json"
     settings = stock_settings(read_config(file.parent) if file.is_file() else _from_hub(base))
     return config_of(settings, f"`base={base!r}`")

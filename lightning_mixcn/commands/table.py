@@ -4,6 +4,7 @@ from typing import Any
 
 # Each with the line that `mixcn --help` shows.
 COMMANDS = {
+    "init": "write the first YAML of a run: one that fits your base, GPU and texts",
     "fit": "train from a YAML configuration; --ckpt_path last resumes",
     "validate": "likelihood of every source's held-out documents, into validate.json",
     "test": "likelihood of every test source, into test.json",
@@ -35,6 +36,7 @@ FUNCTIONS = {
     "preference": "lightning_mixcn.studies.preference.command",
     "quantization": "lightning_mixcn.studies.quantization.command",
     "data": "lightning_mixcn.studies.hygiene.command",
+    "init": "lightning_mixcn.cli.init",
     "configs": "lightning_mixcn.cli.configs",
     "help": "lightning_mixcn.cli.help",
 }

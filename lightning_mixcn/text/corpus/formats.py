@@ -64,7 +64,7 @@ def iterate_conversations(
     assert file.records != "preference"
     form = None if file.records == "any" else file.records
     unit = "row" if file.format in TABLES else "line"
-    for number, record in _conversation_records(file, on_bad_record, on_read, tally):
+    for number, record in iterate_records(file, on_bad_record, on_read, tally):
         try:
             if not isinstance(record, Mapping):
                 raise UserError(f"expected an object, got a {type(record).__name__}")
@@ -98,7 +98,7 @@ def _preferences(
     file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, Preference]]:
     unit = "row" if file.format in TABLES else "line"
-    for number, record in _conversation_records(file, on_bad_record, on_read, tally):
+    for number, record in iterate_records(file, on_bad_record, on_read, tally):
         try:
             if not isinstance(record, Mapping):
                 raise UserError(f"expected an object, got a {type(record).__name__}")
@@ -134,9 +134,10 @@ def _with_own_columns(message: str, record: Mapping[str, Any], file: SourceFile,
     return told
 
 
-def _conversation_records(
+def iterate_records(
     file: SourceFile, on_bad_record: Callable[[ValueError], None], on_read: OnRead, tally: RecordTally
 ) -> Iterator[tuple[int, Any]]:
+    """Read the records of a file as JSON or the table has them; arguments and errors as in `iterate_conversations`."""
     if file.format in TABLES:
         return iterate_rows(file, on_bad_record, on_read, tally)
     chunks = read_chunks(file.path, on_read)
