@@ -362,7 +362,8 @@ def _comments(settings: dict[str, Any], planner: _Planner, choice: Choice, sampl
     rows, often = trainer["accumulate_grad_batches"] * choice.rows, _often(trainer)
     lora, names = "Attention, router and experts train.", [sample.source.name for sample in samples]
     if choice.rank < packaged_rank:
-        lora += f" Rank {packaged_rank} {'would not fit' if choice.rank < first.rank else 'is for wider models'}."
+        does_not_fit = choice.rank < first.rank
+        lora += f" Rank {first.rank} would not fit." if does_not_fit else f" Rank {packaged_rank} is for wider models."
     replay = " A tenth of English against forgetting." if _REPLAY in names and len(names) > 1 else ""
     means = ", ".join(f"{sample.tokens_a_document:,.0f} ({sample.source.name})" for sample in samples)
     own_template = data.get("template") == "tokenizer"
@@ -413,6 +414,6 @@ def _summary(settings: dict[str, Any], planner: _Planner, choice: Choice, plan: 
         f"({RESERVE:.0%} more stay in reserve)",
         f"  model: {counts['total'] / 1e9:.3g} billion parameters, of which {counts['trainable']:,} train (rank "
         f"{choice.rank}{embeddings}); {optimizer}; activation checkpointing: {choice.checkpointing}",
-        f"  steps: {trainer['max_steps']:,}, each of {trainer['accumulate_grad_batches']} micro-batches of {choice.rows} "
-        f"x {choice.length:,} tokens",
+        f"  steps: {trainer['max_steps']:,} of {trainer['accumulate_grad_batches']} x {choice.rows} rows of "
+        f"{choice.length:,} tokens",
     ]

@@ -167,7 +167,15 @@ def _all_documents(files: Sequence[SourceFile], documents: int, read_bytes: int)
 
 
 def _prompt(texts: Sequence[str]) -> str:
-    return next((line for line in " ".join(texts[0].split()).splitlines()), "")[:_PROMPT_CHARACTERS].strip()
+    """Return the first words of a text, or so many characters where words are not apart."""
+    prompt = ""
+    for word in texts[0].split():
+        if prompt and len(prompt) + len(word) > 2 * _PROMPT_CHARACTERS:
+            break
+        prompt = f"{prompt} {word}".strip()
+        if len(prompt) >= _PROMPT_CHARACTERS:
+            break
+    return prompt if len(prompt) <= 2 * _PROMPT_CHARACTERS else prompt[:_PROMPT_CHARACTERS]
 
 
 def _rounded(count: int) -> str:
