@@ -12,6 +12,7 @@ from lightning_mixcn.arguments import Between, RowTokens, Seed, Steps, check_arg
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.atomic import new_file, write_text
 from lightning_mixcn.model.inference.prefill import default_chunk
+from lightning_mixcn.studies.figures import choose_fonts
 from lightning_mixcn.studies.long_context.likelihood import (
     DocumentRow,
     LengthLikelihood,
@@ -138,6 +139,7 @@ def perplexity_figure(evaluations: Sequence[Evaluation]) -> Any:
         handles, labels = panel.get_legend_handles_labels()
         panel.legend(handles[:8], labels[:8], fontsize="x-small")
     panels[0].set_ylabel("perplexity")
+    choose_fonts(figure)
     return figure
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mixcn.files.atomic import append_lines, keep_lines
 from lightning_mixcn.metrics.expert_load import LoadSums, shares
+from lightning_mixcn.studies.figures import choose_fonts
 
 
 class ExpertLoadRow(NamedTuple):
@@ -117,6 +118,7 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     panels[0].set_ylabel("layer")
     panels[0].yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=list(panels), label="tokens, in uniform shares", extend="max")
+    choose_fonts(figure)
     return figure
 
 
@@ -146,6 +148,7 @@ def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], title:
     panel.set(title=title, xlabel="layer", ylabel="routing entropy / log E", ylim=(0, 1.02))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(fontsize="small")
+    choose_fonts(figure)
     return figure
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.studies.figures import choose_fonts
 from lightning_mixcn.studies.tables import csv_text, markdown_table
 
 from .differences import (
@@ -192,6 +193,7 @@ def save_curves(path: Path, results: Sequence[Mapping[str, Any]], title: str) ->
         axis.legend(fontsize="small")
     for axis, source in zip(axes[-1] if differences else (), sources, strict=False):
         draw_differences(axis, differences, source, arms[0])
+    choose_fonts(figure)
     # Neither date nor version: the same numbers give the same file.
     figure.savefig(path, metadata={"Software": None})
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_mixcn.metrics.expert_load import jensen_shannon_bits, load_numbers, shares
+from lightning_mixcn.studies.figures import choose_fonts
 from lightning_mixcn.studies.tables import aligned, write_csv
 
 from .disabling import MODES
@@ -60,6 +61,7 @@ def save_heatmaps(
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.colorbar(image, ax=axes, label=unit)
+    choose_fonts(figure)
     figure.savefig(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mixcn.studies.figures import choose_fonts
 from lightning_mixcn.studies.tables import markdown_table, write_csv
 
 from .weights import Sizes
@@ -177,6 +178,7 @@ def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
     axis.set_xlabel("bits per weight, all weights")
     axis.set_ylabel("bits per byte")
     axis.legend(title="text")
+    choose_fonts(figure)
     figure.savefig(path)
 
 
