@@ -123,6 +123,9 @@ def perplexity_figure(evaluations: Sequence[Evaluation]) -> Any:
     sources = list(dict.fromkeys(row["source"] for row in evaluations[-1]["likelihoods"]))
     figure = Figure(figsize=(4.6 * len(sources), 3.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
+    before = " (red) and before" if len(evaluations) > 1 else ""
+    title = f"perplexity by context length, step {evaluations[-1]['step']}{before}"
+    figure.suptitle(title, fontsize="small")
     panels = figure.subplots(1, len(sources), squeeze=False)[0]
     for panel, source in zip(panels, sources, strict=True):
         for age, entry in enumerate(reversed(evaluations)):
@@ -157,7 +160,7 @@ def retrieval_figure(retrieval: Retrieval, step: int) -> Any:
     width, height = 1.6 + len(tasks) * (1.0 + 0.5 * len(lengths)), 1.6 + 0.4 * len(depths)
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"retrieval accuracy, step {step}", fontsize="small")
+    figure.suptitle(f"retrieval of a planted fact, step {step}", fontsize="small")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for panel, (task, accuracy_DL) in zip(panels, tasks.items(), strict=True):
         image = panel.imshow(accuracy_DL, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
@@ -165,8 +168,9 @@ def retrieval_figure(retrieval: Retrieval, step: int) -> Any:
         panel.set_xlabel("length in tokens")
         panel.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45, fontsize="x-small")
         panel.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize="x-small")
-    panels[0].set_ylabel("depth")
-    figure.colorbar(image, ax=list(panels))
+    panels[0].set_ylabel("depth of the fact")
+    figure.colorbar(image, ax=list(panels), label="share answered right")
+    choose_fonts(figure)
     return figure
 
 

@@ -34,6 +34,7 @@ from .report import (
 from .window import SIDES, LoadWindow, StarvingExperts
 
 _PREFIX = {"train": "experts", "val": "experts/val"}
+_STAGES = {"train": "training", "val": "validation"}
 
 
 class ExpertLoadMonitor(Callback):
@@ -43,7 +44,7 @@ class ExpertLoadMonitor(Callback):
     each pass, under ``experts/val/``. Every number is the mean over the layers, ``…_worst_layer`` is its worst layer's.
     ``experts/<source>/`` is the same of each source's tokens, ``source_divergence_bits`` how differently the sources
     use the experts, and ``drift_bits`` how far the shares have moved from those of the run's first log: both are
-    Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares in uniform shares, 1 / E. A second
+    Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares relative to 1 / E. A second
     figure of validation has the routing entropy of each source in every layer, beside that of the check before training
     (``trainer.num_sanity_val_steps``; -1 checks all of the text), whose counts are the stage ``base`` of
     ``experts.csv``. With a `PreferenceDataModule`, ``experts/chosen/``, ``experts/rejected/`` and
@@ -266,14 +267,15 @@ class ExpertLoadMonitor(Callback):
         if window.boundaries:
             for start, part in window.by_position(sums).items():
                 tags |= load_tags(f"{_PREFIX[stage]}/position_from_{start}", part)
+        when = f"{_STAGES[stage]}, step {step}"
         for logger in trainer.loggers:
             # Lightning's own numbers of this step are logged under the one before: it counts them from 0.
             logger.log_metrics(tags, step=max(step - 1, 0))
             if is_drawn and (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)):
                 panels = {"all": shares_LE} | (shares_of if len(shares_of) > 1 else {})
-                add_figure(f"{_PREFIX[stage]}/load", load_figure(panels, f"{stage}, {step}"), max(step - 1, 0))
+                add_figure(f"{_PREFIX[stage]}/load", load_figure(panels, when), max(step - 1, 0))
                 if stage == "val":  # of the same text each time, so that lines differ by the model alone
-                    lines = entropy_figure(self._base_entropy, _entropies(window, sums), f"{stage}, {step}")
+                    lines = entropy_figure(self._base_entropy, _entropies(window, sums), when)
                     add_figure(f"{_PREFIX[stage]}/routing_entropy", lines, max(step - 1, 0))
 
     def _judge(self, step: int, shares_LE: Tensor | None) -> None:

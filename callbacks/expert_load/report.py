@@ -82,15 +82,16 @@ class ExpertLoadFile:
 # Inches of a panel at most, and experts up to which every one has a tick, and tags of its own in every layer: the ticks
 # of 64 would cover each other, and the tags of 128 in 48 layers would be 6,144.
 _WIDEST, _FEW = 6.4, 16
+_NARROWEST = 3.6  # inches that the title takes
 _BRIGHTEST = 2.0  # uniform shares; above it, colours are alike, so that one busy expert does not darken all others
 
 
-def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
+def load_figure(shares_by_name: Mapping[str, Tensor], when: str) -> Any:
     """Draw heatmaps.
 
     Args:
         shares_by_name: Each panel's share of each expert in its layer, float ``[L, E]`` on the CPU.
-        title: Title over all panels.
+        when: Stage and step, for the title.
 
     Returns:
         A `matplotlib.figure.Figure`, which belongs to no window.
@@ -101,10 +102,11 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     num_layers, num_experts = next(iter(shares_by_name.values())).shape
-    width, height = 1.2 + len(shares_by_name) * (0.9 + min(0.3 * num_experts, _WIDEST)), 1.6 + 0.2 * num_layers
+    across = len(shares_by_name) * (0.9 + min(0.3 * num_experts, _WIDEST))
+    width, height = max(1.2 + across, _NARROWEST), 1.8 + 0.2 * num_layers
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize="small")
+    figure.suptitle(f"expert load: share of tokens relative to uniform\n{when}", fontsize="small")
     panels = figure.subplots(1, len(shares_by_name), squeeze=False, sharey=True)[0]
     for panel, (name, shares_LE) in zip(panels, shares_by_name.items(), strict=True):
         image = panel.imshow(
@@ -117,18 +119,18 @@ def load_figure(shares_by_name: Mapping[str, Tensor], title: str) -> Any:
             panel.set_xticks(range(num_experts))
     panels[0].set_ylabel("layer")
     panels[0].yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=list(panels), label="tokens, in uniform shares", extend="max")
+    figure.colorbar(image, ax=list(panels), label="relative to uniform", extend="max")
     choose_fonts(figure)
     return figure
 
 
-def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], title: str) -> Any:
+def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], when: str) -> Any:
     """Draw how evenly each source is routed in every layer, before training beside now.
 
     Args:
         base: Routing entropy of each source before training ``[L]``, over log E; empty where it was not measured.
         now: The same now.
-        title: Title of the figure.
+        when: Stage and step, for the title.
 
     Returns:
         A `matplotlib.figure.Figure`, which belongs to no window.
@@ -145,7 +147,8 @@ def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], title:
         if name in base:
             label = f"{name}, before training"
             panel.plot(base[name].numpy(), linestyle="--", color=line.get_color(), label=label)
-    panel.set(title=title, xlabel="layer", ylabel="routing entropy / log E", ylim=(0, 1.02))
+    panel.set_title(f"routing entropy by layer: 1 is all experts alike\n{when}", fontsize="small")
+    panel.set(xlabel="layer", ylabel="routing entropy / log E", ylim=(0, 1.02))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(fontsize="small")
     choose_fonts(figure)

@@ -85,6 +85,8 @@ def save_matrices(path: Path, matrices: NDArray[np.float64], limits: tuple[float
     for axis in axes[len(matrices) :]:
         axis.set_axis_off()
     figure.colorbar(image, ax=axes)
+    figure.supxlabel("expert", fontsize="small")
+    figure.supylabel("expert", fontsize="small")
     figure.savefig(path)
 
 

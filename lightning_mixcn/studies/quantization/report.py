@@ -163,6 +163,7 @@ def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    figure.suptitle("bits per byte of text against the size of the weights", fontsize="medium")
     axis = figure.subplots()
     ordered = sorted(figures, key=lambda of: of["bits_per_weight"])
     across = [of["bits_per_weight"] for of in ordered]

@@ -350,7 +350,10 @@ def test_nothing_that_fits_is_a_file_without_pictures(tmp_path: Path) -> None:
 
 
 def test_curves_of_earlier_steps_lie_under_the_last_one() -> None:
-    chinese, english = perplexity_figure([evaluation(0), evaluation(5)]).axes
+    figure = perplexity_figure([evaluation(0), evaluation(5)])
+    assert figure.get_suptitle() == "perplexity by context length, step 5 (red) and before"
+    assert perplexity_figure([evaluation(5)]).get_suptitle() == "perplexity by context length, step 5"
+    chinese, english = figure.axes
     assert (chinese.get_title(), english.get_title()) == ("zh", "en")
     curves = {line.get_label(): line for line in chinese.lines}
     assert list(curves["step 5"].get_xdata()) == list(LENGTHS)
@@ -362,7 +365,10 @@ def test_curves_of_earlier_steps_lie_under_the_last_one() -> None:
 
 
 def test_heatmaps_have_depths_down_and_lengths_across() -> None:
-    passkey, needle, _ = retrieval_figure(evaluation(5)["retrieval"], 5).axes
+    figure = retrieval_figure(evaluation(5)["retrieval"], 5)
+    passkey, needle, colours = figure.axes
+    assert figure.get_suptitle() == "retrieval of a planted fact, step 5"
+    assert (passkey.get_ylabel(), colours.get_ylabel()) == ("depth of the fact", "share answered right")
     assert (passkey.get_title(), needle.get_title()) == ("passkey_zh", "needle_en")
     assert passkey.images[0].get_array().tolist() == [[1.0, 0.5], [0.0, 0.25]]
     assert [label.get_text() for label in passkey.get_xticklabels()] == ["512", "4096"]

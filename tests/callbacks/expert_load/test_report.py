@@ -132,8 +132,11 @@ def test_nothing_counted_gives_no_tag() -> None:
 
 def test_a_panel_for_each_table_in_uniform_shares() -> None:
     even, skewed = torch.full((3, 4), 0.25), torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 3)
-    figure = load_figure({"all": even, "zh": skewed}, "train, 10")
+    figure = load_figure({"all": even, "zh": skewed}, "training, step 10")
     panels = figure.axes[:2]
+    assert figure.get_suptitle() == "expert load: share of tokens relative to uniform\ntraining, step 10"
+    assert [panel.get_xlabel() for panel in panels] == ["expert", "expert"]
+    assert panels[0].get_ylabel() == "layer"
     assert [panel.get_title() for panel in panels] == ["all", "zh"]
     for panel, table in zip(panels, (even, skewed), strict=True):
         np.testing.assert_allclose(panel.images[0].get_array(), 4 * table.numpy())
@@ -145,12 +148,12 @@ def test_a_panel_for_each_table_in_uniform_shares() -> None:
 
 
 def test_a_figure_of_a_large_model_stays_small() -> None:
-    figure = load_figure({name: torch.full((32, 8), 1 / 8) for name in ("all", "zh", "en")}, "train, 10")
+    figure = load_figure({name: torch.full((32, 8), 1 / 8) for name in ("all", "zh", "en")}, "training, step 10")
     assert max(figure.get_size_inches()) < 15
 
 
 def test_128_experts_have_narrow_cells_and_no_tags_of_their_own() -> None:
-    figure = load_figure({name: torch.full((48, 128), 1 / 128) for name in ("all", "zh", "en")}, "train, 10")
+    figure = load_figure({name: torch.full((48, 128), 1 / 128) for name in ("all", "zh", "en")}, "training, step 10")
     assert max(figure.get_size_inches()) < 24
     figure.canvas.draw()
     panel = figure.axes[0]
@@ -162,10 +165,21 @@ def test_128_experts_have_narrow_cells_and_no_tags_of_their_own() -> None:
 
 def test_a_line_for_each_source_and_its_base() -> None:
     base, now = {"zh": torch.tensor([0.9, 0.8])}, {"zh": torch.tensor([0.9, 0.1]), "en": torch.tensor([1.0, 0.7])}
-    (panel,) = entropy_figure(base, now, "val, 10").axes
+    (panel,) = entropy_figure(base, now, "validation, step 10").axes
+    assert panel.get_title() == "routing entropy by layer: 1 is all experts alike\nvalidation, step 10"
     drawn = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in panel.lines}
     assert drawn == {
         "zh": pytest.approx([0.9, 0.1]), "zh, before training": pytest.approx([0.9, 0.8]),
         "en": pytest.approx([1.0, 0.7]),
     }  # fmt: skip
     panel.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("num_layers", [2, 32])
+@pytest.mark.parametrize("num_experts", [2, 8])
+def test_texts_are_whole(num_layers: int, num_experts: int) -> None:
+    figure = load_figure({"all": torch.full((num_layers, num_experts), 1 / num_experts)}, "validation, step 100000")
+    figure.canvas.draw()
+    box, page = figure.get_tightbbox(), figure.bbox_inches
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert page.y0 <= box.y0 < box.y1 <= page.y1
