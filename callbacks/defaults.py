@@ -1,12 +1,15 @@
 """What a run has without being asked: callbacks, logger and settings of the trainer, for commands and for Python."""
 
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
 
 from lightning_mixcn.commands.table import TRAINER_DEFAULTS
 
@@ -50,9 +53,38 @@ def logging_callbacks() -> list[Callback]:
     return [LearningRateMonitor(logging_interval="step"), ThroughputLogger()]
 
 
-def run_logger(folder: str | Path) -> TensorBoardLogger:
+def run_logger(folder: str | Path) -> "RunLogger":
     """Make the logger of a run's folder."""
-    return TensorBoardLogger(str(folder), name=TENSORBOARD, version="")
+    return RunLogger(str(folder), name=TENSORBOARD, version="", default_hp_metric=False)
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's logger, which has hyper-parameters beside ``train/loss`` and as a text, without ``hp_metric``."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
+        """Write the hyper-parameters of a run as a table and as a text, nested ones as ``lora/r``."""
+        super().log_hyperparams(params, metrics, step)
+        shown = dict(sorted(_flat(vars(params) if isinstance(params, Namespace) else params)))
+        # `SummaryWriter.add_hparams` would make a run of its own; only the names of the metrics are used.
+        for summary in hparams(shown, {"train/loss": None}):  # type: ignore[no-untyped-call]  # of torch
+            self.experiment._get_file_writer().add_summary(summary)
+        lines = (
+            f"    {name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in shown.items()
+        )
+        self.experiment.add_text("hyper_parameters", "\n".join(lines))
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    """Yield values that TensorBoard's table takes; names with ``_`` in front are Lightning's."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif not str(name).startswith("_"):
+            shown = (
+                ", ".join(map(str, value)) if isinstance(value, list | tuple) else "null" if value is None else value
+            )
+            yield f"{prefix}{name}", shown if isinstance(shown, bool | int | float | str) else str(shown)
 
 
 def with_defaults(callbacks: Sequence[Callback], defaults: Sequence[Callback], folder: Path) -> list[Callback]:

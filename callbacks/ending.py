@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mixcn.data import StreamDataModule
 
@@ -59,7 +60,7 @@ def next_steps(trainer: Trainer, adapter: Path | None) -> list[tuple[str, str]]:
         adapter: Folder of the adapter; ``None`` if none was written.
     """
     root = shlex.quote(str(trainer.default_root_dir))
-    logged = [logger for logger in trainer.loggers if type(logger).__name__ == "TensorBoardLogger"]
+    logged = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     steps = [("curves", f"tensorboard --logdir {shlex.quote(str(logger.save_dir))}") for logger in logged[:1]]
     if adapter is not None:
         steps += [("talk", f"mixcn chat {root}"), ("merge", f"mixcn export {root} OUT")]

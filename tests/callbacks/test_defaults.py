@@ -12,9 +12,11 @@ from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
     EventAccumulator,
 )
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]  # likewise
 
 from lightning_mixcn import PretrainDataModule, PretrainModule, trainer_defaults
 from lightning_mixcn.callbacks import StepCheckpoint, StepProgressBar, ThroughputLogger
+from lightning_mixcn.callbacks.defaults import run_logger
 from lightning_mixcn.cli import main
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ["q_proj", "gate", "w1", "w2"]}
@@ -60,6 +62,7 @@ def test_a_run_from_python_is_that_of_the_command(
     measured = {name for name in of_command if not name.startswith(timed)}
     assert len(measured) > 5
     assert {name: of_python[name] for name in measured} == {name: of_command[name] for name in measured}
+    assert "hp_metric" not in of_command
     assert {path.name for path in Path("command").iterdir()} == {
         *(path.name for path in Path("python").iterdir()), "config.yaml",
     }  # fmt: skip
@@ -72,3 +75,28 @@ def test_own_callbacks_take_the_place_of_defaults_of_their_kind(tmp_path: Path) 
     assert [callback for callback in found if isinstance(callback, ModelCheckpoint)] == own[:1]
     assert own[0].dirpath == str(tmp_path / "checkpoints")  # type: ignore[attr-defined]  # of the first
     assert sum(isinstance(callback, ThroughputLogger) for callback in found) == 1
+
+
+def test_hyper_parameters_are_read_beside_the_loss(tmp_path: Path) -> None:
+    logger = run_logger(tmp_path)
+    lora = {"r": 8, "target_modules": ["q_proj", "w1"]}
+    logger.log_hyperparams({"base": "a|b", "lora": lora, "adapter": None, "train": True, "_class_path": "x.Y"})
+    logger.log_hyperparams({"base": "a|b", "lora": None})
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == []
+    start, end, experiment = (
+        HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{name}").plugin_data.content)
+        for name in ("session_start_info", "session_end_info", "experiment")
+    )
+    assert end.HasField("session_end_info")
+    assert [metric.name.tag for metric in experiment.experiment.metric_infos] == ["train/loss"]
+    found = {name: value for name, value in start.session_start_info.hparams.items()}
+    assert set(found) == {"base", "lora/r", "lora/target_modules", "adapter", "train"}
+    assert found["lora/r"].number_value == 8
+    assert found["lora/target_modules"].string_value == "q_proj, w1"
+    assert found["adapter"].string_value == "null"
+    (card, _) = events.Tensors("hyper_parameters/text_summary")
+    assert card.tensor_proto.string_val[0].decode() == (
+        "    adapter: null\n    base: a|b\n    lora/r: 8\n    lora/target_modules: q_proj, w1\n    train: true"
+    )
