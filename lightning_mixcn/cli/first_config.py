@@ -26,15 +26,16 @@ from lightning_mixcn.text import ConversationSource, Source, TextTokenizer, load
 
 from .configs import carried_configs
 from .plan import RunPlan, base_config
-from .text_sample import Sample, sample_source
+from .text_sample import FEW_DOCUMENTS, Sample, sample_source
 
 _CONFIGS = {"mixtral": "mixtral_8x7b", "olmoe": "olmoe_1b_7b", "qwen3_moe": "qwen3_30b_a3b"}
 _MOST_ROWS, _LEAST_RANK, _SHORT_ROW = 8, 8, 1024
 # Widths of a layer that one rank of LoRA is worth: of 8x7B's 4,096 columns the paper's 64.
 _COLUMNS_A_RANK = 16
 _LEAST_STEPS, _FEWEST_STEPS, _OFTEN = 200, 10, 250
-_HELD_OUT_DOCUMENTS, _MOST_HELD_OUT = 20, 0.1
+_HELD_OUT_DOCUMENTS, _MOST_HELD_OUT = 20, 0.25
 _REPLAY, _REPLAY_SHARE = "en", 0.1
+_UNITS = {"line": "line", "blank-line": "block between blank lines"}
 _EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"
 _WIDTH = 110
 
@@ -298,6 +299,8 @@ def _settle(
         source = {"name": sample.source.name, "path": sample.source.path, "weight": weight}
         if isinstance(sample.source, Source) and sample.source.text_key != "text":
             source["text_key"] = sample.source.text_key
+        if isinstance(sample.source, Source) and sample.source.document_unit != "file":
+            source["document_unit"] = sample.source.document_unit
         data["sources"].append(source)
     data |= {"sequence_length": choice.length, "micro_batch_size": choice.rows}
     if template is not None:
@@ -305,7 +308,9 @@ def _settle(
     if any(sample.bad_records for sample in samples):
         data["on_bad_record"] = "skip"
     counts = [sample.all_documents for sample in samples if sample.all_documents is not None]
-    if counts:
+    if any(sample.is_small for sample in samples):
+        data["val_fraction"] = 0.0
+    elif counts:
         wanted = _HELD_OUT_DOCUMENTS / min(counts)
         data["val_fraction"] = max(data["val_fraction"], round(min(_MOST_HELD_OUT, wanted), 3))
     rows, steps = _rows_and_steps(trainer, samples, choice.length)
@@ -313,6 +318,9 @@ def _settle(
     often = max(1, min(_OFTEN, steps // 4))
     trainer["accumulate_grad_batches"] = rows // choice.rows
     trainer["max_steps"], trainer["val_check_interval"] = steps, often * (rows // choice.rows)
+    if not data["val_fraction"]:
+        del trainer["val_check_interval"]
+        trainer["limit_val_batches"] = 0
     for callback in trainer["callbacks"]:
         callback["init_args"]["every_n_steps"] = often
         if "prompts" in callback["init_args"]:
@@ -359,11 +367,16 @@ def _written(settings: dict[str, Any], planner: _Planner, choice: Choice, sample
 def _comments(settings: dict[str, Any], planner: _Planner, choice: Choice, samples: list[Sample]) -> dict[str, str]:
     trainer, data = settings["trainer"], settings["data"]["init_args"]
     first, packaged_rank = planner.first, planner.packaged_rank
-    rows, often = trainer["accumulate_grad_batches"] * choice.rows, _often(trainer)
+    rows, often = (
+        trainer["accumulate_grad_batches"] * choice.rows,
+        trainer["callbacks"][0]["init_args"]["every_n_steps"],
+    )
     lora, names = "Attention, router and experts train.", [sample.source.name for sample in samples]
     if choice.rank < packaged_rank:
         does_not_fit = choice.rank < first.rank
         lora += f" Rank {first.rank} would not fit." if does_not_fit else f" Rank {packaged_rank} is for wider models."
+    units = {getattr(sample.source, "document_unit", "file") for sample in samples} - {"file"}
+    divided = "".join(f" Of few text files each {_UNITS[unit]} is a document." for unit in sorted(units))
     replay = " A tenth of English against forgetting." if _REPLAY in names and len(names) > 1 else ""
     means = ", ".join(f"{sample.tokens_a_document:,.0f} ({sample.source.name})" for sample in samples)
     own_template = data.get("template") == "tokenizer"
@@ -376,24 +389,23 @@ def _comments(settings: dict[str, Any], planner: _Planner, choice: Choice, sampl
         "optimizer": "Moments in 8 bits, since those in 32 bits would not fit."
         if choice.eight_bit and not first.eight_bit
         else "The learning rate is the first thing to try other values of: half and twice as much.",
-        "sources": f"Weights are shares of the training tokens.{replay}",
+        "sources": f"Weights are shares of the training tokens.{replay}{divided}",
         "template": "The chat template of the base's tokenizer."
         if own_template
         else "Mixtral's chat template, since the base's tokenizer has none of its own.",
         "sequence_length": f"Tokens of a row; the base's context is {planner.config.max_position_embeddings:,}. Mean "
         f"tokens of a document, in the sample: {means}.",
         "micro_batch_size": "Rows that go through the model at once: as many as fit and a step has, eight at most.",
-        "val_fraction": "Share of the documents that are held out, by a hash of their text, for validation.",
+        "val_fraction": "Share of the documents that are held out, by a hash of their text, for validation."
+        if data["val_fraction"]
+        else f"A source has fewer than {FEW_DOCUMENTS} documents, too few to hold some out: give `val_sources`, "
+        "and remove `limit_val_batches`.",
         "on_bad_record": "The sample has records that are refused; their number is in `data/bad_records`.",
         "accumulate_grad_batches": f"A step is {rows} row{'s' * (rows > 1)}, at most {rows * choice.length:,} tokens. "
         "With more ranks divide this by their number.",
         "max_steps": _about_steps(trainer["max_steps"], rows * choice.length, samples),
         "val_check_interval": f"In micro-batches, not steps: every {often} step{'s' * (often > 1)}.",
     }
-
-
-def _often(trainer: dict[str, Any]) -> int:
-    return int(trainer["val_check_interval"] // trainer["accumulate_grad_batches"])
 
 
 def _about_steps(steps: int, tokens_a_step: int, samples: list[Sample]) -> str:

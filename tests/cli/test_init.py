@@ -1,5 +1,6 @@
 """``mixcn init``: the YAML that it writes is planned and trained as it is; what cannot be used is one line."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import yaml
 from transformers import MixtralConfig
 
 from lightning_mixcn.cli import main
+from lightning_mixcn.cli.text_sample import sample_source
 from lightning_mixcn.testing import save_tiny_model
+from lightning_mixcn.text import Source
 
 CHINESE, ENGLISH = "今年春节期间,许多人回到家乡。", "The history of science is long. "
 
@@ -114,6 +117,28 @@ def test_another_key_and_bad_records(folder: Path, tiny_base: Path, capsys: pyte
     data = read("run.yaml")["data"]["init_args"]
     assert data["sources"][0]["text_key"] == "body"
     assert data["on_bad_record"] == "skip"
+
+
+def test_a_book_is_cut_into_documents(folder: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "book.txt").write_text(f"{CHINESE}\n\n" * 60, encoding="utf-8")
+    (folder / "note.txt").write_text(CHINESE, encoding="utf-8")
+    assert start("--base", str(tiny_base), "--text", "zh=book.txt", "--gpu", "cpu") == 0
+    assert "1 file (text); a sample of 60 documents" in capsys.readouterr().out
+    assert read("run.yaml")["data"]["init_args"]["sources"][0]["document_unit"] == "blank-line"
+    assert "each block between blank lines is a document" in Path("run.yaml").read_text(encoding="utf-8")
+    assert start("--base", str(tiny_base), "--text", "zh=note.txt", "--gpu", "cpu", out="note.yaml") == 0
+    assert read("note.yaml")["data"]["init_args"]["val_fraction"] == 0
+    assert main(["fit", "--config", "note.yaml", "--data.num_workers=0", "--trainer.max_steps=1"]) == 0
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_all_documents_are_estimated(suffix: str, folder: Path) -> None:
+    text = "".join(json.dumps({"text": f"{number} {ENGLISH * (number % 7)}"}) + "\n" for number in range(30_000))
+    path = folder / f"large.{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    sample = sample_source(Source("en", str(path)), "text en", None)
+    assert sample.documents == 400
+    assert sample.all_documents == pytest.approx(30_000, rel=0.3)
 
 
 @pytest.mark.parametrize(
