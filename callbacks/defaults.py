@@ -58,13 +58,25 @@ def run_logger(folder: str | Path) -> "RunLogger":
     return RunLogger(str(folder), name=TENSORBOARD, version="", default_hp_metric=False)
 
 
+# Charts of the tab CUSTOM SCALARS: TensorBoard's first tab is in alphabetical order. Tags are regular expressions.
+_EXPERT_BALANCE = "imbalance_max_over_mean|dead_expert_fraction|routing_entropy|source_divergence_bits|drift_bits"
+_PAGE = {
+    "loss": ["train/loss$", "train/nll_nats_per_token$"],
+    "validation by language: bits per byte": ["val/.+/bits_per_byte$"],
+    "learning rate": ["lr-"],
+    "throughput: tokens per second": ["throughput/tokens_per_second$"],
+    "expert balance": [f"experts/({_EXPERT_BALANCE})$"],
+}
+
+
 class RunLogger(TensorBoardLogger):
-    """Lightning's logger, which has hyper-parameters beside ``train/loss`` and as a text, without ``hp_metric``."""
+    """Lightning's logger, with a page of the curves to look at first, and hyper-parameters without ``hp_metric``."""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
-        """Write the hyper-parameters of a run as a table and as a text, nested ones as ``lora/r``."""
+        """Write the page, and hyper-parameters as a table and as a text, nested ones as ``lora/r``."""
         super().log_hyperparams(params, metrics, step)
+        self.experiment.add_custom_scalars({"run": {chart: ["Multiline", tags] for chart, tags in _PAGE.items()}})
         shown = dict(sorted(_flat(vars(params) if isinstance(params, Namespace) else params)))
         # `SummaryWriter.add_hparams` would make a run of its own; only the names of the metrics are used.
         for summary in hparams(shown, {"train/loss": None}):  # type: ignore[no-untyped-call]  # of torch

@@ -1,6 +1,7 @@
 """A run from Python is the run of the command."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
     EventAccumulator,
 )
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[import-untyped]  # likewise
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]  # likewise
 
 from lightning_mixcn import PretrainDataModule, PretrainModule, trainer_defaults
-from lightning_mixcn.callbacks import StepCheckpoint, StepProgressBar, ThroughputLogger
+from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint, StepProgressBar, ThroughputLogger
 from lightning_mixcn.callbacks.defaults import run_logger
 from lightning_mixcn.cli import main
 
@@ -34,22 +36,34 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def page(folder: Path) -> list[tuple[str, list[str]]]:
+    """Return the charts of a run's page of custom scalars, and the regular expressions of their tags."""
+    (event, *_) = EventAccumulator(str(folder / "tensorboard")).Reload().Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    return [(chart.title, list(chart.multiline.tag)) for chart in category.chart]
+
+
 def test_a_run_from_python_is_that_of_the_command(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"text": "今天天气很好。" * (1 + number % 4) + str(number)}) for number in range(40)]
     Path("zh.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    settings = {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 3,
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
+    }
     module = {"base": str(tiny_base), "dtype": "float32", "lora": LORA}
     config = {
         "model": {"class_path": "PretrainModule", "init_args": module},
         "data": {"class_path": "PretrainDataModule", "init_args": DATA},
-        "trainer": {**settings, "default_root_dir": "command"},
+        "trainer": {**settings, "default_root_dir": "command", "callbacks": [{"class_path": "ExpertLoadMonitor"}]},
     }
     Path("run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert main(["fit", "--config", "run.yaml"]) == 0
-    trainer = Trainer(**trainer_defaults("python"), **settings)  # type: ignore[arg-type]  # of several kinds
+    trainer = Trainer(**trainer_defaults("python", [ExpertLoadMonitor()]), **settings)
     trainer.fit(
         PretrainModule(str(tiny_base), dtype="float32", lora=LoraConfig(**LORA)),
         PretrainDataModule(**DATA),
@@ -63,6 +77,22 @@ def test_a_run_from_python_is_that_of_the_command(
     assert len(measured) > 5
     assert {name: of_python[name] for name in measured} == {name: of_command[name] for name in measured}
     assert "hp_metric" not in of_command
+    drawn = {
+        chart: {tag for tag in of_command for regex in tags if re.match(regex, tag)}
+        for chart, tags in page(Path("command"))
+    }
+    assert list(drawn) == [
+        "loss", "validation by language: bits per byte", "learning rate", "throughput: tokens per second",
+        "expert balance",
+    ]  # fmt: skip
+    assert list(drawn.values())[:3] == [
+        {"train/loss", "train/nll_nats_per_token"}, {"val/zh/bits_per_byte"}, {"lr-AdamW"},
+    ]  # fmt: skip
+    assert drawn["throughput: tokens per second"] == {"throughput/tokens_per_second"}
+    assert drawn["expert balance"] == {
+        f"experts/{name}"
+        for name in ("imbalance_max_over_mean", "dead_expert_fraction", "routing_entropy", "drift_bits")
+    }
     assert {path.name for path in Path("command").iterdir()} == {
         *(path.name for path in Path("python").iterdir()), "config.yaml",
     }  # fmt: skip
