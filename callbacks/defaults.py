@@ -74,7 +74,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
-        """Write the page, and hyper-parameters as a table and as a text, nested ones as ``lora/r``."""
+        """Write the page, and the hyper-parameters that are set: a table and a text, nested ones as ``lora/r``."""
         super().log_hyperparams(params, metrics, step)
         self.experiment.add_custom_scalars({"run": {chart: ["Multiline", tags] for chart, tags in _PAGE.items()}})
         shown = dict(sorted(_flat(vars(params) if isinstance(params, Namespace) else params)))
@@ -87,16 +87,15 @@ class RunLogger(TensorBoardLogger):
         self.experiment.add_text("hyper_parameters", "\n".join(lines))
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
-    """Yield values that TensorBoard's table takes; names with ``_`` in front are Lightning's."""
-    for name, value in params.items():
+def _flat(params: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    """Yield what is set, as TensorBoard's table takes it; names with ``_`` in front are Lightning's."""
+    for key, value in params.items():
+        name = place if key in ("class_path", "init_args") else f"{place}/{key}".lstrip("/")
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif not str(name).startswith("_"):
-            shown = (
-                ", ".join(map(str, value)) if isinstance(value, list | tuple) else "null" if value is None else value
-            )
-            yield f"{prefix}{name}", shown if isinstance(shown, bool | int | float | str) else str(shown)
+            yield from _flat(value, name)
+        elif value is not None and not str(key).startswith("_"):
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield name, shown if isinstance(shown, bool | int | float | str) else str(shown)
 
 
 def with_defaults(callbacks: Sequence[Callback], defaults: Sequence[Callback], folder: Path) -> list[Callback]:

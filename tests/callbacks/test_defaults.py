@@ -109,7 +109,7 @@ def test_own_callbacks_take_the_place_of_defaults_of_their_kind(tmp_path: Path) 
 
 def test_hyper_parameters_are_read_beside_the_loss(tmp_path: Path) -> None:
     logger = run_logger(tmp_path)
-    lora = {"r": 8, "target_modules": ["q_proj", "w1"]}
+    lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 8, "target_modules": ["q_proj", "w1"], "bias": None}}
     logger.log_hyperparams({"base": "a|b", "lora": lora, "adapter": None, "train": True, "_class_path": "x.Y"})
     logger.log_hyperparams({"base": "a|b", "lora": None})
     logger.finalize("success")
@@ -122,11 +122,10 @@ def test_hyper_parameters_are_read_beside_the_loss(tmp_path: Path) -> None:
     assert end.HasField("session_end_info")
     assert [metric.name.tag for metric in experiment.experiment.metric_infos] == ["train/loss"]
     found = {name: value for name, value in start.session_start_info.hparams.items()}
-    assert set(found) == {"base", "lora/r", "lora/target_modules", "adapter", "train"}
+    assert set(found) == {"base", "lora", "lora/r", "lora/target_modules", "train"}
     assert found["lora/r"].number_value == 8
     assert found["lora/target_modules"].string_value == "q_proj, w1"
-    assert found["adapter"].string_value == "null"
     (card, _) = events.Tensors("hyper_parameters/text_summary")
     assert card.tensor_proto.string_val[0].decode() == (
-        "    adapter: null\n    base: a|b\n    lora/r: 8\n    lora/target_modules: q_proj, w1\n    train: true"
+        "    base: a|b\n    lora: peft.LoraConfig\n    lora/r: 8\n    lora/target_modules: q_proj, w1\n    train: true"
     )
