@@ -19,6 +19,7 @@ from .clocks import StepProgressBar
 from .compared_run import ByteBudget
 from .data_monitor import DataMonitor
 from .epoch_budget import EpochBudget
+from .expert_load.report import FIRST_NUMBERS
 from .host import CHECKPOINTS, TENSORBOARD
 from .parameter_summary import ParameterSummary
 from .reports import FitSummary
@@ -59,13 +60,12 @@ def run_logger(folder: str | Path) -> "RunLogger":
 
 
 # Charts of the tab CUSTOM SCALARS: TensorBoard's first tab is in alphabetical order. Tags are regular expressions.
-_EXPERT_BALANCE = "imbalance_max_over_mean|dead_expert_fraction|routing_entropy|source_divergence_bits|drift_bits"
 _PAGE = {
     "loss": ["train/loss$", "train/nll_nats_per_token$"],
     "validation by language: bits per byte": ["val/.+/bits_per_byte$"],
     "learning rate": ["lr-"],
     "throughput: tokens per second": ["throughput/tokens_per_second$"],
-    "expert balance": [f"experts/({_EXPERT_BALANCE})$"],
+    "expert balance": [f"experts/({'|'.join(FIRST_NUMBERS)})$"],
 }
 
 

@@ -23,6 +23,7 @@ from lightning_mixcn.model.experts.observe import observe_routing
 from lightning_mixcn.modules.checkpoint_schema import require_state
 
 from .report import (
+    FIRST_NUMBERS,
     ExpertLoadFile,
     ExpertLoadRow,
     divergence_tags,
@@ -41,19 +42,22 @@ class ExpertLoadMonitor(Callback):
     """Logs under ``experts/`` how tokens are shared out among the experts, and appends their counts to ``experts.csv``.
 
     Training is logged every so often, over the steps since the last log and the tokens of all ranks; validation after
-    each pass, under ``experts/val/``. Every number is the mean over the layers, ``…_worst_layer`` is its worst layer's.
-    ``experts/<source>/`` is the same of each source's tokens, ``source_divergence_bits`` how differently the sources
-    use the experts, and ``drift_bits`` how far the shares have moved from those of the run's first log: both are
-    Jensen-Shannon divergences, 0 to 1 bit for two. The heatmap is of the shares relative to 1 / E. A second
-    figure of validation has the routing entropy of each source in every layer, beside that of the check before training
-    (``trainer.num_sanity_val_steps``; -1 checks all of the text), whose counts are the stage ``base`` of
-    ``experts.csv``. With a `PreferenceDataModule`, ``experts/chosen/``, ``experts/rejected/`` and
-    ``side_divergence_bits`` are the same of the two sides' answers, without their prompts. Padding is not counted, nor
-    is what activation checkpointing computes again.
+    each pass, under ``experts/val/``. There are means over the layers of imbalance, dead experts and routing entropy,
+    ``source_divergence_bits``, how differently the sources use the experts, and ``drift_bits``, how far the shares have
+    moved from those of the run's first log: both are Jensen-Shannon divergences, 0 to 1 bit for two. With a
+    `PreferenceDataModule`, ``side_divergence_bits`` is that of the two sides' answers, without their prompts. With
+    `all_numbers`, ``…_worst_layer`` is a number's worst layer's, ``experts/<source>/`` has all numbers of each source's
+    tokens, and ``experts/chosen/`` and ``experts/rejected/`` those of the two sides. Padding is not counted, nor is
+    what activation checkpointing computes again.
+
+    The heatmap is of the shares relative to uniform ones, 1 / E. A second figure of validation has the routing entropy
+    of each source in every layer, beside that of the check before training (``trainer.num_sanity_val_steps``; -1 checks
+    all of the text), whose counts are the stage ``base`` of ``experts.csv``.
 
     Args:
         every_n_steps: Optimizer steps between logs of training; a log waits for the device, and sums over the ranks.
         figure_every_n_steps: Optimizer steps at least between heatmaps of training; one takes a third of a second.
+        all_numbers: Also log the other numbers, the worst layers' and those of each source and side: 14 a source.
         per_layer: Also log every number of each layer, and of up to 16 experts every share, under ``experts/layer_00/``
             and so on: many tags.
         position_boundaries: Positions in a document, such as 512 and 4096, at which buckets begin that are logged
@@ -68,6 +72,7 @@ class ExpertLoadMonitor(Callback):
         self,
         every_n_steps: Steps = 10,
         figure_every_n_steps: Steps = 500,
+        all_numbers: bool = False,
         per_layer: bool = False,
         position_boundaries: Sequence[Annotated[int, Between(1, 2**20)]] = (),
         starving_share: Annotated[
@@ -79,7 +84,8 @@ class ExpertLoadMonitor(Callback):
         if list(position_boundaries) != sorted({*position_boundaries}):
             raise UserError(f"`position_boundaries={list(position_boundaries)}`: expected ascending ones, e.g. [512]")
         self.every_n_steps, self.figure_every_n_steps = every_n_steps, figure_every_n_steps
-        self.per_layer, self.position_boundaries = per_layer, list(position_boundaries)
+        self.all_numbers, self.per_layer = all_numbers, per_layer
+        self.position_boundaries = list(position_boundaries)
         self._starving = StarvingExperts(starving_share, starving_steps)
         self._windows: dict[str, LoadWindow] = {}
         self._open: LoadWindow | None = None  # of the batch that is in its forward pass
@@ -262,11 +268,13 @@ class ExpertLoadMonitor(Callback):
         tags = self._tags(
             _PREFIX[stage], overall, shares_LE, shares_of, [shares(each.counts) for each in by_side.values()]
         )
-        for name, part in (by_source | by_side).items():
+        for name, part in (by_source | by_side).items() if self.all_numbers else ():
             tags |= load_tags(f"{_PREFIX[stage]}/{name}", part)
         if window.boundaries:
             for start, part in window.by_position(sums).items():
                 tags |= load_tags(f"{_PREFIX[stage]}/position_from_{start}", part)
+        if not self.all_numbers:
+            tags = {tag: tags[tag] for tag in tags if tag.endswith(FIRST_NUMBERS) or "/layer_" in tag}
         when = f"{_STAGES[stage]}, step {step}"
         for logger in trainer.loggers:
             # Lightning's own numbers of this step are logged under the one before: it counts them from 0.

@@ -155,6 +155,16 @@ def entropy_figure(base: Mapping[str, Tensor], now: Mapping[str, Tensor], when: 
     return figure
 
 
+# What is logged without being asked: imbalance, dead experts, entropy, divergence and drift.
+FIRST_NUMBERS = (
+    "imbalance_max_over_mean",
+    "dead_expert_fraction",
+    "routing_entropy",
+    "source_divergence_bits",
+    "side_divergence_bits",
+    "drift_bits",
+)
+
 # The worst layer's value of each number. A router's entropy and confidence have no bad end.
 _WORST: Mapping[str, Callable[[Tensor], Tensor]] = {
     "imbalance_max_over_mean": Tensor.max,

@@ -142,7 +142,7 @@ def entropy_of(counts: Counter[Key], stage: str, source: str) -> list[float]:
 
 def test_a_planted_collapse_is_seen_beside_the_base(tmp_path: Path, tiny_base: Path, trainer: Make) -> None:
     logger = TensorBoardLogger(tmp_path, name="log", version="")
-    monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True)
+    monitor = ExpertLoadMonitor(every_n_steps=1, all_numbers=True, per_layer=True)
     settings = {"max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
     settings |= {"limit_val_batches": 2, "num_sanity_val_steps": -1}
     run = trainer(max_steps=2, callbacks=[monitor, Collapse()], logger=logger, log_every_n_steps=1, **settings)
@@ -166,7 +166,7 @@ def test_a_planted_collapse_is_seen_beside_the_base(tmp_path: Path, tiny_base: P
 def test_64_experts(family: str, tmp_path: Path, trainer: Make) -> None:
     """Their counts and numbers; tags and a heatmap as few and as small as of a few experts."""
     base = save_tiny_model(tmp_path / "base", family, num_experts=64, num_experts_per_tok=8)
-    monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True, starving_steps=1)
+    monitor = ExpertLoadMonitor(every_n_steps=1, all_numbers=True, per_layer=True, starving_steps=1)
     run = trainer(max_steps=1, callbacks=[monitor], logger=tensorboard(tmp_path), log_every_n_steps=1)
     run.fit(still(base), FixedBatches(BATCHES[:1], SOURCES))
     expected = recount(base, BATCHES[:1])
@@ -231,7 +231,7 @@ def planted_base(tmp_path: Path, tiny_base: Path) -> Path:
 def test_sources_that_use_other_experts_are_seen(tmp_path: Path, planted_base: Path, trainer: Make) -> None:
     batch = random_batch([24, 16], sources=2)
     batch["input_ids"] = torch.where(batch["source_ids"] == 1, 200, 100)
-    monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True)
+    monitor = ExpertLoadMonitor(every_n_steps=1, all_numbers=True, per_layer=True)
     run = trainer(max_steps=1, callbacks=[monitor], logger=tensorboard(tmp_path), log_every_n_steps=1)
     run.fit(still(planted_base), FixedBatches([batch], SOURCES))
     assert counted(tmp_path) == {
@@ -259,7 +259,7 @@ def test_sources_that_use_other_experts_are_seen(tmp_path: Path, planted_base: P
 
 def test_what_tensorboard_shows(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
     settings = {"max_steps": 5, "limit_val_batches": 1, "val_check_interval": 4, "logger": tensorboard(tmp_path)}
-    monitor = ExpertLoadMonitor(every_n_steps=2, figure_every_n_steps=4, position_boundaries=[8])
+    monitor = ExpertLoadMonitor(every_n_steps=2, figure_every_n_steps=4, all_numbers=True, position_boundaries=[8])
     run = trainer(callbacks=[monitor], log_every_n_steps=1, **settings)
     run.fit(module, FixedBatches(BATCHES, SOURCES))
     tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
@@ -281,6 +281,31 @@ def test_what_tensorboard_shows(tmp_path: Path, module: PretrainModule, trainer:
     assert all(event.width > 100 and event.height > 100 for event in events.Images("experts/load"))
     by_position = {int(row["position_from"]) for row in rows(tmp_path)}
     assert by_position == {0, 8}
+
+
+def test_five_numbers_unless_more_are_asked_for(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    settings = {"max_steps": 2, "limit_val_batches": 1, "val_check_interval": 2, "logger": tensorboard(tmp_path)}
+    run = trainer(callbacks=[ExpertLoadMonitor(every_n_steps=1)], log_every_n_steps=1, **settings)
+    run.fit(module, FixedBatches(BATCHES[:2], SOURCES))
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    five = (
+        "imbalance_max_over_mean", "dead_expert_fraction", "routing_entropy", "source_divergence_bits", "drift_bits",
+    )  # fmt: skip
+    assert {tag for tag in tags["scalars"] if tag.startswith("experts/")} == {
+        f"{prefix}/{name}" for prefix in ("experts", "experts/val") for name in five
+    }
+    assert {row["source"] for row in rows(tmp_path)} == {*SOURCES}  # the file has all
+
+
+def test_layers_and_positions_that_are_asked_for(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    monitor = ExpertLoadMonitor(every_n_steps=1, per_layer=True, position_boundaries=[8])
+    settings = {"max_steps": 1, "limit_val_batches": 0, "logger": tensorboard(tmp_path)}
+    trainer(callbacks=[monitor], log_every_n_steps=1, **settings).fit(module, FixedBatches(BATCHES[:1], SOURCES))
+    tags = {*EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]}
+    assert {"experts/layer_01/effective_experts", "experts/layer_01/share_0"} < tags
+    assert "experts/position_from_8/dead_expert_fraction" in tags
+    assert not {"experts/effective_experts", "experts/position_from_8/effective_experts"} & tags
+    assert not [tag for tag in tags if tag.startswith("experts/zh/")]
 
 
 def test_a_run_resumed_inside_a_window_counts_every_token_once(tmp_path: Path, tiny_base: Path, trainer: Make) -> None:

@@ -81,7 +81,7 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
   callbacks:
-    - {class_path: ExpertLoadMonitor, init_args: {every_n_steps: 1, position_boundaries: [16]}}
+    - {class_path: ExpertLoadMonitor, init_args: {every_n_steps: 1, all_numbers: true, position_boundaries: [16]}}
 """
 
 

@@ -51,7 +51,8 @@ def run(base: Path, out: Path, name: str = "zh") -> tuple[Batches, CSVLogger]:
     seen, logger = Batches(), CSVLogger(out, name="logs")
     trainer = Trainer(
         accelerator="cpu", max_steps=2, logger=logger, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, default_root_dir=out, callbacks=[seen, ExpertLoadMonitor(every_n_steps=2)],
+        enable_model_summary=False, default_root_dir=out,
+        callbacks=[seen, ExpertLoadMonitor(every_n_steps=2, all_numbers=True)],
         num_sanity_val_steps=0, val_check_interval=2, check_val_every_n_epoch=None, log_every_n_steps=1,
     )  # fmt: skip
     data = PreferenceDataModule(
