@@ -26,7 +26,7 @@ from lightning_mixcn.text import ConversationSource, Source, TextTokenizer, load
 
 from .configs import carried_configs
 from .plan import RunPlan, base_config
-from .text_sample import FEW_DOCUMENTS, Sample, sample_source
+from .text_sample import FEW_DOCUMENTS, Sample, look_at_source
 
 _CONFIGS = {"mixtral": "mixtral_8x7b", "olmoe": "olmoe_1b_7b", "qwen3_moe": "qwen3_30b_a3b"}
 _MOST_ROWS, _LEAST_RANK, _SHORT_ROW = 8, 8, 1024
@@ -93,7 +93,7 @@ def write_first_config(base: str, text: list[str], instruct: list[str], gpu: str
     tokenizer = _tokenizer_of(base)
     print(f"base: {base}, {config.model_type}, context {config.max_position_embeddings:,} tokens")
     samples = [
-        sample_source(source, f"{'text' if text else 'instruct'} {source.name}", tokenizer)
+        look_at_source(source, f"{'text' if text else 'instruct'} {source.name}", tokenizer)
         for source in _sources(text, instruct)
     ]
     for sample in samples:

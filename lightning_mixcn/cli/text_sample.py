@@ -82,7 +82,7 @@ class Sample:
         )
 
 
-def sample_source(source: Source | ConversationSource, place: str, tokenizer: TextTokenizer | None) -> Sample:
+def look_at_source(source: Source | ConversationSource, place: str, tokenizer: TextTokenizer | None) -> Sample:
     """Read the beginning of up to eight of a source's files; of a few text files, blocks or lines become documents.
 
     Args:

@@ -10,7 +10,7 @@ import yaml
 from transformers import MixtralConfig
 
 from lightning_mixcn.cli import main
-from lightning_mixcn.cli.text_sample import sample_source
+from lightning_mixcn.cli.text_sample import look_at_source
 from lightning_mixcn.testing import save_tiny_model
 from lightning_mixcn.text import Source
 
@@ -136,7 +136,7 @@ def test_all_documents_are_estimated(suffix: str, folder: Path) -> None:
     text = "".join(json.dumps({"text": f"{number} {ENGLISH * (number % 7)}"}) + "\n" for number in range(30_000))
     path = folder / f"large.{suffix}"
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
-    sample = sample_source(Source("en", str(path)), "text en", None)
+    sample = look_at_source(Source("en", str(path)), "text en", None)
     assert sample.documents == 400
     assert sample.all_documents == pytest.approx(30_000, rel=0.3)
 
