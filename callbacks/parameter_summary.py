@@ -16,6 +16,9 @@ class ParameterSummary(ModelSummary):
     operations of a mixture. Sizes are those of the whole model, of all ranks together.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it."""
         if not isinstance(pl_module, CausalLMModule):
