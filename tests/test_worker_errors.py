@@ -309,7 +309,7 @@ def test_no_worker_outlives_a_killed_run(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "rank"),
     [
-        ("lightning", 0),
+        pytest.param("lightning", 0, marks=pytest.mark.slow),
         pytest.param("lightning", 1, marks=pytest.mark.slow),
         pytest.param("torchrun", 0, marks=pytest.mark.slow),
         pytest.param("torchrun", 1, marks=pytest.mark.slow),

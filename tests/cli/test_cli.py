@@ -39,9 +39,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
-        "mixcn: error: unknown subcommand 'train'. Expected one of fit, validate, test, predict, upcycle, quantize, "
-        "export, chat, evaluate, experts, vocab, compare, preference, quantization, data, configs, help; see mixcn "
-        "--help\n"
+        "mixcn: error: unknown subcommand 'train'. Expected one of init, fit, validate, test, predict, upcycle, "
+        "quantize, export, chat, evaluate, experts, vocab, compare, preference, quantization, data, configs, help; "
+        "see mixcn --help\n"
     )
 
 

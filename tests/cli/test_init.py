@@ -77,6 +77,7 @@ def test_other_families(family: str, folder: Path) -> None:
     assert read("run.yaml")["data"]["init_args"]["sources"][0]["weight"] == 1.0
 
 
+@pytest.mark.slow
 def test_instruction_tuning(folder: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"instruction": f"{number}?", "output": ENGLISH} for number in range(60)]
     write_jsonl(folder / "chat.jsonl", records)
@@ -92,7 +93,11 @@ def test_instruction_tuning(folder: Path, tiny_base: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     ("gpu", "rank", "checkpointing", "embeddings"),
-    [("80gb", 64, "selective", True), ("40gb", 32, "full", False), ("h200-141gb", 64, "selective", True)],
+    [
+        ("80gb", 64, "selective", True),
+        ("40gb", 32, "full", False),
+        pytest.param("h200-141gb", 64, "selective", True, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_decides(gpu: str, rank: int, checkpointing: str, embeddings: bool, folder: Path, large: Path) -> None:
     assert start("--base", str(large), "--text", "zh=zh.jsonl", "--gpu", gpu) == 0

@@ -225,8 +225,8 @@ def test_another_tokenizer_for_the_data_is_refused(
     assert main(["fit", "--config", "runs/tiny/config.yaml", "--trainer.default_root_dir=again"]) == 0
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("packing", ["documents", "best_fit"])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("packing", ["documents", pytest.param("best_fit", marks=pytest.mark.slow)])
 def test_epochs_end_with_their_schedule(accumulate: int, packing: str, config: dict[str, Any]) -> None:
     """The steps that are counted are those that a run without a bound takes until its sources end."""
     config["trainer"] |= {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": accumulate, "callbacks": None}
@@ -515,6 +515,7 @@ class Counting(PretrainDataModule):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_count_as_one_does(config: dict[str, Any]) -> None:
     Path("counting.py").write_text(COUNTING, encoding="utf-8")

@@ -128,6 +128,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert all(float(line["bits_per_byte_after"]) < float(line["bits_per_byte_before"]) for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixcn", "no_pictures")
 def test_chosen_experts(tmp_path: Path, tiny_base: Path) -> None:
     """As `configs/studies/experts.yaml` does: a study, a choice from it, and arms that train what is chosen."""
@@ -155,6 +156,7 @@ def test_chosen_experts(tmp_path: Path, tiny_base: Path) -> None:
     assert trained["router"] < trained["chosen"] - config["num_hidden_layers"] * expert
 
 
+@pytest.mark.slow
 def test_arms_without_training(
     mixcn: InThisProcess, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +200,7 @@ def test_arms_without_training(
     assert table.endswith(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixcn")
 def test_arms_of_preference(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As `configs/studies/preference.yaml` does: other losses, whose rewards differ, on the same pairs."""
