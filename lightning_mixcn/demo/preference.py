@@ -36,7 +36,7 @@ PACKAGES = (fetch.BASE, fetch.INSTRUCTIONS)
 _CONFIG = "demo_preference.yaml"
 _MEMBER = "llamafactory-0.9.5/data/dpo_zh_demo.json"
 _SAYS = (
-    "This teaches what `make demo-instruct` made which of two Chinese answers is preferred: about 8 minutes on two\n"
+    "This teaches what `make demo-instruct` made which of two Chinese answers is preferred: about 9 minutes on two\n"
     f"cores, at most 6 GB of memory, under {RUN}."
 )
 _QUESTION = "请列出三种健康的食物。"
