@@ -17,11 +17,13 @@ def resuming_command(trainer: Trainer) -> str:
     """Return the command that goes on with a run from its last checkpoint.
 
     Args:
-        trainer: Lightning's. Where the command line did not make it, there is no configuration to name.
+        trainer: Lightning's. Where the command line did not make it, there is no configuration to name: then it is the
+            call from Python.
     """
     config = Path(trainer.default_root_dir, _CONFIG)
-    named = f"mixcn fit --config {shlex.quote(str(config))} " if config.is_file() else ""
-    return f"{named}--ckpt_path last"
+    if not config.is_file():
+        return 'fit(…, ckpt_path="last")'
+    return f"mixcn fit --config {shlex.quote(str(config))} --ckpt_path last"
 
 
 def why_ended(trainer: Trainer) -> str:

@@ -120,9 +120,11 @@ def _forget_output() -> None:
 
 def _reader_left() -> bool:
     """Tell whether nobody reads standard output any more."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # an error is told whatever is asked for
-    return bool(poll.poll(0))
+    with suppress(OSError, AttributeError):  # a notebook's is no file, and a closed one is None
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # an error is told whatever is asked for
+        return bool(poll.poll(0))
+    return False
 
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)

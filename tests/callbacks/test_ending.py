@@ -38,7 +38,7 @@ class StopAfter(Callback):
 
 def test_a_command_that_goes_on_names_the_configuration(trainer: Make, tmp_path: Path) -> None:
     run = trainer(default_root_dir=str(tmp_path / "my run"))
-    assert resuming_command(run) == "--ckpt_path last"
+    assert resuming_command(run) == 'fit(…, ckpt_path="last")'
     (tmp_path / "my run").mkdir()
     (tmp_path / "my run" / "config.yaml").touch()
     assert resuming_command(run) == f"mixcn fit --config '{tmp_path}/my run/config.yaml' --ckpt_path last"
@@ -58,19 +58,21 @@ def test_early_stopping(trainer: Make, module: PretrainModule) -> None:
 
 def test_max_time(trainer: Make, module: PretrainModule) -> None:
     run = fitted(trainer, module, Timer(duration=timedelta(microseconds=1)), max_steps=100)
-    assert why_ended(run) == "`trainer.max_time` after step 1 of 100; more with a longer one and --ckpt_path last"
+    assert (
+        why_ended(run) == '`trainer.max_time` after step 1 of 100; more with a longer one and fit(…, ckpt_path="last")'
+    )
 
 
 def test_a_callback_s_wish(trainer: Make, module: PretrainModule) -> None:
     run = fitted(trainer, module, StopAfter(2))
-    assert why_ended(run) == "something asked for it after step 2 of 6; go on with --ckpt_path last"
+    assert why_ended(run) == 'something asked for it after step 2 of 6; go on with fit(…, ckpt_path="last")'
 
 
 def test_a_signal(trainer: Make, module: PretrainModule, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fitted(trainer, module, PreemptionCheckpoint(), StopAfter(2))
     assert run.global_step == 2
     monkeypatch.setattr(PreemptionCheckpoint, "ended_by", "SIGINT")
-    assert why_ended(run) == "SIGINT after step 2 of 6; go on with --ckpt_path last"
+    assert why_ended(run) == 'SIGINT after step 2 of 6; go on with fit(…, ckpt_path="last")'
 
 
 def test_epochs(trainer: Make, module: PretrainModule) -> None:

@@ -56,7 +56,7 @@ def test_the_table(trainer: Make, module: PretrainModule, tmp_path: Path, caplog
         "steps", "tokens", "duration", "tokens per second", "train nll", "val zh nll", "val en nll", "ended",
         "checkpoint", "adapter", "talk", "merge",
     ]  # fmt: skip
-    assert rows["ended"] == "all 2 steps; more with a larger `trainer.max_steps` and --ckpt_path last"
+    assert rows["ended"] == 'all 2 steps; more with a larger `trainer.max_steps` and fit(…, ckpt_path="last")'
     assert rows["talk"] == f"mixcn chat {run.default_root_dir}"
     assert rows["merge"] == f"mixcn export {run.default_root_dir} OUT"
     assert rows["steps"] == "2"
