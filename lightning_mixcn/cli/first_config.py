@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 
 from lightning_mixcn.errors import ExistingFileError, MissingFileError, UserError, did_you_mean
@@ -21,7 +22,7 @@ from lightning_mixcn.files.atomic import new_file
 from lightning_mixcn.metrics.device import CARDS
 from lightning_mixcn.model.memory.budget import RESERVE
 from lightning_mixcn.model.memory.counts import count_parameters
-from lightning_mixcn.modules import InstructModule, PretrainModule
+from lightning_mixcn.modules import FSDP2Strategy, InstructModule, PretrainModule
 from lightning_mixcn.text import ConversationSource, Source, TextTokenizer, load_tokenizer, parse_sources
 
 from .configs import carried_configs
@@ -36,24 +37,28 @@ _LEAST_STEPS, _FEWEST_STEPS, _OFTEN = 200, 10, 250
 _HELD_OUT_DOCUMENTS, _MOST_HELD_OUT = 20, 0.25
 _REPLAY, _REPLAY_SHARE = "en", 0.1
 _UNITS = {"line": "line", "blank-line": "block between blank lines"}
+_COMMON_CARD, _COUNTS = "h100-80gb", (2, 4, 8)
+_COUNT = re.compile(r"(?:(\d{1,3})x)?(.*)")
 _EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"
 _WIDTH = 110
 
 
 class Place(NamedTuple):
-    """A device to train on.
+    """Devices to train on.
 
     Args:
         name: Name for a person.
         accelerator: Lightning's name, ``cpu`` or ``gpu``.
         card: Name in `CARDS` of a card like it; null for a device of this machine.
-        bytes: Its memory; null for a device of this machine.
+        bytes: The memory of each; null for a device of this machine.
+        gpus: Number of GPUs, all of one machine.
     """
 
     name: str
     accelerator: str
     card: str | None = None
     bytes: int | None = None
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Choice:
         checkpointing: Activation checkpointing.
         eight_bit: The optimizer's moments are in 8 bits.
         length: Tokens of a row.
+        strategy: Overlay of several GPUs: ``ddp`` holds the model on each, ``fsdp2`` shards it; null for one device.
         rows: Rows of a micro-batch.
     """
 
@@ -74,6 +80,7 @@ class Choice:
     checkpointing: str
     eight_bit: bool
     length: int
+    strategy: str | None = None
     rows: int = 1
 
 
@@ -102,7 +109,7 @@ def write_first_config(base: str, text: list[str], instruct: list[str], gpu: str
             print(f"  bad records in the sample, to be skipped: {sample.bad_records:,}. The first: {sample.bad_place}")
     settings = _packaged("instruct" if instruct else "pretrain", config)
     planner = _Planner(settings, base, config, place)
-    choice, plan = planner.first_that_fits(partial(_rows_and_steps, settings["trainer"], samples))
+    choice, plan = planner.first_that_fits(partial(_rows_and_steps, settings["trainer"], samples, place.gpus))
     _settle(settings, base, place, choice, samples, _template(tokenizer) if instruct else None)
     with new_file(path) as unfinished:
         unfinished.write_text(_written(settings, planner, choice, samples), encoding="utf-8")
@@ -111,20 +118,30 @@ def write_first_config(base: str, text: list[str], instruct: list[str], gpu: str
 
 
 def place_of(gpu: str | None) -> Place:
-    """Return the device that is meant by a name. Raises: ValueError."""
+    """Return the devices that are meant by a name. Raises: ValueError."""
     name = (gpu or "").lower().replace(" ", "")
     if name == "cpu" or (gpu is None and not torch.cuda.is_available()):
         return Place("this machine's CPU", "cpu")
     if gpu is None:
-        return Place(f"this machine's {torch.cuda.get_device_name()}", "gpu")
+        place = Place(torch.cuda.get_device_name(), "gpu")
+        return _several(place, torch.cuda.device_count(), "this machine's ")
+    count, name = _COUNT.fullmatch(name).groups()  # type: ignore[union-attr]  # it matches whatever comes
+    if count is not None and int(count) < 1:
+        raise UserError(f"`gpu={gpu}`: expected at least one GPU, such as 4x24gb")
     if name in CARDS:
-        return Place(name, "gpu", name, CARDS[name].bytes)
+        return _several(Place(name, "gpu", name, CARDS[name].bytes), int(count or 1))
     if size := re.fullmatch(r"(\d{1,4})gb", name):
-        return Place(f"a GPU of {int(size[1])} GB", "gpu", next(iter(CARDS)), int(size[1]) * 10**9)
+        place = Place(f"GPU of {int(size[1])} GB", "gpu", next(iter(CARDS)), int(size[1]) * 10**9)
+        return _several(place, int(count or 1), "a ")
     raise UserError(
         f"`gpu={gpu}` is not known{did_you_mean(name, CARDS)}. Give the GPU's memory, such as 24gb, or cpu, or one of "
-        f"{', '.join(CARDS)}"
+        f"{', '.join(CARDS)}; of several, their number first, such as 4x24gb"
     )
+
+
+def _several(place: Place, count: int, article: str = "") -> Place:
+    name = f"{article}{place.name}" if count == 1 else f"{count} x {place.name}"
+    return place._replace(name=name, gpus=count)
 
 
 class _Planner:
@@ -148,7 +165,7 @@ class _Planner:
             raise UserError(self._refusal(choices[-1], smallest))
         plans = ((choice, self.plan(choice)) for choice in choices[:-1])
         choice, plan = next((pair for pair in plans if self._fits(pair[1])), (choices[-1], smallest))
-        most = min(_MOST_ROWS, plan.largest_rows(), rows_and_steps(choice.length)[0])
+        most = min(_MOST_ROWS, plan.largest_rows(), rows_and_steps(choice.length)[0] // self.place.gpus)
         choice = replace(choice, rows=2 ** (most.bit_length() - 1))
         return choice, self.plan(choice)
 
@@ -169,9 +186,9 @@ class _Planner:
         data = SimpleNamespace(micro_batch_size=choice.rows, sequence_length=choice.length, packing="documents")
         trainer = SimpleNamespace(
             accelerator=self.place.accelerator,
-            devices=1,
+            devices=self.place.gpus,
             num_nodes=1,
-            strategy="auto",
+            strategy="auto" if choice.strategy is None else _strategy(choice.strategy),
             accumulate_grad_batches=2,
             max_steps=1,
         )
@@ -188,12 +205,14 @@ class _Planner:
             "selective",
             model["optimizer"]["class_path"] == _EIGHT_BIT and self.place.accelerator == "gpu",
             min(data["sequence_length"], self.config.max_position_embeddings),
+            None if self.place.gpus == 1 else "ddp",
         )
 
     def _choices(self) -> Iterator[Choice]:
         choice = self.first
         yield choice
-        smaller: list[dict[str, Any]] = [{"checkpointing": "full"}, {"train_embeddings": False}]
+        smaller: list[dict[str, Any]] = [] if self.place.gpus == 1 else [{"strategy": "fsdp2"}]
+        smaller += [{"checkpointing": "full"}, {"train_embeddings": False}]
         if self.place.accelerator == "gpu":
             smaller.append({"eight_bit": True})
         rank = choice.rank
@@ -214,20 +233,28 @@ class _Planner:
     def _refusal(self, choice: Choice, plan: RunPlan) -> str:
         assert plan.usable is not None
         peak = plan.memory.peak
-        if self.place.accelerator == "cpu":
-            peak = _Planner(self.settings, self.base, self.config, place_of("80gb")).plan(choice).memory.peak
-        larger = sorted((card.bytes, name) for name, card in CARDS.items() if (1 - RESERVE) * card.bytes >= peak)
-        instead = (
-            f"`--gpu {larger[0][1]}` is the smallest card that would do"
-            if larger
-            else "No single card would do: share it between GPUs, see `mixcn configs trainer/fsdp2`"
-        )
+        share = f", shared by {self.place.gpus} GPUs," if self.place.gpus > 1 else ""
         return (
             f"`base={self.base}` cannot be trained on {self.place.name}: even with rank {choice.rank}, rows of "
-            f"{choice.length:,} tokens and full activation checkpointing a run needs {plan.memory.peak / 1e9:.1f} GB, "
-            f"and {(1 - RESERVE) * plan.usable / 1e9:.1f} GB are there ({RESERVE:.0%} stay in reserve). {instead}, or "
-            "take a smaller base"
+            f"{choice.length:,} tokens and full activation checkpointing a run{share} needs {peak / 1e9:.1f} GB"
+            f"{' on each' if share else ''}, and {(1 - RESERVE) * plan.usable / 1e9:.1f} GB are there ({RESERVE:.0%} "
+            f"stay in reserve). {self._what_would_do(choice)}, or take a smaller base"
         )
+
+    def _what_would_do(self, choice: Choice) -> str:
+        """Name the smallest card that would hold the run, or the fewest of the largest that share it."""
+        one = replace(choice, strategy=None)
+        peak = _Planner(self.settings, self.base, self.config, place_of("80gb")).plan(one).memory.peak
+        larger = sorted((card.bytes, name) for name, card in CARDS.items() if (1 - RESERVE) * card.bytes >= peak)
+        if larger:
+            return f"`--gpu {larger[0][1]}` is the smallest card that would do"
+        shared = replace(choice, strategy="fsdp2")
+        for count in _COUNTS:
+            place = place_of(f"{count}x{_COMMON_CARD}")
+            planner = _Planner(self.settings, self.base, self.config, place)
+            if self._fits(planner.plan(shared)):
+                return f"`--gpu {count}x{_COMMON_CARD}` would do"
+        return "No machine of eight GPUs would do: see `mixcn configs trainer/hsdp` for several"
 
 
 def _sources(text: list[str], instruct: list[str]) -> tuple[Source, ...] | tuple[ConversationSource, ...]:
@@ -251,6 +278,18 @@ def _tokenizer_of(base: str) -> TextTokenizer | None:
         return load_tokenizer(Path(base).expanduser())
     except MissingFileError:
         return None
+
+
+def _strategy(overlay: str) -> DDPStrategy | FSDP2Strategy:
+    """Return the strategy of a packaged overlay."""
+    settings = _overlay(overlay)["init_args"]
+    return DDPStrategy(**settings) if overlay == "ddp" else FSDP2Strategy(**settings)
+
+
+def _overlay(name: str) -> dict[str, Any]:
+    text = carried_configs()[f"trainer/{name}"].read_text(encoding="utf-8")
+    settings: dict[str, Any] = yaml.safe_load(text)["trainer"]["strategy"]
+    return settings
 
 
 def _template(tokenizer: TextTokenizer | None) -> str:
@@ -313,11 +352,12 @@ def _settle(
     elif counts:
         wanted = _HELD_OUT_DOCUMENTS / min(counts)
         data["val_fraction"] = max(data["val_fraction"], round(min(_MOST_HELD_OUT, wanted), 3))
-    rows, steps = _rows_and_steps(trainer, samples, choice.length)
+    rows, steps = _rows_and_steps(trainer, samples, place.gpus, choice.length)
     data["num_streams"] = min(data["num_streams"], max(rows, 8))
     often = max(1, min(_OFTEN, steps // 4))
-    trainer["accumulate_grad_batches"] = rows // choice.rows
-    trainer["max_steps"], trainer["val_check_interval"] = steps, often * (rows // choice.rows)
+    micro_batches = rows // (choice.rows * place.gpus)
+    trainer["accumulate_grad_batches"] = micro_batches
+    trainer["max_steps"], trainer["val_check_interval"] = steps, often * micro_batches
     if not data["val_fraction"]:
         del trainer["val_check_interval"]
         trainer["limit_val_batches"] = 0
@@ -325,7 +365,10 @@ def _settle(
         callback["init_args"]["every_n_steps"] = often
         if "prompts" in callback["init_args"]:
             callback["init_args"]["prompts"] = [sample.prompt for sample in samples if sample.prompt]
-    settings["trainer"] = {"accelerator": place.accelerator, "devices": 1, **trainer}
+    devices = {"accelerator": place.accelerator, "devices": place.gpus}
+    if choice.strategy is not None:
+        devices["strategy"] = _overlay(choice.strategy)
+    settings["trainer"] = devices | trainer
 
 
 def _weights(names: list[str]) -> list[float]:
@@ -336,16 +379,20 @@ def _weights(names: list[str]) -> list[float]:
     return [_REPLAY_SHARE if name == _REPLAY else other for name in names]
 
 
-def _rows_and_steps(trainer: dict[str, Any], samples: list[Sample], length: int) -> tuple[int, int]:
-    """Return rows of a step and steps: those of the package, or of little text one pass in smaller steps."""
-    rows, steps = trainer["accumulate_grad_batches"], trainer["max_steps"]
+def _rows_and_steps(trainer: dict[str, Any], samples: list[Sample], ranks: int, length: int) -> tuple[int, int]:
+    """Return rows of a step and steps: those of the package, or of little text one pass in smaller steps.
+
+    Each rank has a power of two of the rows.
+    """
+    steps, of_rank = trainer["max_steps"], max(1, trainer["accumulate_grad_batches"] // ranks)
+    of_rank = 2 ** (of_rank.bit_length() - 1)
     tokens = [sample.all_tokens for sample in samples if sample.all_tokens is not None]
     if len(tokens) < len(samples):
-        return rows, steps
+        return of_rank * ranks, steps
     in_text = sum(tokens) / length
-    while rows > 1 and in_text / rows < _LEAST_STEPS:
-        rows //= 2
-    return rows, max(_FEWEST_STEPS, min(steps, round(in_text / rows)))
+    while of_rank > 1 and in_text / (of_rank * ranks) < _LEAST_STEPS:
+        of_rank //= 2
+    return of_rank * ranks, max(_FEWEST_STEPS, min(steps, round(in_text / (of_rank * ranks))))
 
 
 def _written(settings: dict[str, Any], planner: _Planner, choice: Choice, samples: list[Sample]) -> str:
@@ -368,9 +415,12 @@ def _comments(settings: dict[str, Any], planner: _Planner, choice: Choice, sampl
     trainer, data = settings["trainer"], settings["data"]["init_args"]
     first, packaged_rank = planner.first, planner.packaged_rank
     rows, often = (
-        trainer["accumulate_grad_batches"] * choice.rows,
+        trainer["accumulate_grad_batches"] * choice.rows * trainer["devices"],
         trainer["callbacks"][0]["init_args"]["every_n_steps"],
     )
+    on_ranks = ". With more ranks divide this by their number."
+    if trainer["devices"] > 1:
+        on_ranks = f" on {trainer['devices']} ranks. With more or fewer change this, so that a step keeps its rows."
     lora, names = "Attention, router and experts train.", [sample.source.name for sample in samples]
     if choice.rank < packaged_rank:
         does_not_fit = choice.rank < first.rank
@@ -386,6 +436,9 @@ def _comments(settings: dict[str, Any], planner: _Planner, choice: Choice, sampl
         "train_embeddings": "Embedding and head train as well, since there is room.",
         "activation_checkpointing": "What fits with the fewest activations computed again: `selective` keeps the "
         "experts' products, `full` keeps a layer's input only.",
+        "strategy": "Every GPU holds the model: the least traffic."
+        if choice.strategy == "ddp"
+        else "The GPUs share one copy of the model, since it does not fit into each with these settings.",
         "optimizer": "Moments in 8 bits, since those in 32 bits would not fit."
         if choice.eight_bit and not first.eight_bit
         else "The learning rate is the first thing to try other values of: half and twice as much.",
@@ -401,8 +454,8 @@ def _comments(settings: dict[str, Any], planner: _Planner, choice: Choice, sampl
         else f"A source has fewer than {FEW_DOCUMENTS} documents, too few to hold some out: give `val_sources`, "
         "and remove `limit_val_batches`.",
         "on_bad_record": "The sample has records that are refused; their number is in `data/bad_records`.",
-        "accumulate_grad_batches": f"A step is {rows} row{'s' * (rows > 1)}, at most {rows * choice.length:,} tokens. "
-        "With more ranks divide this by their number.",
+        "accumulate_grad_batches": f"A step is {rows} row{'s' * (rows > 1)}, at most {rows * choice.length:,} "
+        f"tokens{on_ranks}",
         "max_steps": _about_steps(trainer["max_steps"], rows * choice.length, samples),
         "val_check_interval": f"In micro-batches, not steps: every {often} step{'s' * (often > 1)}.",
     }
@@ -421,11 +474,12 @@ def _summary(settings: dict[str, Any], planner: _Planner, choice: Choice, plan: 
     counts, trainer = count_parameters(plan.model), settings["trainer"]
     optimizer = settings["model"]["init_args"]["optimizer"]["class_path"].rpartition(".")[2]
     embeddings = ", embeddings and head" if choice.train_embeddings else ""
+    on_each = f" on each of {planner.place.gpus} GPUs ({choice.strategy})" if choice.strategy else ""
     return [
         f"plan: {planner.place.name}, {plan.memory.peak / 1e9:.2f} GB of {(1 - RESERVE) * plan.usable / 1e9:.2f} GB "
         f"({RESERVE:.0%} more stay in reserve)",
         f"  model: {counts['total'] / 1e9:.3g} billion parameters, of which {counts['trainable']:,} train (rank "
         f"{choice.rank}{embeddings}); {optimizer}; activation checkpointing: {choice.checkpointing}",
         f"  steps: {trainer['max_steps']:,} of {trainer['accumulate_grad_batches']} x {choice.rows} rows of "
-        f"{choice.length:,} tokens",
+        f"{choice.length:,} tokens{on_each}",
     ]

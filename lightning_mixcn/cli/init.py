@@ -22,8 +22,8 @@ def init(
         text: Texts to pre-train on, as ``NAME=PATH``, such as ``zh=data/zh/*.jsonl.gz en=data/en``. A path is a file, a
             folder or a glob, in quotes where a shell would expand it.
         instruct: Conversations to tune on in place of texts, as ``NAME=PATH`` or a path alone.
-        gpu: GPU to train on: its memory, such as ``24gb``, a card's name, such as ``h100-80gb``, or ``cpu``; null is
-            what this machine has.
+        gpu: GPU to train on: its memory, such as ``24gb``, a card's name, such as ``h100-80gb``, or ``cpu``; of several
+            in one machine their number before it, such as ``4x24gb``; null is what this machine has.
         out: File to write, which must not exist.
 
     Raises:

@@ -10,13 +10,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lightning_mixcn.data import StreamDataModule
-from lightning_mixcn.errors import UserError, did_you_mean
+from lightning_mixcn.errors import MissingFileError, UserError, did_you_mean
 from lightning_mixcn.files.hub import local_folder
-from lightning_mixcn.files.schema import first_fault
 from lightning_mixcn.metrics.device import CARDS, PeakRate, copy_rate, peak_rate, stated_peak
 from lightning_mixcn.model import build_moe
 from lightning_mixcn.model.architectures import architecture_of
-from lightning_mixcn.model.checkpoints.configuration import check_config
 from lightning_mixcn.model.checkpoints.folder import read_config
 from lightning_mixcn.model.checkpoints.reading import config_of, stock_settings
 from lightning_mixcn.model.lora.adapter_file import AdapterFile
@@ -28,6 +26,8 @@ from lightning_mixcn.model.memory.plan import MemoryPlan, Run, plan_memory
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.memory import micro_batch, planned_run, sharing_of
 from lightning_mixcn.text import load_tokenizer
+
+from .public_bases import PUBLIC_BASES
 
 # Of the products' rate: what the best public figure for this model reaches (an A100, attention-only LoRA).
 EXPECTED_SHARE = 0.6
@@ -218,20 +218,20 @@ def meta_model_of(module: CausalLMModule) -> Any:
 
 
 def base_config(base: str) -> PreTrainedConfig:
-    """Read a base's configuration alone, from its folder or a hub. Raises: ValueError."""
-    file = Path(base).expanduser() / "config.json"
-    settings = stock_settings(read_config(file.parent) if file.is_file() else _from_hub(base))
+    """Read a base's configuration alone: from its folder, from `PUBLIC_BASES`, or from a hub. Raises: ValueError."""
+    folder = Path(base).expanduser()
+    if folder.exists() or base not in PUBLIC_BASES:
+        settings = stock_settings(read_config(_folder_of(base)))
+    else:
+        settings = PUBLIC_BASES[base]
     return config_of(settings, f"`base={base!r}`")
 
 
-def _from_hub(base: str) -> dict[str, Any]:
-    """Read the configuration alone of a hub model; `local_folder` would fetch all of it, and says what is wrong."""
-    if Path(base).exists() or base.count("/") != 1:
-        return read_config(local_folder(base))
-    settings, _ = PreTrainedConfig.get_config_dict(base)
-    if fault := first_fault(settings, check_config):
-        raise UserError(f"`base={base!r}`: config.json: {fault}. Download it again")
-    return dict(settings)
+def _folder_of(base: str) -> Path:
+    try:
+        return local_folder(base, ["config.json"])
+    except MissingFileError as error:
+        raise MissingFileError(f"{error}{did_you_mean(base, PUBLIC_BASES)}") from error
 
 
 def _count(devices: Any, device_type: str) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_mixcn.errors import MissingFileError, NotAFolderError
@@ -26,11 +27,12 @@ def public_name(path: str | Path) -> str:
     return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else str(path)
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path, files: Sequence[str] = _ALLOWED_FILES) -> Path:
     """Resolve a checkpoint's name to a folder, downloading it from the hub only if it looks like ``owner/name``.
 
     Args:
-        path: A folder, or a hub id. Of a hub model only safetensors, JSON and tokenizer files are fetched.
+        path: A folder, or a hub id.
+        files: Patterns of the files to fetch of a hub model; safetensors, JSON and tokenizer files if left out.
 
     Returns:
         The folder (for a hub id: in huggingface_hub's cache).
@@ -48,15 +50,15 @@ def local_folder(path: str | Path) -> Path:
         raise MissingFileError(
             f"{str(path)!r} is not there. Give a folder with config.json and *.safetensors, or a hub id owner/name"
         )
-    return _from_hub(str(path))
+    return _from_hub(str(path), files)
 
 
-def _from_hub(hub_id: str) -> Path:
+def _from_hub(hub_id: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_ALLOWED_FILES, ignore_patterns=_IGNORED_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=[*files], ignore_patterns=_IGNORED_FILES))
     except HfHubHTTPError as error:
         raise MissingFileError(
             f"{hub_id!r} is neither a folder nor a hub model that can be read ({type(error).__name__}). "

@@ -107,12 +107,45 @@ def test_memory_decides(gpu: str, rank: int, checkpointing: str, embeddings: boo
     assert model["lora"]["lora_alpha"] == 2 * rank
 
 
+@pytest.mark.parametrize(
+    ("gpu", "strategy", "rank", "embeddings"),
+    [
+        pytest.param("3x80gb", "DDPStrategy", 64, True, marks=pytest.mark.slow),
+        ("4x24gb", "FSDP2Strategy", 64, True),
+    ],
+)
+def test_several_gpus(gpu: str, strategy: str, rank: int, embeddings: bool, folder: Path, large: Path) -> None:
+    assert start("--base", str(large), "--text", "zh=zh.jsonl", "--gpu", gpu) == 0
+    settings = read("run.yaml")
+    trainer, model = settings["trainer"], settings["model"]["init_args"]
+    assert trainer["devices"] == int(gpu[0])
+    assert trainer["strategy"]["class_path"].rpartition(".")[2] == strategy
+    assert (model["lora"]["r"], model.get("train_embeddings", False)) == (rank, embeddings)
+    rows = trainer["accumulate_grad_batches"] * settings["data"]["init_args"]["micro_batch_size"] * trainer["devices"]
+    text = Path("run.yaml").read_text(encoding="utf-8")
+    assert f"# A step is {rows} rows" in text
+    assert f"tokens on {gpu[0]} ranks." in text
+    # The plan of the command, for cards of at least this memory, agrees that it fits.
+    card = "h100-80gb" if "80" in gpu else "rtx-4090-24gb"
+    assert main(["fit", "--config", "run.yaml", "--plan", "--card", card]) == 0
+
+
 def test_what_cannot_fit_is_refused(folder: Path, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start("--base", str(large), "--text", "zh=zh.jsonl", "--gpu", "24gb") == 2
     error = capsys.readouterr().err
     assert "cannot be trained on a GPU of 24 GB: even with rank 8" in error
     assert "`--gpu rtx-5090-32gb` is the smallest card that would do" in error
     assert not Path("run.yaml").exists()
+
+
+@pytest.mark.slow
+def test_gpus_that_are_too_few_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--base", "Qwen/Qwen3-235B-A22B", "--text", "zh=zh.jsonl", "--gpu"]
+    assert start(*given, "2x24gb") == 2
+    error = capsys.readouterr().err
+    assert "cannot be trained on 2 x GPU of 24 GB" in error
+    assert "a run, shared by 2 GPUs, needs" in error
+    assert "on each, and 22.1 GB are there" in error
 
 
 def test_another_key_and_bad_records(folder: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +186,7 @@ def test_all_documents_are_estimated(suffix: str, folder: Path) -> None:
         (["--text", "zh=nowhere*"], "`text zh.path='nowhere*'` matches no file"),
         (["--text", "zh=latin.txt"], "is not UTF-8: byte 0xe9"),
         (["--text", "zh=zh.jsonl", "--gpu", "h100-80"], "(did you mean 'h100-80gb'?)"),
+        (["--text", "zh=zh.jsonl", "--gpu", "0x24gb"], "expected at least one GPU, such as 4x24gb"),
         (["--text", "zh=zh.jsonl", "--instruct", "en.jsonl"], "Give either `--text` or `--instruct`"),
         ([], "Give either `--text` or `--instruct`"),
         (["--instruct", "zh.jsonl"], "not one document can be read"),
