@@ -124,8 +124,9 @@ class AdapterAverage(Callback):
     ) -> None:
         """Evaluate the average on the batch, too."""
         if self._evaluation is not None:
+            labels = causal_lm(self, pl_module).labels_of_likelihood(batch)
             with self._in_place(pl_module), unobserved():
-                self._evaluation.update(pl_module(batch).nll, batch)
+                self._evaluation.update(pl_module(batch).nll, batch | {"labels": labels})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log each source's likelihood under the average."""

@@ -369,6 +369,10 @@ class CausalLMModule(SavedStateModule):
         """Return the sums of each document in the batch; a document that goes on in another batch has more of them."""
         return score_documents(self(batch).nll, batch)
 
+    def labels_of_likelihood(self, batch: Batch) -> Tensor:
+        """Return the labels whose likelihood is evaluated, ``[B, S]`` as ``labels``; a subclass may leave some out."""
+        return batch["labels"]
+
     def _start_evaluation(self, stage: str) -> None:
         run_checks.check_vocabulary(self.trainer, self.model)
         self._evaluation = SourceEvaluation(stage, self.trainer, self.device)

@@ -245,9 +245,11 @@ class PreferenceModule(CausalLMModule):
         nll = self(batch).nll
         scores, losses, gap = self._judge(batch, nll)
         self._pairs.update(scores, losses, self.loss.rewards(scores), self.loss.beta * gap)
-        # Bits per byte are those of good answers alone.
-        good = batch["labels"].masked_fill(batch["sides"] <= 0, IGNORED)
-        self._evaluation.update(nll, batch | {"labels": good})
+        self._evaluation.update(nll, batch | {"labels": self.labels_of_likelihood(batch)})
+
+    def labels_of_likelihood(self, batch: Batch) -> Tensor:
+        """Return the labels of good answers alone."""
+        return batch["labels"].masked_fill(batch["sides"] <= 0, IGNORED)
 
     def _start_evaluation(self, stage: str) -> None:
         super()._start_evaluation(stage)

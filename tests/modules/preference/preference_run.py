@@ -54,17 +54,24 @@ def module(base: str, **changes: Any) -> PreferenceModule:
 
 
 def train(
-    base: str, path: str, out: str, *, max_steps: int = 4, ckpt_path: str | None = None, **changes: Any
+    base: str,
+    path: str,
+    out: str,
+    *,
+    max_steps: int = 4,
+    ckpt_path: str | None = None,
+    callback: Callback | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Train; return each step's figures, the validation's in the end, and the adapter's factors by name."""
     ranks, steps = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1, Steps()
-    model = module(base, **changes)
+    model, more = module(base, **changes), [] if callback is None else [callback]
     trainer = Trainer(
         accelerator="cpu", devices=ranks, strategy="auto" if ranks == 1 else FSDP2Strategy(), max_steps=max_steps,
         max_epochs=-1, accumulate_grad_batches=ROWS // ranks, use_distributed_sampler=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, num_sanity_val_steps=0,
         val_check_interval=ROWS // ranks * 2, check_val_every_n_epoch=None, limit_val_batches=ROWS // ranks,
-        callbacks=[steps, StepCheckpoint(every_n_steps=2, keep=9, dirpath=str(Path(out, "checkpoints")))],
+        callbacks=[steps, StepCheckpoint(every_n_steps=2, keep=9, dirpath=str(Path(out, "checkpoints"))), *more],
     )  # fmt: skip
     trainer.fit(model, pairs(base, path), ckpt_path=ckpt_path)
     assert isinstance(model.model, MoePeftModel)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_mixcn.callbacks import AdapterAverage
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.metrics import SourcePairs, pair_figures, pair_sums, score_pairs
 from lightning_mixcn.modules import PreferenceModule, WarmupCosine
@@ -190,7 +191,10 @@ def test_what_is_told(loss: PreferenceLoss, base: str, file: str, tmp_path: Path
 
 
 def test_validation_is_of_chosen_answers(base: str, file: str, tmp_path: Path) -> None:
-    figures = train(base, file, str(tmp_path), max_steps=2)["end"]
+    """So is that of the average, which is here the last step's values."""
+    average = AdapterAverage(decay=None, start=2)
+    figures = train(base, file, str(tmp_path), max_steps=2, callback=average)["end"]
+    assert figures["val_average/zh/nll_nats_per_token"] == pytest.approx(figures["val/zh/nll_nats_per_token"], rel=1e-5)
     assert figures["val/zh/nll_nats_per_token"] == pytest.approx(figures["val/zh/nll_chosen_nats_per_token"], rel=1e-5)
 
 
