@@ -111,6 +111,7 @@ def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
     with tarfile.open(archive) as members:
         members.extractall(tmp_path, filter="data")
     wheel = build("build_wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", archive, wheel], check=True)
     with zipfile.ZipFile(wheel) as files:
         came = files.namelist()
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_mixcn").rglob("*.py")}
