@@ -2,19 +2,18 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
-import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from site import getsitepackages
 from typing import Any
 
 import pytest
+
+from tests.wheel import build, copy_of_tree, install_wheel
 
 ROOT = Path(__file__).parents[1]
 LINKS = ("callbacks", "configs")
@@ -79,26 +78,6 @@ def test_version_is_the_installed_one() -> None:
     assert lightning_mixcn.__version__ == installed
 
 
-def copy_of_tree(target: Path) -> None:
-    """Copy what belongs to the project, links as links."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for source in (ROOT / name for name in files.split("\0") if name):
-        if source.exists():
-            copy = target / source.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy, follow_symlinks=False)
-
-
-def build(hook: str, tree: Path, out: Path) -> Path:
-    """Call a hook of the build backend, without isolation and so without a package index: dev has setuptools."""
-    program = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
-    out.mkdir()
-    subprocess.run([sys.executable, "-c", program, hook, str(out)], cwd=tree, check=True, capture_output=True)
-    (built,) = out.iterdir()
-    return built
-
-
 PAGES = ("hygiene/report", "preference/sheet")
 
 
@@ -126,16 +105,7 @@ def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_installed_wheel_finds_its_configs_by_name(tmp_path: Path) -> None:
     """Outside the checkout, in an environment that has this one's other packages."""
-    copy_of_tree(tmp_path / "tree")
-    wheel = build("build_wheel", tmp_path / "tree", tmp_path / "wheel")
-    venv.create(tmp_path / "venv")
-    python = tmp_path / "venv/bin/python"
-    (own,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    # A folder that a .pth file adds comes after the environment's own, and its .pth files are not read.
-    (own / "others.pth").write_text("\n".join(getsitepackages()) + "\n", encoding="utf-8")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--ignore-installed"]
-    install += ["--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    mixcn = install_wheel(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     shown = {
         "fit --config demo --config trainer/fsdp2.yaml --print_config": "FSDP2Strategy",
@@ -146,7 +116,7 @@ def test_an_installed_wheel_finds_its_configs_by_name(tmp_path: Path) -> None:
     }
     for command, text in shown.items():
         done = subprocess.run(
-            [tmp_path / "venv/bin/mixcn", *command.split()],
+            [mixcn, *command.split()],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert text in done.stdout
