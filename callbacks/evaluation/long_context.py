@@ -27,7 +27,7 @@ from lightning_mixcn.text import (
     parse_sources,
 )
 
-from ..host import LONG_CONTEXT, causal_lm
+from ..host import LONG_CONTEXT, causal_lm, log_figures
 from .periodic import evaluation_documents
 from .samples import run_tokenizer
 
@@ -317,9 +317,7 @@ class LongContextEval(Callback):
         figures = self._report.add(evaluation)
         for logger in trainer.loggers:
             logger.log_metrics(tags(evaluation), step=evaluation["step"])
-            if add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None):
-                for name, figure in figures.items():
-                    add_figure(f"long_context/{name}", figure, evaluation["step"])
+        log_figures(trainer, {f"long_context/{name}": figure for name, figure in figures.items()}, evaluation["step"])
 
 
 def tags(evaluation: Evaluation) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Text that the model writes while it trains: when, how, and where it is kept."""
 
-from collections.abc import Collection, Iterator, Sequence
+import html
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from lightning_mixcn.metrics import AnswerFigures, answer_figures
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.text import TextTokenizer, Turn, load_tokenizer
 
-from ..host import StepRecords, causal_lm, plain_name
+from ..host import StepRecords, causal_lm, log_texts, plain_name
 
 Temperature = Annotated[float, Between(0, 100, "(0 for greedy)")]
 Penalty = Annotated[float, Between(0, 100, "(1 for none)", excluded=(0,))]
@@ -113,21 +114,26 @@ class PeriodicSampling(Callback):
             )
         return [_up_to_stop(row, stop_ids) for row in generated[:, width:].tolist()]
 
-    def write(self, trainer: Trainer, records: Sequence[dict[str, Any]], texts: dict[str, str]) -> None:
-        """Append records to the run's file, and show texts in TensorBoard, on rank zero.
+    def write(self, trainer: Trainer, records: Sequence[dict[str, Any]]) -> None:
+        """Append records to the run's file, and show each beside those of other steps as a card, on rank zero.
+
+        Cards are ``samples/0`` and so on, by the name of the file and the place of the record.
 
         Args:
             trainer: Lightning's.
-            records: Values of each line, beside the step.
-            texts: Markdown by tag.
+            records: Values of each line, beside the step: the prompt first, then what the model wrote; ``ended`` is
+                whether it ended the text itself.
         """
         if not trainer.is_global_zero:
             return
-        self._records(trainer).append(trainer.global_step, records)
-        for logger in trainer.loggers:
-            if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
-                for tag, text in texts.items():
-                    add_text(tag, text, trainer.global_step)
+        kept = self._records(trainer)
+        kept.append(trainer.global_step, records)
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for record in kept.read():
+            by_step.setdefault(record.pop("step"), []).append(record)
+        name = Path(self._file).stem
+        cards = {f"{name}/{number}": _card(by_step, number) for number in range(len(records))}
+        log_texts(trainer, cards, trainer.global_step)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._sampled_at = trainer.global_step
@@ -135,6 +141,30 @@ class PeriodicSampling(Callback):
 
     def _records(self, trainer: Trainer) -> StepRecords:
         return StepRecords(Path(trainer.default_root_dir, self._file))
+
+
+_COLUMNS = 4  # of a card: the first step, and the newest ones
+
+
+def _card(by_step: Mapping[int, Sequence[Mapping[str, Any]]], number: int) -> str:
+    """Return a prompt, and a table of what came of it: the first step and the newest ones side by side."""
+    *_, newest = by_step.values()
+    of_prompt, of_text, *_ = newest[number]
+    prompt = newest[number][of_prompt]
+    columns: list[tuple[int, str]] = []
+    for step, records in by_step.items():
+        record = records[number] if number < len(records) else {}
+        if record.get(of_prompt) == prompt:  # a resumed run may ask something else
+            columns.append((step, _cell(record.get(of_text, "")) + ("" if record.get("ended", True) else " …")))
+    shown = columns[:1] + columns[1:][1 - _COLUMNS :]
+    rows = [[f"step {step:,}" for step, _ in shown], ["---"] * len(shown), [text for _, text in shown]]
+    return f"**{_cell(prompt)}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    """Write a text as it is, in one cell of a table in Markdown."""
+    escaped = html.escape(text.strip(), quote=False).replace("|", "\\|")
+    return "<br>".join(escaped.splitlines())
 
 
 def run_tokenizer(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:
@@ -168,8 +198,8 @@ class SampleAnswers(PeriodicSampling):
 
     Logs ``answers/eos_rate`` (share of answers that the model ends itself within ``max_new_tokens``),
     ``answers/repetition_rate`` (share of 4-grams of tokens that an answer has had before) and
-    ``answers/length_tokens`` (mean); shows the answers in TensorBoard, and appends them to ``answers.jsonl`` in the
-    run's folder, one line a question: step, question, answer, whether it ended.
+    ``answers/length_tokens`` (mean); shows the answers to a question side by side over the steps, and appends them to
+    ``answers.jsonl`` in the run's folder, one line a question: step, question, answer, whether it ended.
 
     Args:
         questions: Held-out conversations that are answered, the first ones of each source in turn; the model is given
@@ -234,12 +264,11 @@ class SampleAnswers(PeriodicSampling):
         values: dict[str, Any] = {f"answers/{name}": value for name, value in self.figures.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        records, shown = [], {}
-        for number, (turns, ids) in enumerate(zip(asked, answers, strict=True)):
+        records = []
+        for turns, ids in zip(asked, answers, strict=True):
             text, ended = tokenizer.decode(ids), ids[-1] in stop_ids
             records.append({"question": turns[-1].content, "answer": text.strip(), "ended": ended})
-            shown[f"answers/{number}"] = f"**{turns[-1].content}**\n\n{text}" + ("" if ended else " …")
-        self.write(trainer, records, shown)
+        self.write(trainer, records)
 
 
 def _data(trainer: Trainer) -> InstructDataModule | PreferenceDataModule:
@@ -253,7 +282,7 @@ def _data(trainer: Trainer) -> InstructDataModule | PreferenceDataModule:
 
 
 class SampleText(PeriodicSampling):
-    """Continues prompts before the first step, every so often and at the end; shows them in TensorBoard.
+    """Continues prompts before the first step, every so often and at the end; shows them side by side over the steps.
 
     They are also appended to ``samples.jsonl`` in the run's folder, one line a prompt: step, prompt, continuation.
 
@@ -288,7 +317,5 @@ class SampleText(PeriodicSampling):
         tokenizer = run_tokenizer(trainer, module)
         rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
         texts = [tokenizer.decode(ids) for ids in self.generate(module, rows, [tokenizer.eos_id])]
-        pairs = list(zip(self.prompts, texts, strict=True))
-        records = [{"prompt": prompt, "continuation": text} for prompt, text in pairs]
-        shown = {f"samples/{number}": f"**{prompt}**{text}" for number, (prompt, text) in enumerate(pairs)}
-        self.write(trainer, records, shown)
+        pairs = zip(self.prompts, texts, strict=True)
+        self.write(trainer, [{"prompt": prompt, "continuation": text} for prompt, text in pairs])

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_mixcn.arguments import Between, Steps, check_arguments
-from lightning_mixcn.callbacks.host import causal_lm
+from lightning_mixcn.callbacks.host import causal_lm, log_figures
 from lightning_mixcn.data import PreferenceDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.metrics.expert_load import LoadSums, jensen_shannon_bits, shares
@@ -279,12 +279,13 @@ class ExpertLoadMonitor(Callback):
         for logger in trainer.loggers:
             # Lightning's own numbers of this step are logged under the one before: it counts them from 0.
             logger.log_metrics(tags, step=max(step - 1, 0))
-            if is_drawn and (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)):
-                panels = {"all": shares_LE} | (shares_of if len(shares_of) > 1 else {})
-                add_figure(f"{_PREFIX[stage]}/load", load_figure(panels, when), max(step - 1, 0))
-                if stage == "val":  # of the same text each time, so that lines differ by the model alone
-                    lines = entropy_figure(self._base_entropy, _entropies(window, sums), when)
-                    add_figure(f"{_PREFIX[stage]}/routing_entropy", lines, max(step - 1, 0))
+        if is_drawn:
+            panels = {"all": shares_LE} | (shares_of if len(shares_of) > 1 else {})
+            figures = {f"{_PREFIX[stage]}/load": load_figure(panels, when)}
+            if stage == "val":  # of the same text each time, so that lines differ by the model alone
+                lines = entropy_figure(self._base_entropy, _entropies(window, sums), when)
+                figures[f"{_PREFIX[stage]}/routing_entropy"] = lines
+            log_figures(trainer, figures, step)
 
     def _judge(self, step: int, shares_LE: Tensor | None) -> None:
         """Keep the run's first shares, and warn of starving experts, or of no token at all."""

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_mixcn.callbacks.adapter_average import AdapterAverage
 from lightning_mixcn.callbacks.adapter_checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, AdapterCheckpoint
 from lightning_mixcn.callbacks.checkpoints import restore_last
-from lightning_mixcn.callbacks.host import CHECKPOINTS, LONG_CONTEXT, RUN_FILES, TENSORBOARD
+from lightning_mixcn.callbacks.host import CHECKPOINTS, FIGURES, LONG_CONTEXT, RUN_FILES, TENSORBOARD
 from lightning_mixcn.errors import InUseError, UserError
 from lightning_mixcn.files.atomic import (
     check_replaceable,
@@ -40,6 +40,7 @@ _CONTENT = {
     CHECKPOINTS: ("*.ckpt", "*.ckpt.sha256", ".*.ckpt.unfinished", ".*.ckpt.outdated", ".*.ckpt.removed"),
     TENSORBOARD: ("events.out.tfevents.*", "hparams.yaml"),
     LONG_CONTEXT: ("*.csv", "*.png", "*.json"),
+    FIGURES: ("*_step_????????.png", "*.md"),
 }
 
 
@@ -205,7 +206,7 @@ def _check_checkpoints(root: Path, callback: ModelCheckpoint, callbacks: Sequenc
     for other in callbacks:
         if type(other) is type(callback) and other is not callback and Path(str(other.dirpath)).resolve() == place:
             raise UserError(f"`dirpath={given!r}`: two {type(callback).__name__} keep checkpoints there. Leave one out")
-    for name in (TENSORBOARD, *(name for other in callbacks for name in getattr(other, "run_files", ()))):
+    for name in (TENSORBOARD, FIGURES, *(name for other in callbacks for name in getattr(other, "run_files", ()))):
         if place.is_relative_to((root / name).resolve()):
             raise UserError(f"`dirpath={given!r}` is in {name!r}, another output of the run. Choose another folder")
     if place.exists() and not place.is_dir():
@@ -263,6 +264,7 @@ def _remove_leftovers(trainer: Trainer, root: Path) -> None:
             pass
     remove_leftovers(root, "|".join(map(re.escape, [*RUN_FILES, _SCRATCH])))
     remove_leftovers(root / LONG_CONTEXT, r"\w+\.(?:csv|json|png)")
+    remove_leftovers(root / FIGURES, r"\w+\.(?:md|png)")
 
 
 class Overwrite(Callback):

@@ -28,6 +28,7 @@ from lightning_mixcn.callbacks import (
     StepProgressBar,
 )
 from lightning_mixcn.callbacks.defaults import logging_callbacks, run_logger, training_callbacks, with_defaults
+from lightning_mixcn.callbacks.host import show_text
 from lightning_mixcn.commands.functions import add_function_subcommands
 from lightning_mixcn.commands.messages import libraries_in_one_line, readable
 from lightning_mixcn.commands.table import COMMANDS, TRAINER_DEFAULTS
@@ -91,7 +92,7 @@ class RunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, and show it in TensorBoard."""
+        """Write the file, and show it to the loggers that take texts."""
         for option in ("plan", "card", "overwrite"):  # which are not the run's, and other subcommands do not know
             self.config.pop(option, None)
         forget_tokenizer(self.config)
@@ -101,9 +102,8 @@ class RunConfig(SaveConfigCallback):
         command = trainer.state.fn.value if trainer.state.fn else stage
         name = CONFIG if command == "fit" else f"config.{command}.yaml"
         write_text(Path(trainer.default_root_dir, name), text)
-        for logger in trainer.loggers:
-            if add_text := getattr(getattr(logger, "experiment", None), "add_text", None):
-                add_text("config", f"```yaml\n{text}```")
+        for logger in trainer.loggers:  # the others have the file
+            show_text(logger, "config", f"```yaml\n{text}```", step=0)
 
 
 class MixcnCLI(LightningCLI):

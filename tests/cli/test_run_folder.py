@@ -300,6 +300,7 @@ def test_overwrite_removes_nothing_where_no_run_is(config: dict[str, Any]) -> No
         "samples.jsonl",
         "facts.json",
         "long_context/mine.csv",
+        "figures/experts_load_step_00000002.png",
         "tensorboard/hparams.yaml",
     ):
         path = ROOT / name
@@ -311,6 +312,16 @@ def test_overwrite_removes_nothing_where_no_run_is(config: dict[str, Any]) -> No
     assert run(config, "fit", "--overwrite", "--trainer.logger=false") == 0
     after = digests(ROOT)
     assert {name: after[name] for name in before} == before
+
+
+def test_overwrite_removes_a_run_s_figures_and_no_others(config: dict[str, Any]) -> None:
+    (ROOT / "figures").mkdir(parents=True)
+    (ROOT / "figures" / "experts_load_step_00000900.png").touch()
+    (ROOT / "figures" / "mine.png").touch()
+    (ROOT / "config.yaml").touch()
+    config["trainer"] |= {"logger": False, "max_steps": 1, "limit_val_batches": 0}
+    assert run(config, "fit", "--overwrite") == 0
+    assert {path.name for path in (ROOT / "figures").glob("*.png")} == {"mine.png"}
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # the finished run was copied

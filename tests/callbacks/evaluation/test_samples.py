@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import markdown  # type: ignore[import-untyped]  # TensorBoard's, published without types
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -146,6 +147,11 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def shown(card: str) -> str:
+    """Return the HTML that TensorBoard makes of a card, before its sanitizer."""
+    return str(markdown.markdown(card, extensions=["tables"]))
+
+
 def batches() -> FixedBatches:
     return FixedBatches([random_batch([20])] * 10)
 
@@ -161,6 +167,25 @@ def test_before_during_and_after(tmp_path: Path, module: PretrainModule, trainer
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"samples/0/text_summary", "samples/1/text_summary"} <= set(events.Tags()["tensors"])
+    card = events.Tensors("samples/1/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert card.startswith("**中**\n\n| step 0 | step 2 | step 3 |\n")
+    assert shown(card).count("<td>") == 3
+
+
+def test_a_card_has_the_first_step_and_the_newest_side_by_side(
+    tmp_path: Path, module: PretrainModule, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = iter(["a|b\nc", "<s>two", "**3**", "four", "five", "six"])
+    monkeypatch.setattr(SampleText, "generate", lambda *_: [[1]])
+    tokenizer = load_tokenizer(module.tokenizer_path)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *_: next(texts))
+    trainer(max_steps=5, callbacks=[SampleText(["ab"], every_n_steps=1)]).fit(module, batches())
+    card = (tmp_path / "figures" / "samples_0.md").read_text(encoding="utf-8")
+    assert card.splitlines()[2] == "| step 0 | step 3 | step 4 | step 5 |"
+    page = shown(card)
+    assert page.count("<th>") == page.count("<td>") == 4
+    assert "<td>a|b<br>c</td>" in page
+    assert "two" not in page  # step 1 has made room
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")  # a stand-in

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # published without types
     EventAccumulator,
@@ -276,11 +276,22 @@ def test_what_tensorboard_shows(tmp_path: Path, module: PretrainModule, trainer:
     assert [step for step, _ in scalars(tmp_path, "experts/effective_experts")] == [1, 3, 4]
     assert [step for step, _ in scalars(tmp_path, "experts/val/effective_experts")] == [3]
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("experts/load")] == [1, 4]
-    assert [event.step for event in events.Images("experts/val/load")] == [3]
+    # A figure is of the step in its title.
+    assert [event.step for event in events.Images("experts/load")] == [2, 5]
+    assert [event.step for event in events.Images("experts/val/load")] == [4]
     assert all(event.width > 100 and event.height > 100 for event in events.Images("experts/load"))
     by_position = {int(row["position_from"]) for row in rows(tmp_path)}
     assert by_position == {0, 8}
+
+
+def test_heatmaps_beside_a_logger_of_numbers(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
+    settings = {"max_steps": 2, "limit_val_batches": 1, "val_check_interval": 2, "logger": CSVLogger(str(tmp_path))}
+    run = trainer(callbacks=[ExpertLoadMonitor(every_n_steps=1)], log_every_n_steps=1, **settings)
+    run.fit(module, FixedBatches(BATCHES[:2], SOURCES))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "experts_load_step_00000001.png",
+        *(f"experts_val_{name}_step_00000002.png" for name in ("load", "routing_entropy")),
+    }
 
 
 def test_five_numbers_unless_more_are_asked_for(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
