@@ -162,7 +162,7 @@ def _check_monitor(monitor: str, trainer: Trainer, module: CausalLMModule) -> No
     if names is None or not all(kind.__module__.startswith(own) for kind in loggers):
         return
     metrics = ("bits_per_byte", "nll_nats_per_token")
-    logged = [f"val/{name}/{metric}" for name in names("val") for metric in metrics]
+    logged = ["val/bits_per_byte", *(f"val/{name}/{metric}" for name in names("val") for metric in metrics)]
     if monitor not in logged and not monitor.startswith(("train/", "data/", "throughput/")):
         raise UserError(
             f"AdapterCheckpoint: `monitor={monitor}` is not logged{did_you_mean(monitor, logged)}. Validation logs "
@@ -277,7 +277,7 @@ class AdapterCheckpoint(Callback):
         folder: Name of the newest adapter's folder inside ``trainer.default_root_dir``; the best one's ends in
             ``_best``.
         monitor: Logged value that decides what is best, such as ``val/zh/bits_per_byte``; null is the mean of the
-            validation sources' bits per byte.
+            validation sources' bits per byte, in which each counts alike, unlike in ``val/bits_per_byte``.
         mode: ``min`` if less of it is better, ``max`` if more is.
         languages: Codes of the languages that the card names, such as ``[zh, en]``; null names none.
     """

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mixcn.arguments import Name, check_arguments
 from lightning_mixcn.files.atomic import write_json, write_text
+from lightning_mixcn.metrics import overall_bits_per_byte
 from lightning_mixcn.modules.checks import source_names
 
 from .adapter_checkpoint import AdapterCheckpoint
@@ -136,6 +137,8 @@ def _results(trainer: Trainer) -> list[tuple[str, str]]:
 class EvaluationReport(Callback):
     """Writes ``validate.json`` or ``test.json`` into the run's folder: each source's likelihood, tokens and bytes.
 
+    ``bits_per_byte`` beside ``sources`` is that of all of them together, by their bytes.
+
     Validation inside `fit` goes to TensorBoard and is not written here.
     """
 
@@ -164,6 +167,7 @@ class EvaluationReport(Callback):
             for source, result in module.source_likelihoods[stage].items()
         }
         report = {
+            "bits_per_byte": overall_bits_per_byte(module.source_likelihoods[stage].values()),
             "sources": sources,
             "base": module.base,
             "quantization": module.quantization,

@@ -1,7 +1,14 @@
 """Sums and counts that become numbers with a unit. Nothing here knows a model, a file or a trainer."""
 
 from .answers import AnswerFigures, answer_figures
-from .likelihood import DocumentScores, Likelihood, SourceLikelihood, score_documents, scored_positions
+from .likelihood import (
+    DocumentScores,
+    Likelihood,
+    SourceLikelihood,
+    overall_bits_per_byte,
+    score_documents,
+    scored_positions,
+)
 from .pairs import PairScores, SourcePairs, pair_figures, pair_sums, score_pairs
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "SourceLikelihood",
     "SourcePairs",
     "answer_figures",
+    "overall_bits_per_byte",
     "pair_figures",
     "pair_sums",
     "score_documents",

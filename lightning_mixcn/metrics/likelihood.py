@@ -4,6 +4,7 @@ Legend: B rows, S positions of a row.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -121,6 +122,26 @@ class SourceLikelihood(Metric):
                     "bytes": text_bytes,
                 }
         return results
+
+
+def overall_bits_per_byte(results: Iterable[Likelihood]) -> float | None:
+    """Return the bits per byte of several sources together: the sum of their bits over the sum of their bytes.
+
+    A source counts by its bytes of text in the evaluation data, whatever its weight in training.
+
+    Args:
+        results: Results of each source, over all ranks.
+
+    Returns:
+        ``None`` where no source has bytes of text.
+
+    >>> zh: Likelihood = {"nll_nats_per_token": 2.0, "bits_per_byte": 2.0, "tokens": 9, "bytes": 300}
+    >>> overall_bits_per_byte([zh, zh | {"bits_per_byte": 1.0, "bytes": 100}])
+    1.75
+    """
+    counted = [result for result in results if result["bytes"]]
+    bits = math.fsum(result["bits_per_byte"] * result["bytes"] for result in counted)
+    return bits / sum(result["bytes"] for result in counted) if counted else None
 
 
 class DocumentScores(NamedTuple):

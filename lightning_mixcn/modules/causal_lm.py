@@ -22,6 +22,7 @@ from lightning_mixcn.metrics import (
     DocumentScores,
     Likelihood,
     SourceLikelihood,
+    overall_bits_per_byte,
     score_documents,
     scored_positions,
 )
@@ -425,8 +426,14 @@ class SourceEvaluation:
         return results
 
     def tags(self, results: dict[str, Likelihood]) -> dict[str, float]:
-        """Return the values of ``<prefix>/<source>/nll_nats_per_token`` and ``<prefix>/<source>/bits_per_byte``."""
+        """Return the values of ``<prefix>/<source>/nll_nats_per_token`` and ``<prefix>/<source>/bits_per_byte``.
+
+        ``<prefix>/bits_per_byte`` is that of all sources together, also where there is one: a monitor of this name is
+        right for any data.
+        """
         tags: dict[str, float] = {}
+        if (overall := overall_bits_per_byte(results.values())) is not None:
+            tags[f"{self._prefix}/bits_per_byte"] = overall
         for name, result in results.items():
             tags[f"{self._prefix}/{name}/nll_nats_per_token"] = result["nll_nats_per_token"]
             if result["bytes"]:

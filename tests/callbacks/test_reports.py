@@ -107,6 +107,10 @@ def test_it_holds_every_source(method: str, stage: str, tmp_path: Path, module: 
     report = json.loads((tmp_path / f"{method}.json").read_text(encoding="utf-8"))
     assert report["sources"] == module.source_likelihoods[stage]
     assert set(report["sources"]) == {"zh", "en"}
+    bits = sum(source["bits_per_byte"] * source["bytes"] for source in report["sources"].values())
+    assert report["bits_per_byte"] == pytest.approx(
+        bits / sum(source["bytes"] for source in report["sources"].values())
+    )
     assert (report["base"], report["quantization"], report["checkpoint"]) == (module.base, "nf4", None)
 
 
@@ -120,7 +124,8 @@ def test_what_is_no_number_is_null(tmp_path: Path, module: PretrainModule, train
     batch = random_batch([20])
     batch["text_mask"].zero_()
     trainer(callbacks=[EvaluationReport()]).test(module, FixedBatches([batch]))
-    assert json.loads((tmp_path / "test.json").read_text())["sources"]["zh"]["bits_per_byte"] is None
+    report = json.loads((tmp_path / "test.json").read_text())
+    assert report["bits_per_byte"] is report["sources"]["zh"]["bits_per_byte"] is None
 
 
 def test_one_line_a_document(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:

@@ -132,6 +132,7 @@ def test_what_tensorboard_shows(config: dict[str, Any]) -> None:
         "train/gradient_norm",
         "train/loss",
         "train/nll_nats_per_token",
+        "val/bits_per_byte",
         "val/en/bits_per_byte",
         "val/en/nll_nats_per_token",
         "val/zh/bits_per_byte",

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lightning_mixcn.metrics import SourceLikelihood, score_documents, scored_positions
+from lightning_mixcn.metrics import SourceLikelihood, overall_bits_per_byte, score_documents, scored_positions
 
 
 def random_batch(generator: random.Random, rows: int = 3, length: int = 17) -> dict[str, torch.Tensor]:
@@ -86,6 +86,23 @@ def test_a_source_without_bytes_has_no_bits_per_byte() -> None:
     metric = SourceLikelihood(2)
     metric.update(**batch)
     assert math.isnan(metric.compute()[0]["bits_per_byte"])
+
+
+def test_all_sources_together_are_as_if_they_were_one() -> None:
+    generator = random.Random(5)
+    apart, together = SourceLikelihood(3), SourceLikelihood(1)
+    for rows in (3, 1, 2):
+        batch = random_batch(generator, rows=rows)
+        apart.update(**batch)
+        batch["source_ids"] = batch["source_ids"].clamp(max=0)
+        together.update(**batch)
+    whole = together.compute()[0]["bits_per_byte"]
+    results = apart.compute()
+    assert len({result["bytes"] for result in results.values()}) == len(results) == 2
+    assert overall_bits_per_byte(results.values()) == pytest.approx(whole, rel=1e-14)
+    without = {"nll_nats_per_token": 1.0, "bits_per_byte": math.nan, "tokens": 3, "bytes": 0}
+    assert overall_bits_per_byte([*results.values(), without]) == pytest.approx(whole, rel=1e-14)  # type: ignore[list-item]  # a plain dict
+    assert overall_bits_per_byte([without]) is None  # type: ignore[list-item]  # likewise
 
 
 def test_sums_add_up_over_ranks() -> None:

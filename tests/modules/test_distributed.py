@@ -66,6 +66,8 @@ def test_two_ranks_do_what_one_does(tmp_path: Path, tiny_base: Path) -> None:
         assert two["values"][name] == pytest.approx(one["values"][name], rel=1e-5)
     for source, result in one["val"].items():
         assert two["val"][source] == pytest.approx(result, rel=1e-6)
+    # Ranks have other sources, and as many batches but not as many bytes.
+    assert two["values"]["val/bits_per_byte"] == pytest.approx(one["values"]["val/bits_per_byte"], rel=1e-6)
     assert len(one_lines) == len(two_lines) == 2
     for line, other in zip(one_lines, two_lines, strict=True):
         assert other.pop("source") == line.pop("source")

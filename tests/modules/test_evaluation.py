@@ -34,6 +34,7 @@ def test_likelihood_of_each_source(stage: str, method: str, tiny_base: Path, tra
     module = PretrainModule(str(tiny_base), quantization="none", dtype="float32")
     run = trainer(limit_val_batches=None)
     getattr(run, method)(module, FixedBatches(BATCHES, ["zh", "en"]))
+    all_bits, all_bytes = 0.0, 0.0
     for number, name in enumerate(["zh", "en"]):
         nats = text = tokens = size = 0.0
         for batch in BATCHES:
@@ -43,6 +44,7 @@ def test_likelihood_of_each_source(stage: str, method: str, tiny_base: Path, tra
             text += float(nll[mine & batch["text_mask"]].sum())
             tokens += int(mine.sum())
             size += int(batch["label_bytes"][mine].sum())
+        all_bits, all_bytes = all_bits + text / math.log(2), all_bytes + size
         result = module.source_likelihoods[stage][name]
         assert (result["tokens"], result["bytes"]) == (tokens, size)
         assert result["nll_nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
@@ -50,6 +52,14 @@ def test_likelihood_of_each_source(stage: str, method: str, tiny_base: Path, tra
         logged = run.callback_metrics
         assert float(logged[f"{stage}/{name}/bits_per_byte"]) == pytest.approx(result["bits_per_byte"])
         assert float(logged[f"{stage}/{name}/nll_nats_per_token"]) == pytest.approx(result["nll_nats_per_token"])
+    assert float(run.callback_metrics[f"{stage}/bits_per_byte"]) == pytest.approx(all_bits / all_bytes, rel=1e-5)
+
+
+def test_one_source_is_all_of_them(tiny_base: Path, trainer: Make) -> None:
+    module = PretrainModule(str(tiny_base), quantization="none", dtype="float32")
+    run = trainer(limit_val_batches=None)
+    run.validate(module, FixedBatches([random_batch([20, 9])], ["zh"]))
+    assert run.callback_metrics["val/bits_per_byte"] == run.callback_metrics["val/zh/bits_per_byte"]
 
 
 def test_validation_inside_training_changes_nothing_in_it(tiny_base: Path, lora: Make, trainer: Make) -> None:
