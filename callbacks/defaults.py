@@ -62,7 +62,11 @@ def run_logger(folder: str | Path) -> "RunLogger":
 # Charts of the tab CUSTOM SCALARS: TensorBoard's first tab is in alphabetical order. Tags are regular expressions.
 _PAGE = {
     "loss": ["train/loss$", "train/nll_nats_per_token$"],
-    "validation by language: bits per byte": ["val/.+/bits_per_byte$"],
+    "validation by language: bits per byte": [
+        "val/bits_per_byte$",
+        "val/.+/bits_per_byte$",
+        "val_average/bits_per_byte$",
+    ],
     "learning rate": ["lr-"],
     "throughput: tokens per second": ["throughput/tokens_per_second$"],
     "expert balance": [f"experts/({'|'.join(FIRST_NUMBERS)})$"],
@@ -70,7 +74,13 @@ _PAGE = {
 
 
 class RunLogger(TensorBoardLogger):
-    """Lightning's logger, with a page of the curves to look at first, and hyper-parameters without ``hp_metric``."""
+    """Lightning's logger, with a page of the curves to look at first, and hyper-parameters without ``hp_metric``.
+
+    Attributes:
+        first_page: Address of that page on TensorBoard's default port.
+    """
+
+    first_page = "http://localhost:6006/#custom_scalars"
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:

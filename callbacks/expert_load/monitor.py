@@ -284,7 +284,8 @@ class ExpertLoadMonitor(Callback):
             figures = {f"{_PREFIX[stage]}/load": load_figure(panels, when)}
             if stage == "val":  # of the same text each time, so that lines differ by the model alone
                 lines = entropy_figure(self._base_entropy, _entropies(window, sums), when)
-                figures[f"{_PREFIX[stage]}/routing_entropy"] = lines
+                # TensorBoard shows nothing of a figure that has the tag of a number.
+                figures[f"{_PREFIX[stage]}/routing_entropy_by_layer"] = lines
             log_figures(trainer, figures, step)
 
     def _judge(self, step: int, shares_LE: Tensor | None) -> None:

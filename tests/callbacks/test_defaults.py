@@ -86,7 +86,7 @@ def test_a_run_from_python_is_that_of_the_command(
         "expert balance",
     ]  # fmt: skip
     assert list(drawn.values())[:3] == [
-        {"train/loss", "train/nll_nats_per_token"}, {"val/zh/bits_per_byte"}, {"lr-AdamW"},
+        {"train/loss", "train/nll_nats_per_token"}, {"val/bits_per_byte", "val/zh/bits_per_byte"}, {"lr-AdamW"},
     ]  # fmt: skip
     assert drawn["throughput: tokens per second"] == {"throughput/tokens_per_second"}
     assert drawn["expert balance"] == {

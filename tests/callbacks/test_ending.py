@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mixcn.callbacks import FitSummary, PreemptionCheckpoint, StepCheckpoint
+from lightning_mixcn.callbacks.defaults import run_logger
 from lightning_mixcn.callbacks.ending import next_steps, resuming_command, why_ended
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import FixedBatches, random_batch
@@ -101,3 +102,5 @@ def test_what_is_next(trainer: Make, tmp_path: Path) -> None:
         ("talk", f"mixcn chat {tmp_path}"),
         ("merge", f"mixcn export {tmp_path} OUT"),
     ]
+    with_page = trainer(default_root_dir=str(tmp_path), logger=run_logger(tmp_path))
+    assert next_steps(with_page, None)[1:] == [("first page", "http://localhost:6006/#custom_scalars")]
