@@ -27,12 +27,15 @@ def public_name(path: str | Path) -> str:
     return folder.resolve().name if folder.is_dir() else folder.name if folder.is_absolute() else str(path)
 
 
-def local_folder(path: str | Path, files: Sequence[str] = _ALLOWED_FILES) -> Path:
+def local_folder(
+    path: str | Path, files: Sequence[str] = _ALLOWED_FILES, *, holding: str = "config.json and *.safetensors"
+) -> Path:
     """Resolve a checkpoint's name to a folder, downloading it from the hub only if it looks like ``owner/name``.
 
     Args:
         path: A folder, or a hub id.
         files: Patterns of the files to fetch of a hub model; safetensors, JSON and tokenizer files if left out.
+        holding: Files that the folder is wanted for, in errors.
 
     Returns:
         The folder (for a hub id: in huggingface_hub's cache).
@@ -45,11 +48,9 @@ def local_folder(path: str | Path, files: Sequence[str] = _ALLOWED_FILES) -> Pat
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotAFolderError(f"{str(path)!r} is a file, expected a folder with config.json and *.safetensors")
+        raise NotAFolderError(f"{str(path)!r} is a file, expected a folder with {holding}")
     if not _HUB_ID.fullmatch(str(path)):
-        raise MissingFileError(
-            f"{str(path)!r} is not there. Give a folder with config.json and *.safetensors, or a hub id owner/name"
-        )
+        raise MissingFileError(f"{str(path)!r} is not there. Give a folder with {holding}, or a hub id owner/name")
     return _from_hub(str(path), files)
 
 

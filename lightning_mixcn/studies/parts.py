@@ -48,10 +48,14 @@ class StudyParts:
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        if not (self.folder / _SETTINGS).is_file():
-            write_json(self.folder / _SETTINGS, self._settings)
+        self._begin()
         with new_file(self._path(name), replace=True) as unfinished:
             np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # it takes any names
+
+    def folder_of(self, name: str) -> Path:
+        """Return the path of a part that is a folder of its own, such as a model; write it in one step."""
+        self._begin()
+        return self.folder / name
 
     def load(self, name: str) -> Arrays:
         """Return what was saved."""
@@ -61,6 +65,10 @@ class StudyParts:
     def delete(self) -> None:
         """Remove all parts, once the output is there."""
         remove_path(self.folder, _SETTINGS)
+
+    def _begin(self) -> None:
+        if not (self.folder / _SETTINGS).is_file():
+            write_json(self.folder / _SETTINGS, self._settings)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"

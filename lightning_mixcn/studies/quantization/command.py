@@ -26,7 +26,9 @@ def quantization(
     (93 GB).
 
     Args:
-        src: Unquantised Hugging Face folder or hub id; of a run, what `mixcn export` makes of it.
+        src: Unquantised Hugging Face folder or hub id, run folder, or PEFT adapter folder. An adapter is merged onto
+            its unquantised base first, as `mixcn export` does, into the hidden folder, which then takes a model's bytes
+            more; every format is of the merged weights.
         out: Folder to make: quantization.json, .csv, .md and .png. Until it is whole, its parts are in the hidden
             folder .OUT.unfinished beside it.
         text: Texts of the study.
@@ -37,7 +39,7 @@ def quantization(
         device: ``cpu``, ``cuda``, ``cuda:1`` …; null is the GPU if there is one.
 
     Raises:
-        ValueError: an option out of its range, a quantised model, an adapter, or text that cannot be used.
+        ValueError: an option out of its range, a quantised model, or text that cannot be used.
         FileNotFoundError: no such model, text or file.
         FileExistsError: the folder holds something else, or a study with other arguments.
         FloatingPointError: a likelihood is not finite.

@@ -36,6 +36,23 @@ _LEAVES = {
 _FLOAT32_CACHE = 0  # ggml's number of the type; the cache's default, float16, moves logits by 0.02
 
 
+def file_identity(path: str) -> dict[str, Any]:
+    """Return what changes when a GGUF file does; nothing of it is read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a package that reads it is not installed.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingFileError(f"`gguf` has {path!r}, which is no file. Make one with `mixcn export --format gguf`")
+    for module, package in _PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
+    stat = file.stat()
+    return {"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
 class GGUFFile:
     """A file, of which headers have been read.
 
@@ -54,12 +71,7 @@ class GGUFFile:
 
     def __init__(self, path: str, checkpoint: Checkpoint) -> None:
         """Read the headers, and compare names and shapes with the checkpoint's."""
-        self.path, self._checkpoint = Path(path).expanduser(), checkpoint
-        if not self.path.is_file():
-            raise MissingFileError(f"`gguf` has {path!r}, which is no file. Make one with `mixcn export --format gguf`")
-        for module, package in _PACKAGES.items():
-            if importlib.util.find_spec(module) is None:
-                raise UserError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
+        self.path, self._checkpoint = Path(file_identity(path)["path"]), checkpoint
         self._config = model_config(checkpoint)
         self._entries = rounded_entries(checkpoint)
         self._tensors = self._read()
@@ -70,12 +82,6 @@ class GGUFFile:
             sum(int(tensor.n_bytes) for tensor in rounded),
             sum(int(tensor.n_elements) for tensor in rounded),
         )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What changes when the file does."""
-        stat = self.path.stat()
-        return {"path": str(self.path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
     def relative_error(self) -> float:
         """Compute what `relative_error` does; one tensor at a time is decoded, into float32."""

@@ -153,32 +153,51 @@ def markdown(figures: Sequence[dict[str, Any]]) -> str:
 
 
 def save_figure(path: Path, figures: Sequence[dict[str, Any]]) -> None:
-    """Draw bits per byte against bits per weight: a line a source, a point a format with its paired standard error.
+    """Draw what each format adds to the bits per byte of the unquantised one: a row a format, a colour a source.
+
+    Bars are 1.96 paired standard errors to each side, where there are two documents or more.
 
     Args:
         path: PNG to write.
-        figures: Figures of each format.
+        figures: Figures of each format, the unquantised one first.
     """
     # Its import takes a second.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    figure.suptitle("bits per byte of text against the size of the weights", fontsize="medium")
+    (base, *others), names = figures, list(figures[0]["sources"])
+    height = 1.9 + len(others) * (0.25 + 0.22 * len(names))
+    figure = Figure(figsize=(7.2, height), dpi=120, layout="constrained")
+    of_base = f"{base['format']} ({base['bits_per_weight']:.2f} bits a weight)"
+    figure.suptitle(
+        f"What rounding the weights costs: bits per byte of text\nmore than with {of_base}", fontsize="medium"
+    )
     axis = figure.subplots()
-    ordered = sorted(figures, key=lambda of: of["bits_per_weight"])
-    across = [of["bits_per_weight"] for of in ordered]
-    for name in figures[0]["sources"]:
-        sources = [of["sources"][name] for of in ordered]
-        errors = [source["standard_error"] or 0.0 for source in sources]
+    for number, name in enumerate(names):
+        sources = [of["sources"][name] for of in others]
+        places = [row + 0.7 * ((number + 0.5) / len(names) - 0.5) for row in range(len(others))]
         axis.errorbar(
-            across, [source["bits_per_byte"] for source in sources], errors, marker="o", capsize=3, label=name
+            [source["difference"] for source in sources],
+            places,
+            xerr=[1.96 * (source["standard_error"] or 0.0) for source in sources],
+            fmt="o",
+            capsize=3,
+            label=f"{name}: {base['sources'][name]['bits_per_byte']:.4f}",
         )
-    for of, bits in zip(ordered, across, strict=True):
-        axis.axvline(bits, color="#ddd", zorder=0, linewidth=0.8)
-        axis.text(bits, 1.01, of["format"], transform=axis.get_xaxis_transform(), rotation=30, fontsize="x-small")
-    axis.set_xlabel("bits per weight, all weights")
-    axis.set_ylabel("bits per byte")
-    axis.legend(title="text")
+        for source, place in zip(sources, places, strict=True):
+            axis.annotate(
+                f"{source['difference']:+.4f}", (source["difference"], place), xytext=(0, 5),
+                textcoords="offset points", ha="center", fontsize="x-small",
+            )  # fmt: skip
+    axis.axvline(0, color="gray", linewidth=1)
+    rows = [f"{of['format']}\n{of['bits_per_weight']:.2f} bits a weight" for of in others]
+    axis.set_yticks(range(len(others)), rows)
+    axis.set_ylim(len(others) - 0.4, -0.6)  # the first one on top
+    axis.margins(x=0.12)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("difference in bits per byte, less is better; bars are 95 %")
+    figure.legend(
+        title=f"text: bits per byte with {base['format']}", loc="outside lower center", ncols=4, fontsize="small"
+    )
     choose_fonts(figure)
     figure.savefig(path)
 

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_mixcn.data.loaders import EvaluationLoader
-from lightning_mixcn.errors import NonFiniteError, UserError
+from lightning_mixcn.errors import MissingFileError, NonFiniteError, UserError
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.metrics import score_documents
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.reading import is_quantised, model_config, torch_dtype
+from lightning_mixcn.model.export.folder import ExportOptions, export_checkpoint
+from lightning_mixcn.model.export.merge import merge_base
 from lightning_mixcn.model.find import ModelSource, find_model, load_found
 from lightning_mixcn.model.options import chosen_device
+from lightning_mixcn.studies.models import model_fingerprint
 from lightning_mixcn.studies.parts import StudyParts, finished_before
 from lightning_mixcn.studies.texts import StudyText
 from lightning_mixcn.text import EvaluationSet, PlainText, load_tokenizer
 
-from .gguf import GGUFFile
+from .gguf import GGUFFile, file_identity
 from .report import REPORT, TABLE, FormatResult, SourceSums, write_formats
 from .weights import (
     Sizes,
@@ -40,25 +43,27 @@ def study_formats(
     src: str, folder: Path, text: StudyText, gguf: Sequence[str], dtype: str | None, device: str | None
 ) -> None:
     """Measure every format and write the tables; arguments as in the command ``quantization``."""
-    found = _open(src)
-    checkpoint = found.base
-    text.check_context(model_config(checkpoint))
-    chosen, place = torch_dtype(dtype) if dtype else _own_dtype(checkpoint), chosen_device(device)
-    files = [GGUFFile(path, checkpoint) for path in gguf]
+    found, base = _open(src)
+    text.check_context(model_config(base))
+    chosen, place = torch_dtype(dtype) if dtype else _own_dtype(base), chosen_device(device)
     documents = text.documents()
     encoder = PlainText(load_tokenizer(found.tokenizer))
     settings: dict[str, Any] = {
-        "src": src, "base_sha256": checkpoint.sha256, "tokenizer": encoder.fingerprint["tokenizer"],
+        "src": src, "base_sha256": base.sha256, "tokenizer": encoder.fingerprint["tokenizer"],
         "text": text.paths, "text_fingerprint": {part.name: part.corpus.fingerprint for part in documents},
-        "gguf": [file.identity for file in files], "max_tokens": text.max_tokens,
+        "gguf": [file_identity(path) for path in gguf], "max_tokens": text.max_tokens,
         "sequence_length": text.sequence_length, "micro_batch_size": text.micro_batch_size,
         "document_unit": text.document_unit, "dtype": _name(chosen), "device": place.type,
     }  # fmt: skip
+    if found.adapters:
+        settings["adapter_sha256"] = model_fingerprint(found)["adapter_sha256"]
     if finished_before(folder, REPORT, settings, table=TABLE):
         return
     parts = StudyParts(folder, settings)
+    whole = _merged(found, src, parts) if found.adapters else found
+    files = [GGUFFile(path, whole.base) for path in gguf]
     rows = EvaluationSet(documents, encoder, text.sequence_length, text.rows)
-    study = _Study(found, chosen, place, EvaluationLoader(rows, text.micro_batch_size, 1, 0), parts)
+    study = _Study(whole, chosen, place, EvaluationLoader(rows, text.micro_batch_size, 1, 0), parts)
     names = [part.name for part in documents]
     results = [study.of_model(name, names) for name in (_name(chosen), DOUBLE, SINGLE)]
     results += [study.of_file(number, file, names, text.sequence_length) for number, file in enumerate(files)]
@@ -148,14 +153,29 @@ def _nll(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return nll_BS.cpu()
 
 
-def _open(src: str) -> ModelSource:
+def _open(src: str) -> tuple[ModelSource, Checkpoint]:
+    """Return a model, and the unquantised checkpoint that it is, or that its adapter is merged onto."""
     found = find_model(src)
-    if found.adapters:
-        raise UserError(f"`src={src!r}` has an adapter. Give its base, or merge it with `mixcn export`")
     model_config(found.base)
+    if found.adapters:
+        try:
+            return found, merge_base(found, "original", None)
+        except (FileNotFoundError, ValueError) as error:
+            raise MissingFileError(
+                f"`src={src!r}` was trained on 4 bits, and the unquantised base that its adapter is merged onto is not "
+                "here. Merge it with `mixcn export --original FOLDER`, and give what that writes"
+            ) from error
     if is_quantised(found.base):
         raise UserError(f"`src={src!r}` is in 4 bits, of which nothing unquantised is left. Give the original")
-    return found
+    return found, found.base
+
+
+def _merged(found: ModelSource, src: str, parts: StudyParts) -> ModelSource:
+    """Return the model with its adapter merged, as a checkpoint among the parts, which a resumed study finds there."""
+    folder = parts.folder_of("merged")
+    if not folder.is_dir():
+        export_checkpoint(found, folder, ExportOptions(src, "hf"))
+    return find_model(str(folder))
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:

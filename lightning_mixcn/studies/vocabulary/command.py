@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .merge import ChosenPieces
 
 _SHOWN = 12
+_TOKENIZER = "tokenizer.json or tokenizer.model"
 
 
 def train(
@@ -107,7 +108,8 @@ def merge(
 
     target = Path(out).expanduser().resolve()
     check_output(target)
-    keeps, candidates, folder = ScriptFilter(script), read_pieces(pieces), local_folder(base_tokenizer)
+    keeps, candidates = ScriptFilter(script), read_pieces(pieces)
+    folder = local_folder(base_tokenizer, holding=_TOKENIZER)
     base = mergeable_base(folder)
     chosen = choose_pieces(base, candidates, keeps, max_pieces=max_pieces, unreachable=unreachable)
     write_tokenizer(folder, base, chosen, script, target)
@@ -169,7 +171,7 @@ def report(
 def _tokenizer(path: str) -> Path:
     """Return a SentencePiece model, or the folder that a name means."""
     file = Path(path).expanduser()
-    return file if file.is_file() else local_folder(path)
+    return file if file.is_file() else local_folder(path, holding=_TOKENIZER)
 
 
 def _summary(chosen: "ChosenPieces", present: int, script: str) -> str:

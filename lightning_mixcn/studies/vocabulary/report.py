@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mixcn.errors import MissingFileError
 from lightning_mixcn.studies.tables import aligned
 from lightning_mixcn.text import load_tokenizer
-from lightning_mixcn.tokenizer.pieces import TokenizerPieces
+from lightning_mixcn.tokenizer.pieces import TokenizerPieces, has_tokenizer
 from lightning_mixcn.tokenizer.sentencepiece import read_proto
 
 from .bases import is_partial
@@ -76,6 +77,12 @@ class CountingTokenizer:
             self._encode: Callable[[list[str]], list[list[int]]] = load_tokenizer(path).encode_batch
             known = TokenizerPieces(path)
             pieces, of_bytes = known.pieces, known.is_byte_level
+        elif path.is_dir() and not model.is_file():
+            of_run = f"{str(path / 'adapter')!r}, the run's adapter" if has_tokenizer(path / "adapter") else None
+            raise MissingFileError(
+                f"`tokenizer={str(path)!r}` has neither tokenizer.json nor tokenizer.model. Give "
+                f"{of_run or 'the folder of a tokenizer or of a model that has one'}, or a SentencePiece model"
+            )
         else:
             import sentencepiece
 

@@ -8,9 +8,13 @@ import pytest
 
 from lightning_mixcn.cli import main
 from lightning_mixcn.model import load_mixtral, load_moe
+from lightning_mixcn.model.checkpoints.identity import IDENTITY_FILE
+from lightning_mixcn.model.export.folder import export_checkpoint
 from lightning_mixcn.studies.parts import StudyParts
 from lightning_mixcn.studies.quantization import report as quantization_report
+from lightning_mixcn.studies.quantization import study
 from lightning_mixcn.testing import save_tiny_model
+from tests.model.adapters_on_disk import save_adapter
 from tests.studies.experts.stock_experts import evaluation_batches, stock_model, text_bits_per_byte
 from tests.studies.rounded_mixtral import rounded_stock_model, save_whole_superblocks
 
@@ -160,11 +164,47 @@ def test_what_is_not_unquantised_is_refused(
     capsys.readouterr()
     assert main(arguments(tmp_path / "small", tmp_path / "out", texts)) == 2
     assert "is in 4 bits, of which nothing unquantised is left. Give the original" in capsys.readouterr().err
-    adapter = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+    save_adapter(tmp_path / "small", tmp_path / "run" / "adapter", quantization="nf4")
+    (tmp_path / "small" / IDENTITY_FILE).unlink()
     assert main(arguments(tmp_path / "run", tmp_path / "out", texts)) == 2
+    error = capsys.readouterr().err
+    assert "Merge it with `mixcn export --original FOLDER`" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_of_a_run_the_merged_model_is_measured(
+    base: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of a run are those of what `mixcn export` makes of it; killed after merging, it merges no more."""
+    save_adapter(base, tmp_path / "run" / "adapter", scale=0.3)
+    of_run = arguments(tmp_path / "run", tmp_path / "of_run", texts[:1])
+    merges: list[Path] = []
+
+    def counted(found: Any, folder: Path, options: Any) -> None:
+        merges.append(folder)
+        export_checkpoint(found, folder, options)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "export_checkpoint", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(StudyParts, "save", killed)
+        assert main(of_run) == 130
+    assert main(of_run) == 0
+    assert len(merges) == 1
+    assert not list(tmp_path.glob(".*"))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    assert main(arguments(tmp_path / "merged", tmp_path / "of_merged", texts[:1])) == 0
+    assert report_of(tmp_path / "of_run")["formats"] == report_of(tmp_path / "of_merged")["formats"]
+    assert main(arguments(base, tmp_path / "of_base", texts[:1])) == 0
+    one, other = (report_of(tmp_path / name)["formats"][0]["sources"] for name in ("of_run", "of_base"))
+    assert abs(one["zh"]["bits_per_byte"] - other["zh"]["bits_per_byte"]) > 1e-3
+    # Another adapter in the same place is another study.
+    save_adapter(base, tmp_path / "run" / "adapter", scale=0.2)
+    assert main(of_run) == 2
 
 
 def test_help_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,10 +83,21 @@ def test_help_of_each(capsys: pytest.CaptureFixture[str]) -> None:
         (["merge", "base", "base", "--out", "base"], "is a folder that is not empty"),
         (["merge", "base", "base", "--out", "x", "--script", "Klingon"], "Unicode has no script 'Klingon'"),
         (["merge", "base", "base", "--out", "x", "--max_pieces", "0"], "`max_pieces=0`: expected at least 1"),
-        (["merge", "nowhere", "base", "--out", "x"], "'nowhere' is not there"),
+        (
+            ["merge", "nowhere", "base", "--out", "x"],
+            "Give a folder with tokenizer.json or tokenizer.model, or a hub id",
+        ),
         (["report", "base", "--text", "zh.jsonl"], "expected name=PATH"),
         (["report", "base", "--text", "zh=none.jsonl"], "matches no file"),
-        (["report", "nowhere", "--text", "zh=zh.jsonl"], "'nowhere' is not there"),
+        (
+            ["report", "nowhere", "--text", "zh=zh.jsonl"],
+            "'nowhere' is not there. Give a folder with tokenizer.json or",
+        ),
+        (
+            ["report", ".", "--text", "zh=zh.jsonl"],
+            "has neither tokenizer.json nor tokenizer.model. Give the folder of a",
+        ),
+        (["report", "run", "--text", "zh=zh.jsonl"], "tokenizer.model. Give 'run/adapter', the run's adapter, or"),
         (["report", "zh.jsonl", "--text", "zh=zh.jsonl"], "`tokenizer='zh.jsonl'` is not a SentencePiece model"),
         (["report", "base", "--text", "zh=zh.jsonl", "--out", "base"], "is a folder that is not empty"),
         (["report", "base", "--text", "zh=zh.jsonl", "--max_documents", "0"], "expected at least 1"),
@@ -95,6 +106,8 @@ def test_help_of_each(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "adapter").symlink_to(here / "base")
     before = sorted(here.rglob("*"))
     assert main(["vocab", *arguments]) == 2
     error = capsys.readouterr().err
