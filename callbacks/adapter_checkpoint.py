@@ -65,7 +65,8 @@ class RunFiles:
     def __init__(self, trainer: Trainer, module: CausalLMModule) -> None:
         """Ask the data for tokenizer and template."""
         data: Any = getattr(trainer, "datamodule", None)
-        self._tokenizer: TextTokenizer | None = getattr(data, "tokenizer", None)
+        given = getattr(data, "tokenizer", None)  # a data module of somebody else's may have one of transformers'
+        self._tokenizer = given if isinstance(given, TextTokenizer) else None
         self._base = module.base_checkpoint.path
         self._source = self._tokenizer.path if self._tokenizer else local_folder(module.tokenizer_path)
         if self._tokenizer is None and has_tokenizer(self._source):

@@ -16,6 +16,7 @@ from lightning_mixcn.cli import main
 from lightning_mixcn.cli.trainer import MixcnCLI
 from lightning_mixcn.commands.functions import parse_function
 from lightning_mixcn.commands.table import COMMANDS, FUNCTIONS
+from tests.callbacks.test_defaults import scalars
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -192,6 +193,33 @@ def test_commands_parse(page: Path, folder: Path) -> None:
 def test_subcommands_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`mixcn ([a-z]+)", prose(page))
     assert set(named) <= COMMANDS.keys()
+
+
+def test_the_own_data_module_trains(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that shows the contract of a batch, by the command, with tags of its source."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    (shown,) = snippets(ROOT / "docs/data.md", "python")
+    Path("own_data.py").write_text(shown, encoding="utf-8")
+    Path("zh.txt").write_text(
+        "".join(f"{number}: 今天天气很好 the quick brown fox jumps\n" for number in range(110)), encoding="utf-8"
+    )
+    run = {
+        "model": {
+            "class_path": "PretrainModule",
+            "init_args": {"base": str(tiny_base), "dtype": "float32", "lora": {"r": 4, "target_modules": "all-linear"}},
+        },
+        "data": {
+            "class_path": "own_data.LinesDataModule",
+            "init_args": {"path": "zh.txt", "tokenizer": str(tiny_base)},
+        },
+        "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "limit_val_batches": 2},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    assert main(["fit", "--config", "run.yaml"]) == 0
+    validated = {tag for tag in scalars(Path("runs/run")) if tag.startswith("val/")}
+    assert validated == {"val/zh/nll_nats_per_token"}  # of a batch without `label_bytes`
 
 
 def texts_of_the_code() -> str:

@@ -169,8 +169,8 @@ def _cell(text: str) -> str:
 
 def run_tokenizer(trainer: Trainer, module: CausalLMModule) -> TextTokenizer:
     """Return the data's tokenizer, or the one that the module names."""
-    data = getattr(trainer, "datamodule", None)
-    return getattr(data, "tokenizer", None) or load_tokenizer(module.tokenizer_path)
+    given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    return given if isinstance(given, TextTokenizer) else load_tokenizer(module.tokenizer_path)
 
 
 @contextmanager

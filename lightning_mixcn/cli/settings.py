@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from lightning_mixcn.arguments import check_arguments
+from lightning_mixcn.data import StreamDataModule
 from lightning_mixcn.errors import UserError
 from lightning_mixcn.files.hub import local_folder
 from lightning_mixcn.masking import MASK, without_secrets
@@ -172,10 +174,18 @@ def fetch_tokenizer(settings: Any) -> None:
 
 
 def forget_tokenizer(settings: Any) -> None:
-    """Leave out of a configuration what `settle_tokenizer` derives from the rest of it, in place."""
+    """Leave out of a configuration what `settle_tokenizer` derives from the rest of it, in place.
+
+    A data module of somebody else's may need its tokenizer.
+    """
     model, data = (_arguments(settings, part) for part in ("model", "data"))
-    if _shares_tokenizer(model, data):
+    if _shares_tokenizer(model, data) and _is_stream(settings["data"]["class_path"]):
         data["tokenizer"] = None
+
+
+def _is_stream(class_path: str) -> bool:
+    module, _, name = class_path.rpartition(".")
+    return issubclass(getattr(import_module(module), name), StreamDataModule)
 
 
 def _shares_tokenizer(model: Any, data: Any) -> bool:

@@ -94,6 +94,9 @@ class CausalLMModule(SavedStateModule):
             2310.08659), which needs a high-precision `base`; null: beside the base, with B = 0.
     """
 
+    batch_keys: tuple[str, ...] = ("input_ids", "labels")
+    """Tensors that every batch must hold; what else is left out is added, see `complete_batch`."""
+
     def __init__(
         self,
         base: Name,
@@ -224,8 +227,9 @@ class CausalLMModule(SavedStateModule):
     # ---- training ----
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy or precision that cannot be used; have checkpoints checked."""
+        """Refuse a strategy or precision that cannot be used; have batches and checkpoints checked."""
         check_trainer(self.trainer)
+        run_checks.watch_batches(self.trainer)
         check_strategy(self.trainer.strategy)
         check_precision(self.trainer.precision)
         check_before_loading(self.trainer, self.check_checkpoint)

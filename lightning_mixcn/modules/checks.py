@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from bitsandbytes.optim.optimizer import Optimizer8bit
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mixcn.errors import NonFiniteError, UserError, one_line
+from lightning_mixcn.model.batch import check_batch, complete_batch
 
 LARGEST_RATE = 1000
 _LARGEST_OPTION = 1_000_000
@@ -60,14 +62,14 @@ def check_vocabulary(trainer: Any, model: nn.Module | None) -> None:
     """Refuse a tokenizer with more pieces than the model has embeddings.
 
     Args:
-        trainer: Lightning's trainer; data without a `tokenizer` is not checked.
+        trainer: Lightning's trainer; data without a tokenizer of ours are not checked here, see `check_batch`.
         model: A transformers model or the PeftModel around it.
 
     Raises:
         ValueError: the tokenizer is too large.
     """
-    tokenizer = getattr(trainer.datamodule, "tokenizer", None)
-    if tokenizer is None or model is None:
+    tokenizer: Any = getattr(trainer.datamodule, "tokenizer", None)
+    if not hasattr(tokenizer, "path") or model is None:  # one of transformers' does not count its added pieces
         return
     embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a method of transformers' models
     if tokenizer.vocab_size > embeddings:
@@ -171,23 +173,78 @@ def check_finite_step(step: int, what: str, value: float, trainer: Any) -> None:
     )
 
 
+ONLY_SOURCE = "all"  # name of all text of a data module that names no sources
+
+
 def source_names(trainer: Any, stage: str) -> list[str]:
-    """Return the names of the sources that are evaluated, in the order of `source_ids`.
+    """Return the names of the sources, in the order of `source_ids`; a data module that names none has one, ``all``.
 
     Args:
-        trainer: Lightning's trainer, with a data module.
-        stage: ``val``, ``test`` or ``predict``.
-
-    Raises:
-        ValueError: the data module does not name its sources.
+        trainer: Lightning's trainer.
+        stage: ``train``, ``val``, ``test`` or ``predict``.
     """
     names = getattr(trainer.datamodule, "source_names", None)
-    if names is None:
-        raise UserError(
-            f"{type(trainer.datamodule).__name__} has no `source_names(stage)`, which names the sources that "
-            "`source_ids` counts. Use PretrainDataModule, or give your data module this method"
-        )
-    return list(names(stage))
+    return [ONLY_SOURCE] if names is None else list(names(stage))
+
+
+class _BatchContract(Callback):
+    """Checks the first batch of each loader, and completes every batch before callbacks and module see it."""
+
+    def __init__(self) -> None:
+        self._checked = set[str]()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the loaders of a run before."""
+        self._checked.clear()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._take(trainer, pl_module, batch, "train")
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._take(trainer, pl_module, batch, "val")
+
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._take(trainer, pl_module, batch, "test")
+
+    def on_predict_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._take(trainer, pl_module, batch, "predict")
+
+    def _take(self, trainer: Any, module: Any, batch: Any, stage: str) -> None:
+        if stage not in self._checked:
+            data, sources = trainer.datamodule, len(source_names(trainer, stage))
+            embeddings = None if module.model is None else module.model.get_input_embeddings()
+            check_batch(
+                batch,
+                what=f"The first {stage} batch" + ("" if data is None else f" of {type(data).__name__}"),
+                required=[
+                    *module.batch_keys,
+                    *(["source_ids"] if sources > 1 else []),
+                    *(["document_index"] if stage == "predict" else []),
+                ],
+                pieces=getattr(embeddings, "num_embeddings", None),
+                sources=sources,
+                device=module.device,
+            )
+            self._checked.add(stage)
+        complete_batch(batch, is_scored=stage != "train")
+
+
+def watch_batches(trainer: Any) -> None:
+    """Have the batches of a run checked and completed, before any other callback sees them.
+
+    Lightning's hooks for batches would be those of a data module alone where it has its own.
+
+    Args:
+        trainer: Lightning's trainer, whose callbacks are set up.
+    """
+    if not any(isinstance(callback, _BatchContract) for callback in trainer.callbacks):
+        trainer.callbacks = [_BatchContract(), *trainer.callbacks]
 
 
 def check_optimizer(optimizer: Optimizer, strategy: Strategy) -> None:

@@ -88,10 +88,13 @@ def test_predictions_are_sums_of_each_document(tiny_base: Path, trainer: Make) -
     assert len(predictions[0].source) == 3
 
 
-def test_data_that_names_no_sources_is_refused(tiny_base: Path, trainer: Make) -> None:
+def test_data_that_names_no_sources_has_one(tiny_base: Path, trainer: Make) -> None:
     module = PretrainModule(str(tiny_base))
-    with pytest.raises(ValueError, match=r"has no `source_names\(stage\)`"):
+    with pytest.raises(ValueError, match=r"The first val batch: `source_ids` holds 1, expected -1 to 0. Name every"):
         trainer(limit_val_batches=None).validate(module, FixedBatches(BATCHES).val_dataloader())
+    batches = [{name: value for name, value in batch.items() if name != "source_ids"} for batch in BATCHES]
+    trainer(limit_val_batches=None).validate(module, FixedBatches(batches).val_dataloader())
+    assert set(module.source_likelihoods["val"]) == {"all"}
 
 
 def test_a_likelihood_that_is_not_finite_is_an_error(tiny_base: Path, trainer: Make) -> None:

@@ -67,6 +67,8 @@ class PreferenceModule(CausalLMModule):
         kwargs: Arguments of `CausalLMModule`.
     """
 
+    batch_keys = ("input_ids", "labels", "document_ids", "sides")
+
     def __init__(
         self,
         base: Name,
