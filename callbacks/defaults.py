@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_mixcn.commands.table import TRAINER_DEFAULTS
+from lightning_mixcn.library_lines import leave_out_of_runs
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .checkpoints import PreemptionCheckpoint, StepCheckpoint
@@ -39,6 +40,7 @@ def trainer_defaults(folder: str | Path, callbacks: Sequence[Callback] = ()) -> 
         folder: Folder of the run, ``default_root_dir``.
         callbacks: Further ones; one of the kind of a default takes its place.
     """
+    leave_out_of_runs()
     added = [DataMonitor(), *training_callbacks(), StepCheckpoint(), AdapterCheckpoint(), *logging_callbacks()]
     given = with_defaults(callbacks, [*added, StepProgressBar(), ParameterSummary()], Path(folder))
     return {**TRAINER_DEFAULTS, "default_root_dir": str(folder), "logger": run_logger(folder), "callbacks": given}

@@ -6,6 +6,9 @@ The names below are imported when they are first used: ``mixcn --help`` must not
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_names
+from .library_lines import AT_IMPORT, leave_out
+
+leave_out(AT_IMPORT)  # before anything imports bitsandbytes, as peft does
 
 if TYPE_CHECKING:
     from lightning_mixcn.callbacks.defaults import trainer_defaults

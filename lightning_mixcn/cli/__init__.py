@@ -81,8 +81,6 @@ def _run(arguments: list[str]) -> int:
     sys.path.append(os.getcwd())
     _show_log()
     sys.excepthook = _show_traceback
-    # It says at import that an optional kernel for 4-bit products is missing, which this project does not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if arguments[0] in COMMANDS and arguments[0] not in _OF_THE_TRAINER:
         from lightning_mixcn.commands.functions import parse_function
 

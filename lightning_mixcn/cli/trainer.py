@@ -1,7 +1,6 @@
 """``mixcn fit | validate | test | predict``: LightningCLI with this project's classes, defaults and run folder."""
 
 import argparse
-import logging
 import os
 import warnings
 from importlib.metadata import version
@@ -35,6 +34,7 @@ from lightning_mixcn.commands.table import COMMANDS, TRAINER_DEFAULTS
 from lightning_mixcn.data import PretrainDataModule
 from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.atomic import write_text
+from lightning_mixcn.library_lines import leave_out_of_runs
 from lightning_mixcn.modules import CausalLMModule
 from lightning_mixcn.modules.learning_rates import make_rated_optimizer, make_rated_schedule, stand_in_names
 from lightning_mixcn.modules.run_settings import check_precision
@@ -372,13 +372,4 @@ def _quieten() -> None:
     """Keep out of the output what concerns neither the user nor this project."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls jsonargparse by old names
     warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")  # PEFT's own default
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # every resumed run
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")  # Lightning's, of torch
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_offer)
-
-
-def _is_no_offer(record: logging.LogRecord) -> bool:
-    """Tell whether a line of Lightning's log is anything but an offer of its maker's other products."""
-    return "Tip:" not in record.getMessage()
+    leave_out_of_runs()

@@ -1,12 +1,8 @@
 """Mixtures in 4 bits, experts included, with LoRA on attention, router and every expert."""
 
-import logging
 from typing import TYPE_CHECKING
 
 from lightning_mixcn.lazy import lazy_names
-
-# bitsandbytes warns at import that an optional inference kernel of a hub is missing; nothing here would use it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from .causal_lm import MoeForCausalLM, bytes_in_memory, planned_quantised_bytes
