@@ -4,6 +4,7 @@ A message has four parts: what is wrong (the argument, or the file and line), wh
 Everything else that is raised is a bug of this package or of a library, and keeps its traceback.
 """
 
+import importlib.util
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -31,8 +32,49 @@ class NotAFolderError(UserError, NotADirectoryError):
     """Report a file where a folder is expected."""
 
 
+class MissingPackageError(UserError, ModuleNotFoundError):
+    """Report an optional package that is not installed."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """Report a loss or a gradient that is NaN or infinite."""
+
+
+# What is imported only where it is needed: the extra of this package that brings it.
+EXTRAS = {
+    "gguf": "gguf",
+    "llama_cpp": "llama",
+    "lm_eval": "eval",
+    "rensa": "data",
+    "shtab": "completion",
+    "wandb": "wandb",
+}
+
+
+def require_package(module: str, user: str, otherwise: str = "") -> None:
+    """Refuse to go on without an optional package.
+
+    Args:
+        module: Name under which it is imported, one of `EXTRAS`.
+        user: What needs it; begins the message.
+        otherwise: What can be done without it, to end the message.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; says the command of pip.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingPackageError(
+            f"{user} needs the package {module}, which is not installed. Install it: {pip_command(module)}{otherwise}"
+        )
+
+
+def pip_command(module: str) -> str:
+    """Return the command that installs an optional package.
+
+    >>> pip_command("lm_eval")
+    "pip install 'lightning_mixcn[eval]'"
+    """
+    return f"pip install 'lightning_mixcn[{EXTRAS[module]}]'"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.commands.table import COMMANDS
-from lightning_mixcn.errors import UserError, did_you_mean, one_line
+from lightning_mixcn.errors import UserError, did_you_mean, one_line, require_package
 from lightning_mixcn.files.atomic import owned
 from lightning_mixcn.masking import mask_secrets, visible
 
@@ -68,6 +68,8 @@ def _run(arguments: list[str]) -> int:
         return _report(
             f"unknown subcommand {arguments[0]!r}{near}. Expected one of {', '.join(COMMANDS)}; see mixcn --help"
         )
+    if arguments[0].startswith(_COMPLETION) and any("shtab" in argument for argument in arguments):
+        require_package("shtab", "completion in the shell")
     if arguments[0] in _OF_THE_TRAINER and {"-h", "--help"} & set(arguments):
         from .help import page
 

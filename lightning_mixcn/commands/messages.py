@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from lightning_mixcn.errors import UserError, did_you_mean, one_line
+from lightning_mixcn.errors import EXTRAS, UserError, did_you_mean, one_line, pip_command
 
 from .catalogue import nearest_class
 from .classes import arguments_of, find_class
@@ -184,7 +184,9 @@ def libraries_in_one_line(caller: type) -> Iterator[None]:
         made = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name == "__init__"]
         names = [type(value).__name__ for value in made if value is not None and not isinstance(value, caller)]
         what = names[0] if names else "the configuration"
+        missing = next((name for name in EXTRAS if isinstance(cause, ImportError) and name in str(cause)), None)
+        install = "" if missing is None else f". Install it: {pip_command(missing)}"
         raise UserError(
-            f"`{what.lower() if what == 'Trainer' else what}` cannot be made: {one_line(cause)} "
+            f"`{what.lower() if what == 'Trainer' else what}` cannot be made: {one_line(cause)}{install} "
             "(MIXCN_TRACEBACK=1 shows the traceback)"
         ) from error

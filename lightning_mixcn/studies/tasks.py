@@ -4,7 +4,6 @@ Task definitions are used as the harness ships them; nothing here changes a prom
 """
 
 import difflib
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, require_package
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import TEXT, each, mapping_of, record
 
@@ -63,12 +62,8 @@ def language_groups() -> dict[str, LanguageGroup]:
 
 
 def require_harness() -> None:
-    """Raise ValueError, saying how to install it, unless lm-evaluation-harness is there."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "benchmarks are run by lm-evaluation-harness, which is not installed. "
-            "Install it: pip install 'lightning_mixcn[eval]'"
-        )
+    """Refuse to go on without lm-evaluation-harness. Raises: ModuleNotFoundError: says how to install it."""
+    require_package("lm_eval", "what runs benchmarks, lm-evaluation-harness,")
 
 
 def split_names(tasks: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ transformers ignores what it does not know in a GGUF — a mixture of Llama's ki
 rope factors of Llama 3.1 are dropped — so everything in the file is checked against the architecture first.
 """
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, require_package
 from lightning_mixcn.model.architectures import Architecture
 
 from .dense import (
@@ -41,10 +40,7 @@ def open_gguf(path: Path, family: str | None) -> DenseSource:
     """Dequantise a GGUF file into float32 on the CPU. See `open_dense` for what it raises."""
     if not path.is_file():
         raise MissingFileError(f"`src={path}` is not there. Give a .gguf file or a Hugging Face folder")
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(
-            f"`src={path}` is a GGUF file, which takes the package gguf to read: pip install 'lightning_mixcn[demo]'"
-        )
+    require_package("gguf", f"`src={path}` is a GGUF file; reading it")
     architecture, special_ids = _check_content(path, family)
     from transformers import AutoModelForCausalLM
 

@@ -5,15 +5,12 @@ each cut to 16 bits (Li and König 2010): 1,020 bytes a document. Two documents 
 shingles share a band with probability 1 - (1 - s³)^170, which is 0.99 at s = 0.3.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
-from lightning_mixcn.errors import UserError
 
 from .characters import Hashes
 
@@ -24,15 +21,6 @@ _ITEM = 2 * ROWS
 _FIRST, _BEFORE = 16, 16
 _BATCH_PAIRS = 1 << 22
 Pairs = NDArray[np.int64]
-
-
-def require_minhash() -> None:
-    """Raise ValueError, saying how to install it, unless the library of MinHash is there."""
-    if importlib.util.find_spec("rensa") is None:
-        raise UserError(
-            "near duplicates are found with the package rensa, which is not installed. "
-            "Install it: pip install 'lightning_mixcn[data]', or set `max_changed=0` to keep them"
-        )
 
 
 def jaccard_of(changed: float, size: int) -> float:

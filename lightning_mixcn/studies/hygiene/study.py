@@ -14,7 +14,7 @@ import yaml
 import zstandard
 from tqdm.auto import tqdm
 
-from lightning_mixcn.errors import UserError
+from lightning_mixcn.errors import UserError, require_package
 from lightning_mixcn.files.atomic import new_folder
 from lightning_mixcn.files.configuration import read_configuration
 from lightning_mixcn.masking import mask_secrets
@@ -29,7 +29,6 @@ from .options import HygieneOptions
 from .questions import Question, benchmark_questions
 from .report import Findings, summarise, write_report
 from .scan import Scan, Texts, scan
-from .signatures import require_minhash
 
 Compression = Literal["none", "gz", "zst"]
 _SUFFIXES = {"none": "", "gz": ".gz", "zst": ".zst"}
@@ -56,7 +55,7 @@ def study_texts(
         compression: Of these files; None takes that of each source's files where it is the same for all.
     """
     if options.max_changed > 0:
-        require_minhash()
+        require_package("rensa", "the search for near duplicates", ", or set `max_changed=0` to keep them")
     corpora = open_sources(sources, options)
     questions = benchmark_questions(against, options.question_key, options.data_dir)
     texts, index = Texts(corpora), QuestionIndex([question.text for question in questions])

@@ -5,7 +5,6 @@ Everything is read with other people's programs: the package gguf, and llama.cpp
 Legend: B rows, S positions of a row, N tokens of a document's piece, V vocabulary, n weights of a piece.
 """
 
-import importlib.util
 import re
 from math import prod
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mixcn.errors import MissingFileError, UserError
+from lightning_mixcn.errors import MissingFileError, UserError, require_package
 from lightning_mixcn.model.architectures import architecture_of
 from lightning_mixcn.model.checkpoints.folder import Checkpoint
 from lightning_mixcn.model.checkpoints.layout import StoredWeight
@@ -23,7 +22,7 @@ from lightning_mixcn.model.checkpoints.reading import model_config
 
 from .weights import Sizes, error_of, rounded_entries
 
-_PACKAGES = {"gguf": "lightning_mixcn[demo]", "llama_cpp": "llama-cpp-python"}
+_PACKAGES = ("gguf", "llama_cpp")
 _LEAVES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -46,9 +45,8 @@ def file_identity(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise MissingFileError(f"`gguf` has {path!r}, which is no file. Make one with `mixcn export --format gguf`")
-    for module, package in _PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"`gguf` needs the package {module}, which is not installed: pip install {package!r}")
+    for module in _PACKAGES:
+        require_package(module, "`gguf`")
     stat = file.stat()
     return {"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 

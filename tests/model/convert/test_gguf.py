@@ -272,5 +272,5 @@ def test_not_a_gguf(tmp_path: Path) -> None:
 def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.gguf").write_text("GGUF")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_mixcn\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_mixcn\[gguf\]'"):
         open_dense(tmp_path / "a.gguf")

@@ -1,6 +1,7 @@
 """A GGUF file made here with the gguf package, as llama.cpp's converter lays each family out, and read back."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers and weights need no llama.cpp, which is asked for before work starts."""
-    monkeypatch.setattr(gguf_file, "_PACKAGES", {"gguf": "lightning_mixcn[demo]"})
+    monkeypatch.setattr(gguf_file, "_PACKAGES", ("gguf",))
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -170,10 +171,10 @@ def test_what_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = save_gguf(base, tmp_path / "f32.gguf")
     with pytest.raises(FileNotFoundError, match="which is no file"):
         GGUFFile(str(tmp_path / "nowhere.gguf"), Checkpoint(base))
-    monkeypatch.setattr(gguf_file, "_PACKAGES", {"there_is_no_such_package": "no-such-package"})
-    with pytest.raises(ValueError, match=r"`gguf` needs the package there_is_no_such_package, .* pip install"):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ValueError, match=r"`gguf` needs the package llama_cpp, .* install 'lightning_mixcn\[llama\]'"):
         GGUFFile(str(file), Checkpoint(base))
-    monkeypatch.setattr(gguf_file, "_PACKAGES", {})
+    monkeypatch.setattr(gguf_file, "_PACKAGES", ())
     (tmp_path / "broken.gguf").write_bytes(file.read_bytes()[:100])
     (tmp_path / "text.gguf").write_text("no weights", encoding="utf-8")
     for name in ("broken", "text"):
