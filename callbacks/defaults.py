@@ -1,18 +1,26 @@
 """What a run has without being asked: callbacks, logger and settings of the trainer, for commands and for Python."""
 
+import os
+import platform
+import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
+from lightning_mixcn import __version__
 from lightning_mixcn.commands.table import TRAINER_DEFAULTS
 from lightning_mixcn.library_lines import leave_out_of_runs
+from lightning_mixcn.masking import mask_secrets, visible
 
 from .adapter_checkpoint import AdapterCheckpoint
 from .checkpoints import PreemptionCheckpoint, StepCheckpoint
@@ -75,6 +83,11 @@ _PAGE = {
 }
 
 
+# Tag of the text that says by which command, versions and machine a process of a run was.
+ENVIRONMENT = "environment"
+_LIBRARIES = ("lightning", "torch", "transformers", "peft", "bitsandbytes")
+
+
 class RunLogger(TensorBoardLogger):
     """Lightning's logger, with a page of the curves to look at first, and hyper-parameters without ``hp_metric``.
 
@@ -86,7 +99,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
-        """Write the page, and the hyper-parameters that are set: a table and a text, nested ones as ``lora/r``."""
+        """Write the page, command and versions, and the hyper-parameters that are set, nested ones as ``lora/r``."""
         super().log_hyperparams(params, metrics, step)
         self.experiment.add_custom_scalars({"run": {chart: ["Multiline", tags] for chart, tags in _PAGE.items()}})
         shown = dict(sorted(_flat(vars(params) if isinstance(params, Namespace) else params)))
@@ -97,6 +110,19 @@ class RunLogger(TensorBoardLogger):
             f"    {name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in shown.items()
         )
         self.experiment.add_text("hyper_parameters", "\n".join(lines))
+        self.experiment.add_text(ENVIRONMENT, "\n".join(f"    {name}: {each}" for name, each in _environment().items()))
+
+
+def _environment() -> dict[str, str]:
+    """Return the command of this process, versions, and the machine, each in one line."""
+    program = Path(sys.argv[0]).name
+    command = shlex.join(["mixcn" if program == "__main__.py" else program, *sys.argv[1:]])
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {machine}"
+    versions = {"lightning_mixcn": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in _LIBRARIES}
+    return {"command": " ".join(mask_secrets(visible(command)).split()), "machine": machine, **versions}
 
 
 def _flat(params: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str | float | bool]]:

@@ -65,6 +65,7 @@ def next_steps(trainer: Trainer, adapter: Path | None) -> list[tuple[str, str]]:
     logged = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     steps = [("curves", f"tensorboard --logdir {shlex.quote(str(logger.save_dir))}") for logger in logged[:1]]
     steps += [("first page", logger.first_page) for logger in logged[:1] if hasattr(logger, "first_page")]
+    steps.append(("report", f"mixcn report {root} --out report.html"))
     if adapter is not None:
         steps += [("talk", f"mixcn chat {root}"), ("merge", f"mixcn export {root} OUT")]
     return steps

@@ -78,7 +78,7 @@ def test_version_is_the_installed_one() -> None:
     assert lightning_mixcn.__version__ == installed
 
 
-PAGES = ("hygiene/report", "preference/sheet")
+PAGES = ("sharing/report", "studies/hygiene/report", "studies/preference/sheet")
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_wheel_from_source_archive_has_everything_once(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_mixcn").rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for name in LINKS for path in (ROOT / name).rglob("*.py")}
     expected |= {f"lightning_mixcn/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
-    expected |= {"lightning_mixcn/py.typed", *(f"lightning_mixcn/studies/{page}.html.jinja" for page in PAGES)}
+    expected |= {"lightning_mixcn/py.typed", *(f"lightning_mixcn/{page}.html.jinja" for page in PAGES)}
     expected |= {"lightning_mixcn/model/experts/fastest.json", "lightning_mixcn/studies/task_groups.json"}
     assert len(came) == len(set(came))
     assert {name for name in came if ".dist-info/" not in name} == expected

@@ -92,7 +92,8 @@ def _run(arguments: list[str]) -> int:
     else:
         from .trainer import run_trainer
 
-        run_trainer(arguments)
+        if (plan := run_trainer(arguments)) is not None:
+            print(plan.text())
     return 0
 
 

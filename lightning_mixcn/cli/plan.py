@@ -171,16 +171,39 @@ class RunPlan:
         assert self.device is not None
         return peak_rate(self.device, dtype), copy_rate(self.device), "measured"
 
-    def _speed(self, peak: PeakRate | None, rate: float, copies: str) -> list[str]:
-        """Return tokens a second of a rank when documents fill their rows: the time of the products and of decoding."""
-        if peak is None:
-            return ["How fast it is in float32 is not known."]
+    def speed(self) -> tuple[float, float] | None:
+        """Return tokens a second of a rank, documents filling their rows: the limit, and what is expected.
+
+        Returns:
+            ``None`` where the device, or its rate in this type, is not known.
+        """
+        if self.usable is None:
+            return None
+        peak, rate, _ = self._rates()
+        return None if peak is None else self._tokens_per_second(peak, rate)
+
+    def _work(self) -> tuple[float, float]:
+        """Return a micro-batch's FLOP, and the bytes that are moved to decode weights."""
         batch = self.run.batch
         flops = count_training_flops(self.model, self.run.modes)
         total = flops.of(batch.tokens, batch.rows * batch.length * (batch.length + 1) // 2).total
-        copied = decoding_bytes(self.model, self.run.modes)
+        return total, decoding_bytes(self.model, self.run.modes)
+
+    def _tokens_per_second(self, peak: PeakRate, rate: float) -> tuple[float, float]:
+        total, copied = self._work()
+        limit, expected = (
+            self.run.batch.tokens / (total / peak.flops_per_second / share + copied / rate)
+            for share in (1.0, EXPECTED_SHARE)
+        )
+        return limit, expected
+
+    def _speed(self, peak: PeakRate | None, rate: float, copies: str) -> list[str]:
+        """Say how long products and decoding take, and what tokens a second follow."""
+        if peak is None:
+            return ["How fast it is in float32 is not known."]
+        total, copied = self._work()
         products, decoding = total / peak.flops_per_second, copied / rate
-        limit, expected = (batch.tokens / (products / share + decoding) for share in (1.0, EXPECTED_SHARE))
+        limit, expected = self._tokens_per_second(peak, rate)
         measured = "measured" if peak.measured else "stated by its maker"
         return [
             f"A micro-batch takes {total / 1e12:.2f} TFLOP, {products:.3f} s at {peak.flops_per_second / 1e12:.2f} "

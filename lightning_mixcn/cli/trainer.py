@@ -116,6 +116,7 @@ class MixcnCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self._begins_again = False  # the run that was here was killed before its first checkpoint
+        self.plan: RunPlan | None = None
         super().__init__(
             model_class=CausalLMModule,
             subclass_mode_model=True,
@@ -238,7 +239,7 @@ class MixcnCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self._planning:
             settings, card = self._get(self.config_init, "trainer"), self._settings.card
-            print(RunPlan(settings, self.model, self.datamodule, card).text())
+            self.plan = RunPlan(settings, self.model, self.datamodule, card)
             return
         trains = False
         try:
@@ -343,11 +344,14 @@ def try_optimization(module: CausalLMModule, arguments: Any) -> None:
     make_rated_schedule(module.make_lr_scheduler, optimizer, module.learning_rates)
 
 
-def run_trainer(arguments: list[str]) -> None:
+def run_trainer(arguments: list[str]) -> RunPlan | None:
     """Parse ``fit …`` and the like, and run it.
 
     Args:
         arguments: With the subcommand first, or an option of the whole program.
+
+    Returns:
+        The plan, where only that was asked for.
 
     Raises:
         UserError: the command line or the configuration cannot be used; names the key.
@@ -356,7 +360,7 @@ def run_trainer(arguments: list[str]) -> None:
     set_parsing_settings(add_print_completion_argument=True)
     check_what_is_loaded()
     try:
-        MixcnCLI(arguments)
+        return MixcnCLI(arguments).plan
     except argparse.ArgumentError as error:
         raise UserError(f"{readable(str(error))}. See mixcn {arguments[0]} --help") from error
 

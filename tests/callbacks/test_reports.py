@@ -54,9 +54,10 @@ def test_the_table(trainer: Make, module: PretrainModule, tmp_path: Path, caplog
     rows = table(caplog)
     assert list(rows) == [
         "steps", "tokens", "duration", "tokens per second", "train nll", "val zh nll", "val en nll", "ended",
-        "checkpoint", "adapter", "talk", "merge",
+        "checkpoint", "adapter", "report", "talk", "merge",
     ]  # fmt: skip
     assert rows["ended"] == 'all 2 steps; more with a larger `trainer.max_steps` and fit(…, ckpt_path="last")'
+    assert rows["report"] == f"mixcn report {run.default_root_dir} --out report.html"
     assert rows["talk"] == f"mixcn chat {run.default_root_dir}"
     assert rows["merge"] == f"mixcn export {run.default_root_dir} OUT"
     assert rows["steps"] == "2"

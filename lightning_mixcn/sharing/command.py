@@ -1,0 +1,28 @@
+"""The subcommands ``report`` and ``push``: a run as one page, and its adapter, or an export, on the hub."""
+
+from pathlib import Path
+
+from lightning_mixcn.arguments import Name
+
+
+def report(run: Name, *, out: Name, overwrite: bool = False) -> None:
+    """Write a run as one HTML page that needs no server and no network.
+
+    It says what was trained on what, and shows curves, bits per byte by source before and after, expert load, long
+    contexts, samples side by side, benchmarks, preferences, the memory and speed that were planned beside those that
+    were measured, versions and command: whatever the run's folder holds. A run that goes on, or was killed, is shown as
+    far as it came.
+
+    Args:
+        run: Folder of the run. Paths in its configuration are taken from the folder that this command is called in.
+        out: HTML file to write.
+        overwrite: Replace the file if it exists.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no run, or a damaged file of one.
+        FileExistsError: the file exists, and `overwrite` is not given.
+    """
+    from .page import write_report_page
+
+    write_report_page(Path(run).expanduser(), Path(out).expanduser().resolve(), overwrite=overwrite)
