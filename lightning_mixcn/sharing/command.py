@@ -26,3 +26,26 @@ def report(run: Name, *, out: Name, overwrite: bool = False) -> None:
     from .page import write_report_page
 
     write_report_page(Path(run).expanduser(), Path(out).expanduser().resolve(), overwrite=overwrite)
+
+
+def push(src: Name, name: Name, *, private: bool = False, dry_run: bool = False) -> None:
+    """Put a run's adapter, or an export, on the Hugging Face hub, with its model card.
+
+    Of a run its folder adapter/ is sent, of an export all of it; hidden files stay here. Before anything is sent it is
+    checked that the folder is whole, has a card, and holds no pickles. huggingface_hub sends it, with the token of
+    `hf auth login` or of HF_TOKEN.
+
+    Args:
+        src: Folder of a run, or one that `mixcn export` wrote.
+        name: Repository as owner/name; it is made where there is none, and gets a further commit where there is one.
+        private: Let only the owner see the repository.
+        dry_run: List what would be sent, and send nothing; no token is needed.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is not whole.
+        ValueError: the name cannot be one, the folder holds pickles, there is no token, or the hub refuses or cannot be
+            reached.
+    """
+    from .upload import push_folder
+
+    push_folder(Path(src).expanduser(), name, private=private, dry_run=dry_run)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[import-untyped]  # likewise
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]  # likewise
 
-from lightning_mixcn import PretrainDataModule, PretrainModule, trainer_defaults
+from lightning_mixcn import PretrainDataModule, PretrainModule, __version__, trainer_defaults
 from lightning_mixcn.callbacks import ExpertLoadMonitor, StepCheckpoint, StepProgressBar, ThroughputLogger
 from lightning_mixcn.callbacks.defaults import run_logger
 from lightning_mixcn.cli import main
@@ -125,6 +125,10 @@ def test_hyper_parameters_are_read_beside_the_loss(tmp_path: Path) -> None:
     assert set(found) == {"base", "lora", "lora/r", "lora/target_modules", "train"}
     assert found["lora/r"].number_value == 8
     assert found["lora/target_modules"].string_value == "q_proj, w1"
+    (origin, _) = events.Tensors("environment/text_summary")
+    lines = dict(line.strip().split(": ", 1) for line in origin.tensor_proto.string_val[0].decode().splitlines())
+    assert lines.keys() >= {"command", "machine", "python", "torch", "peft"}
+    assert lines["lightning_mixcn"] == __version__
     (card, _) = events.Tensors("hyper_parameters/text_summary")
     assert card.tensor_proto.string_val[0].decode() == (
         "    base: a|b\n    lora: peft.LoraConfig\n    lora/r: 8\n    lora/target_modules: q_proj, w1\n    train: true"

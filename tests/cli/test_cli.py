@@ -40,8 +40,8 @@ def test_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
         "mixcn: error: unknown subcommand 'train'. Expected one of init, fit, validate, test, predict, upcycle, "
-        "quantize, export, chat, evaluate, experts, vocab, compare, preference, quantization, data, configs, help; "
-        "see mixcn --help\n"
+        "quantize, export, report, push, chat, evaluate, experts, vocab, compare, preference, quantization, data, "
+        "configs, help; see mixcn --help\n"
     )
 
 
