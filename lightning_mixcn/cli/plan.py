@@ -171,8 +171,11 @@ class RunPlan:
         assert self.device is not None
         return peak_rate(self.device, dtype), copy_rate(self.device), "measured"
 
-    def speed(self) -> tuple[float, float] | None:
+    def speed(self, flops_per_second: float | None = None) -> tuple[float, float] | None:
         """Return tokens a second of a rank, documents filling their rows: the limit, and what is expected.
+
+        Args:
+            flops_per_second: Peak rate of products in a run that is over; null takes that of the device now.
 
         Returns:
             ``None`` where the device, or its rate in this type, is not known.
@@ -180,7 +183,8 @@ class RunPlan:
         if self.usable is None:
             return None
         peak, rate, _ = self._rates()
-        return None if peak is None else self._tokens_per_second(peak, rate)
+        known = peak if flops_per_second is None else PeakRate(flops_per_second, True)
+        return None if known is None else self._tokens_per_second(known, rate)
 
     def _work(self) -> tuple[float, float]:
         """Return a micro-batch's FLOP, and the bytes that are moved to decode weights."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-WIDTH, HEIGHT = 420, 230  # units of the drawing; about as many pixels
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
+WIDTH, HEIGHT = 420, 234  # units of the drawing; about as many pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 38
 _MOST_POINTS = 300
 _FEW_POINTS = 30  # up to which each one is marked
 

@@ -49,7 +49,8 @@ def _planned(run: RunRecord) -> Section | None:
 
 def _of_plan(plan: RunPlan, run: RunRecord) -> dict[str, str]:
     found = {"memory at the fullest moment": f"{plan.memory.peak / 1e9:.2f} GB"}
-    if (speed := plan.speed()) is not None:
+    logged = run.last("throughput/peak_teraflops_per_second")
+    if (speed := plan.speed(None if logged is None else logged * 1e12)) is not None:
         limit, expected = speed
         found["tokens per second"] = f"{expected:,.0f} expected, {limit:,.0f} at most"
         tokens = plan.run.batch.tokens * run.section("trainer").get("accumulate_grad_batches", 1)
@@ -86,7 +87,8 @@ def _plan(run: RunRecord) -> tuple[RunPlan | None, str]:
     """Plan the run; where that cannot be done here, say why."""
     if not run.config:
         return None, "the run has no configuration, as one from Python."
-    settings = {name: run.settings.get(name) for name in ("model", "data")}
+    settings: dict[str, Any] = {name: run.settings.get(name) for name in ("model", "data")}
+    settings["seed_everything"] = False  # nothing is drawn
     trainer = run.section("trainer")
     settings["trainer"] = {name: trainer[name] for name in _PLANNED if trainer.get(name) is not None}
     foreign = [path for path in _class_paths(settings) if not path.startswith(_KNOWN)]
