@@ -134,24 +134,15 @@ def _is_read_right(folder: Path, tokenizer: TextTokenizer) -> bool:
     except Exception:  # where no class is stated it asks for a model's configuration; settings fail in many ways
         return False
     ids = [stock(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"] for probe in PROBES]
-    return bool(ids == tokenizer.encode_batch(PROBES))
+    (row,) = tokenizer.encode_batch(["a"])
+    return bool(ids == tokenizer.encode_batch(PROBES) and stock("a")["input_ids"] == [*tokenizer.begin_ids, *row])
 
 
 def _keep_as_it_is(folder: Path, tokenizer: TextTokenizer) -> None:
     """Have transformers take the tokenizer as it is: by its class it would rebuild parts, and some differently."""
-    from tokenizers import Tokenizer, processors
-
     settings = _read_json(folder / _SETTINGS)
     names = {name: str(getattr(tokenizer.hf, name)) for name in ("bos_token", "eos_token")}
-    backend = Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
-    # Llama's classes put BOS before a text whatever tokenizer.json says; the class that is stated now goes by the file.
-    by_class = "Llama" in settings.get("tokenizer_class", "Llama") and settings.get("add_bos_token", True)
-    if by_class and tokenizer.bos_id not in backend.encode("a").ids:
-        bos = names["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
-        )
-    backend.save(str(folder / _FAST))
+    tokenizer.hf.backend_tokenizer.save(str(folder / _FAST))
     write_json(folder / _SETTINGS, names | settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 

@@ -315,7 +315,9 @@ class SampleText(PeriodicSampling):
     def sample(self, trainer: Trainer, module: CausalLMModule) -> None:
         """Continue every prompt."""
         tokenizer = run_tokenizer(trainer, module)
-        rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(self.prompts)]
+        # An empty prompt needs a token to go on from.
+        encoded = tokenizer.encode_batch(self.prompts)
+        rows = [[*tokenizer.begin_ids, *ids] or [tokenizer.bos_id] for ids in encoded]
         texts = [tokenizer.decode(ids) for ids in self.generate(module, rows, [tokenizer.eos_id])]
         pairs = zip(self.prompts, texts, strict=True)
         self.write(trainer, [{"prompt": prompt, "continuation": text} for prompt, text in pairs])

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from lightning_mixcn.model.architectures import architecture_named, architecture_of
+from lightning_mixcn.tokenizer.begin import put_bos_first
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
@@ -48,6 +49,8 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 def save_tiny_model(path: str | Path, family: str, *, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny random model as stock transformers does, and a tokenizer of single bytes beside it.
 
+    The tokenizer puts BOS before a text where the family's published ones do: Mixtral's.
+
     Args:
         path: Folder, made if need be.
         family: As in `tiny_config`.
@@ -62,7 +65,7 @@ def save_tiny_model(path: str | Path, family: str, *, seed: int = 0, **changes: 
         torch.manual_seed(seed)
         model = architecture_of(config).causal_lm(config)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(begins_with_bos=family == "mixtral").save_pretrained(folder)
     return folder
 
 
@@ -78,14 +81,20 @@ def save_tiny_mixtral(path: str | Path, *, seed: int = 0, **changes: Any) -> Pat
     return save_tiny_model(path, "mixtral", seed=seed, **changes)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of UTF-8 bytes; ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``."""
+def byte_tokenizer(*, begins_with_bos: bool = False) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of UTF-8 bytes; ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``.
+
+    Args:
+        begins_with_bos: Let it put BOS before a text, as Mixtral's does, and Qwen's and OLMoE's do not.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])
+    if begins_with_bos:
+        put_bos_first(tokenizer, "<s>")
     specials = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **specials

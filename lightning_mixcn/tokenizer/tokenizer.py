@@ -26,6 +26,7 @@ from lightning_mixcn.errors import MissingFileError, UserError
 from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.files.schema import FLAG, NULL, TEXT, each, either, real, record
 
+from .begin import put_bos_first, puts_bos_first
 from .sentencepiece import (
     PROBES,
     build_fast_tokenizer,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_KEPT_SETTINGS = ("chat_template", "add_bos_token", "add_eos_token", "model_max_length")
+_KEPT_SETTINGS = ("chat_template", "model_max_length")
 _TOKEN = either(NULL, record({"content": TEXT}), TEXT)  # a serialised AddedToken, or its text
 _FLAG = either(NULL, FLAG)
 _SETTINGS = record(
@@ -66,6 +67,12 @@ class TextTokenizer:
         path: Folder it came from.
         settings: Contents of ``tokenizer_config.json``, with the special tokens' names as strings.
 
+    Attributes:
+        bos_id: Id of BOS.
+        eos_id: Id of EOS.
+        begin_ids: Ids in front of a text, a document's in training too: BOS where the tokenizer itself puts it there,
+            else none, so that what is trained is what stock transformers and llama.cpp make of a text.
+
     Raises:
         ValueError: BOS or EOS is not set or not in the vocabulary, or a special token can be written in text.
     """
@@ -77,6 +84,7 @@ class TextTokenizer:
         self._set_backend(backend.to_str())
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
+        self.begin_ids = (self.bos_id,) if puts_bos_first(self._backend, settings["bos_token"]) else ()
         self._refuse_special_tokens_from_text()
 
     def _set_backend(self, serialized: str) -> None:
@@ -165,6 +173,8 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         """Hex digest of the vocabulary, the special tokens, and what becomes of the probe texts."""
         behaviour = [sorted(self._backend.get_vocab().items()), self.bos_id, self.eos_id, self.encode_batch(PROBES)]
+        if not self.begin_ids:  # all rows began with BOS once, and where they do, runs of that time go on
+            behaviour.append("no BOS first")
         return hashlib.blake2b(json.dumps(behaviour).encode(), digest_size=16).hexdigest()
 
     @cached_property
@@ -198,8 +208,8 @@ class TextTokenizer:
         token = self._settings.get(name)
         if not token:
             raise UserError(
-                f"The tokenizer of `{self.path}` has no `{name}`. Set it in tokenizer_config.json: rows begin "
-                "documents with BOS and end them with EOS."
+                f"The tokenizer of `{self.path}` has no `{name}`. Set it in tokenizer_config.json: rows end documents "
+                "with EOS, and begin them with BOS if the tokenizer does."
             )
         index = self._backend.token_to_id(token)
         if index is None:
@@ -249,11 +259,34 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         remedy = "Remove the wrong one of the two: without tokenizer.json, it is rebuilt from tokenizer.model."
     else:
         backend = build_fast_tokenizer(model_file)
+        if _model_puts_bos_first(settings) and settings["bos_token"] in backend.get_vocab():
+            put_bos_first(backend, settings["bos_token"])
         remedy = "Put the checkpoint's tokenizer.json beside it."
     tokenizer = TextTokenizer(backend, folder, settings)
     if model_file.is_file():
         check_against_sentencepiece(tokenizer.encode_batch, model_file, remedy)
     return tokenizer
+
+
+def begins_with_bos(folder: Path) -> bool:
+    """Tell whether the tokenizer of a folder puts BOS in front of a text, without a check of anything else.
+
+    Args:
+        folder: Folder with ``tokenizer.json``, ``tokenizer.model`` or both.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    fast_file = folder / "tokenizer.json"
+    settings = _read_settings(folder, folder / "tokenizer.model")
+    if fast_file.is_file():
+        return puts_bos_first(_read_fast_tokenizer(fast_file), settings.get("bos_token"))
+    return _model_puts_bos_first(settings)
+
+
+def _model_puts_bos_first(settings: dict[str, Any]) -> bool:
+    """Tell whether BOS comes before a text where ``tokenizer.model`` is alone: Llama's and Mistral's do, unasked."""
+    return "bos_token" in settings and bool(settings.get("add_bos_token", True))
 
 
 def _read_fast_tokenizer(file: Path) -> tokenizers.Tokenizer:

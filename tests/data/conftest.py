@@ -10,16 +10,18 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from lightning_mixcn.text import Source
+from lightning_mixcn.tokenizer.begin import put_bos_first
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Save a tokenizer of bytes; the id of byte b is 3 + b."""
+    """Save a tokenizer of bytes that puts BOS before a text; the id of byte b is 3 + b."""
     specials = ["<unk>", "<s>", "</s>"]
     vocab = {token: index for index, token in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    put_bos_first(tokenizer, "<s>")
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))

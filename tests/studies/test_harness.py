@@ -23,8 +23,11 @@ def test_likelihoods_are_the_model_s_own(family: str, tmp_path: Path) -> None:
     model = load_moe(base, quantization="nf4", dtype="float32").eval()
     tokenizer = load_tokenizer(base)
     for (context, continuation), (likelihood, _), text in zip(REQUESTS, likelihoods, continuations, strict=True):
-        # The harness puts no BOS where the tokenizer puts none.
-        prompt, ids = (tokenizer.encode_batch([written])[0] for written in (context, context + continuation))
+        # The harness puts BOS where the tokenizer puts it.
+        prompt, ids = (
+            [*tokenizer.begin_ids, *tokenizer.encode_batch([written])[0]]
+            for written in (context, context + continuation)
+        )
         labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
         with torch.no_grad():
             nll = model(input_ids=torch.tensor([ids]), labels=labels).nll.sum()

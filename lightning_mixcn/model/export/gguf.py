@@ -1,6 +1,8 @@
 """Write GGUF through llama.cpp's own programs, which are called, not copied."""
 
+import mmap
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +12,14 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from lightning_mixcn.errors import MissingFileError, UserError
-from lightning_mixcn.files.atomic import new_file, scratch_folder
+from lightning_mixcn.files.atomic import new_file, scratch_folder, write_json
+from lightning_mixcn.files.json_object import read_object
 from lightning_mixcn.model.architectures import architecture_of
 from lightning_mixcn.model.checkpoints.reading import model_config
 from lightning_mixcn.model.find import ModelSource
+from lightning_mixcn.tokenizer.begin import take_out_bos
 from lightning_mixcn.tokenizer.pieces import TokenizerPieces
+from lightning_mixcn.tokenizer.tokenizer import begins_with_bos
 
 from .card import public_title
 from .folder import ExportOptions, export_checkpoint
@@ -24,6 +29,9 @@ CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
 # What the converter writes itself; other types are llama-quantize's, from 16 bits.
 CONVERTED_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
+# GGUF's name for whether BOS comes before a text.
+ADD_BOS = "tokenizer.ggml.add_bos_token"
+_BOOL = 7  # GGUF's number of the type
 _STDERR = 2
 
 
@@ -77,11 +85,57 @@ class LlamaCpp:
         with new_file(out) as finished, scratch_folder(out.with_name(f"{out.name}.merged")) as scratch:
             merged = scratch / name
             export(merged)
+            begins = begins_with_bos(merged)
+            self._prepare_tokenizer(merged, begins, scratch / "vocabulary.gguf")
             converted = finished if self._quantizer is None else scratch / "converted.gguf"
             kind = self._outtype if self._quantizer is None else "bf16"
             _call(self._converter, [str(merged), "--outfile", str(converted), "--outtype", kind], converted)
+            _state_bos(converted, begins)
             if self._quantizer is not None:
                 _call(self._quantizer, [str(converted), str(finished), self._outtype.upper()], finished)
+
+    def _prepare_tokenizer(self, merged: Path, begins: bool, scratch: Path) -> None:
+        """Let the converter learn whether BOS comes before a text, and know the tokenizer.
+
+        It knows byte-level ones by a hash of the ids of a fixed text: of most published ones without BOS, of Llama 3's
+        with it. So BOS stays in the folder's ``tokenizer.json`` only where the converter knows it so.
+
+        Args:
+            merged: Folder that will be converted.
+            begins: Whether the tokenizer puts BOS before a text.
+            scratch: File that may be written.
+        """
+        settings = merged / "tokenizer_config.json"
+        content = read_object(settings) if settings.is_file() else {}
+        write_json(settings, content | {"add_bos_token": begins})
+        if begins and not (merged / "tokenizer.model").is_file():
+            command = _command(self._converter, [str(merged), "--vocab-only", "--outfile", str(scratch)])
+            quiet = subprocess.DEVNULL
+            if subprocess.run(command, stdout=quiet, stderr=quiet).returncode != 0:
+                take_out_bos(merged / "tokenizer.json")
+
+
+def _state_bos(file: Path, begins: bool) -> None:
+    """Have a GGUF file say whether BOS comes before a text.
+
+    The converter writes it as the tokenizer's settings have it, but false for each vocabulary of 49,152 pieces, as
+    Granite's: SmolLM2's is of that size, too. The byte is changed in its place. The package gguf, which the converter
+    brings with it, need not be installed here.
+
+    Raises:
+        ValueError: the converter did not write it.
+    """
+    name = ADD_BOS.encode()
+    key = struct.pack("<Q", len(name)) + name + struct.pack("<I", _BOOL)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as content:
+        place = content.find(key)
+        if place >= 0:
+            content[place + len(key)] = begins
+        elif content[:4] == b"GGUF":
+            raise UserError(
+                f"llama.cpp's {CONVERTER} wrote no {ADD_BOS}, so that llama.cpp might put another token before a text "
+                "than was trained. Use a newer checkout of llama.cpp, or export with `--format hf`"
+            )
 
 
 def _find(folder: str | None, program: str) -> Path:
@@ -134,10 +188,13 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
+def _command(program: Path, arguments: list[str]) -> list[str]:
+    return [*([sys.executable] if program.suffix == ".py" else []), str(program), *arguments]
+
+
 def _call(program: Path, arguments: list[str], output: Path) -> None:
     """Run one program, with its messages on our stderr as they come; it must write its output."""
-    command = [sys.executable] if program.suffix == ".py" else []
-    code = subprocess.run([*command, str(program), *arguments], stdout=_STDERR).returncode
+    code = subprocess.run(_command(program, arguments), stdout=_STDERR).returncode
     if code != 0 or not output.is_file():
         raise UserError(
             f"llama.cpp's {program.name} ended with code {code} and no file; its last lines above say why. If they say "

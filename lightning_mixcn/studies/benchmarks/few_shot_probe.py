@@ -104,7 +104,7 @@ class QueryRow(NamedTuple):
     """A prompt and a query as tokens.
 
     Args:
-        ids: int64 ``[N]``, up to where the label is to come; the first is BOS.
+        ids: int64 ``[N]``, up to where the label is to come; from BOS on where the tokenizer puts it.
         label_ids: int64 ``[L]``, the token of each label.
     """
 
@@ -186,7 +186,7 @@ def query_row(tokenizer: TextTokenizer, prompt: FewShotPrompt, kind: str) -> Que
             f"the tokenizer does not write the labels {', '.join(prompt.labels)} as one token each after a colon, as "
             "the few-shot probe needs. Leave the probe out"
         )
-    return QueryRow(torch.tensor([tokenizer.bos_id, *rows[0][:-1]]), torch.tensor([row[-1] for row in rows]))
+    return QueryRow(torch.tensor([*tokenizer.begin_ids, *rows[0][:-1]]), torch.tensor([row[-1] for row in rows]))
 
 
 def label_log_likelihoods(

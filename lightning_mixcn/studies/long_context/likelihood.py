@@ -28,11 +28,11 @@ from .rows import (
 
 @dataclass(frozen=True)
 class DocumentRow:
-    """BOS and the beginning of a document.
+    """BOS, if the tokenizer puts it before a text, and the beginning of a document.
 
     Args:
         source: Number of the source, from 0.
-        ids: int64 ``[N]``; the first is BOS.
+        ids: int64 ``[N]``; the first is not predicted.
         byte_counts: int64 ``[N]``, UTF-8 bytes of text of each token; 0 for BOS.
     """
 
@@ -77,15 +77,16 @@ def longest_documents(
 
 def _row(text: str, source: int, tokenizer: TextTokenizer, max_tokens: int) -> DocumentRow:
     ((ids, byte_counts),) = tokenizer.encode_batch_with_bytes([text])
-    row = torch.tensor([tokenizer.bos_id, *ids[: max_tokens - 1].tolist()])
-    return DocumentRow(source, row, torch.tensor([0, *byte_counts[: max_tokens - 1].tolist()]))
+    begin = tokenizer.begin_ids
+    row = torch.tensor([*begin, *ids.tolist()][:max_tokens])
+    return DocumentRow(source, row, torch.tensor([*([0] * len(begin)), *byte_counts.tolist()][:max_tokens]))
 
 
 class LengthLikelihood(TypedDict):
     """One source at one context length, over all ranks.
 
     ``nll_nats_per_token``, ``perplexity`` and ``bits_per_byte`` are of every document cut to ``length`` tokens: the sum
-    over all of them divided once, by all their ``tokens`` (the predicted ones, which BOS is not) or ``bytes``. A
+    over all of them divided once, by all their ``tokens`` (the predicted ones, not a document's first) or ``bytes``. A
     document that is shorter counts with what it has; ``documents_in_full`` of ``documents`` have ``length`` tokens.
     ``bucket_nll_nats_per_token`` is of the positions from the next shorter length on alone. Where no document reaches
     that far it is ``None``, and the other figures only repeat those of the shorter length.

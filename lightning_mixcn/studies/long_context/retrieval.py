@@ -134,7 +134,8 @@ class Prompt(NamedTuple):
     """A text with something to find, and the answer.
 
     Args:
-        ids: int64 ``[N]``: BOS, filler with the statement in it, question, answer.
+        ids: int64 ``[N]``: BOS, if the tokenizer puts it before a text, filler with the statement in it, question,
+            answer.
         answer_tokens: Number of tokens at the end that are the answer.
     """
 
@@ -236,13 +237,13 @@ def make_prompt(name: str, tokenizer: TextTokenizer, length: int, depth: float, 
         (place for place, pair in enumerate(zip(question_ids, asked_ids, strict=False)) if pair[0] != pair[1]),
         len(question_ids),
     )
-    room = length - 1 - len(statement_ids) - len(asked_ids)
+    room = length - len(tokenizer.begin_ids) - len(statement_ids) - len(asked_ids)
     if room < 0:
         raise UserError(
             f"A retrieval prompt of {length} tokens has no room for {name!r}. Give at least {length - room}"
         )
     before, after = _filler(task, tokenizer, room, depth, random)
-    ids = [tokenizer.bos_id, *before, *statement_ids, *after, *asked_ids]
+    ids = [*tokenizer.begin_ids, *before, *statement_ids, *after, *asked_ids]
     return Prompt(torch.tensor(ids), len(asked_ids) - known)
 
 

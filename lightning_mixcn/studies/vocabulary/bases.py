@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mixcn.errors import UserError
+from lightning_mixcn.tokenizer.begin import put_bos_first
 from lightning_mixcn.tokenizer.sentencepiece import (
     BLANK,
     NORMAL,
     build_fast_tokenizer,
     read_proto,
 )
+from lightning_mixcn.tokenizer.tokenizer import begins_with_bos
 
 
 def as_bytes(text: str) -> str:
@@ -160,6 +162,7 @@ class SentencePieceBase:
                 f"`base_tokenizer={str(folder)!r}`: tokenizer.json has other pieces than tokenizer.model. Remove one "
                 "of the two; without tokenizer.model the pieces go into tokenizer.json alone"
             )
+        self._begins_with_bos = begins_with_bos(folder)
         scores = [piece.score for piece in self._proto.pieces if piece.type == NORMAL and set(piece.piece) != {BLANK}]
         self._lowest = min(scores)  # runs of blanks are lower still in Mixtral's, and overlap with nothing new
 
@@ -188,7 +191,10 @@ class SentencePieceBase:
         """Write both files; what tokenizer.json adds around a text is the base's."""
         (folder / "tokenizer.model").write_bytes(self._extended(pieces).SerializeToString())
         fast = build_fast_tokenizer(folder / "tokenizer.model")
-        fast.post_processor = _bos_first(self._proto) if self._fast is None else self._fast.post_processor
+        if self._fast is not None:
+            fast.post_processor = self._fast.post_processor
+        elif self._begins_with_bos:
+            put_bos_first(fast, self._proto.pieces[self._proto.trainer_spec.bos_id].piece)
         fast.save(str(folder / "tokenizer.json"))
 
     def _extended(self, pieces: Sequence[str]) -> Any:
@@ -198,13 +204,3 @@ class SentencePieceBase:
             proto.pieces.add(piece=piece, score=self._lowest - 1 - place)
         proto.trainer_spec.vocab_size = len(proto.pieces)
         return proto
-
-
-def _bos_first(proto: Any) -> Any:
-    """Put BOS in front of a text, as SentencePiece models of this family are used."""
-    from tokenizers import processors
-
-    bos = proto.pieces[proto.trainer_spec.bos_id].piece
-    return processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, proto.trainer_spec.bos_id)]
-    )

@@ -17,13 +17,14 @@ from .turns import ChatTemplate, Turn
 if TYPE_CHECKING:
     from lightning_mixcn.tokenizer.tokenizer import TextTokenizer
 
-# <begin>: after BOS or EOS; <open>, <close>: inside the brackets; <answer>: before an answer.
+# <bos>: BOS, if the tokenizer puts it before a text; <begin>: after BOS or EOS; <open>, <close>: inside the brackets;
+# <answer>: before an answer.
 _INST = """\
 {%- if messages[0]['role'] == 'system' -%}\
 {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['content'] else '' -%}\
 {%- set spoken = messages[1:] -%}\
 {%- else -%}{%- set system = '' -%}{%- set spoken = messages -%}{%- endif -%}\
-{{- bos_token -}}\
+<bos>\
 {%- for message in spoken -%}\
 {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}\
 {{- raise_exception('After the optional system message, roles must alternate user/assistant/user/assistant/...') -}}\
@@ -76,8 +77,9 @@ def portable_source(template: ChatTemplate, tokenizer: TextTokenizer) -> str | N
     """
     if isinstance(template, JinjaTemplate):
         return template.source
+    inst = _INST.replace("<bos>", "{{- bos_token -}}" if tokenizer.begin_ids else "")
     for choice in product(*_CHOICES.values()):
-        source = _INST
+        source = inst
         for name, text in zip(_CHOICES, choice, strict=True):
             source = source.replace(name, text)
         if all(_same_ids(source, probe, template, tokenizer) for probe in _PROBES):

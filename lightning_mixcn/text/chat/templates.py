@@ -24,7 +24,8 @@ class MixtralTemplate:
     """``<s>[INST] question [/INST] answer</s>[INST] … [/INST] …</s>``, ids as mistral_common's V1 tokenizer.
 
     The system's text goes in front of the first question, two newlines between. ``[INST]`` and ``[/INST]`` are no
-    control tokens in Mixtral's vocabulary but letters, for everybody; the only control tokens are BOS and EOS.
+    control tokens in Mixtral's vocabulary but letters, for everybody; the only control tokens are BOS and EOS. A
+    tokenizer that puts no BOS before a text puts none here.
     """
 
     def encode(self, turns: Sequence[Turn], tokenizer: TextTokenizer) -> list[TurnTokens]:
@@ -43,7 +44,7 @@ class MixtralTemplate:
         segments: list[TurnTokens] = []
         for (number, turn), ids in zip(spoken, tokenizer.encode_batch(texts), strict=True):
             answer = turn.role == "assistant"
-            begin = [] if segments else [tokenizer.bos_id]
+            begin = () if segments else tokenizer.begin_ids
             segments.append(TurnTokens([*begin, *ids, *([tokenizer.eos_id] if answer else [])], answer, number))
         return segments
 
@@ -86,7 +87,7 @@ class MixtralControlTemplate(MixtralTemplate):
         for (number, turn), ids in zip(spoken, tokenizer.encode_batch(texts), strict=True):
             answer = turn.role == "assistant"
             written = [*ids, tokenizer.eos_id] if answer else [begin, *ids, end]
-            segments.append(TurnTokens(written if segments else [tokenizer.bos_id, *written], answer, number))
+            segments.append(TurnTokens(written if segments else [*tokenizer.begin_ids, *written], answer, number))
         return segments
 
 

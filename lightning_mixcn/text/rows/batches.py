@@ -199,8 +199,8 @@ def collate_evaluation_rows(
 
     Returns:
         The arrays of `collate_rows`, and ``label_bytes`` int32 (bytes of text credited to each label; a document's
-        sum to its UTF-8 bytes), ``text_mask`` bool (the label is text: not EOS, not ignored) and ``document_index``
-        int64 (in the evaluation set, -1 on padding), all ``[B, S]``.
+        sum to its UTF-8 bytes, less those of a first token that is text), ``text_mask`` bool (the label is text: not
+        EOS, not ignored) and ``document_index`` int64 (in the evaluation set, -1 on padding), all ``[B, S]``.
     """
     batch = collate_rows(rows, sequence_length, padding_id, has_sides=has_sides)
     shape = (len(rows), sequence_length)

@@ -90,7 +90,9 @@ class DocumentEncoder(Protocol):
 
 @dataclass(frozen=True)
 class PlainText:
-    """Encoder of plain text as ``BOS text EOS``, all of it labels.
+    """Encoder of plain text as ``BOS text EOS``, or ``text EOS`` where the tokenizer itself puts no BOS before a text.
+
+    All of it are labels, but for the first token, which nothing predicts.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -111,20 +113,19 @@ class PlainText:
         return self.tokenizer.eos_id
 
     def encode(self, text: str) -> EncodedDocument:
-        """Encode a text as ``[tokens + 2]``."""
+        """Encode a text as ``[n]``."""
         (ids,) = self.tokenizer.encode_batch([text])
-        tokens = np.empty(len(ids) + 2, dtype=np.int32)
-        tokens[0], tokens[1:-1], tokens[-1] = self.tokenizer.bos_id, ids, self.tokenizer.eos_id
-        return EncodedDocument(tokens)
+        return EncodedDocument(np.array([*self.tokenizer.begin_ids, *ids, self.tokenizer.eos_id], dtype=np.int32))
 
     def score(self, texts: Sequence[str]) -> list[ScoredDocument]:
         """Encode texts; a text's bytes are credited to its tokens, and none to EOS."""
+        begin, end = self.tokenizer.begin_ids, (self.tokenizer.eos_id,)
+        around = (len(begin), len(end))
         scored = []
         for ids, widths in self.tokenizer.encode_batch_with_bytes(texts):
-            tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]]).astype(np.int32)
-            is_text = np.ones(len(tokens), dtype=np.bool_)
-            is_text[[0, -1]] = False
-            scored.append(ScoredDocument(tokens, np.pad(widths, 1), is_text))
+            tokens = np.concatenate([begin, ids, end]).astype(np.int32)
+            is_text = np.pad(np.ones(len(ids), dtype=np.bool_), around)
+            scored.append(ScoredDocument(tokens, np.pad(widths, around), is_text))
         return scored
 
 

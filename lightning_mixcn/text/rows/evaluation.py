@@ -1,4 +1,4 @@
-"""Documents of several sources as rows for evaluation: each token but BOS is predicted exactly once."""
+"""Documents of several sources as rows for evaluation: each token but a document's first is predicted once."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def evaluation_rows(
     """Pack every document of a set once.
 
     A document that does not fit is cut, and its next row begins with the last token before the cut, so that every token
-    but BOS is predicted once. A document that must stay whole begins a row of its own if it does not fit into the rest
-    of one.
+    but the first, BOS where there is one, is predicted once. A document that must stay whole begins a row of its own if
+    it does not fit into the rest of one.
 
     Args:
         documents: Documents, packed in their order.

@@ -112,7 +112,7 @@ def test_other_families(family: str, tmp_path: Path, sources: list[Source], trai
     (entry,) = evaluations(tmp_path)
     rows = {(row["source"], row["length"]): row for row in entry["likelihoods"]}
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("The weather is fine. " * 5).input_ids]])
+    ids = torch.tensor([tokenizer("The weather is fine. " * 5).input_ids])  # which puts no BOS there
     stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         expected = float(stock(input_ids=ids, labels=ids).loss)

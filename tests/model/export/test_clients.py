@@ -107,6 +107,6 @@ def test_lm_eval_scores_what_the_trained_model_scores(exported: tuple[Path, Any]
 def likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
     """Natural logarithm of the continuation's probability."""
     before = tokenizer(context).input_ids
-    ids = [*before, *tokenizer(continuation).input_ids]  # the fixture's tokenizer adds no BOS
+    ids = [*before, *tokenizer(continuation, add_special_tokens=False).input_ids]
     scores = logits_of(model, torch.tensor([ids]))[0].double().log_softmax(-1)
     return sum(float(scores[place - 1, ids[place]]) for place in range(len(before), len(ids)))

@@ -131,7 +131,7 @@ def test_blanks_and_bos_are_the_bases(tmp_path: Path, kept: str) -> None:
     for text in ("  two  blanks\n\n今天", "<s>今天</s>", "a 北京 b"):
         expected = processor(tmp_path / "zh").encode(text)
         got = tokenizer(text, split_special_tokens=True)["input_ids"]
-        assert got == ([1, *expected] if kept == "tokenizer.model" else expected)  # the saved one puts no BOS there
+        assert got == [1, *expected]
 
 
 def test_nothing_new_is_refused(tmp_path: Path) -> None:
