@@ -46,8 +46,8 @@ def data_of(base: Path, folder: Path, texts: list[str], **choices: Any) -> Pretr
     source = folder / "zh.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return PretrainDataModule(
-        [{"name": "zh", "path": str(source), "max_epochs": 1}], tokenizer=str(base), sequence_length=256, micro_batch_size=1,
-        num_streams=1, num_workers=0, **choices,
+        [{"name": "zh", "path": str(source), "max_epochs": 1}], tokenizer=str(base), sequence_length=256,
+        micro_batch_size=1, num_streams=1, num_workers=0, **choices,
     )  # fmt: skip
 
 

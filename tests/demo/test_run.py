@@ -4,6 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from lightning_mixcn.commands.process import CommandFailed
 from lightning_mixcn.demo import __main__ as program
@@ -118,6 +119,7 @@ def test_documents_are_separated_as_the_base_was_trained(mixcn: Mixcn) -> None:
     assert (settings["bos_token"], settings["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")
     config = json.loads((base.BASE_4BIT / "config.json").read_text(encoding="utf-8"))
     assert config == {"bos_token_id": 0, "eos_token_id": 0, "hidden_size": 8}
+    assert AutoTokenizer.from_pretrained(base.BASE_4BIT)("aa").input_ids == [0, 2, 2]
 
 
 def test_failures_are_one_line_and_exit_code_2(

@@ -109,7 +109,7 @@ class LlamaCpp:
         content = read_object(settings) if settings.is_file() else {}
         write_json(settings, content | {"add_bos_token": begins})
         if begins and not (merged / "tokenizer.model").is_file():
-            command = _command(self._converter, [str(merged), "--vocab-only", "--outfile", str(scratch)])
+            command = _command(self._converter, [str(merged), "--outfile", str(scratch), "--vocab-only"])
             quiet = subprocess.DEVNULL
             if subprocess.run(command, stdout=quiet, stderr=quiet).returncode != 0:
                 take_out_bos(merged / "tokenizer.json")

@@ -18,7 +18,7 @@ from lightning_mixcn.cli import main
 from lightning_mixcn.files import atomic
 from lightning_mixcn.model.architectures import architecture_named
 from lightning_mixcn.model.export.command import export
-from lightning_mixcn.model.export.gguf import CONVERTER, QUANTIZER
+from lightning_mixcn.model.export.gguf import ADD_BOS, CONVERTER, QUANTIZER
 from lightning_mixcn.testing import save_tiny_mixtral, save_tiny_model
 from tests.model.adapters_on_disk import save_adapter
 
@@ -34,9 +34,9 @@ sys.exit({code})
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path: Path, small_folder: Path) -> Path:
     folder = save_tiny_mixtral(tmp_path / "base")
-    (folder / "tokenizer.model").write_text("pieces")
+    shutil.copyfile(small_folder / "tokenizer.model", folder / "tokenizer.model")
     return folder
 
 
@@ -89,6 +89,47 @@ writer.write_kv_data_to_file()
 writer.write_tensors_to_file()
 writer.close()
 """
+
+
+# Knows a byte-level tokenizer by the ids of a text, as the real one does, and takes SmolLM2's vocabulary for Granite's.
+HASHING_STAND_IN = """
+import sys, pathlib, gguf
+from transformers import AutoTokenizer
+folder = pathlib.Path(sys.argv[1])
+if (AutoTokenizer.from_pretrained(folder).encode("a") == [68]) == {with_bos}:
+    sys.exit("BPE pre-tokenizer was not recognized")
+writer = gguf.GGUFWriter(sys.argv[sys.argv.index("--outfile") + 1], "llama")
+gguf.SpecialVocab(folder).add_to_gguf(writer)
+writer.add_add_bos_token(False)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+@pytest.mark.parametrize(("family", "with_bos"), [("mixtral", False), ("mixtral", True), ("qwen3_moe", False)])
+def test_the_file_says_whether_bos_comes_first(llama_cpp: Path, tmp_path: Path, family: str, with_bos: bool) -> None:
+    """As the tokenizer has it, whichever ids the converter knows it by, and whatever it takes the vocabulary for."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    (llama_cpp / CONVERTER).write_text(HASHING_STAND_IN.format(with_bos=with_bos))
+    base, out = save_tiny_model(tmp_path / "base", family), tmp_path / "out.gguf"
+    assert main(["export", str(base), str(out), "--format=gguf", f"--llama_cpp={llama_cpp}", "--outtype=f32"]) == 0
+    assert field(out, ADD_BOS) is (family == "mixtral")
+    assert field(out, "tokenizer.ggml.bos_token_id") == 1
+    assert sorted(tmp_path.iterdir()) == sorted([base, llama_cpp, out])
+
+
+def test_a_file_that_does_not_say_it_is_refused(
+    llama_cpp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (llama_cpp / CONVERTER).write_text(
+        "import sys, pathlib\npathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_bytes(b'GGUF of old')\n"
+    )
+    base, out = save_tiny_mixtral(tmp_path / "base"), tmp_path / "out.gguf"
+    assert main(["export", str(base), str(out), "--format=gguf", f"--llama_cpp={llama_cpp}"]) == 2
+    assert f"llama.cpp's {CONVERTER} wrote no {ADD_BOS}" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def field(file: Path, name: str) -> Any:

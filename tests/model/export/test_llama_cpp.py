@@ -143,7 +143,7 @@ def test_llama_cpp_scores_every_token_as_the_trained_model(
 
 
 def test_a_byte_level_tokenizer_is_taken_from_its_json(llama_cpp: Any, tmp_path: Path) -> None:
-    """The one of the demo's base; SentencePiece's pieces need ``tokenizer.model``."""
+    """The one of the demo's base, which puts BOS first; SentencePiece's pieces need ``tokenizer.model``."""
     source = Path(__file__).parents[3] / ".cache/demo/base"
     if not source.is_dir():
         pytest.skip(".cache/demo/base is not there: run `make demo` once")
@@ -151,11 +151,13 @@ def test_a_byte_level_tokenizer_is_taken_from_its_json(llama_cpp: Any, tmp_path:
     base = save_tiny_mixtral(tmp_path / "base", vocab_size=len(tokenizer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).write_bytes((source / name).read_bytes())
+    assert tokenizer("").input_ids == [tokenizer.bos_token_id]
     gguf = tmp_path / "model.gguf"
     assert main(["export", str(base), str(gguf), "--format=gguf", "--outtype=f32"]) == 0
     theirs = llama_cpp.Llama(model_path=str(gguf), vocab_only=True, verbose=False)
     for text in TEXTS:
-        assert theirs.tokenize(text.encode(), add_bos=False) == tokenizer(text).input_ids
+        # True asks for BOS where the file says that it comes first.
+        assert theirs.tokenize(text.encode(), add_bos=True) == tokenizer(text).input_ids
 
 
 # The converter knows a byte-level tokenizer by the ids that it gives one text, so these have the real pieces, which are
@@ -220,7 +222,7 @@ def test_other_families_in_llama_cpp(llama_cpp: Any, tmp_path: Path, family: str
     tokenizer = AutoTokenizer.from_pretrained(merged)
     for text in TEXTS:
         ids = tokenizer(text).input_ids
-        assert theirs.tokenize(text.encode(), add_bos=False) == ids
+        assert theirs.tokenize(text.encode(), add_bos=True) == ids  # neither puts BOS first
         theirs.reset()
         theirs.eval(ids)
         found = torch.from_numpy(theirs.scores[: len(ids)].copy())

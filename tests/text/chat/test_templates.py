@@ -15,8 +15,10 @@ from tokenizers import AddedToken
 
 from lightning_mixcn.testing.tiny import byte_tokenizer
 from lightning_mixcn.text import TextTokenizer, load_tokenizer
+from lightning_mixcn.text.chat.portable import portable_source
 from lightning_mixcn.text.chat.templates import MixtralTemplate, load_template
 from lightning_mixcn.text.chat.turns import Turn, check_turns
+from lightning_mixcn.tokenizer.begin import put_bos_first
 from lightning_mixcn.tokenizer.sentencepiece import build_fast_tokenizer
 
 Encode = Callable[[list[Turn]], list[int]]
@@ -143,7 +145,9 @@ def tokenizer_json(file: Path, folder: Path) -> Path:
     for piece in proto.pieces:
         piece.type = 3 if piece.type == 4 else piece.type
     (folder / "all.model").write_bytes(proto.SerializeToString())
-    build_fast_tokenizer(folder / "all.model").save(str(folder / "tokenizer.json"))
+    backend = build_fast_tokenizer(folder / "all.model")
+    put_bos_first(backend, "<s>")
+    backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder
 
@@ -261,11 +265,17 @@ def test_a_segment_knows_its_turn(tokenizer: TextTokenizer) -> None:
     assert [(segment.turn, segment.answer) for segment in segments] == [(1, False), (2, True), (3, False)]
 
 
-def test_a_tokenizer_without_leading_blank_writes_it(tmp_path: Path) -> None:
-    byte_tokenizer().save_pretrained(tmp_path)
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_tokenizer_without_leading_blank_writes_it(tmp_path: Path, begins: bool) -> None:
+    """And BOS where the tokenizer itself puts it before a text."""
+    byte_tokenizer(begins_with_bos=begins).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     ids = flat(turns_of("a", "b", "c", ""), tokenizer)
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>[INST] a [/INST] b</s>[INST] c [/INST]</s>"
+    written = "[INST] a [/INST] b</s>[INST] c [/INST]</s>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == ("<s>" if begins else "") + written
+    source = portable_source(MixtralTemplate(), tokenizer)
+    assert source is not None
+    assert ("bos_token" in source) == begins
 
 
 def test_a_prompt_is_how_the_whole_begins(tokenizer: TextTokenizer) -> None:
