@@ -34,6 +34,9 @@ _UNREAD: dict[str, dict[str, Any]] = {
 
 # GGUF's name → transformers'
 _SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
+# Where the file does not say whether BOS comes before a text, llama.cpp puts it there in these pre-tokenizers' texts.
+_BOS_UNASKED = ("llama3", "llama-v3", "llama-bpe")
 
 
 def open_gguf(path: Path, family: str | None) -> DenseSource:
@@ -41,7 +44,7 @@ def open_gguf(path: Path, family: str | None) -> DenseSource:
     if not path.is_file():
         raise MissingFileError(f"`src={path}` is not there. Give a .gguf file or a Hugging Face folder")
     require_package("gguf", f"`src={path}` is a GGUF file; reading it")
-    architecture, special_ids = _check_content(path, family)
+    architecture, special_ids, begins = _check_content(path, family)
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(  # typed as the model alone
@@ -64,15 +67,16 @@ def open_gguf(path: Path, family: str | None) -> DenseSource:
         shapes=check_tensors(str(path), config, architecture, shapes),
         dtype=torch.float32,
         read=tensors.__getitem__,
-        save_tokenizer=lambda out: _save_tokenizer(path, special_ids, out),
+        save_tokenizer=lambda out: _save_tokenizer(path, special_ids, begins, out),
     )
 
 
-def _check_content(path: Path, family: str | None) -> tuple[Architecture, dict[str, int]]:
+def _check_content(path: Path, family: str | None) -> tuple[Architecture, dict[str, int], bool]:
     """Refuse what transformers would misread: other architectures, experts, biases, scaled rope.
 
     Returns:
-        The family of mixtures, and transformers' name → id of each special token that the file declares.
+        The family of mixtures, transformers' name → id of each special token that the file declares, and whether BOS
+        comes before a text though the file does not say so.
     """
     from gguf import GGUFReader
 
@@ -97,7 +101,9 @@ def _check_content(path: Path, family: str | None) -> tuple[Architecture, dict[s
             f"{architecture.title} cannot express. Give the model's Hugging Face folder, if it is a plain {kind}"
         )
     keys = {name: f"tokenizer.ggml.{key}_token_id" for key, name in _SPECIAL_TOKENS.items()}
-    return architecture, {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
+    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
+    begins = _ADD_BOS not in fields and pre in _BOS_UNASKED
+    return architecture, {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}, begins
 
 
 def _fits(name: str, architecture: Architecture) -> bool:
@@ -106,12 +112,14 @@ def _fits(name: str, architecture: Architecture) -> bool:
     return found is not None and (found["norm"] is None or found["norm"] in norms)
 
 
-def _save_tokenizer(path: Path, special_ids: dict[str, int], out: Path) -> None:
+def _save_tokenizer(path: Path, special_ids: dict[str, int], begins: bool, out: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for name, token_id in special_ids.items():  # transformers 5.17 takes the first control token for all of them
         setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    if begins or tokenizer.add_bos_token:
+        tokenizer.add_bos_token = True  # which also makes the rule again, with the token set above
     tokenizer.save_pretrained(out)
     # Only this class takes tokenizer.json as it is: others rebuild parts of it.
     file = out / "tokenizer_config.json"

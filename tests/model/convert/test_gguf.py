@@ -25,7 +25,8 @@ if importlib.util.find_spec("gguf") is None:
 
 import gguf
 
-Edit = Callable[[Any], None]
+Edit = Callable[[Any], object]
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -189,6 +190,23 @@ def test_upcycled_logits_are_the_dense_models(tmp_path: Path, q8: bool, kind: st
         expected = (dense if q8 else original)(input_ids).logits
         assert (moe(input_ids).logits - expected).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "moe")("hello").input_ids == [259, 2 + ord("l"), 2 + ord("o")]
+
+
+@pytest.mark.parametrize(
+    ("edit", "begins"),
+    [
+        (lambda writer: writer.add_add_bos_token(True), True),
+        (lambda writer: writer.add_tokenizer_pre("llama-bpe"), False),
+        (lambda writer: (writer.add_tokenizer_pre("llama-bpe"), writer.kv_data[0].pop(ADD_BOS)), True),
+        (lambda writer: writer.kv_data[0].pop(ADD_BOS), False),
+    ],
+)
+def test_bos_comes_first_where_llama_cpp_puts_it(tmp_path: Path, edit: Edit, begins: bool) -> None:
+    """As the file says; if it does not, in a text of Llama 3's kind."""
+    out = tmp_path / "out"
+    out.mkdir()
+    open_dense(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), edit=edit)).save_tokenizer(out)
+    assert AutoTokenizer.from_pretrained(out)("hel").input_ids == [*([0] if begins else []), 259]
 
 
 def test_saved_tokenizer_gives_the_ids_of_transformers_gguf_tokenizer(tmp_path: Path) -> None:

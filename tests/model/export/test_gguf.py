@@ -96,7 +96,7 @@ HASHING_STAND_IN = """
 import sys, pathlib, gguf
 from transformers import AutoTokenizer
 folder = pathlib.Path(sys.argv[1])
-if (AutoTokenizer.from_pretrained(folder).encode("a") == [68]) == {with_bos}:
+if (len(AutoTokenizer.from_pretrained(folder).encode("a")) == 1) == {with_bos}:
     sys.exit("BPE pre-tokenizer was not recognized")
 writer = gguf.GGUFWriter(sys.argv[sys.argv.index("--outfile") + 1], "llama")
 gguf.SpecialVocab(folder).add_to_gguf(writer)
