@@ -16,6 +16,7 @@ from lightning_mixcn.model.architectures import MODEL_TYPES
 from lightning_mixcn.model.export.command import export
 from lightning_mixcn.modules import PretrainModule
 from lightning_mixcn.testing import save_tiny_model
+from lightning_mixcn.text import Source
 
 DOCUMENTS = ["北京是中国的首都。", "Once upon a time, there was a fox.", "a"]
 # The demo's base is made as Qwen3's family here, of a byte-level tokenizer that puts no BOS before a text.
@@ -46,7 +47,7 @@ def data_of(base: Path, folder: Path, texts: list[str], **choices: Any) -> Pretr
     source = folder / "zh.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return PretrainDataModule(
-        [{"name": "zh", "path": str(source), "max_epochs": 1}], tokenizer=str(base), sequence_length=256,
+        [Source("zh", str(source), max_epochs=1)], tokenizer=str(base), sequence_length=256,
         micro_batch_size=1, num_streams=1, num_workers=0, **choices,
     )  # fmt: skip
 

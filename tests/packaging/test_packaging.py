@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.wheel import build, copy_of_tree, install_wheel
+from tests.packaging.wheel import build, copy_of_tree, install_wheel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINKS = ("callbacks", "configs")
 
 

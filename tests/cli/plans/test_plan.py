@@ -31,7 +31,7 @@ data:
     micro_batch_size: 2
 trainer: {accelerator: cpu, max_steps: 4}
 """
-OVERLAYS = Path(__file__).parents[2] / "configs/trainer"
+OVERLAYS = Path(__file__).parents[3] / "configs/trainer"
 
 
 @pytest.fixture

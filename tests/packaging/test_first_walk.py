@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wheel import install_wheel
+from tests.packaging.wheel import install_wheel
 
 DOCUMENTS = 1000
 

@@ -7,7 +7,7 @@ import venv
 from pathlib import Path
 from site import getsitepackages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def copy_of_tree(target: Path) -> None:
