@@ -97,10 +97,12 @@ def test_a_run_that_was_complete(
 
 def test_what_is_next(trainer: Make, tmp_path: Path) -> None:
     run = trainer(default_root_dir=str(tmp_path), logger=TensorBoardLogger(str(tmp_path), name="tensorboard"))
-    assert next_steps(run, None) == [("curves", f"tensorboard --logdir {tmp_path}")]
+    report = ("report", f"mixcn report {tmp_path} --out report.html")
+    assert next_steps(run, None) == [("curves", f"tensorboard --logdir {tmp_path}"), report]
     assert next_steps(run, tmp_path)[1:] == [
+        report,
         ("talk", f"mixcn chat {tmp_path}"),
         ("merge", f"mixcn export {tmp_path} OUT"),
     ]
     with_page = trainer(default_root_dir=str(tmp_path), logger=run_logger(tmp_path))
-    assert next_steps(with_page, None)[1:] == [("first page", "http://localhost:6006/#custom_scalars")]
+    assert next_steps(with_page, None)[1:] == [("first page", "http://localhost:6006/#custom_scalars"), report]
