@@ -36,7 +36,8 @@ trainer.fit(lightning_mixcn.PretrainModule(base, lora=lora), data)
 # Beginnings of what Lightning and this package say of a run.
 EXPECTED = (
     "GPU available", "TPU available", "`Trainer.fit` stopped: ", "Restor", "parameters ", "in memory ", "adapter",
-    "steps ", "tokens", "duration ", "train nll ", "val zh nll ", "ended ", "checkpoint ", "curves ", "talk ", "merge ",
+    "steps ", "tokens", "duration ", "train nll ", "val zh nll ", "ended ", "checkpoint ", "curves ", "first page ",
+    "talk ", "merge ", "report ",
 )  # fmt: skip
 
 
