@@ -76,7 +76,7 @@ def test_bits_per_byte_are_those_of_stock_transformers(base: Path, exported: Pat
     """Over text that has a token before it, whose bytes are counted: without BOS all but the first token's."""
     text = DOCUMENTS[0]
     (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
-    data = data_of(base, tmp_path, DOCUMENTS, val_sources=[{"name": "zh", "path": str(tmp_path / "held_out.jsonl")}])
+    data = data_of(base, tmp_path, DOCUMENTS, val_sources=[Source("zh", str(tmp_path / "held_out.jsonl"))])
     module = PretrainModule(str(base), quantization="none", dtype="float32")
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
