@@ -10,6 +10,7 @@ import yaml
 
 from lightning_mixcn import __version__
 from lightning_mixcn.cli.plan import RunPlan
+from lightning_mixcn.cli.public_bases import PUBLIC_BASES
 from lightning_mixcn.cli.run_folder import CONFIG
 from lightning_mixcn.cli.trainer import run_trainer
 from lightning_mixcn.errors import UserError
@@ -95,8 +96,8 @@ def _plan(run: RunRecord) -> tuple[RunPlan | None, str]:
     if foreign:
         return None, f"the configuration names {foreign[0]}, and a report runs no classes of others."
     base = run.section("model").get("base")
-    if not (isinstance(base, str) and Path(base).expanduser().is_dir()):
-        return None, "the base is not where this report was written."
+    if not (isinstance(base, str) and (Path(base).expanduser().is_dir() or base in PUBLIC_BASES)):
+        return None, "the base is not where this report was written."  # its hub would have to be asked
     with TemporaryDirectory() as folder:
         file = Path(folder, CONFIG)
         file.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
