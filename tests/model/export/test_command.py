@@ -301,7 +301,7 @@ def test_four_bits_whose_original_is_gone_need_a_choice(tmp_path: Path, capsys: 
 
 def test_four_bits_of_a_hub_model_find_their_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_tiny_mixtral(tmp_path / "base")
-    monkeypatch.setattr(hub, "_from_hub", lambda name: {"owner/name": base}[name])
+    monkeypatch.setattr(hub, "_from_hub", lambda name, files: {"owner/name": base}[name])
     quantize("owner/name", str(tmp_path / "small"), dtype="float32")
     save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
     export(str(tmp_path / "adapter"), str(tmp_path / "one"))

@@ -124,7 +124,7 @@ def test_a_base_is_found_again_from_any_folder(
 
 
 def test_a_hub_id_stays_one(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_from_hub", lambda name: {"owner/name": original}[name])
+    monkeypatch.setattr(hub, "_from_hub", lambda name, files: {"owner/name": original}[name])
     quantize("owner/name", str(tmp_path / "of_hub"), dtype="float32")
     save_adapter(tmp_path / "of_hub", tmp_path / "adapter", quantization="nf4")
     assert named_base(tmp_path / "adapter") == "owner/name"
