@@ -362,7 +362,7 @@ def test_without_step_checkpoint_it_says_so(
     [
         pytest.param(1, 0, (signal.SIGTERM, signal.SIGUSR1), marks=pytest.mark.slow),
         (2, 0, (signal.SIGTERM, signal.SIGINT)),
-        (1, 2, (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)),
+        pytest.param(1, 2, (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT), marks=pytest.mark.slow),
         pytest.param(2, 2, LISTENED, marks=pytest.mark.slow),
     ],
 )
@@ -435,7 +435,7 @@ def assert_same(state: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("ranks", "kills"),
     [
-        (1, 3),
+        pytest.param(1, 3, marks=pytest.mark.slow),
         (2, 3),
         pytest.param(1, 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
         pytest.param(2, 30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),

@@ -95,7 +95,7 @@ def test_instruction_tuning(folder: Path, tiny_base: Path, capsys: pytest.Captur
     ("gpu", "rank", "checkpointing", "embeddings"),
     [
         ("80gb", 64, "selective", True),
-        ("40gb", 32, "full", False),
+        pytest.param("40gb", 32, "full", False, marks=pytest.mark.slow),
         pytest.param("h200-141gb", 64, "selective", True, marks=pytest.mark.slow),
     ],
 )

@@ -46,9 +46,9 @@ def test_a_known_hub_id_is_planned_without_the_hub(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     Path("zh.jsonl").write_text('{"text": "今年春节期间,许多人回到家乡。"}\n' * 60, encoding="utf-8")
-    given = ["--base", "mistralai/Mixtral-8x7B-v0.1", "--text", "zh=zh.jsonl"]
+    given = ["--base", "allenai/OLMoE-1B-7B-0924", "--text", "zh=zh.jsonl"]
     assert main(["init", *given, "--gpu", "h100-80gb", "--out", "run.yaml"]) == 0
-    assert "mixtral, context 32,768 tokens" in capsys.readouterr().out
+    assert "olmoe, context 4,096 tokens" in capsys.readouterr().out
     assert yaml.safe_load(Path("run.yaml").read_text(encoding="utf-8"))["model"]["init_args"]["base"] == given[1]
     assert main(["fit", "--config", "run.yaml", "--plan", "--card", "h100-80gb"]) == 0
     assert "The largest micro-batch is" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -141,8 +142,11 @@ def test_when_the_four_bits_are_gone_the_original_takes_their_place(
     torch.testing.assert_close(logits_of(ours, ids), logits_of(trained, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_original_is_not_named(original: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_an_unknown_original_is_not_named(
+    original: Path, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Naming the 4-bit folder would have an older one loaded with random weights."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # peft would ask a hub, and wait for it
     (tmp_path / "small" / IDENTITY_FILE).unlink()
     trained = save_adapter(tmp_path / "small", tmp_path / "adapter", quantization="nf4")
     assert named_base(tmp_path / "adapter") is None
