@@ -1,5 +1,6 @@
 """Sections on memory and speed, planned beside measured, and on what made the run: command, versions, configuration."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,8 +22,12 @@ from .run_record import RunRecord
 _GIB = 2**30
 # Arguments of the trainer that a plan depends on.
 _PLANNED = ("accelerator", "strategy", "devices", "num_nodes", "max_steps", "accumulate_grad_batches")
-# A plan makes the classes of a configuration, and the folder may be a stranger's.
+# A plan makes the classes of a configuration, and the folder may be a stranger's. jsonargparse imports whatever looks
+# like `package.name` in an argument that can be a class or a function, also in YAML inside a text, and reads files.
 _KNOWN = ("lightning_mixcn.", "lightning.", "torch.", "peft.", "bitsandbytes.")
+_IMPORTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
+# Arguments that are texts and nothing else: names of files, and one of PEFT's, `megatron.core` unless it is changed.
+_PLAIN = {"base", "tokenizer", "adapter", "path", "megatron_core"}
 
 
 def _planned(run: RunRecord) -> Section | None:
@@ -92,9 +97,8 @@ def _plan(run: RunRecord) -> tuple[RunPlan | None, str]:
     settings["seed_everything"] = False  # nothing is drawn
     trainer = run.section("trainer")
     settings["trainer"] = {name: trainer[name] for name in _PLANNED if trainer.get(name) is not None}
-    foreign = [path for path in _class_paths(settings) if not path.startswith(_KNOWN)]
-    if foreign:
-        return None, f"the configuration names {foreign[0]}, and a report runs no classes of others."
+    if foreign := _foreign(settings):
+        return None, f"the configuration names {foreign}, and a report runs no code of others."
     base = run.section("model").get("base")
     if not (isinstance(base, str) and (Path(base).expanduser().is_dir() or base in PUBLIC_BASES)):
         return None, "the base is not where this report was written."  # its hub would have to be asked
@@ -107,15 +111,26 @@ def _plan(run: RunRecord) -> tuple[RunPlan | None, str]:
             return None, str(error)
 
 
-def _class_paths(settings: Any) -> Iterator[str]:
+def _foreign(settings: Mapping[str, Any]) -> str | None:
+    """Return a name in a configuration whose code may be somebody else's; ``None`` if there is none."""
+    for part in ("model", "data"):
+        if not isinstance(settings[part], Mapping):
+            return f"{settings[part]!r} as its `{part}`"
+    named = (name for text in _texts(settings) for name in _IMPORTED.findall(text))
+    return next((name for name in named if not name.startswith(_KNOWN)), None)
+
+
+def _texts(settings: Any) -> Iterator[str]:
+    """Yield all texts of a configuration that could be more than texts."""
     if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            if key == "class_path":
-                yield str(value)
-            yield from _class_paths(value)
+        for name, value in settings.items():
+            if name not in _PLAIN:
+                yield from _texts(value)
     elif isinstance(settings, list):
         for value in settings:
-            yield from _class_paths(value)
+            yield from _texts(value)
+    elif isinstance(settings, str):
+        yield settings
 
 
 def _origin(run: RunRecord) -> Section:

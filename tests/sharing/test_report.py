@@ -217,14 +217,38 @@ def test_a_run_from_python_has_the_arguments_of_its_module(copy: Path) -> None:
     assert "no configuration, as one from Python" in page.text
 
 
-def test_classes_of_strangers_are_not_made(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_text(settings: dict[str, Any]) -> None:
+    settings["data"] = "evil.Data"
+
+
+def in_full(settings: dict[str, Any]) -> None:
+    settings["data"]["class_path"] = "evil.Data"
+
+
+def of_the_optimizer(settings: dict[str, Any]) -> None:
+    settings["model"]["init_args"]["optimizer"] = "evil.Optimizer"
+
+
+def as_text_in_yaml(settings: dict[str, Any]) -> None:
+    settings["model"]["init_args"]["lr_scheduler"] = "{class_path: evil.Schedule}"
+
+
+def in_a_file(settings: dict[str, Any]) -> None:
+    Path("settings").write_text("{class_path: evil.Data}", encoding="utf-8")
+    settings["data"] = "settings"
+
+
+@pytest.mark.parametrize("change", [as_text, in_full, of_the_optimizer, as_text_in_yaml, in_a_file])
+def test_classes_of_strangers_are_not_made(
+    change: Callable[[dict[str, Any]], None], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("evil.py").write_text("raise SystemExit('imported')", encoding="utf-8")
     monkeypatch.syspath_prepend(".")
     settings = yaml.safe_load((copy / "config.yaml").read_text(encoding="utf-8"))
-    settings["data"]["class_path"] = "evil.Data"
+    change(settings)
     (copy / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     assert main(["report", "run", "--out", "report.html"]) == 0
-    assert "the configuration names evil.Data" in Page(Path("report.html")).text
+    assert "a report runs no code of others" in Page(Path("report.html")).text
 
 
 def broken(name: str, content: str) -> Callable[[Path], Any]:
