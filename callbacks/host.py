@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,9 @@ class StepRecords:
         append_lines(self._path, [f"{line}\n" for line in lines])
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all records, with their ``step``."""
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").split("\n")[:-1]]
+        """Return all records, with their ``step``; what a stranger has written is passed over."""
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [json.loads(line) for line in lines if isfinite(_step(line))]
 
 
 def _step(line: str) -> float:

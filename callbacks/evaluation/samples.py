@@ -155,7 +155,7 @@ def _card(by_step: Mapping[int, Sequence[Mapping[str, Any]]], number: int) -> st
     for step, records in by_step.items():
         record = records[number] if number < len(records) else {}
         if record.get(of_prompt) == prompt:  # a resumed run may ask something else
-            columns.append((step, _cell(record.get(of_text, "")) + ("" if record.get("ended", True) else " …")))
+            columns.append((step, _cell(str(record.get(of_text, ""))) + ("" if record.get("ended", True) else " …")))
     shown = columns[:1] + columns[1:][1 - _COLUMNS :]
     rows = [[f"step {step:,}" for step, _ in shown], ["---"] * len(shown), [text for _, text in shown]]
     return f"**{_cell(prompt)}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -188,6 +188,21 @@ def test_a_card_has_the_first_step_and_the_newest_side_by_side(
     assert "two" not in page  # step 1 has made room
 
 
+def test_what_a_stranger_writes_beside_the_samples_ends_no_run(
+    tmp_path: Path, module: PretrainModule, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = SampleText.generate
+
+    def beside(*arguments: Any) -> list[list[int]]:
+        with (tmp_path / "samples.jsonl").open("ab") as file:
+            file.write(b'mine\n\xff\n{"step": 1}\n{"step": 1, "prompt": "ab", "continuation": null}\n[1]\n\n')
+        return generate(*arguments)
+
+    monkeypatch.setattr(SampleText, "generate", beside)
+    trainer(max_steps=2, callbacks=[SampleText(["ab"], every_n_steps=1)]).fit(module, batches())
+    assert "| step 2 |" in (tmp_path / "figures" / "samples_0.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")  # a stand-in
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # as in every resumed run
 def test_a_resumed_run_has_every_step_once(tmp_path: Path, module: PretrainModule, trainer: Make) -> None:
