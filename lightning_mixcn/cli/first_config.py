@@ -476,8 +476,8 @@ def _summary(settings: dict[str, Any], planner: _Planner, choice: Choice, plan: 
     embeddings = ", embeddings and head" if choice.train_embeddings else ""
     on_each = f" on each of {planner.place.gpus} GPUs ({choice.strategy})" if choice.strategy else ""
     return [
-        f"plan: {planner.place.name}, {plan.memory.peak / 1e9:.2f} GB of {(1 - RESERVE) * plan.usable / 1e9:.2f} GB "
-        f"({RESERVE:.0%} more stay in reserve)",
+        f"plan: {planner.place.name}, {plan.memory.peak / 1e9:.2f} GB of {(1 - RESERVE) * plan.usable / 1e9:.2f} GB"
+        f"{' on each' * (planner.place.gpus > 1)} ({RESERVE:.0%} more stay in reserve)",
         f"  model: {counts['total'] / 1e9:.3g} billion parameters, of which {counts['trainable']:,} train (rank "
         f"{choice.rank}{embeddings}); {optimizer}; activation checkpointing: {choice.checkpointing}",
         f"  steps: {trainer['max_steps']:,} of {trainer['accumulate_grad_batches']} x {choice.rows} rows of "

@@ -19,7 +19,7 @@ _SEED = 1
 _ITEM = 2 * ROWS
 # Documents of one band that are compared with each other: with the first ones, which are kept, and those just before.
 _FIRST, _BEFORE = 16, 16
-_BATCH_PAIRS = 1 << 22
+_BATCH_PAIRS = 1 << 20
 Pairs = NDArray[np.int64]
 
 
