@@ -32,6 +32,8 @@ demo-preference: venv  ## teach what demo-instruct made which answers are prefer
 # Three processes of one thread each, for two cores: threads would wait for one another, and a third of the time a test
 # waits for a process that it has started.
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (slow or gpu or multigpu)" -n 3 --dist loadfile
+# Slow tests compute most of their time, and some take gigabytes.
+SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not (gpu or multigpu)" -n 2 --dist loadfile
 
 test: lint  ## every quick check (what CI runs)
 	$(QUICK)
@@ -39,7 +41,8 @@ test: lint  ## every quick check (what CI runs)
 test-full: lint  ## every check, slow ones too, with lm-evaluation-harness; those of one GPU or several where they are
 	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet -c constraints.txt -e '.[dev,demo,eval]'
 	$(QUICK)
-	$(BIN)/python -m pytest -m "slow or gpu or multigpu"
+	$(SLOW)
+	$(BIN)/python -m pytest -m "gpu or multigpu"
 
 lint: venv  ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check .

@@ -121,7 +121,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base", family, num_experts=16, num_experts_per_tok=4)
     targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
     arms = {"paper": {}, "file": {"model.init_args.lora.target_modules": targets}}
-    recipe = write_study(tmp_path, base, arms=arms, prepare=None, text_bytes=200, validations=1)
+    recipe = write_study(tmp_path, base, arms=arms, prepare=None, text_bytes=600, validations=1)
     assert main(["compare", str(recipe), "--out=one"]) == 0
     lines = lines_of(tmp_path / "one" / "comparison.csv")
     assert len(lines) == 2 * 2
