@@ -58,7 +58,7 @@ class ChunkedPrefill:
     Args:
         model: A model of `load_moe`, or the PeftModel around it.
         max_tokens: Tokens of the longest row; the cache takes ``2 * layers * key-value heads * head size`` numbers of
-            the compute dtype for each.
+            the compute dtype for each, and a mask on the CPU one for each of a chunk's.
 
     Raises:
         ValueError: the model has a sliding window shorter than ``max_tokens``.
@@ -82,6 +82,7 @@ class ChunkedPrefill:
             _FilledLayer(shape, embedding.output_dtype, self.device) for _ in range(config.num_hidden_layers)
         ]
         self._cache = Cache(layers=list(self._layers))
+        self._masks_CL = torch.empty(0, max_tokens, dtype=embedding.output_dtype, device=self.device)
 
     @property
     def tokens(self) -> int:
@@ -108,12 +109,24 @@ class ChunkedPrefill:
             output = self.model(
                 input_ids=ids_C[None].to(self.device),
                 use_cache=True,
-                # Any mask of four dimensions keeps transformers from making one; the attention below needs none.
-                attention_mask=no_mask(self.device),
+                attention_mask=self._mask(len(ids_C)),
                 output_router_logits=False,
                 **{CACHE_ARGUMENT: self._cache},
             )
         return _score(output.logits[0], next_C.to(self.device))
+
+    def _mask(self, chunk: int) -> Tensor:
+        """Return ``[1, 1, C, L]``, added to the products; an empty one on CUDA, whose flash attention needs none.
+
+        It is a window of one tensor for the longest row. Masks made anew grow with the row, and what the C library has
+        freed of one never fits the next.
+        """
+        if self.device.type == "cuda":
+            return no_mask(self.device)
+        if len(self._masks_CL) < chunk:
+            never = self._masks_CL.new_full((chunk, self.max_tokens), -torch.inf)
+            self._masks_CL = never.triu(self.max_tokens - chunk + 1)
+        return self._masks_CL[None, None, -chunk:, self.max_tokens - self.tokens - chunk :]
 
 
 def _score(logits_CV: Tensor, next_C: Tensor) -> ChunkScores:
@@ -161,21 +174,20 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally from a chunk ``[1, heads, C, D]``, the end of the row, to all of the row ``[1, heads, L, D]``.
 
-    On CUDA flash attention does this without a mask; on the CPU it reads one of ``[C, L]`` bytes. Neither holds the
-    products ``[heads, C, L]``.
+    CUDA's flash attention does this without a mask, which is empty; the CPU's reads one. Neither holds the products
+    ``[heads, C, L]``.
     """
-    chunk, length = query.shape[2], key.shape[2]
     attended = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=causal_lower_right(chunk, length),
+        attn_mask=attention_mask if attention_mask.numel() else causal_lower_right(query.shape[2], key.shape[2]),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

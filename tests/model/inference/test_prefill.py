@@ -78,6 +78,18 @@ def test_logits_are_those_of_a_chunk_only(tiny_base: Path) -> None:
     assert widths == [40, 40, 10]
 
 
+def test_all_masks_are_windows_of_one(tiny_base: Path) -> None:
+    """Made anew they would be longer each time, and the process would grow by what the C library cannot use again."""
+    model = load_mixtral(tiny_base, quantization="none", dtype="float32")
+    masks: list[Tensor] = []
+    model.register_forward_pre_hook(
+        lambda module, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    prefill(ChunkedPrefill(model, 300), random_row(300), 40)
+    assert [tuple(mask.shape[2:]) for mask in masks] == [(40, 40 * (i + 1)) for i in range(7)] + [(20, 300)]
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
+
+
 def test_a_sliding_window_is_refused(tiny_base: Path) -> None:
     model = load_mixtral(tiny_base, quantization="none", dtype="float32")
     model.config.sliding_window = 64
