@@ -121,7 +121,7 @@ print(peak_resident_bytes())
 @pytest.mark.parametrize(
     ("length", "limit"),
     [
-        pytest.param(2048, 1.5e9, id="2k"),
+        pytest.param(2048, 1.5e9, id="2k", marks=pytest.mark.slow),
         # Minutes on two cores, nearly all of it attention.
         pytest.param(32_768, 2.5e9, id="32k", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
