@@ -32,7 +32,7 @@ demo-preference: venv  ## teach what demo-instruct made which answers are prefer
 # Three processes of one thread each, for two cores: threads would wait for one another, and a third of the time a test
 # waits for a process that it has started.
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (slow or gpu or multigpu)" -n 3 --dist loadfile
-# Slow tests compute most of their time, and some take gigabytes.
+# Two: slow tests wait less, and some take gigabytes.
 SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not (gpu or multigpu)" -n 2 --dist loadfile
 
 test: lint  ## every quick check (what CI runs)

@@ -95,7 +95,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.slow  # its quick likes: test_a_strategy_resumes_what_another_saved, and learning rates on other ranks
+# Quick ones are test_a_strategy_resumes_what_another_saved and test_learning_rates.py's.
+@pytest.mark.slow
 def test_resuming_on_other_numbers_of_ranks(tmp_path: Path, tiny_base: Path, text: str) -> None:
     """Saved on 4 ranks, resumed on 2, on 1 and on 4 again: the losses, and so the rows, of the uninterrupted run."""
     common: tuple[Any, ...] = (str(tiny_base), str(tmp_path))

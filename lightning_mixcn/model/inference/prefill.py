@@ -58,7 +58,7 @@ class ChunkedPrefill:
     Args:
         model: A model of `load_moe`, or the PeftModel around it.
         max_tokens: Tokens of the longest row; the cache takes ``2 * layers * key-value heads * head size`` numbers of
-            the compute dtype for each, and a mask on the CPU one for each of a chunk's.
+            the compute dtype for each, and where there is no CUDA a mask takes one for each token of a chunk.
 
     Raises:
         ValueError: the model has a sliding window shorter than ``max_tokens``.
@@ -116,10 +116,11 @@ class ChunkedPrefill:
         return _score(output.logits[0], next_C.to(self.device))
 
     def _mask(self, chunk: int) -> Tensor:
-        """Return ``[1, 1, C, L]``, added to the products; an empty one on CUDA, whose flash attention needs none.
+        """Return what is added to the products of queries and keys ``[1, 1, C, L]``; empty on CUDA, which needs none.
 
-        It is a window of one tensor for the longest row. Masks made anew grow with the row, and what the C library has
-        freed of one never fits the next.
+        Having four dimensions, it keeps transformers from making one. It is a window of one tensor for the longest row:
+        masks that are made for each chunk grow with the row, and what the C library has freed of one is too small for
+        the next.
         """
         if self.device.type == "cuda":
             return no_mask(self.device)
